@@ -1,0 +1,192 @@
+"""A policy answers questions: greedy and sampled candidates, each judged, and one record a question.
+
+Records are plain JSON, kept on disk batch by batch, so that an interrupted evaluation loses at most one.
+"""
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import Example, PromptBuilder, UserError, parse_json, read_text
+from predictions import write_text
+from scoring import ExampleScore, difficulty_levels, judge
+from sql_exec import SQLExecutor
+from voting import VOTES, Candidate, choose, group_results, sample_candidates
+
+QUESTIONS_AT_ONCE = 64  # questions a model answers side by side; an interruption loses at most these
+JUDGED_AT_ONCE = 64  # candidates whose results are held in memory at once
+
+
+class Examination:
+    """A policy answers questions, a batch at a time. Each question gives a record, ready for JSON:
+
+    answers   {way of answering: ExampleScore as a dict}; ways are greedy, sample (the first) and the votes
+    samples   how the n candidates fared: correct (a count a comparison), statuses, groups, truncated, tokens
+    trace     a verified answer with its reasoning, or None
+    seconds   of the prompt, of generation (a batch's time shared evenly) and of the candidates' SQL
+    """
+
+    def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, config, suite=None):
+        self.policy, self.builder, self.config = policy, builder, config
+        self.how_to_judge = (executor, config.matches, config.keep_distinct, suite)
+
+    def run(self, examples: Sequence[Example], progress: "Progress") -> list[dict]:
+        """The records of all questions, in order. A batch's candidates depend on the settings alone."""
+        levels = difficulty_levels(examples)
+        size = min(QUESTIONS_AT_ONCE, self.config.batch)
+        with tqdm(total=len(examples), desc="answering", unit="question", dynamic_ncols=True) as bar:
+            for start in range(0, len(examples), size):
+                part = slice(start, start + size)
+                if start not in progress.done:
+                    progress.add(start, self.answer(examples[part], levels[part], start))
+                bar.update(len(progress.done[start]))
+        return [record for start in sorted(progress.done) for record in progress.done[start]]
+
+    def answer(self, examples, levels, number: int) -> list[dict]:
+        """The records of one batch; `number` makes its random draws its own."""
+        began = time.perf_counter()
+        prompts = [self.builder.encode(example) for example in examples]  # None where one does not fit
+        prompt_seconds = (time.perf_counter() - began) / len(examples)
+        fitting = [i for i, prompt in enumerate(prompts) if prompt is not None]
+        greedy, samples, seconds = self.complete([prompts[i] for i in fitting], number)
+        candidates = {i: ([], []) for i in range(len(examples))}
+        candidates |= dict(zip(fitting, zip(greedy, samples, strict=True), strict=True))
+        records = []
+        step = max(1, JUDGED_AT_ONCE // self.config.samples)
+        for start in range(0, len(examples), step):
+            part = range(start, min(start + step, len(examples)))
+            verdicts = self.verdicts([(examples[i], levels[i], *candidates[i]) for i in part])
+            records += [self.record(examples[i], *candidates[i], verdict, {
+                "prompt": prompt_seconds, "generation": seconds if candidates[i][1] else 0.0})
+                for i, verdict in zip(part, verdicts, strict=True)]
+        return records
+
+    def complete(self, prompts, number: int) -> tuple[list, list, float]:
+        """For each prompt its greedy candidate in a list (or none) and its n samples; seconds a prompt."""
+        config, seed = self.config, self.config.seed * 1_000_003 + number
+        rest = (config.max_completion_tokens, config.batch, config.lenient_format, seed)
+        began, greedy = time.perf_counter(), [[] for _ in prompts]
+        if "greedy" in config.ways:
+            greedy = samples = sample_candidates(self.policy, prompts, 1, 0.0, *rest)
+        if config.sampling_temperature:
+            began = time.perf_counter()
+            samples = sample_candidates(self.policy, prompts, config.samples, config.sampling_temperature,
+                                        *rest)
+        return greedy, samples, (time.perf_counter() - began) / max(1, len(prompts))
+
+    def verdicts(self, questions) -> list[dict]:
+        """{SQL: (ExampleScore, Execution)} of each (example, level, greedy, samples); each SQL runs once."""
+        tasks = [(i, example, level, sql) for i, (example, level, greedy, samples) in enumerate(questions)
+                 for sql in dict.fromkeys(c.sql for c in greedy + samples or [NO_CANDIDATE])]
+        numbers, examples, levels, sqls = zip(*tasks, strict=True)
+        verdicts = [{} for _ in questions]
+        judged = judge(examples, sqls, levels, *self.how_to_judge)
+        for i, sql, verdict in zip(numbers, sqls, judged, strict=True):
+            verdicts[i][sql] = verdict
+        return verdicts
+
+    def record(self, example: Example, greedy, samples, verdicts: dict, seconds: dict) -> dict:
+        """What is kept of a question; `verdicts` maps each SQL to its (ExampleScore, Execution)."""
+        scores = [verdicts[candidate.sql][0] for candidate in samples]
+        executions = [verdicts[candidate.sql][1] for candidate in samples]
+        fates = Counter(candidate.broken or score.status
+                        for candidate, score in zip(samples, scores, strict=True))
+        distinct = {candidate.sql: verdicts[candidate.sql][1].seconds for candidate in samples}
+        return {
+            "id": example.id,
+            "answers": {way: asdict(score_of(candidate, verdicts))
+                        for way, candidate in self.ways(greedy, samples, executions).items()},
+            "samples": {
+                "correct": {name: sum(score.correct[name] for score in scores)
+                            for name in self.config.matches},
+                "statuses": dict(sorted(fates.items())), "groups": len(group_results(executions)),
+                "truncated": sum(candidate.truncated for candidate in samples),
+                "tokens": sum(candidate.tokens for candidate in samples)},
+            "trace": verified_trace(example, greedy + samples, verdicts),
+            "seconds": seconds | {"sql": sum(distinct.values())}}
+
+    def ways(self, greedy, samples, executions) -> dict[str, Candidate]:
+        """What each way of answering picks."""
+        if not samples:
+            return dict.fromkeys(self.config.ways, NO_CANDIDATE)
+        picks = {"greedy": greedy[:1], "sample": samples[:1]}
+        picks |= {vote: [samples[choose(samples, executions, vote)]] for vote in VOTES}
+        return {way: picks[way][0] for way in self.config.ways}
+
+
+def score_of(candidate: Candidate, verdicts: dict) -> ExampleScore:
+    """The score of a candidate; its status says so where there was no SQL to run."""
+    score = verdicts[candidate.sql][0]
+    status = "too_long" if candidate is NO_CANDIDATE else candidate.broken or score.status
+    return replace(score, status=status)
+
+
+NO_CANDIDATE = Candidate("", "", "", -math.inf, 0, False)  # of a question whose prompt does not fit
+
+
+def verified_trace(example: Example, candidates: Sequence[Candidate], verdicts: dict) -> dict | None:
+    """The likeliest candidate that reasons and is right by every comparison, as a record of --save-traces.
+
+    A gold result without rows verifies nothing: many wrong queries return none.
+    """
+    def verified(candidate):
+        score = verdicts[candidate.sql][0]
+        return candidate.thought.strip() and score.gold_status == "ok" and all(score.correct.values())
+
+    right = [candidate for candidate in candidates if verified(candidate)]
+    if not right:
+        return None
+    best = max(right, key=lambda candidate: candidate.logprob)
+    return {"id": example.id, "db_id": example.db_id, "question": example.question, "sql": best.sql,
+            "evidence": example.evidence, "difficulty": example.difficulty, "trace": best.thought.strip()}
+
+
+class Progress:
+    """Finished batches, kept in a file so that an interrupted evaluation continues; else in memory only.
+
+    The first line holds the settings, every other one a batch; a line that a kill cut short is dropped.
+    """
+
+    def __init__(self, file, settings: dict):
+        self.file, self.done = file and Path(file), {}
+        if self.file is None:
+            return
+        settings = json.loads(json.dumps(settings))
+        lines = read_text(self.file).split("\n")[:-1] if self.file.exists() else []
+        if lines:
+            self._check(parse_json(lines[0], self.file, 1), settings)
+        for number, line in enumerate(lines[1:], 2):
+            batch = parse_json(line, self.file, number)
+            self.done[batch["batch"]] = batch["records"]
+        write_text(self.file, "\n".join(lines or [json.dumps(settings)]) + "\n")
+
+    def _check(self, found, settings) -> None:
+        found = found if isinstance(found, dict) else {}
+        differing = [name for name in settings if name not in found or found[name] != settings[name]]
+        if differing:
+            raise UserError(f"{self.file} keeps an interrupted evaluation with another {differing[0]}: "
+                            "finish that one with the same command, or delete the file")
+
+    def add(self, batch: int, records: list[dict]) -> None:
+        """Keep the records of a batch, as JSON gives them back."""
+        line = json.dumps({"batch": batch, "records": records})
+        self.done[batch] = json.loads(line)["records"]
+        if self.file is not None:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def finish(self) -> None:
+        """Everything is safe elsewhere: the file may go."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+def scores_of(records: Sequence[dict], way: str) -> list[ExampleScore]:
+    """The scores of one way of answering."""
+    return [ExampleScore(**record["answers"][way]) for record in records]

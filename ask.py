@@ -1,0 +1,422 @@
+"""Ask your own SQLite database a question, with a trained model.
+
+    python ask.py --model runs/demo/best --database shop.sqlite "Who is the oldest customer?"
+    python ask.py --model runs/demo/best --database shop.sqlite            # ask again and again; .help
+    python ask.py --model runs/demo/best --database shop.sqlite --serve    # on a page, http://127.0.0.1:8000
+
+The model answers -n times. Candidates that return the same rows vote together and the winner is shown, with
+its SQL and how many agreed. The database is opened read-only by a process of its own (see sql_exec.py):
+whatever the model writes, nothing in it can change.
+"""
+
+import argparse
+import contextlib
+import csv
+import math
+import re
+import shutil
+import sys
+import time
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import Example, PromptBuilder, PromptConfig, Schema, UserError, read_schema, run_main
+from options import add_arguments, build
+from prompts import full_schema
+from sql_exec import Execution, SQLExecutor
+from voting import VOTES, Candidate, choose, load_for_sampling, rank_groups, sample_candidates
+
+HISTORY = Path("~/.ask_history").expanduser()
+WIDEST_CELL = 40  # characters of a cell that a terminal shows
+ROWS_ON_PAGE = 200
+HELP = """\
+Type a question, or one of
+  .schema [TABLE]   the tables and their columns
+  .sql [QUERY]      edit the last query and run it again, or run another one (read-only)
+  .votes            what the other candidates were
+  .think            show the model's reasoning, or stop showing it
+  .export FILE.csv  write the whole last result
+  .help  .quit"""
+
+
+def option(default, text: str, **metadata):
+    """A field of AskConfig: its default and its help text."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True)
+class AskConfig:
+    """Whom and what to ask, and how."""
+    model: str = option("runs/demo/best", "an alias, a Hugging Face id or a local folder")
+    database: str = option("", "the SQLite file to ask")
+    samples: int = 10  # -n
+    temperature: float = option(1.0, "of sampling")
+    vote: str = option("value-aware", "how the candidates vote", choices=VOTES)
+    evidence: str = option("", "what the model should know besides the database, in words")
+    think: bool = option(False, "show the model's reasoning")
+    rows: int = option(20, "rows of a result that are shown")
+    max_completion_tokens: int = option(512, "an answer is cut at this many tokens")
+    lenient_format: bool = option(False, "also take SQL inside a code fence")
+    seed: int = option(0, "seed of sampling: the same question gets the same answer")
+    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice")
+    workers: int = option(2, "SQL worker processes")
+    timeout: float = option(10.0, "seconds a query may take")
+    max_rows: int = option(10_000, "a longer result is refused as too large")
+
+    def __post_init__(self):
+        if not self.database:
+            raise UserError("say which database to ask: --database FILE.sqlite")
+        for name in ("samples", "temperature", "rows", "max_completion_tokens", "workers", "timeout",
+                     "max_rows"):
+            if not 0 < getattr(self, name) < math.inf:
+                shown = "-n" if name == "samples" else "--" + name.replace("_", "-")
+                raise UserError(f"{shown} must be above zero, not {getattr(self, name)}")
+
+
+# -------------------------------------------------------------------------------------------- answering
+
+@dataclass(frozen=True)
+class Reply:
+    """The winning candidate with what it returned, and what became of the others."""
+    question: str
+    answer: Candidate
+    execution: Execution
+    groups: list[tuple[int, str, int]]  # (votes, SQL, rows) of each group of equal results, the winner first
+    failures: dict[str, int]            # how many candidates did not run, by status
+    seconds: float
+
+    @property
+    def count(self) -> int:
+        """How many candidates there were."""
+        return sum(votes for votes, _, _ in self.groups) + sum(self.failures.values())
+
+    @property
+    def verdict(self) -> str:
+        """The vote in one line."""
+        others = [plural(len(self.groups) - 1, "other result")] if len(self.groups) > 1 else []
+        others += [f"{count} {status}" for status, count in self.failures.items()]
+        return (f"{self.groups[0][0] if self.groups else 0} of {self.count} candidates return this"
+                + (f"; {', '.join(others)}" if others else "") + f" ({self.seconds:.1f} s)")
+
+    def as_json(self) -> dict:
+        """What a page shows; cells are text or null."""
+        content = {"sql": self.answer.sql, "thought": self.answer.thought, "verdict": self.verdict,
+                   "votes": [f"{votes} x {plural(rows, 'row')}: {sql}" for votes, sql, rows in self.groups]
+                   + [f"{count} x {status}" for status, count in self.failures.items()]}
+        execution = self.execution
+        if execution.status != "ok":
+            reason = (f"the likeliest of {self.count} gives {execution.status}: {execution.error}"
+                      if self.answer.sql else "no answer has a query in it")
+            return content | {"error": f"No candidate runs; {reason}"}
+        rows = execution.rows[:ROWS_ON_PAGE]
+        shown = f", the first {len(rows)} shown" if len(rows) < len(execution.rows) else ""
+        texts = [[None if cell is None else cell_text(cell) for cell in row] for row in rows]
+        return content | {"columns": execution.columns, "rows": texts,
+                          "count": plural(len(execution.rows), "row") + shown}
+
+
+class Asker:
+    """A model, a database, and the way from a question to a Reply."""
+
+    def __init__(self, config: AskConfig, prompts: PromptConfig, policy=None):
+        self.config = config
+        self.path = check_database(config.database)
+        self.policy = policy or load_for_sampling(config.model, config.threads)
+        self.builder = PromptBuilder({"database": self.path}, self.policy.tokenizer, prompts)
+        self.executor = SQLExecutor({"database": self.path}, config.workers, config.timeout,
+                                    config.max_rows)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.executor.close()
+
+    def ask(self, question: str) -> Reply:
+        """Sample, run, vote."""
+        config, began = self.config, time.perf_counter()
+        example = Example("", "database", " ".join(question.split()), (), config.evidence)
+        prompt = self.builder.encode(example)
+        if prompt is None:
+            raise UserError("the prompt for this database and question is longer than "
+                            f"{self.builder.config.max_prompt_tokens} tokens: ask a shorter question, or "
+                            "raise --max-prompt-tokens if the model reads more")
+        candidates, = sample_candidates(
+            self.policy, [prompt], config.samples, config.temperature if config.samples > 1 else 0.0,
+            config.max_completion_tokens, lenient=config.lenient_format, seed=config.seed)
+        executions = self.executor.run_many([("database", candidate.sql) for candidate in candidates])
+        groups = rank_groups(executions, [candidate.logprob for candidate in candidates], config.vote)
+        failures = Counter(candidate.broken or execution.status
+                           for candidate, execution in zip(candidates, executions, strict=True)
+                           if execution.status != "ok")
+        winner = choose(candidates, executions, config.vote)
+        votes = [(len(group), candidates[group[0]].sql, len(executions[group[0]].rows)) for group in groups]
+        return Reply(question, candidates[winner], executions[winner], votes, dict(failures.most_common()),
+                     time.perf_counter() - began)
+
+    def run(self, sql: str) -> Execution:
+        """Run a query of the user's own, as read-only as the model's."""
+        return self.executor.run("database", sql)
+
+    def schema(self, table: str = "") -> str:
+        """CREATE TABLE statements of one table or of all."""
+        tables = [one for one in read_schema(self.path).tables if table.lower() in ("", one.name.lower())]
+        if not tables:
+            raise UserError(f"there is no table {table}; .schema alone shows all")
+        return full_schema(Schema(tuple(tables)), 0)
+
+
+def check_database(file) -> Path:
+    """The path of a database that has something to ask about."""
+    path = Path(file)
+    if path.is_file() and not path.stat().st_size:
+        raise UserError(f"{path} is an empty file: there is no table to ask about")
+    if not any(table.columns for table in read_schema(path).tables):
+        raise UserError(f"{path} has no tables to ask about")
+    return path
+
+
+# --------------------------------------------------------------------------------------------- printing
+
+def plural(count: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text that cannot steer a terminal: control characters are escaped, but for those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def cell_text(value) -> str:
+    """A cell as it is shown."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, bytes):
+        return f"x'{value[:16].hex()}'" + (f" ({len(value)} bytes)" if len(value) > 16 else "")
+    return printable(str(value))
+
+
+def text_width(text: str) -> int:
+    """Columns a text takes on a terminal."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def table_lines(columns: list[str], rows: list[tuple], width: int) -> list[str]:
+    """A table of at most `width` columns; numbers to the right; what does not fit is counted, not shown."""
+    lines: list[str] = []
+    texts = [[printable(name)] + [cell_text(row[i]) for row in rows] for i, name in enumerate(columns)]
+    shown = 0
+    for i, cells in enumerate(texts):
+        cells = [cell if len(cell) <= WIDEST_CELL else cell[:WIDEST_CELL - 1] + "…" for cell in cells]
+        widest = max(map(text_width, cells))
+        if lines and text_width(lines[0]) + 2 + widest > width:
+            break
+        right = bool(rows) and all(row[i] is None or isinstance(row[i], int | float) for row in rows)
+        padding = [" " * (widest - text_width(cell)) for cell in cells]
+        block = [pad + cell if right else cell + pad for pad, cell in zip(padding, cells, strict=True)]
+        block.insert(1, "-" * widest)
+        lines = [line + "  " + cell for line, cell in zip(lines, block, strict=True)] if lines else block
+        shown += 1
+    if shown < len(columns):
+        lines.append(f"... and {len(columns) - shown} more columns")
+    return [line.rstrip() for line in lines]
+
+
+def print_result(execution: Execution, config: AskConfig) -> None:
+    """The rows of a query that ran, or why it did not."""
+    if execution.status != "ok":
+        print(f"{execution.status}: {printable(execution.error or '')}")
+        return
+    rows = execution.rows[:config.rows]
+    print("\n".join(table_lines(execution.columns, rows, shutil.get_terminal_size().columns)))
+    count = len(execution.rows)
+    print(f"({plural(count, 'row')}" + (f", the first {len(rows)} shown" if len(rows) < count else "") + ")")
+
+
+def print_reply(reply: Reply, config: AskConfig, think: bool) -> None:
+    """The reasoning (if wanted), the SQL, the result and the vote; or what went wrong and what may help."""
+    answer = reply.answer
+    if think and answer.thought:
+        print("reasoning: " + printable(answer.thought.strip(), keep="\n") + "\n")
+    if not answer.sql:
+        print(f"None of the {reply.count} answers has a query in it; the likeliest one begins:\n"
+              f"  {printable(answer.text)[:300]}\nPerhaps this model was not trained for the task, or "
+              "--max-completion-tokens cuts its answers.")
+        return
+    print(printable(answer.sql, keep="\n"))
+    if reply.execution.status == "ok":
+        print()
+        print_result(reply.execution, config)
+        print(reply.verdict)
+        return
+    print(f"\nNone of the {reply.count} candidates runs. This is the likeliest one; its "
+          f"{reply.execution.status}: {printable(reply.execution.error or '')}\n"
+          "It may help to name tables and columns as the database does (.schema), or to correct the query "
+          "(.sql).")
+
+
+# ------------------------------------------------------------------------------------- again and again
+
+class Session:
+    """The prompt at which one asks again and again."""
+
+    def __init__(self, asker: Asker):
+        self.asker, self.think = asker, asker.config.think
+        self.reply: Reply | None = None
+        self.sql, self.execution = "", None  # the last query, and what it returned
+        self.commands = {".help": self.help, ".schema": self.schema, ".sql": self.rerun, ".votes": self.votes,
+                         ".think": self.toggle_think, ".export": self.export}
+
+    def loop(self) -> None:
+        """Ask until .quit or the end of input."""
+        print(f"{self.asker.path.name}: {plural(len(read_schema(self.asker.path).tables), 'table')}. "
+              "Ask a question, or type .help")
+        with history():
+            while True:
+                try:
+                    line = input("ask> ").strip()
+                    if line in (".quit", ".exit"):
+                        return
+                    if line:
+                        self.handle(line)
+                except EOFError:
+                    print()
+                    return
+                except KeyboardInterrupt:  # gives up this question, not the session
+                    print("\ninterrupted (.quit leaves)")
+                except UserError as error:
+                    print(f"error: {error}")
+
+    def handle(self, line: str) -> None:
+        """A command or a question."""
+        if not line.startswith("."):
+            self.reply = self.asker.ask(line)
+            self.sql, self.execution = self.reply.answer.sql, self.reply.execution
+            print_reply(self.reply, self.asker.config, self.think)
+            return
+        command, _, rest = line.partition(" ")
+        if command not in self.commands:
+            raise UserError(f"there is no command {command}; .help lists them")
+        self.commands[command](rest.strip())
+
+    def help(self, _) -> None:
+        print(HELP)
+
+    def schema(self, table: str) -> None:
+        print(printable(self.asker.schema(table), keep="\n"))
+
+    def toggle_think(self, _) -> None:
+        self.think = not self.think
+        print(f"the reasoning is {'shown' if self.think else 'hidden'}")
+
+    def votes(self, _) -> None:
+        if self.reply is None:
+            raise UserError("nothing was asked yet")
+        for votes, sql, rows in self.reply.groups:
+            print(f"{votes:>4} x  {plural(rows, 'row')}: {printable(sql)}")
+        for status, count in self.reply.failures.items():
+            print(f"{count:>4} x  {status}")
+
+    def rerun(self, sql: str) -> None:
+        """Run a query: the one given, or the last one after the user edited it."""
+        sql = sql or edit(self.sql)
+        if sql:
+            self.sql, self.execution = sql, self.asker.run(sql)
+            print_result(self.execution, self.asker.config)
+
+    def export(self, file: str) -> None:
+        """Write the last result as CSV; NULL is an empty field, a blob is hexadecimal."""
+        if self.execution is None or self.execution.status != "ok":
+            raise UserError("there is no result to export yet")
+        if not file:
+            raise UserError("say where to: .export FILE.csv")
+        try:
+            with open(file, "x", newline="", encoding="utf-8") as target:
+                writer = csv.writer(target)
+                writer.writerow(self.execution.columns)
+                writer.writerows([cell.hex() if isinstance(cell, bytes) else cell for cell in row]
+                                 for row in self.execution.rows)
+        except FileExistsError as error:
+            raise UserError(f"{file} is already there; choose another name") from error
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error.strerror}") from error
+        print(f"{plural(len(self.execution.rows), 'row')} written to {file}")
+
+
+def edit(sql: str) -> str:
+    """Let the user edit a query on the terminal."""
+    if not sql:
+        raise UserError("there is no query to edit yet; .sql SELECT ... runs one")
+    try:
+        import readline
+    except ImportError:
+        readline = None
+    if readline is None or not sys.stdin.isatty():
+        raise UserError(f"there is no terminal to edit on; give the query after .sql, for example .sql {sql}")
+    readline.set_startup_hook(lambda: readline.insert_text(" ".join(sql.split("\n"))))
+    try:
+        return input("sql> ").strip()
+    finally:
+        readline.set_startup_hook()
+
+
+@contextlib.contextmanager
+def history():
+    """Arrow keys bring back earlier lines, those of earlier sessions too, where there is a terminal."""
+    try:
+        import readline
+    except ImportError:
+        readline = None
+    if readline is None or not sys.stdin.isatty():
+        yield
+        return
+    with contextlib.suppress(OSError):
+        readline.read_history_file(HISTORY)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            readline.write_history_file(HISTORY)
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+def parse_arguments(arguments=None) -> tuple[argparse.Namespace, AskConfig, PromptConfig]:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", nargs="?", help="asked once; without it, a prompt to ask again and again")
+    parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
+                        help="candidates that vote; 1 is the greedy answer (default: 10)")
+    parser.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT",
+                        help="answer on a page of this machine instead (default port: 8000; 0: any free one)")
+    add_arguments(parser, AskConfig)
+    add_arguments(parser, PromptConfig)
+    given = parser.parse_args(arguments)
+    return given, build(AskConfig, vars(given)), build(PromptConfig, vars(given))
+
+
+def main() -> int:
+    """Answer once, again and again, or on a page. Exit status 1: no candidate ran."""
+    given, config, prompts = parse_arguments()
+    if given.question is not None and not re.search(r"\w", given.question):
+        raise UserError("the question is empty")
+    with Asker(config, prompts) as asker:
+        if given.serve is not None:
+            from ask_page import serve
+            serve(asker, given.serve)
+        elif given.question is None:
+            Session(asker).loop()
+        else:
+            reply = asker.ask(given.question)
+            print_reply(reply, config, config.think)
+            return int(reply.execution.status != "ok")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,460 @@
+"""Execution accuracy: does the predicted SQL return what the gold SQL returns?
+
+    python evaluate.py --model runs/demo/best                      # greedy answers to the demo's questions
+    python evaluate.py --model runs/demo/best -n 30 --json A.json  # and 30 samples with value-aware voting
+    python evaluate.py --predictions FILE --data spider --data-dir DIR --split dev --json B.json
+    python evaluate.py --compare A.json B.json                     # difference, and questions that flipped
+
+What is measured, for every question
+  (1) status    what became of the answer as written: ok, error, timeout, refused, too_large; of a model also
+                format (the answer is no reasoning followed by one query), truncated (nor did it end), and
+                too_long (its prompt does not fit)
+  (2) bird      BIRD's comparison: the same set of rows, columns in order
+  (3) spider    Spider's test-suite comparison: the same bag of rows under some order of the columns, in row
+                order where the gold says ORDER BY; both queries are first rewritten as the official script
+                does (no DISTINCT unless --keep-distinct). On one database, or with --test-suite on every
+                .sqlite of its folder
+  (4) soft-F1   BIRD's partial credit for overlapping cells; with --r-ves N also BIRD's efficiency score
+
+With -n the model answers n times; voting.py says how one answer comes out of them. Both votes, the greedy
+answer and pass@k are reported side by side; --vote selects the one that counts. An evaluation with --json or
+--progress that was interrupted continues where it stopped when the same command is given again.
+
+A question whose gold query fails is reported and never counted as correct. It stays in the denominator, as
+in the official scripts, unless --skip-bad-gold. Intervals are 95 % bootstrap intervals over questions.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from textwrap import fill, shorten
+
+import numpy as np
+from tqdm import tqdm
+
+from answers import Examination, Progress, scores_of
+from data import (
+    Example,
+    PromptBuilder,
+    PromptConfig,
+    UserError,
+    load_dataset,
+    parse_json,
+    read_text,
+    run_main,
+)
+from options import add_arguments, build
+from predictions import load_predictions, save_predictions, write_text
+from scoring import (
+    MATCHES,
+    ExampleScore,
+    accuracies,
+    bootstrap_interval,
+    difficulty_levels,
+    mean,
+    percentages,
+    print_accuracies,
+    print_table,
+    score_predictions,
+    scores_as_json,
+    suite_databases,
+    summarise,
+)
+from sql_exec import SQLExecutor, r_ves_reward
+from voting import VOTES, load_for_sampling, pass_at_k, sample_candidates
+
+__all__ = ["EvaluateConfig", "ExampleScore", "bootstrap_interval", "difficulty_levels", "greedy_sqls",
+           "load_predictions", "print_table", "score_predictions", "scores_as_json", "summarise"]
+
+
+# ------------------------------------------------------------------------------------------ configuration
+
+def option(default, text: str, **metadata):
+    """A field of EvaluateConfig: its default and its help text."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate and how."""
+    model: str = option("", "a model to evaluate: an alias, a Hugging Face id or a local folder")
+    predictions: str = option("", "or predicted SQL: Spider's lines, BIRD's .json, or a .jsonl")
+    data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl")
+    data_dir: str | None = option(None, "folder of the data and its databases")
+    split: str = option("dev", "which questions")
+    limit: int = option(0, "only the first so many questions; 0: all")
+    exclude: str | None = option(None, "file with a JSON list of question ids to leave out")
+    samples: int = 1  # -n
+    temperature: float | None = option(None, "of sampling; 0 is greedy (default: 1 with -n above 1, else 0)")
+    vote: str = option("value-aware", "which answer counts; none: the greedy one", choices=(*VOTES, "none"))
+    greedy: bool = option(True, "beside the samples, also the greedy answer")
+    max_completion_tokens: int = option(512, "a completion is cut at this many tokens")
+    batch: int = option(256, "completions decoded side by side")
+    lenient_format: bool = option(False, "also take SQL inside a code fence")
+    seed: int = option(0, "seed of sampling")
+    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice")
+    match: str = option(",".join(MATCHES), "comparisons, separated by commas")
+    keep_distinct: bool = option(False, "Spider's comparison minds DISTINCT")
+    test_suite: bool = option(False, "compare on every .sqlite in a database's folder")
+    r_ves: int = option(0, "BIRD's efficiency score, from this many timed runs a query (BIRD: 100); 0: no")
+    skip_bad_gold: bool = option(False, "leave out questions whose gold query fails")
+    json: str | None = option(None, "write the scores to this file")
+    progress: str | None = option(None, "where to keep what is done (default: beside --json)")
+    predictions_out: str | None = option(None, "write the answers: .sql as Spider, .json as BIRD, .jsonl")
+    save_traces: str | None = option(None, "write correct answers with their reasoning, for train's --traces")
+    workers: int = option(os.cpu_count() or 1, "SQL worker processes")
+    timeout: float = option(30.0, "seconds a query may take")
+    max_rows: int = option(1_000_000, "a longer result counts as too_large")
+    memory_limit_mb: int = option(2048, "memory a SQL worker may take")
+    gold_cache: str | None = option(None, "keep results of gold queries in this folder")
+
+    def __post_init__(self):
+        if bool(self.predictions) == bool(self.model):
+            raise UserError("give --predictions FILE or --model NAME, " + ("not both" if self.model else
+                            "for there is nothing to evaluate"))
+        if self.predictions and (self.samples > 1 or self.save_traces or self.progress):
+            raise UserError("-n, --save-traces and --progress need a --model")
+        for name, shown in (("samples", "-n"), ("batch", ""), ("max_completion_tokens", ""), ("workers", ""),
+                            ("timeout", ""), ("max_rows", ""), ("memory_limit_mb", "")):
+            if not 0 < getattr(self, name) < math.inf:
+                shown = shown or "--" + name.replace("_", "-")
+                raise UserError(f"{shown} must be above zero, not {getattr(self, name)}")
+        lowest = 1e-6 if self.samples > 1 else 0.0
+        if not lowest <= self.sampling_temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature:g} cannot give {self.samples} sample(s)")
+        for file in filter(None, (self.json, self.progress, self.predictions_out, self.save_traces)):
+            if not Path(file).absolute().parent.is_dir():  # said before the work, not after
+                raise UserError(f"cannot write {file}: its folder does not exist")
+
+    @property
+    def sampling_temperature(self) -> float:
+        """The temperature in force; 0 where the greedy answer is all that is asked for."""
+        return (1.0 if self.samples > 1 else 0.0) if self.temperature is None else self.temperature
+
+    @property
+    def matches(self) -> tuple[str, ...]:
+        """The comparisons of --match."""
+        names = tuple(dict.fromkeys(name.strip() for name in self.match.split(",") if name.strip()))
+        if not names or not set(names) <= set(MATCHES):
+            raise UserError(f"--match takes {' and '.join(MATCHES)}, separated by commas, not {self.match!r}")
+        return names
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The ways of answering that are reported: greedy, (the first) sample, the votes."""
+        if not self.sampling_temperature:
+            return ("greedy",)
+        return (*(["greedy"] if self.greedy else []), "sample", *VOTES)
+
+    @property
+    def answer(self) -> str:
+        """The way that counts; without a vote the greedy answer, or with --no-greedy the first sample."""
+        return self.vote if self.vote in self.ways else self.ways[0]
+
+
+# ----------------------------------------------------------------------------------------- from a policy
+
+def greedy_sqls(policy, encoded_prompts: list[list[int]], max_completion_tokens: int, batch: int = 128,
+                lenient: bool = False) -> list[str]:
+    """The SQL of the greedy completion for each prompt, in order; empty where the format is broken."""
+    candidates = sample_candidates(policy, encoded_prompts, 1, 0.0, max_completion_tokens, batch, lenient)
+    return [greedy.sql for greedy, in candidates]
+
+
+def fingerprint(config: EvaluateConfig, prompts: PromptConfig, examples: Sequence[Example]) -> dict:
+    """All that the records of an evaluation depend on."""
+    free = {"predictions", "vote", "r_ves", "skip_bad_gold", "json", "progress", "predictions_out",
+            "save_traces", "workers", "gold_cache"}
+    asked = json.dumps([[example.id, example.db_id, example.question, example.gold_sqls]
+                        for example in examples])
+    weights = sorted(Path(config.model).glob("*.safetensors")) + sorted(Path(config.model).glob("*.bin"))
+    return {**{name: value for name, value in vars(config).items() if name not in free}, **vars(prompts),
+            "questions": sha256(asked.encode()).hexdigest(),
+            "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]}
+
+
+# ------------------------------------------------------------------------------------------- of a model
+
+def summarise_records(records: Sequence[dict], config: EvaluateConfig) -> dict:
+    """Every way of answering side by side, pass@k, and how the candidates fared."""
+    scores = [scores_of([record], config.answer)[0] for record in records]
+    kept = [record for record, score in zip(records, scores, strict=True)
+            if not (config.skip_bad_gold and score.bad_gold)]
+    samples = [record["samples"] for record in kept]
+    fates = sum((Counter(sample["statuses"]) for sample in samples), Counter())
+    total = sum(fates.values()) or 1
+    return {
+        "model": config.model, "answer": config.answer, "samples_per_question": config.samples,
+        "temperature": config.sampling_temperature,
+        "answers": {way: accuracies(scores_of(kept, way)) for way in config.ways},
+        "pass_at_k": {name: [mean([pass_at_k(config.samples, one["correct"][name], k) for one in samples])
+                             for k in range(1, config.samples + 1)] for name in config.matches},
+        "result_groups": mean([sample["groups"] for sample in samples]),
+        "sample_statuses": {status: count / total for status, count in fates.most_common()},
+        "truncated": sum(sample["truncated"] for sample in samples) / total,
+        "timing": timing(records)}
+
+
+def timing(records: Sequence[dict]) -> dict:
+    """Median and 95th percentile of the seconds a question took, by part; tokens a second of generation."""
+    parts = {name: [record["seconds"][name] for record in records]
+             for name in ("prompt", "generation", "sql")}
+    parts["total"] = [sum(record["seconds"].values()) for record in records]
+    tokens = sum(record["samples"]["tokens"] for record in records)
+    return {"seconds": {name: {"median": float(np.median(values)), "p95": float(np.percentile(values, 95))}
+                        for name, values in parts.items()},
+            "tokens_per_second": tokens / max(sum(parts["generation"]), 1e-9),
+            "questions": {record["id"]: record["seconds"] for record in records}}
+
+
+def print_model_table(summary: dict) -> None:
+    """What `summarise_records` found, on a terminal of 80 columns."""
+    n, count = summary["samples_per_question"], next(iter(summary["answers"].values()))["n"]
+    rows = {way: part for way, part in summary["answers"].items() if way != "sample"}
+    if summary["temperature"]:
+        rows |= {f"pass@{k}": {"n": count, "execution_accuracy": {
+            name: values[k - 1] for name, values in summary["pass_at_k"].items()}} for k in shown_k(n)}
+        print(f"\n{n} sample{'s' * (n > 1)} a question at temperature {summary['temperature']:g}; "
+              f"what counts above: {summary['answer']}")
+        print_accuracies("answered by", rows)
+        print(f"groups of equal results: {summary['result_groups']:.2f} a question")
+        print(fill(f"samples: {percentages(summary['sample_statuses'])}", 80))
+    print(f"completions cut at the limit: {100 * summary['truncated']:.1f} %")
+    print(f"{'seconds a question':<24}{'median':>10}{'p95':>10}")
+    for name, values in summary["timing"]["seconds"].items():
+        print(f"{name:<24}{values['median']:>10.4f}{values['p95']:>10.4f}")
+    print(f"{summary['timing']['tokens_per_second']:.0f} tokens a second")
+
+
+def shown_k(n: int) -> list[int]:
+    """1, 5, 10, 20, 50, ... and n."""
+    return [k for k in (1, 5, 10, 20, 50, 100) if k < n] + [n]
+
+
+def records_as_json(records: Sequence[dict], config: EvaluateConfig) -> list[dict]:
+    """What --json adds to each question: its SQL, each way's verdicts and how the samples fared."""
+    return [{"difficulty": record["answers"][config.answer]["difficulty"],
+             "sql": record["answers"][config.answer]["sql"],
+             "answers": {way: {name: int(right) for name, right in score["correct"].items()}
+                         for way, score in record["answers"].items()},
+             "samples": record["samples"]} for record in records]
+
+
+# ------------------------------------------------------------------------------------------- efficiency
+
+def r_ves(examples: Sequence[Example], scores: Sequence[ExampleScore], executor: SQLExecutor,
+          repeats: int) -> list[float]:
+    """BIRD mini-dev's efficiency score of each question: 100 · sqrt(reward), 0 where the answer is wrong.
+
+    Prediction and gold run in turn, `repeats` times each; the mean ratio of their times decides.
+    """
+    pairs = zip(examples, scores, strict=True)
+    bar = tqdm(pairs, desc="timing", unit="question", total=len(scores), leave=False, dynamic_ncols=True)
+    return [100 * math.sqrt(r_ves_reward(time_ratio(example, score.sql, executor, repeats), 1.0))
+            if score.correct["bird"] else 0.0 for example, score in bar]
+
+
+def time_ratio(example: Example, sql: str, executor: SQLExecutor, repeats: int) -> float:
+    """Mean of gold time / prediction time over repeated runs, without outliers beyond three deviations."""
+    ratios = []
+    for _ in range(repeats):
+        predicted = executor.run(example.db_id, sql)
+        gold = executor.run(example.db_id, example.gold_sqls[0])
+        ratios.append(gold.seconds / max(predicted.seconds, 1e-9))
+    return clean_mean(ratios)
+
+
+def clean_mean(values: Sequence[float]) -> float:
+    """The mean of the values within three standard deviations of their mean, as BIRD cleans its ratios."""
+    values = np.asarray(values)
+    return float(values[np.abs(values - values.mean()) <= 3 * values.std()].mean())
+
+
+# ------------------------------------------------------------------------------------------- comparison
+
+def load_scores(file) -> dict:
+    """The content of a --json file."""
+    content = parse_json(read_text(Path(file)), file)
+    examples = content.get("examples") if isinstance(content, dict) else None
+    if not isinstance(examples, list) or not all(
+            isinstance(item, dict) and {"id", "db_id", "gold_status"} <= item.keys() for item in examples):
+        raise UserError(f"{file} is not a file that evaluate.py --json wrote")
+    return content
+
+
+def compare(file_a, file_b) -> dict:
+    """Accuracies of two evaluations on the questions they share, and the questions whose verdict flipped."""
+    a, b = load_scores(file_a), load_scores(file_b)
+    in_a = {(item["id"], item["db_id"]): item for item in a["examples"]}
+    in_b = {(item["id"], item["db_id"]): item for item in b["examples"]}
+    skip = a.get("bad_golds_skipped") or b.get("bad_golds_skipped")
+    shared = [key for key in in_a if key in in_b
+              and not (skip and in_a[key]["gold_status"] not in ("ok", "empty"))]
+    if not shared:
+        raise UserError(f"{file_a} and {file_b} have no question in common")
+    matches = {}
+    for name in MATCHES:
+        if not all(name in item for item in (in_a[shared[0]], in_b[shared[0]])):
+            continue
+        pairs = [(in_a[key][name], in_b[key][name]) for key in shared]
+        difference = [after - before for before, after in pairs]
+        matches[name] = {
+            "a": mean([before for before, _ in pairs]), "b": mean([after for _, after in pairs]),
+            "difference": mean(difference), "interval": bootstrap_interval(difference),  # paired: by question
+            "gained": [key[0] for key, change in zip(shared, difference, strict=True) if change > 0],
+            "lost": [key[0] for key, change in zip(shared, difference, strict=True) if change < 0]}
+    if not matches:
+        raise UserError(f"{file_a} and {file_b} have no comparison in common")
+    sql = {key[0]: [side[key].get("sql", "") for side in (in_a, in_b)] for key in shared}
+    return {"a": str(file_a), "b": str(file_b), "n": len(shared), "matches": matches, "sql": sql,
+            "only_in_one": len(in_a.keys() ^ in_b.keys())}
+
+
+def print_comparison(result: dict) -> None:
+    """Two evaluations side by side, and every question that flipped."""
+    print(f"A: {result['a']}\nB: {result['b']}\n{result['n']} questions"
+          + (f"; {result['only_in_one']} are in one file only" if result["only_in_one"] else ""))
+    print(f"{'execution accuracy, %':<24}{'A':>7}{'B':>7}{'B - A [95 % interval]':>26}"
+          f"{'gained':>8}{'lost':>6}")
+    for name, part in result["matches"].items():
+        low, high = part["interval"]
+        change = f"{100 * part['difference']:+.1f} [{100 * low:+6.1f},{100 * high:+6.1f}]"
+        print(f"{name:<24}{100 * part['a']:>7.1f}{100 * part['b']:>7.1f}{change:>26}"
+              f"{len(part['gained']):>8}{len(part['lost']):>6}")
+    for name, part in result["matches"].items():
+        for verb in ("gained", "lost"):
+            for identity in part[verb]:
+                print(f"\n{verb} ({name}): question {identity}")
+                for side, sql in zip("AB", result["sql"][identity], strict=True):
+                    if sql:
+                        print(f"  {side}: {shorten(sql, 75)}")
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+def excluded(file) -> set[str]:
+    """The question ids of an --exclude file; Spider's ids are positions from 0."""
+    if file is None:
+        return set()
+    ids = parse_json(read_text(Path(file)), file)
+    if not isinstance(ids, list) or not all(isinstance(item, int | str) for item in ids):
+        raise UserError(f"{file} must hold a JSON list of question ids")
+    return {str(item) for item in ids}
+
+
+def parse_arguments(arguments=None):
+    """The command line as (namespace, EvaluateConfig, PromptConfig); no configs for a comparison."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
+                        help="answers a question to vote over (default: 1, the greedy one)")
+    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two --json files")
+    add_arguments(parser, EvaluateConfig)
+    add_arguments(parser, PromptConfig)
+    given = parser.parse_args(arguments)
+    if given.compare:
+        return given, None, None
+    return given, build(EvaluateConfig, vars(given)), build(PromptConfig, vars(given))
+
+
+def main() -> None:
+    """Evaluate a model or a predictions file, or compare two evaluations."""
+    given, config, prompts = parse_arguments()
+    if config is None:
+        result = compare(*given.compare)
+        print_comparison(result)
+        if getattr(given, "json", None):
+            write_text(given.json, json.dumps(result, indent=1) + "\n")
+        return
+    dataset = load_dataset(config.data, config.data_dir, config.split)
+    for note in dataset.notes:
+        print(note)
+    databases, suite = suite_databases(dataset.databases) if config.test_suite else (dataset.databases, None)
+    with SQLExecutor(databases, config.workers, config.timeout, config.max_rows, config.memory_limit_mb,
+                     config.gold_cache) as executor:
+        if config.model:
+            evaluate_model(config, prompts, dataset, executor, suite)
+        else:
+            evaluate_predictions(config, dataset, executor, suite)
+
+
+def chosen(config: EvaluateConfig, examples: Sequence[Example]) -> list[int]:
+    """Positions of the questions that --exclude and --limit leave."""
+    left_out = excluded(config.exclude)
+    return [i for i, example in enumerate(examples) if example.id not in left_out][:config.limit or None]
+
+
+def evaluate_predictions(config: EvaluateConfig, dataset, executor: SQLExecutor, suite) -> None:
+    """Score a predictions file."""
+    sqls, pairing = load_predictions(config.predictions, dataset.examples)
+    print(f"predictions {pairing}")
+    kept = chosen(config, dataset.examples)
+    examples = [dataset.examples[i] for i in kept]
+    scores = score_predictions(examples, [sqls[i] for i in kept], executor, config.matches,
+                               config.keep_distinct, progress=True, suite=suite)
+    report(config, examples, scores, executor, suite)
+
+
+def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, executor: SQLExecutor,
+                   suite) -> None:
+    """Let a model answer, and score its answers."""
+    examples = [dataset.examples[i] for i in chosen(config, dataset.examples)]
+    progress = Progress(config.progress or (config.json and f"{config.json}.progress"),
+                        fingerprint(config, prompts, examples))
+    if progress.done:
+        print(f"continuing: {sum(map(len, progress.done.values()))} of {len(examples)} questions are done")
+    policy = load_for_sampling(config.model, config.threads)
+    builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
+    records = Examination(policy, builder, executor, config, suite).run(examples, progress)
+    report(config, examples, scores_of(records, config.answer), executor, suite, records)
+    if config.save_traces:
+        traces = [record["trace"] for record in records if record["trace"]]
+        write_text(config.save_traces, "".join(json.dumps(trace) + "\n" for trace in traces))
+        print(f"{len(traces)} verified traces written to {config.save_traces}")
+    progress.finish()
+
+
+def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suite, records=None) -> None:
+    """Print the tables, write the files."""
+    summary = summarise(scores, config.skip_bad_gold)
+    if not summary["n"]:
+        raise UserError("no question is left to score: every one was excluded, or its gold query fails")
+    print_table(summary)
+    if "spider" in config.matches:
+        summary["spider_metric"] = spider_metric(config, suite)
+        print(f"spider: {summary['spider_metric']}")
+    content = scores_as_json(scores, summary)
+    if records:
+        model_summary = summarise_records(records, config)
+        print_model_table(model_summary)
+        content |= model_summary
+        for item, more in zip(content["examples"], records_as_json(records, config), strict=True):
+            item |= more
+    if config.r_ves:
+        values = r_ves(examples, scores, executor, config.r_ves)
+        content.setdefault("timing", {})["r_ves"] = mean(values)
+        print(f"R-VES {mean(values):.2f}, from {config.r_ves} timed runs a query")
+    if config.json:
+        write_text(config.json, json.dumps(content, indent=1) + "\n")
+    if config.predictions_out:
+        save_predictions(config.predictions_out, examples, [score.sql for score in scores])
+
+
+def spider_metric(config: EvaluateConfig, suite: dict[str, list[str]] | None) -> str:
+    """In words, which of Spider's metrics the figures are."""
+    distinct = "DISTINCT " + ("kept" if config.keep_distinct else "ignored")
+    sizes = [1 + len(others) for others in (suite or {}).values()]
+    if not sizes or max(sizes) == 1:
+        found = "; no folder holds more than one .sqlite" if config.test_suite else ""
+        return f"test-suite comparison on a single database, {distinct}{found}"
+    return f"test suite of {min(sizes)} to {max(sizes)} databases for each db_id, {distinct}"
+
+
+if __name__ == "__main__":
+    run_main(main)

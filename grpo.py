@@ -1,0 +1,459 @@
+"""Group Relative Policy Optimization, the algorithm and only it, in plain PyTorch.
+
+For a question q the policy samples a group of G completions o_1 … o_G, each is scored (R_i), and
+
+    (1)  A_i = (R_i − mean(R)) / std(R)                            advantage of a completion in its group
+    (2)  r_it = π(o_it | q, o_i<t) / π_old(o_it | q, o_i<t)        ratio, 1 at the first update
+    (3)  S_it = min(r_it A_i, clip(r_it, 1 − ε_low, 1 + ε_high) A_i)             clipped surrogate
+    (4)  D_it = exp(ρ_it) − ρ_it − 1,  ρ_it = log π_ref − log π                  KL to the reference ("k3")
+    (5)  L = −mean_i mean_t (S_it − β D_it)                        what the optimizer descends
+
+from DeepSeekMath (arXiv 2402.03300). There is no value model: the group's mean reward is the baseline.
+
+What is done here that small implementations often leave out:
+1. log-probabilities are those of the sampling distribution, temperature included;
+2. masks come from lengths, never from token ids, so a sampled EOS is trained and padding is not;
+3. a prompt is computed once for its G completions, in sampling and in the update (`pack_group`);
+4. logits exist for completion tokens only, a chunk at a time (`token_logprobs`);
+5. the loss is normalised by the whole batch, so accumulation over micro-batches is exact.
+What is left out: rewards, files, logging, arguments. Importing this file needs torch only.
+"""
+
+import math
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+
+
+def _setting(default, text: str, choices: tuple | None = None, at_least: float | None = None):
+    return field(default=default, metadata={"help": text, "choices": choices, "at_least": at_least})
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """The algorithm."""  # ValueError, naming the field, for a value that makes no sense
+
+    group_size: int = _setting(8, "completions sampled per question (G)", at_least=2)
+    temperature: float = _setting(1.0, "sampling temperature, also of the log-probabilities", at_least=1e-6)
+    max_completion_tokens: int = _setting(512, "completions are truncated at this length", at_least=1)
+    clip_low: float = _setting(0.2, "the ratio is clipped below at 1 - clip_low", at_least=0)
+    clip_high: float = _setting(0.2, "the ratio is clipped above at 1 + clip_high (DAPO: 0.28)", at_least=0)
+    kl_coef: float = _setting(0.04, "weight of the KL to the reference; 0 needs no reference", at_least=0)
+    kl_estimator: str = _setting("k3", "per-token estimator of the KL", ("k1", "k2", "k3"))
+    loss: str = _setting("grpo", "how token losses are averaged", ("grpo", "dapo", "dr_grpo", "gspo"))
+    advantage_scale: str = _setting("group", "advantages are divided by the std of the group, the batch, or not",
+                                    ("group", "batch", "none"))
+    updates_per_rollout: int = _setting(1, "optimizer steps on each batch of rollouts", at_least=1)
+    micro_batch: int = _setting(0, "completions per packed forward; 0: the whole group", at_least=0)
+    rollout_batch: int = _setting(256, "completions decoded side by side", at_least=1)
+    max_grad_norm: float = _setting(1.0, "gradients are clipped to this global norm", at_least=0)
+    overlong: str = _setting("keep", "truncated completions: keep or mask in the loss (DAPO)", ("keep", "mask"))
+
+    def __post_init__(self):
+        for setting in fields(self):
+            value, meta = getattr(self, setting.name), setting.metadata
+            if meta["choices"] and value not in meta["choices"]:
+                raise ValueError(f"{setting.name} is '{value}'; choose one of {', '.join(meta['choices'])}")
+            if meta["at_least"] is not None and not meta["at_least"] <= value < math.inf:
+                raise ValueError(f"{setting.name} is {value}; it must be at least {meta['at_least']}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt and its sampled completions, on the CPU. EOS is part of a completion iff it was sampled."""
+
+    prompt: Tensor  # [P]
+    completions: list[Tensor]  # G times [C_i]
+    logps: list[Tensor]  # G times [C_i], log-probabilities under the sampling distribution
+    truncated: list[bool]  # G, True where no EOS came within max_completion_tokens
+
+
+# ---- sampling
+
+
+@torch.no_grad()
+def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_ids: Sequence[int],
+                  group_size: int | None = None, temperature: float | None = None,
+                  generator: torch.Generator | None = None) -> list[Group]:
+    """Samples a group of completions for each prompt, in prompt order.
+
+    Args:
+        model: a causal language model of transformers.
+        prompts: 1-D LongTensors of unequal length.
+        eos_ids: the tokens that end a completion.
+        group_size, temperature: override the config's (for evaluation: 1 and, greedily, 0 are allowed here).
+        generator: source of randomness, on the model's device.
+    """
+    G = config.group_size if group_size is None else group_size
+    temperature = config.temperature if temperature is None else temperature
+    per_batch = max(1, config.rollout_batch // G)
+    groups = []
+    with dropout_off(model):
+        for start in range(0, len(prompts), per_batch):
+            batch = list(prompts[start:start + per_batch])
+            groups += _sample_batch(model, batch, G, temperature, config.max_completion_tokens, eos_ids, generator)
+    return groups
+
+
+def _sample_batch(model, prompts, G, temperature, max_tokens, eos_ids, generator) -> list[Group]:
+    device = next(model.parameters()).device
+    N, eos = len(prompts) * G, torch.tensor(list(eos_ids), device=device)
+    ids, mask = left_pad(prompts, device)  # [B, P] each
+    out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=True, logits_to_keep=1)
+    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(G, 0)  # logits [B·G, V]
+    cache.batch_repeat_interleave(G)  # one prefill serves the G completions
+    mask = mask.repeat_interleave(G, 0)
+    position = mask.sum(-1, keepdim=True)  # [B·G, 1]
+    tokens = torch.zeros(N, max_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(N, max_tokens, device=device)
+    lengths = torch.zeros(N, dtype=torch.long, device=device)
+    ended = torch.zeros(N, dtype=torch.bool, device=device)
+    rows = torch.arange(N, device=device)  # the completions still growing
+    for t in range(max_tokens):
+        token, logp = sample_token(logits, temperature, generator)  # [n] each
+        tokens[rows, t], logps[rows, t], lengths[rows] = token, logp, t + 1
+        ended[rows] = torch.isin(token, eos)
+        open_rows = (~ended[rows]).nonzero()[:, 0]
+        if len(open_rows) == 0 or t == max_tokens - 1:
+            break
+        if len(open_rows) < len(rows):  # finished rows leave the batch
+            cache.batch_select_indices(open_rows)
+            rows, token, mask, position = rows[open_rows], token[open_rows], mask[open_rows], position[open_rows]
+        mask = F.pad(mask, (0, 1), value=1)
+        out = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
+                    past_key_values=cache, use_cache=True)
+        logits, position = out.logits[:, -1], position + 1
+    tokens, logps, lengths, ended = tokens.cpu(), logps.cpu(), lengths.tolist(), ended.tolist()
+    groups = [(prompt.cpu(), range(b * G, b * G + G)) for b, prompt in enumerate(prompts)]  # prompt-major
+    return [Group(prompt, [tokens[i, :lengths[i]] for i in members], [logps[i, :lengths[i]] for i in members],
+                  [not ended[i] for i in members]) for prompt, members in groups]
+
+
+def sample_token(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
+    """Draws a token a row from softmax(logits / temperature); 0 is greedy. [N, V] -> tokens [N], logps [N]."""
+    logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    token = torch.multinomial(logp.exp(), 1, generator=generator) if temperature else logp.argmax(-1, keepdim=True)
+    return token[:, 0], logp.gather(-1, token)[:, 0]
+
+
+def left_pad(prompts: Sequence[Tensor], device) -> tuple[Tensor, Tensor]:
+    """Stacks prompts of unequal length, padded on the left. -> ids [B, P], mask [B, P] of 0 and 1."""
+    P = max(len(p) for p in prompts)
+    ids = torch.stack([F.pad(p, (P - len(p), 0)) for p in prompts]).to(device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, (torch.arange(P, device=device) >= P - lengths[:, None]).long()
+
+
+@contextmanager
+def dropout_off(model):
+    """Evaluation mode inside, so that rollout and update see the same policy; every module's mode comes back.
+
+    Where gradients are wanted, layers with gradient checkpointing stay in training mode, which is what switches
+    the checkpointing on; their dropout sits in child modules and is off.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for module, _ in modes:
+            if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
+                module.training = True
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# ---- advantages
+
+
+def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
+    """Rewards relative to their group, eq. (1). [B, G] -> [B, G]
+
+    scale: `group` divides by the group's standard deviation (GRPO), `batch` by that of all rewards, `none` by
+    nothing (Dr. GRPO, arXiv 2503.20783). Standard deviations are the sample's (divisor n − 1). A group whose
+    rewards are equal but for rounding gets exactly 0.
+    Raises ValueError: fewer than two completions a group, a reward that is not finite, an unknown scale.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be [B, G] with G at least 2, but are {list(rewards.shape)}")
+    if not torch.isfinite(rewards).all():
+        raise ValueError("a reward is not finite")
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"advantage scale is '{scale}'; choose one of group, batch, none")
+    flat = flat_groups(rewards)[:, None]  # [B, 1]
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)  # eq. (1)
+    if scale == "group":
+        advantages = advantages / rewards.std(dim=1, keepdim=True).masked_fill(flat, 1.0)
+    elif scale == "batch" and not flat.all():
+        advantages = advantages / rewards.std()
+    return advantages.masked_fill(flat, 0.0)
+
+
+def flat_groups(rewards: Tensor) -> Tensor:
+    """Which groups have nothing to compare: all rewards equal but for rounding. [B, G] -> bool [B]"""
+    spread = rewards.amax(dim=1) - rewards.amin(dim=1)
+    return spread <= 1e-6 * rewards.abs().amax(dim=1).clamp(min=1.0)
+
+
+# ---- log-probabilities of a group in one row
+
+
+@dataclass(frozen=True)
+class PackedGroup:
+    """One row `[prompt | c1 | … | cG]` in which a completion sees the prompt and itself."""
+
+    input_ids: Tensor  # [1, L], L = P + ΣC_i
+    position_ids: Tensor  # [1, L], every completion starts at P
+    segment_ids: Tensor  # [L], 0 for the prompt, i for completion i
+    predictors: Tensor  # [ΣC_i], the positions in the row whose hidden state predicts the completion tokens
+    mask: Tensor  # bool [G, T], True on completion tokens, T the longest completion
+    prompt: Tensor  # [P]
+    completions: list[Tensor]  # G times [C_i]
+
+    def attention_mask(self, dtype: torch.dtype, device) -> Tensor:
+        """Additive mask [1, 1, L, L]: 0 where a query (row) may see a key (column), else the lowest number."""
+        segment = self.segment_ids.to(device)
+        seen = ((segment == 0) | (segment == segment[:, None])).tril()  # [L, L]
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Spreads one value a completion token over the group, padding 0. [ΣC_i] -> [G, T]"""
+        mask = self.mask.to(values.device)
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def pack_group(prompt: Tensor, completions: Sequence[Tensor]) -> PackedGroup:
+    """Packs a prompt [P] and completions [C_i] into one row: G·(P + C) tokens of compute become P + G·C.
+
+    Raises ValueError: an empty prompt, no completion, or an empty completion.
+    """
+    if len(prompt) == 0 or not completions or any(len(c) == 0 for c in completions):
+        raise ValueError("a group needs a prompt and completions of at least one token each")
+    P, lengths = len(prompt), torch.tensor([len(c) for c in completions])
+    within = torch.cat([torch.arange(len(c)) for c in completions])  # [ΣC_i], index of a token in its completion
+    previous = P - 1 + torch.arange(len(within))  # token t is predicted by the row position of token t − 1,
+    predictors = torch.where(within == 0, P - 1, previous)  # and token 0 by the last position of the prompt
+    return PackedGroup(
+        input_ids=torch.cat([prompt, *completions])[None],
+        position_ids=torch.cat([torch.arange(P), P + within])[None],
+        segment_ids=torch.repeat_interleave(torch.arange(len(lengths) + 1), F.pad(lengths, (1, 0), value=P)),
+        predictors=predictors, mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        prompt=prompt, completions=list(completions))
+
+
+def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every completion token under softmax(logits / temperature).
+
+    -> logp [G, T] with gradient, entropy [G, T] without; padding 0; float32 or wider. A model that cannot run a
+    packed row (found by comparing both ways on first use) takes the padded way instead, with a warning.
+    """
+    if not _packing_is_exact(model, packed, temperature):
+        return padded_logprobs(model, packed, temperature)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
+    backbone, lm_head = causal.get_decoder(), causal.get_output_embeddings()
+    device, dtype = lm_head.weight.device, causal.get_input_embeddings().weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    hidden = backbone(input_ids=packed.input_ids.to(device), position_ids=packed.position_ids.to(device),
+                      attention_mask=packed.attention_mask(dtype, device), use_cache=False).last_hidden_state[0]
+    targets = torch.cat(packed.completions).to(device)
+    logp, entropy = token_logprobs(lm_head, hidden[packed.predictors.to(device)], targets, temperature)
+    return packed.unpack(logp), packed.unpack(entropy)
+
+
+def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution. hidden [N, D], targets [N] -> [N], [N]
+
+    The [N, V] logits never exist at once: lm_head runs on chunks, which backward computes again.
+    """
+    chunk = max(1, LOGIT_CHUNK_ELEMENTS // lm_head.weight.shape[0])
+    pieces = [checkpoint(_chunk_logprobs, lm_head, h, y, temperature, use_reentrant=False)
+              for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
+    logp, entropy = zip(*pieces, strict=True)
+    return torch.cat(logp), torch.cat(entropy)
+
+
+def _chunk_logprobs(lm_head, hidden, targets, temperature):
+    return _gather_logprobs(lm_head(hidden), targets, temperature)
+
+
+def _gather_logprobs(logits, targets, temperature):  # [..., V], [...] -> [...], [...]
+    logp = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp).sum(-1)
+    return logp.gather(-1, targets[..., None])[..., 0], entropy
+
+
+def padded_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
+    """The plain way: G padded rows `prompt + completion`, all logits. Same results as `completion_logprobs`."""
+    device, P, T = next(model.parameters()).device, len(packed.prompt), packed.mask.shape[1]
+    ids = torch.stack([F.pad(torch.cat([packed.prompt, c]), (0, T - len(c))) for c in packed.completions]).to(device)
+    mask = F.pad(packed.mask, (P, 0), value=True).to(device)
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, P - 1:-1]  # [G, T, V]
+    logp, entropy = _gather_logprobs(logits, ids[:, P:], temperature)
+    return logp * mask[:, P:], entropy * mask[:, P:]
+
+
+_packing_verdicts: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> bool
+
+
+def _packing_is_exact(model, packed: PackedGroup, temperature: float) -> bool:
+    """Compares the packed with the padded forward, once a model, on the prompt and the two longest completions."""
+    if model not in _packing_verdicts:
+        _packing_verdicts[model] = True  # so that the call below takes the packed way
+        sample = pack_group(packed.prompt, sorted(packed.completions, key=len)[-2:])
+        tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(next(model.parameters()).dtype, 0.3)
+        try:
+            with torch.no_grad(), dropout_off(model):
+                gap = (completion_logprobs(model, sample, temperature)[0]
+                       - padded_logprobs(model, sample, temperature)[0]).abs().max().item()
+            reason = "" if gap <= tolerance else f"log-probabilities differ by {gap:.2g}"
+        except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        _packing_verdicts[model] = not reason
+        if reason:
+            warnings.warn(f"{type(model).__name__} cannot run packed groups ({reason}); using padded rows, "
+                          "which is slower and takes more memory", stacklevel=3)
+    return _packing_verdicts[model]
+
+
+# ---- loss
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
+    """Per-token estimate of KL(π ‖ π_ref) for tokens sampled from π; elementwise. joschu.net/blog/kl-approx.html
+
+    In expectation k1 and k3 equal the KL. As a loss, k2 has the KL's gradient, k3 (GRPO's choice) that of
+    KL(π_ref ‖ π), and k1 none at all: its expected gradient is zero.
+    """
+    log_ratio = ref_logp - logp  # ρ of eq. (4)
+    if kind == "k1":
+        return -log_ratio
+    if kind == "k2":
+        return 0.5 * log_ratio.square()
+    if kind == "k3":
+        return torch.expm1(log_ratio) - log_ratio  # eq. (4)
+    raise ValueError(f"KL estimator is '{kind}'; choose one of k1, k2, k3")
+
+
+def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
+                config: GRPOConfig, normalizer: float | None = None, entropy: Tensor | None = None):
+    """Clipped surrogate plus `kl_coef` times KL, eq. (2)–(5). -> (scalar loss, statistics as floats)
+
+    Args:
+        logp, old_logp, ref_logp: [N, T]; gradients flow through logp only. ref_logp may be None (no KL).
+        advantages: [N], one a completion.
+        mask: [N, T], true on the tokens that count.
+        normalizer: the divisor of the sum, of the *whole* batch where these rows are a part of it
+            (`loss_normalizer`); None: that of these rows.
+        entropy: [N, T], only for the statistics, which are means over these tokens.
+    """
+    mask = mask.to(logp.dtype)
+    lengths = mask.sum(-1).clamp(min=1)  # [N]
+    A = advantages.detach().to(logp.dtype)[:, None]  # [N, 1]
+    log_ratio = (logp - old_logp.detach()) * mask
+    if config.loss == "gspo":  # one ratio a sequence, the geometric mean of its tokens' (arXiv 2507.18071)
+        log_ratio = (log_ratio.sum(-1) / lengths)[:, None] * mask
+    ratio = log_ratio.exp()  # eq. (2)  [N, T]
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # clip-higher where clip_high > clip_low (DAPO)
+    token_loss = -torch.minimum(ratio * A, clipped * A)  # eq. (3)
+    kl = None if ref_logp is None else kl_estimate(logp, ref_logp.detach(), config.kl_estimator)
+    if kl is not None and config.kl_coef:
+        token_loss = token_loss + config.kl_coef * kl
+    row_loss = (token_loss * mask).sum(-1)  # [N]
+    if config.loss in ("grpo", "gspo"):  # mean over a sequence's tokens, then over sequences
+        row_loss = row_loss / lengths
+    # dapo: every token of the batch weighs the same (arXiv 2503.14476); dr_grpo: a constant length (2503.20783)
+    divisor = loss_normalizer(mask, config) if normalizer is None else normalizer
+    return row_loss.sum() / max(divisor, 1), _statistics(ratio, log_ratio, A, mask, config, kl, entropy)  # eq. (5)
+
+
+def loss_normalizer(mask: Tensor, config: GRPOConfig) -> float:
+    """What the summed loss of these rows is divided by; additive over the parts of a batch. mask [N, T]"""
+    if config.loss == "dapo":
+        return mask.sum().item()
+    sequences = (mask.sum(-1) > 0).sum().item()
+    return sequences * config.max_completion_tokens if config.loss == "dr_grpo" else sequences
+
+
+@torch.no_grad()
+def _statistics(ratio, log_ratio, A, mask, config, kl, entropy) -> dict[str, float]:
+    values = {"approx_kl": torch.expm1(log_ratio) - log_ratio,  # from the old policy to this one
+              "clip_fraction_low": (ratio < 1 - config.clip_low) & (A < 0),
+              "clip_fraction_high": (ratio > 1 + config.clip_high) & (A > 0), "ratio_mean": ratio}
+    values |= {name: value for name, value in (("kl", kl), ("entropy", entropy)) if value is not None}
+    means = {name: ((value * mask).sum() / mask.sum().clamp(min=1)).item() for name, value in values.items()}
+    return means | {"ratio_max": (ratio * mask).max().item()}
+
+
+# ---- update
+
+
+def packed_batches(groups: Sequence[Group], config: GRPOConfig) -> list[tuple[int, slice, PackedGroup]]:
+    """The micro-batches of a rollout: (index of the group, its completions in this one, packed row)."""
+    size = config.micro_batch or max(len(group.completions) for group in groups)
+    parts = [(index, slice(start, start + size)) for index, group in enumerate(groups)
+             for start in range(0, len(group.completions), size)]
+    return [(i, rows, pack_group(groups[i].prompt, groups[i].completions[rows])) for i, rows in parts]
+
+
+@torch.no_grad()
+def reference_logprobs(model, batches, config: GRPOConfig) -> list[Tensor]:
+    """Log-probabilities [n, T] of the reference for every micro-batch of `packed_batches`."""
+    with dropout_off(model):
+        return [completion_logprobs(model, packed, config.temperature)[0] for _, _, packed in batches]
+
+
+def policy_update(model, optimizer, groups: Sequence[Group], batches, advantages: Tensor,
+                  ref_logps: list[Tensor] | None, config: GRPOConfig) -> dict[str, float]:
+    """`updates_per_rollout` optimizer steps on one rollout, which is never sampled again.
+
+    Args:
+        batches: from `packed_batches(groups, config)`.
+        advantages: [B, G].
+        ref_logps: from `reference_logprobs`, or None when kl_coef is 0.
+    Returns:
+        statistics over tokens and updates, and of the last update `loss`, `grad_norm` (before clipping);
+        `skipped_updates` (gradients not finite); `sampler_gap`, the mean |log-probability of sampler − training|.
+    """
+    masks = [packed.mask & ~torch.tensor(groups[i].truncated[rows])[:, None] if config.overlong == "mask"
+             else packed.mask for i, rows, packed in batches]
+    normalizer = sum(loss_normalizer(mask, config) for mask in masks)  # of the whole batch
+    old_logps, totals, ratio_max, skipped = [], Counter(), 0.0, 0
+    with dropout_off(model):
+        for update in range(config.updates_per_rollout):
+            optimizer.zero_grad(set_to_none=True)
+            loss_sum = 0.0
+            for n, (i, rows, packed) in enumerate(batches):
+                logp, entropy = completion_logprobs(model, packed, config.temperature)  # [n, T]
+                if update == 0:  # on policy: this is the old policy, so the ratio is exactly 1
+                    old_logps.append(logp.detach())
+                loss, stats = policy_loss(logp, old_logps[n], ref_logps[n] if ref_logps else None,
+                                          advantages[i, rows].to(logp.device), masks[n].to(logp.device), config,
+                                          normalizer, entropy)
+                loss.backward()
+                loss_sum += loss.item()
+                ratio_max = max(ratio_max, stats.pop("ratio_max"))
+                totals.update({name: value * int(masks[n].sum()) for name, value in stats.items()})
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+            if math.isfinite(grad_norm):
+                optimizer.step()
+            else:
+                skipped += 1
+    tokens = max(1, config.updates_per_rollout * sum(int(mask.sum()) for mask in masks))
+    gaps = [(old.cpu()[packed.mask] - torch.cat(groups[i].logps[rows])).abs()
+            for (i, rows, packed), old in zip(batches, old_logps, strict=True)]
+    return {name: value / tokens for name, value in totals.items()} | {
+        "ratio_max": ratio_max, "loss": loss_sum, "grad_norm": grad_norm, "skipped_updates": skipped,
+        "sampler_gap": torch.cat(gaps).mean().item()}

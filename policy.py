@@ -1,0 +1,159 @@
+"""Policies: load, build and save a causal language model with its tokenizer. Nothing algorithmic.
+
+`tiny` is built here from random weights (a Qwen2 of about one million parameters and a byte-level BPE tokenizer
+trained on the questions at hand); everything else is a Hugging Face checkpoint: an alias, a hub id or a local folder.
+"""
+
+import contextlib
+import copy
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import UserError
+
+ALIASES = {
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5-coder-0.5b": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    "qwen2.5-coder-1.5b": "Qwen/Qwen2.5-Coder-1.5B-Instruct",
+    "qwen2.5-coder-3b": "Qwen/Qwen2.5-Coder-3B-Instruct",
+    "qwen2.5-coder-7b": "Qwen/Qwen2.5-Coder-7B-Instruct",
+    "finer-sql-3b-bird": "griffith-bigdata/FINER-SQL-3B-BIRD",
+    "finer-sql-3b-spider": "griffith-bigdata/FINER-SQL-3B-Spider",
+}
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+
+@dataclass
+class Policy:
+    """A causal language model, its tokenizer, and the ids that end a completion."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    eos_ids: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def decode(self, ids: torch.Tensor) -> str:
+        """Text of a completion, without the token that ended it."""
+        return self.tokenizer.decode([i for i in ids.tolist() if i not in self.eos_ids], skip_special_tokens=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model and tokenizer so that plain transformers (and vLLM) load them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def build_tiny(texts: Iterable[str], *, seed: int, vocab_size: int = 1000, width: int = 128, layers: int = 4,
+               heads: int = 4) -> Policy:
+    """Builds the tiny policy: random weights, and a tokenizer trained on `texts`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = train_tokenizer(texts, vocab_size)
+    torch.manual_seed(seed)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
+                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
+                         max_position_embeddings=4096, rope_theta=10000.0, tie_word_embeddings=True,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+                         initializer_range=0.06)  # a narrow model learns to copy sooner from larger weights
+    return Policy(Qwen2ForCausalLM(config), tokenizer, (tokenizer.eos_token_id,))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, numbers: int = 400):
+    """A byte-level BPE tokenizer of the class that transformers pairs with Qwen2, so that AutoTokenizer restores it.
+
+    That class splits numbers into digits; the most frequent `numbers` are added whole, as a narrow model copies one
+    token far more surely than the order of three.
+    """
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+
+    texts = list(texts)
+    blank = Qwen2Tokenizer(eos_token=END, pad_token=PAD)
+    tokenizer = blank.train_new_from_iterator(texts, vocab_size, show_progress=False)
+    counts = Counter(number for text in texts for number in re.findall(r"(?<!\w)\d{2,}(?!\w)", text))
+    whole = [AddedToken(number, single_word=True, normalized=False) for number, _ in counts.most_common(numbers)]
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")] + whole)
+    return tokenizer
+
+
+def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: torch.dtype = torch.float32) -> Policy:
+    """Loads a checkpoint by alias, local folder or hub id.
+
+    With `lora_rank` the weights are frozen and adapters of that rank are trained instead (needs peft).
+
+    Raises:
+        UserError: the checkpoint is not there or cannot be loaded, or peft is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = ALIASES.get(name, name)
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{source} is not a model folder: it has no config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_missing_model(name, source, error)) from error
+    model.to(device)
+    if lora_rank:
+        model = _add_lora(model, lora_rank)
+    return Policy(model, tokenizer, _eos_ids(model, tokenizer))
+
+
+def _missing_model(name: str, source: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).exists():
+        return f"cannot load the model in {source}: {reason}"
+    known = ", ".join(["tiny", *ALIASES])
+    return (f"model '{name}' is neither a local folder nor reachable on the Hugging Face hub ({source}): get it with "
+            f"`hf download {source}` while online, give a folder, or choose one of {known}")
+
+
+def _eos_ids(model, tokenizer) -> tuple[int, ...]:
+    """All ids that end a completion: the tokenizer's EOS and those of the generation config."""
+    configured = getattr(model, "generation_config", None)
+    ids = getattr(configured, "eos_token_id", None) or []
+    ids = {*([ids] if isinstance(ids, int) else ids), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise UserError("the tokenizer has no EOS token, so completions would never end")
+    return tuple(sorted(ids))
+
+
+def _add_lora(model, rank: int):
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--lora-rank needs peft: pip install -r requirements-extra.txt") from error
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
+                                            task_type="CAUSAL_LM"))
+
+
+class Reference:
+    """The frozen policy that the KL penalty pulls towards: a copy, or the same model with its adapters off."""
+
+    def __init__(self, model):
+        self.adapters = hasattr(model, "disable_adapter")
+        self.model = model if self.adapters else copy.deepcopy(model).requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def active(self):
+        """Yields the model with the reference's weights in force."""
+        with self.model.disable_adapter() if self.adapters else contextlib.nullcontext():
+            yield self.model
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk that will hold `folder`."""
+    existing = next(p for p in [folder, *folder.resolve().parents] if p.exists())
+    return shutil.disk_usage(existing).free

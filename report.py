@@ -1,0 +1,694 @@
+"""Writes a run as one page, runs/NAME/report.html: its curves, and every group with its completions.
+
+    python report.py runs/demo      # also while the run goes on; train.py does it at the end of a run
+
+The page is a single file that loads nothing from anywhere. From top to bottom:
+  (1) settings, and held-out accuracy before and after where result.json has it;
+  (2) curves of metrics.jsonl: plain SVG written here, because it needs nothing installed and follows the
+      reader's light or dark colours, which a matplotlib picture would not;
+  (3) the group inspector over rollouts.jsonl: question, schema and gold beside the completions, each with
+      its rewards, advantage, SQL, and the atomic operations it matched, missed or added.
+
+Rollouts of a long run are large, so each step is a compressed block that the page unpacks when it is looked
+at. Where all steps would take more than PAGE_BYTES, evenly spaced steps are kept and the page says so.
+
+Model output is untrusted. It travels as compressed base64, so no text can end a script block; the page's
+script sets it by textContent only; characters that do not print (NUL, direction marks) are written out as
+‹U+202E›; and a content security policy lets nothing but the page's own style and script take effect.
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import UserError, load_dataset, read_schema, run_main, schema_columns
+from prompts import full_schema
+from rewards import atomic_operations
+from sql_exec import SQLExecutor
+
+TEMPLATE = Path(__file__).with_name("report_template.html")
+PAGE_BYTES = 18_000_000  # of rollouts in a page
+PROBED_STEPS = 8         # steps packed to learn how many fit
+GOLD_SECONDS = 20.0      # for gold queries whose results the run has not cached
+ROWS_SHOWN = 5           # of a result
+CELL_CHARS = 80          # of a value in it
+KEY_SETTINGS = ("model", "data", "split", "rewards", "loss", "group_size", "prompts_per_step", "lr",
+                "kl_coef", "temperature", "seed")
+
+
+def write_report(folder: Path) -> Path:
+    """Writes folder/report.html from what the run has logged so far; a reader never sees half a page.
+
+    Raises:
+        UserError: the folder holds no finished step yet, or the page cannot be written.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder of a run")
+    by_step = {record["step"]: record for record in read_records(folder / "metrics.jsonl")}
+    if not by_step:
+        raise UserError(f"{folder} has no metrics.jsonl with a finished step, so nothing to report yet")
+    metrics = [by_step[step] for step in sorted(by_step)]
+    config, result = read_object(folder / "config.json"), read_object(folder / "result.json")
+    with World(config, folder) as world:
+        blocks, note = pack_rollouts(RolloutLog(folder / "rollouts.jsonl"), world)
+    blocks["metrics"] = pack({key: column(metrics, key) for key in plotted_keys(metrics) | {"step"}})
+    page = fill_template({
+        "title": escape(folder.resolve().name),
+        "tiles": tiles(config, metrics, result),
+        "settings": settings_list(config),
+        "result": result_tables(result, str(config.get("match", "bird"))),
+        "charts": charts(metrics),
+        "note": escape(note),
+        "blocks": "\n".join(f'<script type="application/octet-stream" id="{name}">{data}</script>'
+                            for name, data in blocks.items()),
+    })
+    scratch = folder / ".new-report.html"
+    try:
+        scratch.write_text(page, encoding="utf-8")
+        os.replace(scratch, folder / "report.html")
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder}: {error.strerror}") from error
+    return folder / "report.html"
+
+
+# --------------------------------------------------------------------------------------------- reading a run
+
+def read_object(file: Path) -> dict:
+    """The JSON object of a file; empty when the file is absent or broken, for the rest can still be shown."""
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_records(file: Path) -> Iterator[dict]:
+    """The records of a .jsonl log; a line that a running trainer has half written is passed over."""
+    if file.is_file():
+        with open(file, "rb") as lines:
+            yield from filter(None, map(parse_record, lines))
+
+
+def parse_record(line: bytes) -> dict | None:
+    """The record of one line of a log, None when it is broken."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+class RolloutLog:
+    """Where each step's groups lie in rollouts.jsonl, so that a step can be read without the others."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.places: dict[int, list[int]] = defaultdict(list)  # step -> offsets of its lines
+        offset = 0
+        if file.is_file():
+            with open(file, "rb") as lines:
+                for line in lines:
+                    if (step := self._step_of(line)) is not None:
+                        self.places[step].append(offset)
+                    offset += len(line)
+        self.steps = sorted(self.places)
+
+    @staticmethod
+    def _step_of(line: bytes) -> int | None:
+        """The line's step; the usual line is not parsed for it."""
+        if (start := re.match(rb'\{"step": (\d+), ', line)) and line.endswith(b"}\n"):
+            return int(start[1])
+        record = parse_record(line)
+        return record and record["step"]
+
+    def read(self, step: int) -> list[dict]:
+        """The groups of a step."""
+        with open(self.file, "rb") as lines:
+            groups = []
+            for offset in self.places[step]:
+                lines.seek(offset)
+                groups.append(parse_record(lines.readline()))
+        return [group for group in groups if group]
+
+
+class World:
+    """The run's databases, as far as they can still be read: schemas, and results of gold queries."""
+
+    def __init__(self, config: dict, folder: Path):
+        self.databases = find_databases(config)
+        self.executor = SQLExecutor(self.databases, workers=config.get("sql_workers", 1),
+                                    timeout=config.get("sql_timeout", 5.0), cache=folder / "gold_cache")
+        self.seconds_left = GOLD_SECONDS
+        self._schemas: dict[str, tuple[str, dict]] = {}
+        self._operations: dict[tuple[str, str], frozenset[str]] = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.executor.close()
+
+    def schema(self, db_id: str) -> tuple[str, dict]:
+        """CREATE TABLE statements, and {table: [column, ...]}; empty when the database is gone."""
+        if db_id not in self._schemas:
+            try:
+                schema = read_schema(self.databases[db_id])
+                self._schemas[db_id] = full_schema(schema, 3), schema_columns(schema)
+            except (KeyError, UserError):
+                self._schemas[db_id] = "", {}
+        return self._schemas[db_id]
+
+    def operations(self, db_id: str, sql: str) -> frozenset[str]:
+        """The atomic operations of a query; groups repeat themselves, so each is taken apart once."""
+        if (db_id, sql) not in self._operations:
+            self._operations[db_id, sql] = atomic_operations(sql, self.schema(db_id)[1] or None)
+        return self._operations[db_id, sql]
+
+    def gold_results(self, groups: list[dict]) -> list[dict | None]:
+        """The result of each group's first gold: status, columns, first rows, number of rows, error."""
+        if self.seconds_left <= 0 or not self.databases:
+            return [None] * len(groups)
+        start = time.perf_counter()
+        golds = self.executor.run_gold([(group.get("db_id", ""), first_gold(group)) for group in groups])
+        self.seconds_left -= time.perf_counter() - start
+        results = [{"status": gold.status, "columns": gold.columns, "rows": preview(gold.rows),
+                    "count": len(gold.rows), "error": gold.error} for gold in golds]
+        return [result if group.get("db_id") in self.databases else None
+                for group, result in zip(groups, results, strict=True)]
+
+
+def find_databases(config: dict) -> dict[str, Path]:
+    """{db_id: file} of the run's training data; empty when it has moved away."""
+    name, options = config.get("data"), {}
+    if name == "demo":
+        options = {"seed": config.get("seed", 0)}
+    try:
+        return load_dataset(name, config.get("data_dir"), config.get("split", "train"), **options).databases
+    except (UserError, OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def preview(rows: list) -> list:
+    """The first rows of a result, long texts cut."""
+    return [[cell[:CELL_CHARS] + "…" if isinstance(cell, str) and len(cell) > CELL_CHARS else cell
+             for cell in row] for row in rows[:ROWS_SHOWN]]
+
+
+def first_gold(group: dict) -> str:
+    """The official gold SQL of a group."""
+    return next(iter(group.get("gold_sqls") or []), "")
+
+
+# ------------------------------------------------------------------------------------- the inspector's blocks
+
+def pack_rollouts(log: RolloutLog, world: World) -> tuple[dict[str, str], str]:
+    """Blocks "step-N" of the steps shown, "index" and "schemas"; and a note on what was left out."""
+    steps = choose_steps(log, world)
+    index = {"steps": [], "groups": [], "tiers": [], "scales": {}}
+    blocks, databases = {}, set()
+    for step in steps:
+        groups = step_view(log.read(step), world)
+        if groups:
+            blocks[f"step-{step}"] = pack(groups)
+            databases |= {group["db_id"] for group in groups}
+            add_to_index(index, step, groups)
+    # A component that is 0 all along is switched off and gets no bar.
+    index["scales"] = {name: value for name, value in index["scales"].items() if value}
+    blocks["index"] = pack(index)
+    blocks["schemas"] = pack({db_id: world.schema(db_id)[0] for db_id in databases})
+    note = ""
+    if len(steps) < len(log.steps):
+        note = (f"{len(steps)} of the {len(log.steps)} logged steps are in this page, evenly spaced, to keep "
+                "it small; rollouts.jsonl has them all.")
+    return blocks, note
+
+
+def choose_steps(log: RolloutLog, world: World) -> list[int]:
+    """All steps if they fit into PAGE_BYTES, else as many as do, evenly spaced, and the last."""
+    probes = evenly(log.steps, PROBED_STEPS)
+    total = sum(len(pack(step_view(log.read(step), world))) for step in probes)
+    fitting = PAGE_BYTES * len(probes) // max(total, 1)
+    return sorted({*evenly(log.steps, max(fitting, 1)), *log.steps[-1:]})
+
+
+def evenly(items: list, count: int) -> list:
+    """At most `count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def step_view(groups: list[dict], world: World) -> list[dict]:
+    """The groups of a step as the page shows them."""
+    golds = world.gold_results(groups)
+    return [{"id": group.get("id"), "db_id": group.get("db_id", ""), "question": group.get("question"),
+             "evidence": group.get("evidence"), "difficulty": group.get("difficulty") or "",
+             "gold_sqls": group.get("gold_sqls") or [], "gold": gold,
+             "completions": [completion_view(one, group, world) for one in group["completions"]]}
+            for group, gold in zip(groups, golds, strict=True) if group.get("completions")]
+
+
+def completion_view(completion: dict, group: dict, world: World) -> dict:
+    """A completion with its atomic operations matched, missed and extra; its text only if unparsed."""
+    view = dict(completion)
+    if completion.get("sql"):
+        view.pop("text", None)  # thought and SQL are all of it
+        view |= compare_operations(completion["sql"], group, world)
+    if view.get("rows"):
+        view["rows"] = preview(view["rows"])
+    return view
+
+
+def compare_operations(sql: str, group: dict, world: World) -> dict[str, list[str]]:
+    """Which operations the query shares with the nearest gold, which it lacks and which it adds."""
+    db_id = group.get("db_id", "")
+    found = world.operations(db_id, sql)
+    golds = [world.operations(db_id, gold) for gold in group.get("gold_sqls") or [""]]
+    gold = max(golds, key=lambda gold: len(found & gold) / max(len(found | gold), 1))
+    return {"matched": sorted(found & gold), "missed": sorted(gold - found), "extra": sorted(found - gold)}
+
+
+def add_to_index(index: dict, step: int, groups: list[dict]) -> None:
+    """Notes what the filters ask of each group: [right, completions, flat, tier]; and reward scales."""
+    rows = []
+    for group in groups:
+        completions, tier = group["completions"], group["difficulty"]
+        if tier not in index["tiers"]:
+            index["tiers"].append(tier)
+        rewards = [completion.get("rewards", {}) for completion in completions]
+        for name, value in (item for reward in rewards for item in reward.items()):
+            index["scales"][name] = max(abs(value), index["scales"].get(name, 0))
+        rows.append([sum(bool(completion.get("correct")) for completion in completions), len(completions),
+                     len({reward.get("total") for reward in rewards}) == 1, index["tiers"].index(tier)])
+    index["steps"].append(step)
+    index["groups"].append(rows)
+
+
+def pack(value) -> str:
+    """A value as compressed, base64-coded JSON."""
+    text = json.dumps(presentable(value), separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(zlib.compress(text.encode("ascii"), 9)).decode("ascii")
+
+
+def presentable(value):
+    """The value with visible texts, 4-digit numbers, and null for what JSON cannot say."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {visible(str(key)): presentable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [presentable(item) for item in value]
+    return f"x'{value.hex()}'" if isinstance(value, bytes) else value
+
+
+def visible(text: str) -> str:
+    """The text with every character that would not show itself written out: NUL becomes ‹U+0000›."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else f"‹U+{ord(c):04X}›" for c in text)
+
+
+def escape(value) -> str:
+    """A value as HTML text."""
+    return html.escape(visible(str(value)))
+
+
+# ----------------------------------------------------------------------------------------------- the page
+
+def fill_template(parts: dict[str, str]) -> str:
+    """The template with {{name}} replaced, and a policy that allows exactly its own style and script."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+
+    def digest(tag):
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
+        return "'sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() + "'"
+
+    policy = (f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; "
+              "base-uri 'none'; form-action 'none'")
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: (parts | {"policy": policy})[name[1]], template)
+
+
+def tiles(config: dict, metrics: list[dict], result: dict) -> str:
+    """The few numbers a reader wants first."""
+    match, shown = str(config.get("match", "bird")), []
+    for name, after in result.get("after", {}).items():
+        old, new = accuracy(result.get("before", {}).get(name), match), accuracy(after, match)
+        if math.isfinite(new - old):
+            shown.append((f"held-out accuracy, {name}", f"{percent(old)} → {percent(new)} %",
+                          f"{signed(100 * (new - old))} points on {after['n']} questions"))
+    tenth = max(1, len(metrics) // 10)
+    right = column(metrics, "execution_accuracy")
+    if (first := mean(right[:tenth])) is not None and (last := mean(right[-tenth:])) is not None:
+        shown.append(("samples that are right", f"{percent(first)} → {percent(last)} %",
+                      f"first and last {plural(tenth, 'step')}"))
+    steps, planned = metrics[-1]["step"], config.get("steps")
+    state = "finished" if steps == planned else f"of {planned} planned" if planned else ""
+    shown.append(("steps", str(steps), state))
+    phases = matching("seconds/*", metrics)
+    seconds = sum(filter(None, (value for key in phases for value in column(metrics, key))))
+    shown.append(("time in steps", duration(seconds), f"{seconds / len(metrics):.2f} s a step"))
+    return "".join(f'<div class="tile"><dt>{escape(label)}</dt><dd>{escape(value)}'
+                   f"<small>{escape(more)}</small></dd></div>" for label, value, more in shown)
+
+
+def settings_list(config: dict) -> str:
+    """The telling settings in a line, all of them behind it."""
+    def pairs(names):
+        return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(config[name])}</dd></div>" for name in names)
+
+    if not config:
+        return "<p>There is no readable config.json.</p>"
+    return (f'<dl class="settings">{pairs([name for name in KEY_SETTINGS if name in config])}</dl>'
+            f"<details><summary>All {len(config)} settings</summary>"
+            f'<dl class="settings all">{pairs(sorted(config))}</dl></details>')
+
+
+def result_tables(result: dict, match: str) -> str:
+    """Held-out accuracy before and after, a table a comparison; the run's own comparison is open."""
+    after = result.get("after", {})
+    matches = sorted({name for part in after.values() for name in part.get("execution_accuracy", {})},
+                     key=lambda name: name != match)
+    tables = [f"<details{' open' if name == match else ''}><summary>Held-out execution accuracy by the "
+              f"{escape(name)} comparison</summary>{result_table(result, name)}</details>"
+              for name in matches]
+    return f'<section aria-label="Held-out accuracy">{"".join(tables)}</section>' if tables else ""
+
+
+def result_table(result: dict, match: str) -> str:
+    """A line for each question set and each of its tiers."""
+    lines = []
+    for name, after in result["after"].items():
+        before = result.get("before", {}).get(name, {})
+        tiers, old_tiers = after.get("by_difficulty", {}), before.get("by_difficulty", {})
+        for tier in tiers if len(tiers) > 1 else ():
+            lines.append(result_line(f"{name}: {tier}", "tier", old_tiers.get(tier), tiers[tier], match))
+        lines.append(result_line(f"{name}: all", "total", before, after, match))
+    headings = "".join(f'<th scope="col">{text}</th>'
+                       for text in ("questions", "n", "before, %", "after, %", "gain"))
+    return (f'<div class="scroll"><table class="result"><thead><tr>{headings}'
+            '<th scope="col" class="wide">0 to 100 %, with 95 % intervals</th></tr></thead>'
+            f"<tbody>{''.join(lines)}</tbody></table></div>")
+
+
+def result_line(label: str, kind: str, before: dict | None, after: dict, match: str) -> str:
+    """One line of the table; the picture has a hollow dot before and a full one after."""
+    gain = signed(100 * (accuracy(after, match) - accuracy(before, match)))
+    cells = [after["n"], interval_cell(before, match), interval_cell(after, match), gain]
+    return (f'<tr class="{kind}"><th scope="row">{escape(label)}</th>'
+            f"{''.join(f'<td>{cell}</td>' for cell in cells)}"
+            f'<td class="wide">{dumbbell(before, after, match)}</td></tr>')
+
+
+def interval_cell(part: dict | None, match: str) -> str:
+    """`41.2 [38.0, 44.5]`"""
+    if not math.isfinite(accuracy(part, match)):
+        return "–"
+    low, high = part["interval"][match]
+    return f"<b>{percent(accuracy(part, match))}</b> <small>[{percent(low)}, {percent(high)}]</small>"
+
+
+def dumbbell(before: dict | None, after: dict, match: str) -> str:
+    """A small picture of two accuracies with their intervals."""
+    marks = []
+    for part, y, name in ((before, 5, "before"), (after, 13, "after")):
+        if math.isfinite(accuracy(part, match)):
+            low, high = part["interval"][match]
+            left, middle, right = (4 + 192 * share for share in (low, accuracy(part, match), high))
+            marks.append(f'<line class="{name}" x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}"/>'
+                         f'<circle class="{name}" cx="{middle:.1f}" cy="{y}" r="3"/>')
+    return ('<svg class="dumbbell" viewBox="0 0 200 18" aria-hidden="true">'
+            f'<line class="axis" x1="4" x2="196" y1="9" y2="9"/>{"".join(marks)}</svg>')
+
+
+def accuracy(part: dict | None, match: str) -> float:
+    """Execution accuracy of a summary; not a number where there is none."""
+    return (part or {}).get("execution_accuracy", {}).get(match, math.nan)
+
+
+# ----------------------------------------------------------------------------------------------- curves
+
+@dataclass(frozen=True)
+class Chart:
+    """A plot of some keys of metrics.jsonl; "status/*" stands for all keys that begin so."""
+    title: str
+    keys: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    share: bool = False    # values are shares of one, shown in per cent
+    stacked: bool = False
+
+
+CHARTS = (
+    Chart("Reward", ("reward", "reward_std"), ("mean", "spread within a group")),
+    Chart("Reward components", ("reward/*",)),
+    Chart("Execution accuracy", ("execution_accuracy", "dev_accuracy"), ("samples", "dev, greedy"),
+          share=True),
+    Chart("Uniform groups", ("flat_groups", "all_wrong_groups", "all_right_groups"),
+          ("flat: no gradient", "all wrong", "all right"), share=True),
+    Chart("What became of the SQL", ("status/*",), share=True, stacked=True),
+    Chart("KL to the reference", ("kl",), ("nats a token",)),
+    Chart("Entropy", ("entropy",), ("nats a token",)),
+    Chart("Clip fractions", ("clip_fraction_low", "clip_fraction_high"), ("low", "high"), share=True),
+    Chart("Completion length", ("completion_length", "completion_length_max"), ("mean", "longest")),
+    Chart("Truncated completions", ("truncated",), ("truncated",), share=True),
+    Chart("Seconds by phase", ("seconds/*",), stacked=True),
+    Chart("Seconds by reward", ("seconds/rewards/*",), stacked=True),
+    Chart("Speed", ("tokens_per_second",), ("tokens a second",)),
+    Chart("Gradient norm", ("grad_norm",), ("before clipping",)),
+    Chart("Learning rate", ("lr",), ("learning rate",)),
+    Chart("Off-policy drift", ("approx_kl", "sampler_gap"), ("KL to the old policy", "sampler gap")),
+    Chart("Memory of traces", ("memory_size",), ("traces",)),
+)
+WIDTH, HEIGHT = 360, 180
+LEFT, RIGHT, TOP, BOTTOM = 42, 350, 8, 158  # the plot inside it
+MAX_POINTS = RIGHT - LEFT                   # a longer run is averaged down to a point a pixel
+
+
+def plotted_keys(metrics: list[dict]) -> set[str]:
+    """All keys that some chart plots."""
+    return {key for chart in CHARTS for key in chart_keys(chart, metrics)}
+
+
+def chart_keys(chart: Chart, metrics: list[dict]) -> dict[str, str]:
+    """{key: label} of what the run has logged for a chart; a key that was never other than 0 is left out."""
+    found = {}
+    for number, pattern in enumerate(chart.keys):
+        for key in matching(pattern, metrics):
+            if any(column(metrics, key)):
+                found[key] = chart.labels[number] if chart.labels else key.removeprefix(pattern[:-1])
+    return found
+
+
+def matching(pattern: str, metrics: list[dict]) -> list[str]:
+    """The keys that a pattern stands for, in the order they were logged; "a/*" leaves out "a/b/c"."""
+    if not pattern.endswith("*"):
+        return [pattern]
+    keys = {key: None for record in metrics for key in record}
+    return [key for key in keys if key.startswith(pattern[:-1]) and "/" not in key[len(pattern) - 1:]]
+
+
+def charts(metrics: list[dict]) -> str:
+    """All charts the run has numbers for, and a sentence on those that stayed at zero."""
+    shown, silent = [], []
+    for chart in CHARTS:
+        keys = chart_keys(chart, metrics)
+        if keys:
+            shown.append(figure(chart, keys, metrics))
+        elif any(key in record for record in metrics for key in chart.keys):
+            silent.append(chart.title.lower())
+    note = f"<p>At zero in every step: {escape(', '.join(silent))}.</p>" if silent else ""
+    return f'<div class="charts">{"".join(shown)}</div>{note}'
+
+
+def figure(chart: Chart, keys: dict[str, str], metrics: list[dict]) -> str:
+    """A chart with title and legend, into which the page's script writes the values under the cursor."""
+    first, last = metrics[0]["step"], metrics[-1]["step"]
+    steps, columns = thin([record["step"] for record in metrics], {key: column(metrics, key) for key in keys})
+    legend = "".join(f'<li class="s{number % 8}"><i></i>{escape(label)} '
+                     f'<output data-key="{escape(key)}"></output></li>'
+                     for number, (key, label) in enumerate(keys.items()))
+    ends = ((label, [value for value in columns[key] if value is not None]) for key, label in keys.items())
+    spoken = "; ".join(f"{label} from {spell(values[0], chart.share)} to {spell(values[-1], chart.share)}"
+                       for label, values in ends)
+    draw = stacked_areas if chart.stacked else lines
+    return (f'<figure tabindex="0" data-share="{int(chart.share)}">'
+            f'<figcaption>{escape(chart.title)}</figcaption><ul class="legend">{legend}</ul>'
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-first="{first}" data-last="{last}" '
+            f'data-left="{LEFT}" data-right="{RIGHT}" '
+            f'aria-label="{escape(f"{chart.title}, steps {first} to {last}: {spoken}")}">'
+            f'{draw(steps, columns, chart.share)}'
+            f'<line class="guide" y1="{TOP}" y2="{BOTTOM}" x1="-9" x2="-9"/></svg></figure>')
+
+
+def lines(steps: Sequence[int], columns: dict[str, list], share: bool) -> str:
+    """Each step as a faint line, the running mean as a strong one; values of few steps as joined dots."""
+    top = max(value for values in columns.values() for value in values if value is not None)
+    bottom = min(0.0, *(value for values in columns.values() for value in values if value is not None))
+    parts = [axes(steps, bottom, top, share)]
+    for number, values in enumerate(columns.values()):
+        points = place(steps, values, bottom, top)
+        window = len(steps) // 40
+        if len(points) < len(steps) / 2 or len(points) == 1:
+            dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in points)
+            parts.append(f'<g class="s{number % 8}"><path class="line" d="{path(points)}"/>{dots}</g>')
+        else:
+            faint = f'<path class="faint" d="{path(points)}"/>' if window > 1 else ""
+            strong = path(place(steps, running_mean(values, window), bottom, top))
+            parts.append(f'<g class="s{number % 8}">{faint}<path class="line" d="{strong}"/></g>')
+    return "".join(parts)
+
+
+def stacked_areas(steps: Sequence[int], columns: dict[str, list], share: bool) -> str:
+    """Areas on top of each other, lightly smoothed; a key that a step lacks counts as 0."""
+    window = len(steps) // 40
+    layers = [running_mean([value or 0.0 for value in values], window) for values in columns.values()]
+    totals = [sum(values) for values in zip(*layers, strict=True)]
+    top = 1.0 if share else max(totals)
+    floor, parts = [0.0] * len(steps), []
+    for number, layer in enumerate(layers):
+        ceiling = [low + value for low, value in zip(floor, layer, strict=True)]
+        outline = place(steps, ceiling, 0.0, top) + place(steps, floor, 0.0, top)[::-1]
+        if len(steps) == 1:  # one step is a bar, not a line without width
+            outline = [(x, outline[i][1]) for i, x in ((0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))]
+        parts.append(f'<g class="s{number % 8}"><path class="area" d="{path(outline)}Z"/></g>')
+        floor = ceiling
+    return "".join(parts) + axes(steps, 0.0, top, share)
+
+
+def axes(steps: Sequence[int], bottom: float, top: float, share: bool) -> str:
+    """Grid lines with their values, and step numbers below."""
+    parts = []
+    for value in nice_ticks(bottom, top, 4):
+        (_, y), = place([0], [value], bottom, top)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                     f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{spell(value, share)}</text>')
+    for step in sorted({steps[0], *map(int, nice_ticks(steps[0], steps[-1], 4)), steps[-1]}):
+        near = min((abs(step - end) for end in (steps[0], steps[-1]) if step != end), default=0)
+        if step in (steps[0], steps[-1]) or near > (steps[-1] - steps[0]) / 12:
+            anchor = "middle" if step != steps[-1] or len(steps) == 1 else "end"
+            x = across(step, steps)
+            parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 15}" text-anchor="{anchor}">{step}</text>')
+    return "".join(parts)
+
+
+def across(step: float, steps: Sequence[int]) -> float:
+    """Where a step lies from left to right."""
+    return LEFT + (RIGHT - LEFT) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
+
+
+def place(steps: Sequence[int], values: Sequence, bottom: float, top: float) -> list[tuple[float, float]]:
+    """Points (x, y) of the values that are there."""
+    height = top - bottom or 1.0
+    return [(across(step, steps), BOTTOM - (BOTTOM - TOP) * (value - bottom) / height)
+            for step, value in zip(steps, values, strict=True) if value is not None]
+
+
+def path(points: list[tuple[float, float]]) -> str:
+    """An SVG path through the points."""
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def thin(steps: list[int], columns: dict[str, list]) -> tuple[list[int], dict[str, list]]:
+    """Means over equal stretches of a run that has more steps than the plot has pixels."""
+    size = math.ceil(len(steps) / MAX_POINTS)
+    if size <= 1:
+        return steps, columns
+    starts = range(0, len(steps), size)
+    middles = [steps[min(start + size // 2, len(steps) - 1)] for start in starts]
+    return ([steps[0], *middles[1:-1], steps[-1]],  # the ends of the axis stay where they are
+            {key: [mean(values[start:start + size]) for start in starts] for key, values in columns.items()})
+
+
+def running_mean(values: Sequence, window: int) -> list:
+    """The mean of each value with up to `window` neighbours on both sides; None stays None."""
+    return [None if value is None else mean(values[max(0, i - window):i + window + 1])
+            for i, value in enumerate(values)]
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers between low and high."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [number * step for number in numbers]
+
+
+# --------------------------------------------------------------------------------------- numbers and words
+
+def column(metrics: list[dict], key: str) -> list[float | None]:
+    """The values of a key, a step each; None where it is absent or not finite."""
+    return [finite(record.get(key)) for record in metrics]
+
+
+def finite(value) -> float | None:
+    """The value if it is a finite number."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def mean(values: Sequence) -> float | None:
+    """The mean of the values that are there."""
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+def spell(value: float, share: bool = False) -> str:
+    """A number with about three digits: 0.0123, 4.56, 12k, 1e-6; a share in per cent."""
+    if share:
+        return f"{100 * value:.3g}%"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
+    if abs(value) >= 10_000:
+        return f"{value / 1000:.3g}k"
+    return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent, without the sign."""
+    return f"{100 * share:.1f}"
+
+
+def signed(value: float) -> str:
+    """`+4.2`, `−1.0`, or a dash."""
+    return f"{value:+.1f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 step`, `12 steps`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `6 min 12 s`, `3 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+def main() -> None:
+    """Write the report of the run in a folder."""
+    parser = argparse.ArgumentParser(description="Write a run's report.html.")
+    parser.add_argument("run", type=Path, help="folder of the run, such as runs/demo")
+    path = write_report(parser.parse_args().run)
+    print(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,206 @@
+"""A run's folder: its configuration, its logs, and checkpoints that are whole or not there at all.
+
+    runs/NAME/config.json  metrics.jsonl  rollouts.jsonl  checkpoints/step-N/  best/  report.html
+
+A checkpoint is written into a temporary folder, flushed to disk and renamed, so a kill at any instant leaves the
+last good one. Logs are appended a line at a time; resuming cuts them back to the step of the checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from grpo import flat_groups
+from schema import UserError
+
+REWARD_NAMES = ("format", "execution", "atomic", "memory", "result", "schema", "user")
+
+
+class RunFolder:
+    """Opens or creates the folder of a run.
+
+    Raises:
+        UserError: it holds another run and `resume` is off, or it holds none and `resume` is on, or a setting
+            differs from the one the run was started with.
+    """
+
+    def __init__(self, path: str | Path, settings: dict, *, resume: bool, may_change: tuple[str, ...] = ()):
+        self.path = Path(path)
+        config = self.path / "config.json"
+        if resume:
+            self._check_settings(config, settings, may_change)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"{self.path} already holds a run or other files: continue it with --resume, choose another "
+                            "--output, or delete it")
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_whole(config, json.dumps(settings, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
+        for scratch in [*self.path.glob("checkpoints/.new-*"), *self.path.glob(".new-*"), *self.path.glob(".old-*")]:
+            shutil.rmtree(scratch)  # left by a kill while saving
+
+    def _check_settings(self, config: Path, settings: dict, may_change: tuple[str, ...]) -> None:
+        if not config.is_file():
+            raise UserError(f"{self.path} holds no run to resume (no config.json); start it without --resume")
+        try:
+            stored = json.loads(config.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{config} is not valid JSON, so the run cannot be resumed") from error
+        for name, value in settings.items():
+            if name not in may_change and name in stored and stored[name] != json.loads(json.dumps(value)):
+                raise UserError(f"{self.path} was started with {name} = {stored[name]}, not {value}: resume it with the "
+                                "same settings, or start another --output")
+
+    def log(self, name: str, records: list[dict]) -> None:
+        """Appends records to NAME.jsonl."""
+        with open(self.path / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=True) + "\n" for record in records)
+
+    def cut_logs(self, step: int) -> None:
+        """Drops what was logged after `step`, half-written last lines included."""
+        for name in ("metrics", "rollouts"):
+            path = self.path / f"{name}.jsonl"
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                write_whole(path, "".join(line + "\n" for line in kept))
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every checkpoint, oldest first."""
+        found = [(int(p.name.removeprefix("step-")), p) for p in self.path.glob("checkpoints/step-*")]
+        return sorted(found)
+
+    def save_checkpoint(self, step: int, policy, state: dict, memory=None, keep: int = 2) -> None:
+        """Writes checkpoints/step-N; older ones but the start (step 0) and the newest `keep` are deleted."""
+
+        def fill(folder: Path) -> None:
+            policy.save(folder)
+            torch.save(state, folder / "trainer.pt")
+            if memory is not None:
+                memory.save(folder / "memory.npz")
+
+        replace_folder(self.path / "checkpoints" / f"step-{step}", fill)
+        for old, folder in self.checkpoints()[:-keep]:
+            if old:
+                shutil.rmtree(folder)
+
+    def save_best(self, policy) -> None:
+        """Replaces best/ by this policy."""
+        replace_folder(self.path / "best", policy.save)
+
+
+def load_state(folder: Path) -> dict:
+    """The trainer's state of a checkpoint. Raises UserError when it cannot be read."""
+    try:
+        return torch.load(folder / "trainer.pt", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint ({error}); delete it to resume from an older one") from error
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new one, never a part."""
+    scratch = path.with_name(f".new-{path.name}")
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def replace_folder(target: Path, fill) -> None:
+    """Fills a new folder, flushes it to disk and puts it in the place of `target`.
+
+    Raises:
+        UserError: the disk is full or not writable; what stood at `target` is untouched then.
+    """
+    scratch = target.with_name(f".new-{target.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        fill(scratch)
+        for file in scratch.rglob("*"):
+            flush(file)
+        flush(scratch)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError, safetensors as its own
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise UserError(f"cannot save {target}: {error}; older checkpoints are intact, so free some space and --resume") from error
+    old = target.with_name(f".old-{target.name}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(target, old)
+    os.rename(scratch, target)
+    flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Forces a file's or folder's content onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------------------------- records
+
+
+def step_metrics(step: int, groups, breakdowns, advantages, stats: dict, seconds: dict, extra: dict) -> dict:
+    """The line of metrics.jsonl for one step.
+
+    Args:
+        groups: B sampled groups; breakdowns: B lists of G RewardBreakdowns; advantages: [B, G];
+        stats: of `policy_update`; seconds: of each phase; extra: whatever else belongs to the step.
+    """
+    flat = [b for row in breakdowns for b in row]
+    totals = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
+    correct = torch.tensor([[float(b.correct) for b in row] for row in breakdowns])
+    lengths = torch.tensor([float(len(c)) for group in groups for c in group.completions])
+    truncated = [cut for group in groups for cut in group.truncated]
+    parts = {f"reward/{name}": sum(getattr(b, name) for b in flat) / len(flat) for name in REWARD_NAMES}
+    statuses = Counter(b.status for b in flat)
+    return {"step": step, "reward": totals.mean().item(), "reward_std": totals.std(dim=1).mean().item(), **parts,
+            "execution_accuracy": correct.mean().item(),
+            "flat_groups": flat_groups(totals).float().mean().item(),
+            "all_wrong_groups": (correct.sum(1) == 0).float().mean().item(),
+            "all_right_groups": (correct.mean(1) == 1).float().mean().item(),
+            **stats, "completion_length": lengths.mean().item(), "completion_length_max": lengths.max().item(),
+            "truncated": sum(truncated) / len(truncated),
+            **{f"status/{name}": count / len(flat) for name, count in sorted(statuses.items())},
+            **{f"seconds/{name}": value for name, value in seconds.items()},
+            "tokens_per_second": lengths.sum().item() / sum(seconds.values()), "peak_memory_mb": peak_memory_mb(), **extra}
+
+
+def rollout_records(step: int, examples, groups, breakdowns, advantages) -> list[dict]:
+    """The lines of rollouts.jsonl for one step: every group with its completions, rewards and advantages."""
+    return [{"step": step, "id": example.id, "db_id": example.db_id, "question": example.question,
+             "evidence": example.evidence, "difficulty": example.difficulty, "gold_sqls": list(example.gold_sqls),
+             "completions": [{
+                 "text": b.text, "thought": b.thought, "sql": b.sql, "status": b.status, "error": b.error,
+                 "correct": b.correct, "rewards": {"total": b.total} | {name: getattr(b, name) for name in REWARD_NAMES},
+                 "advantage": advantages[i, j].item(), "tokens": len(group.completions[j]),
+                 "truncated": group.truncated[j], "columns": list(b.columns),
+                 "rows": [[value if isinstance(value, str | int | float | None) else repr(value) for value in row]
+                          for row in b.rows]} for j, b in enumerate(breakdowns[i])]}
+            for i, (example, group) in enumerate(zip(examples, groups, strict=True))]
+
+
+def peak_memory_mb() -> float:
+    """The most memory held so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux

@@ -1,0 +1,255 @@
+"""Scores of SQL predictions: each against the gold, then summed up with intervals.
+
+evaluate.py says what is measured and is the command; this file is what it and the trainer share.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+from tqdm import tqdm
+
+from data import Example
+from hardness import LEVELS, hardness
+from sql_exec import (
+    Execution,
+    SQLExecutor,
+    bird_match,
+    gold_is_ordered,
+    soft_f1,
+    spider_match,
+    spider_prepare,
+)
+
+MATCHES = ("bird", "spider")
+COMPARE = {  # (predicted rows, gold rows, gold SQL) -> credit
+    "bird": lambda predicted, gold, sql: bird_match(predicted, gold),
+    "spider": lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql)),
+    "soft_f1": lambda predicted, gold, sql: soft_f1(predicted, gold),
+}
+LEVEL_ORDER = (*LEVELS, "simple", "moderate", "challenging")  # Spider's, then BIRD's names
+BATCH = 256  # predictions whose results are held in memory at once
+
+
+@dataclass(frozen=True)
+class ExampleScore:
+    """How one prediction fared. `correct` has a key for each comparison that was asked for."""
+    id: str
+    db_id: str
+    difficulty: str
+    sql: str
+    status: str       # of the prediction: ok, error, timeout, refused, too_large, format, truncated, too_long
+    gold_status: str  # the same, or empty: the gold runs but returns no row
+    error: str        # why the prediction did not run, else empty
+    correct: dict[str, bool]
+    soft_f1: float
+
+    @property
+    def bad_gold(self) -> bool:
+        """True when there is nothing to compare with."""
+        return self.gold_status not in ("ok", "empty")
+
+
+# --------------------------------------------------------------------------------------------- scoring
+
+def score_predictions(examples: Sequence[Example], sqls: Sequence[str], executor: SQLExecutor,
+                      matches: Sequence[str] = MATCHES, keep_distinct: bool = False,
+                      progress: bool = False,
+                      suite: dict[str, list[str]] | None = None) -> list[ExampleScore]:
+    """Score one SQL a question, in order; a question with several golds is right when any of them matches.
+
+    suite: for a db_id the further databases, known to the executor, on which both must agree as well.
+    """
+    levels = difficulty_levels(examples)
+    scores = []
+    starts = range(0, len(examples), BATCH)
+    for start in tqdm(starts, desc="scoring", unit="batch", disable=None if progress else True, leave=False):
+        part = slice(start, start + BATCH)
+        scores += [score for score, _ in judge(examples[part], sqls[part], levels[part], executor, matches,
+                                               keep_distinct, suite)]
+    return scores
+
+
+def difficulty_levels(examples: Sequence[Example]) -> list[str]:
+    """The data's own difficulty or tier; Spider's hardness of the gold when no example has one."""
+    if any(example.difficulty for example in examples):
+        return [example.difficulty or "unlabelled" for example in examples]
+    return [hardness(example.gold_sqls[0]) for example in examples]
+
+
+def judge(examples, sqls, levels, executor, matches, keep_distinct,
+          suite=None) -> list[tuple[ExampleScore, Execution]]:
+    """Run predictions and golds, each as its comparison wants them, and compare. The Execution is that of the
+    prediction as written."""
+    as_written = _run_both(examples, sqls, executor, lambda sql, is_prediction: sql)
+    runs = {"bird": as_written, "soft_f1": as_written}
+    if "spider" in matches:
+        runs["spider"] = _run_both(examples, sqls, executor, lambda sql, is_prediction:
+                                   spider_prepare(sql, keep_distinct, is_prediction))
+    judged = []
+    for number, example in enumerate(examples):
+        credit = {name: _best_credit(name, example, *runs[name][number]) for name in (*matches, "soft_f1")}
+        prediction, golds = as_written[number]
+        judged.append((ExampleScore(
+            example.id, example.db_id, levels[number], sqls[number], prediction.status, gold_status(golds),
+            prediction.error or "", {name: bool(credit[name]) for name in matches}, credit["soft_f1"]),
+            prediction))
+    if not suite:
+        return judged
+    return [_on_suite(both, example, level, suite.get(example.db_id), executor, matches, keep_distinct)
+            for both, example, level in zip(judged, examples, levels, strict=True)]
+
+
+def _on_suite(judged, example, level, others, *how) -> tuple[ExampleScore, Execution]:
+    """What is right on the first database must be right on the others; a gold that fails there is bad."""
+    score, execution = judged
+    if not others or not any(score.correct.values()):
+        return judged
+    count = len(others)
+    elsewhere = [replace(example, db_id=db_id) for db_id in others]
+    for other, _ in judge(elsewhere, [score.sql] * count, [level] * count, *how):
+        correct = {name: score.correct[name] and other.correct[name] for name in score.correct}
+        status = other.gold_status if other.bad_gold else score.gold_status
+        score = replace(score, correct=correct, gold_status=status)
+    return score, execution
+
+
+def suite_databases(databases: dict[str, Path]) -> tuple[dict[str, Path], dict[str, list[str]]]:
+    """All databases with every other .sqlite of their folders, and for each db_id the names of those others.
+
+    Only a folder that bears the name of the database holds its variants, DIR/<db_id>/*.sqlite.
+    """
+    everything, suite = dict(databases), {}
+    for db_id, path in databases.items():
+        others = sorted(set(path.parent.glob("*.sqlite")) - {path}) if path.parent.name == db_id else []
+        suite[db_id] = [f"{db_id}/{other.stem}" for other in others]
+        everything |= dict(zip(suite[db_id], others, strict=True))
+    return everything, suite
+
+
+def _run_both(examples, sqls, executor, rewrite: Callable[[str, bool], str]):
+    """For each question the Execution of its prediction, and a list of those of its golds."""
+    predicted = executor.run_many([(example.db_id, rewrite(sql, True))
+                                   for example, sql in zip(examples, sqls, strict=True)])
+    golds = iter(executor.run_gold([(example.db_id, rewrite(gold, False))
+                                    for example in examples for gold in example.gold_sqls]))
+    return [(prediction, [next(golds) for _ in example.gold_sqls])
+            for example, prediction in zip(examples, predicted, strict=True)]
+
+
+def _best_credit(name: str, example: Example, prediction: Execution, golds: Sequence[Execution]) -> float:
+    """The best comparison with any gold that ran; 0 when the prediction or every gold failed."""
+    if prediction.status != "ok":
+        return 0.0
+    pairs = zip(example.gold_sqls, golds, strict=True)
+    return max((COMPARE[name](prediction.rows, gold.rows, sql) for sql, gold in pairs if gold.status == "ok"),
+               default=0.0)
+
+
+def gold_status(golds: Sequence[Execution]) -> str:
+    """ok, empty (runs, but returns no row), or how the official gold failed when none of the golds runs."""
+    running = [gold for gold in golds if gold.status == "ok"]
+    if not running:
+        return golds[0].status
+    return "ok" if running[0].rows else "empty"
+
+
+# ------------------------------------------------------------------------------------------- summaries
+
+def summarise(scores: Sequence[ExampleScore], skip_bad_gold: bool = False) -> dict:
+    """Accuracy with its interval, overall and by difficulty; soft-F1; shares of statuses; failed golds."""
+    counted = [score for score in scores if not (skip_bad_gold and score.bad_gold)]
+    found = Counter(score.difficulty for score in counted)
+    known = [level for level in LEVEL_ORDER if level in found]
+    by_difficulty = {level: accuracies([score for score in counted if score.difficulty == level])
+                     for level in known + sorted(found.keys() - set(known))}
+    overall = accuracies(counted)
+    return {
+        **overall,
+        "mean_over_difficulties": {  # every difficulty or tier weighs the same
+            name: mean([part["execution_accuracy"][name] for part in by_difficulty.values()])
+            for name in overall["execution_accuracy"]},
+        "by_difficulty": by_difficulty,
+        "soft_f1": mean([score.soft_f1 for score in counted]),
+        "statuses": {status: count / len(counted)
+                     for status, count in Counter(score.status for score in counted).most_common()},
+        "empty_golds": sum(score.gold_status == "empty" for score in counted),
+        "bad_golds": [{"id": score.id, "db_id": score.db_id, "gold_status": score.gold_status}
+                      for score in scores if score.bad_gold],
+        "bad_golds_skipped": skip_bad_gold,
+    }
+
+
+def accuracies(scores: Sequence[ExampleScore]) -> dict:
+    """Execution accuracy under each comparison, with its interval."""
+    names = scores[0].correct if scores else ()
+    values = {name: [float(score.correct[name]) for score in scores] for name in names}
+    return {"n": len(scores), "execution_accuracy": {name: mean(values[name]) for name in names},
+            "interval": {name: bootstrap_interval(values[name]) for name in names}}
+
+
+def mean(values) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def bootstrap_interval(values: Sequence[float], samples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean; the same values always give the same interval."""
+    values = np.asarray(values, dtype=float)  # [n]
+    if not len(values):
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(samples)]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def print_table(summary: dict) -> None:
+    """The summary on a terminal of 80 columns."""
+    names = list(summary["execution_accuracy"])
+    levels = summary["by_difficulty"] if len(summary["by_difficulty"]) > 1 else {}
+    print_accuracies("execution accuracy, %", {"all": summary} | levels)
+    if levels:
+        cells = "".join(f"{100 * summary['mean_over_difficulties'][name]:>10.1f}{'':15}" for name in names)
+        print(f"{'mean over difficulties':<30}{cells}".rstrip())
+    print(fill(f"soft-F1 {100 * summary['soft_f1']:.1f} %;  answers: {percentages(summary['statuses'])}", 80))
+    if summary["empty_golds"]:
+        print(f"golds without any row: {summary['empty_golds']}")
+    if summary["bad_golds"]:
+        verdict = "left out" if summary["bad_golds_skipped"] else "counted as wrong (see --skip-bad-gold)"
+        first = ", ".join(f"{gold['id']} ({gold['gold_status']})" for gold in summary["bad_golds"][:3])
+        print(fill(f"golds that fail: {len(summary['bad_golds'])}, {verdict}; the first: {first}", 80))
+
+
+def print_accuracies(title: str, parts: dict[str, dict]) -> None:
+    """A line for each part with its execution accuracies; parts without intervals are shown without."""
+    names = list(next(iter(parts.values()))["execution_accuracy"])
+    headings = "".join(f"{name + ' [95 % interval]':>25}" for name in names)
+    print(f"{title:<24}{'n':>6}{headings}")
+    for label, part in parts.items():
+        cells = "".join(f"{percent_with_interval(part, name):>25}" for name in names)
+        print(f"{label[:24]:<24}{part['n']:>6}{cells}".rstrip())
+
+
+def percentages(shares: dict[str, float]) -> str:
+    """`ok 98.0 %, error 2.0 %`."""
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
+
+
+def percent_with_interval(part: dict, name: str) -> str:
+    """`63.8 [ 58.1,  69.4]`."""
+    percent = f"{100 * part['execution_accuracy'][name]:.1f}"
+    if "interval" not in part:
+        return percent + " " * 16
+    low, high = part["interval"][name]
+    return f"{percent} [{100 * low:5.1f},{100 * high:6.1f}]"
+
+
+def scores_as_json(scores: Sequence[ExampleScore], summary: dict) -> dict:
+    """What --json writes: accuracies, n, and a line a question in dataset order (1 correct, 0 wrong)."""
+    return summary | {"examples": [
+        {"id": score.id, "db_id": score.db_id, "status": score.status, "gold_status": score.gold_status,
+         **{name: int(correct) for name, correct in score.correct.items()}} for score in scores]}

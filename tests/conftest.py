@@ -1,0 +1,37 @@
+"""Fixtures that every test file shares."""
+
+import os
+import sqlite3
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts are flat files, not a package
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data (Spider, BIRD superhero, predictions); tests skip where it is absent."""
+    folder = Path(os.environ.get("TEXT2SQL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder} (set TEXT2SQL_DATA)")
+    return folder
+
+
+@pytest.fixture
+def tiny_db(tmp_path) -> Path:
+    """A small music database: singers, and the concerts that point to them."""
+    path = tmp_path / "music.sqlite"
+    connection = sqlite3.connect(path)
+    connection.executescript("""
+        CREATE TABLE singer (singer_id INTEGER PRIMARY KEY, name TEXT, country TEXT, age INT, HomeTown TEXT);
+        CREATE TABLE concert (concert_id INTEGER PRIMARY KEY, singer_id INT REFERENCES singer, year INT,
+                              "Ticket Price" REAL);
+        INSERT INTO singer VALUES (1, 'Ana', 'France', 30, 'Lyon'), (2, 'Bo', 'Peru', 41, 'Lima'),
+                                  (3, 'Cy', 'France', 25, NULL);
+        INSERT INTO concert VALUES (1, 1, 2014, 9.5), (2, 1, 2015, 12.0), (3, 2, 2015, 7.25);
+    """)
+    connection.close()
+    return path

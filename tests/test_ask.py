@@ -1,0 +1,332 @@
+"""Asking a database: one question, a session, the local page (in a real browser where there is one)."""
+
+import html
+import http.client
+import json
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from little_policy import little_policy_folder
+
+import ask
+from ask import AskConfig, Asker, Session, cell_text, print_reply, printable, table_lines
+from ask_page import make_server, serve
+from data import PromptConfig, UserError
+from voting import Candidate
+
+NAMES = "SELECT name FROM singer WHERE country = 'France'"
+SCRIPT = [  # what the model answers: (SQL, logprob)
+    (NAMES, -0.5), (NAMES, -0.6), ("SELECT name FROM singer WHERE age < 40", -0.1),
+    ("SELECT name FROM singer WHERE age > 99", -0.1), ("SELECT oops", -0.1), ("", -3.0)]
+
+
+def candidates(script):
+    return [Candidate(f"<think> thought </think> {sql}", "a thought", sql, logprob, 5, False)
+            for sql, logprob in script]
+
+
+@pytest.fixture
+def asker(tiny_db, monkeypatch):
+    """An Asker whose model answers by the script; a test may put another script in `asker.script`."""
+    def sample(policy, prompts, n, *_, **__):
+        made.prompts += prompts
+        return [candidates(made.script)[:n]]
+
+    def tokenizer(text, add_special_tokens=True):
+        return {"input_ids": [ord(c) for c in text]}
+
+    monkeypatch.setattr(ask, "sample_candidates", sample)
+    config = AskConfig(database=str(tiny_db), workers=1, timeout=0.5)
+    with Asker(config, PromptConfig(), policy=SimpleNamespace(tokenizer=tokenizer)) as made:
+        made.script, made.prompts = SCRIPT, []
+        yield made
+
+
+# ------------------------------------------------------------------------------------------- answering
+
+def test_the_vote_decides(asker):
+    reply = asker.ask("Who is  from\nFrance?")
+    assert reply.execution.rows == [("Ana",), ("Cy",)]
+    assert reply.answer.sql == "SELECT name FROM singer WHERE age < 40"
+    # both queries return Ana and Cy, so the three of them win, and the likeliest of the three is shown
+    assert reply.groups == [(3, reply.answer.sql, 2), (1, "SELECT name FROM singer WHERE age > 99", 0)]
+    assert reply.failures == {"error": 1, "format": 1} and reply.count == 6
+    assert reply.verdict.startswith("3 of 6 candidates return this; 1 other result, 1 error, 1 format (")
+    assert "question : Who is from France ?" in "".join(map(chr, asker.prompts[0]))
+
+
+def test_evidence_reaches_the_prompt(asker):
+    asker.config = AskConfig(database=asker.config.database, evidence="old means above 40")
+    asker.ask("Who is old?")
+    assert "evidence : old means above 40" in "".join(map(chr, asker.prompts[0]))
+
+
+def test_printed_reply(asker, capsys):
+    print_reply(asker.ask("q"), asker.config, think=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "reasoning: a thought" and lines[2].startswith("SELECT name")
+    assert lines[4:9] == ["name", "----", "Ana", "Cy", "(2 rows)"]
+
+
+@pytest.mark.parametrize("script, words", [
+    ([("SELECT oops", -1.0), ("SELECT nope", -0.5), ("", -0.1)],
+     ["SELECT nope", "None of the 3 candidates runs", "no such column: nope", ".schema"]),
+    ([("", -1.0)], ["None of the 1 answers has a query in it", "<think> thought </think>"]),
+    ([("DROP TABLE singer", -1.0)], ["refused: only SELECT"])])
+def test_no_candidate_runs(asker, capsys, script, words):
+    asker.script = script
+    reply = asker.ask("q")
+    print_reply(reply, asker.config, think=False)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words), printed
+    assert reply.execution.status != "ok" and "error" in reply.as_json()
+
+
+# --------------------------------------------------------------------------------------------- printing
+
+def test_tables():
+    rows = [("Ana", 30, None), ("日本", 5, b"\1\2"), ("x" * 99, -1.5, "a\nb\x1b[2J")]
+    lines = table_lines(["name", "n", "what"], rows, 80)
+    assert lines[0] == "name" + " " * 38 + "   n  what"
+    assert lines[2] == "Ana" + " " * 39 + "  30  NULL"
+    assert lines[3] == "日本" + " " * 38 + "   5  x'0102'"
+    assert lines[4] == "x" * 39 + "…" + "  -1.5  a\\nb\\x1b[2J"
+    assert table_lines(["a", "b"], [], 80) == ["a  b", "-  -"]
+    assert table_lines([f"c{i}" for i in range(500)], [], 20)[-1] == "... and 495 more columns"
+    assert table_lines(["wide" * 30, "b"], [], 20)[1:] == ["-" * 40, "... and 1 more columns"]
+
+
+def test_nothing_steers_the_terminal():
+    assert printable("a\x1b]0;title\x07\u202eb") == "a\\x1b]0;title\\x07\\u202eb"
+    assert printable("a\nb\r", keep="\n") == "a\nb\\r"
+    assert cell_text(bytes(range(40))).endswith("0f' (40 bytes)") and cell_text(1e300) == "1e+300"
+
+
+# --------------------------------------------------------------------------------------------- a session
+
+def converse(asker, monkeypatch, capsys, *lines):
+    """What a session prints; a line that is an exception is raised at the prompt."""
+    script = iter([*lines, EOFError()])
+
+    def answer(prompt):
+        line = next(script)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", answer)
+    Session(asker).loop()
+    return capsys.readouterr().out
+
+
+def test_session(asker, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "r.csv"
+    printed = converse(
+        asker, monkeypatch, capsys, "", ".help", ".sql", ".export x.csv", ".votes", "Who?", ".votes", ".sql",
+        ".schema", ".schema SINGER", ".schema nope", ".nope", ".think", "Who?",
+        ".sql SELECT name, HomeTown FROM singer", f".export {file}", f".export {file}", ".export",
+        ".export /nowhere/r.csv", ".quit", "never read")
+    for words in ("music.sqlite: 2 tables", ".export FILE.csv", "there is no query to edit",
+                  "no result to export", "no terminal to edit on", "nothing was asked yet", "   3 x  2 rows: SELECT name", "   1 x  error",
+                  "CREATE TABLE concert", "no table nope", "no command .nope", "the reasoning is shown",
+                  "reasoning: a thought", "Lyon", "3 rows written to", "is already there", "say where to",
+                  "cannot write /nowhere/r.csv"):
+        assert words in printed, words
+    assert file.read_text() == "name,HomeTown\nAna,Lyon\nBo,Lima\nCy,\n"
+
+
+def test_session_survives_hostile_input(asker, monkeypatch, capsys, tiny_db):
+    before = tiny_db.read_bytes()
+    attacks = ["DROP TABLE singer", "DELETE FROM singer", "ATTACH 'x.db' AS x", "PRAGMA user_version = 7",
+               "SELECT 1; DROP TABLE singer", "VACUUM INTO 'copy.db'", "SELECT load_extension('x')", "\0",
+               "(" * 5000,
+               "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT max(n) FROM r"]
+    asker.script = [(sql, -1.0) for sql in attacks]
+    printed = converse(asker, monkeypatch, capsys, "'; DROP TABLE singer; --", "\x1b[2J\0 ???", "é" * 3000,
+                       *(f".sql {sql}" for sql in attacks[:3]), KeyboardInterrupt(), "and again?")
+    assert printed.count("None of the 10 candidates runs") == 3  # the third question is too long to ask
+    assert "interrupted (.quit leaves)" in printed and "longer than 2048 tokens" in printed
+    assert printed.count("\nrefused: ") == 3 and "\x1b" not in printed
+    assert tiny_db.read_bytes() == before
+    assert [path.name for path in tiny_db.parent.iterdir()] == ["music.sqlite"]
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+def run_cli(*arguments, text=""):
+    return subprocess.run([sys.executable, "ask.py", *map(str, arguments)], cwd=ROOT, input=text,
+                          capture_output=True, text=True, check=False)
+
+
+def test_command_line(tiny_db, monkeypatch, capsys):
+    policy = ["--model", little_policy_folder(tiny_db), "--database", tiny_db, "--threads", 1,
+              "--max-completion-tokens", 60, "--prompt-style", "compact"]
+    session = run_cli(*policy, text="How many singers are there?\nList the years of concerts.\n")
+    assert session.returncode == 0 and session.stderr == "", session.stderr
+    assert "COUNT(*)" in session.stdout and "2014" in session.stdout
+    once = ["ask.py", *policy, "Who is the oldest singer?", "--think", "-n", 5]
+    monkeypatch.setattr(sys, "argv", list(map(str, once)))
+    assert ask.main() == 0
+    printed = capsys.readouterr().out
+    assert "reasoning: sort singer by age" in printed and "\nBo\n(1 row)\n" in printed
+
+
+@pytest.fixture
+def odd_files(tmp_path):
+    (tmp_path / "text.sqlite").write_text("hello")
+    (tmp_path / "empty.sqlite").write_text("")
+    columns = ", ".join(f"column_{i} INT" for i in range(500))
+    for name, sql in (("bare", "CREATE TABLE t (a); DROP TABLE t"),
+                      ("wide", f"CREATE TABLE big ({columns}); INSERT INTO big (column_7) VALUES (3)")):
+        connection = sqlite3.connect(tmp_path / f"{name}.sqlite")
+        connection.executescript(sql)
+        connection.close()
+    return tmp_path
+
+
+@pytest.mark.parametrize("file, words", [
+    ("missing.sqlite", "No such file"), ("text.sqlite", "not a SQLite database"), (".", "Is a directory"),
+    ("empty.sqlite", "is an empty file"), ("bare.sqlite", "has no tables")])
+def test_files_that_cannot_be_asked(odd_files, file, words):
+    with pytest.raises(UserError) as error:
+        Asker(AskConfig(database=str(odd_files / file)), PromptConfig())
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_table_of_500_columns(odd_files, asker, capsys):
+    config = AskConfig(database=str(odd_files / "wide.sqlite"), workers=1)
+    with Asker(config, PromptConfig(), policy=asker.policy) as wide:
+        asker.script = [("SELECT * FROM big", -1.0)]
+        print_reply(wide.ask("What is column_7?"), config, think=False)
+        prompt = "".join(map(chr, asker.prompts[-1]))
+    assert "column_7" in prompt and "column_8 " not in prompt  # shortened to what the question mentions
+    printed = capsys.readouterr().out
+    assert "more columns" in printed and max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["q"], "--database FILE.sqlite"), (["--database", "x.sqlite", "-n", 0], "-n must be above zero"),
+    (["--database", "x.sqlite", " ?"], "the question is empty"),
+    (["--database", "x.sqlite", "q"], "cannot read the database x.sqlite")])
+def test_bad_command_lines(arguments, words):
+    done = run_cli(*arguments)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+# --------------------------------------------------------------------------------------------- the page
+
+@pytest.fixture
+def server(asker):
+    server = make_server(asker, 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def request(server, method="POST", path="/ask", body='{"question": "Who?"}', **headers):
+    """(status, headers, body) of a request as the page would send it, but for the given headers."""
+    sent = {"Content-Type": "application/json"}
+    sent |= {name.replace("_", "-"): text for name, text in headers.items()}
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection.request(method, path, body if method == "POST" else None, sent)
+    response = connection.getresponse()
+    try:
+        return response.status, response.headers, response.read().decode()
+    finally:
+        connection.close()
+
+
+def test_page_and_answer(server, asker):
+    status, headers, page = request(server, "GET", "/")
+    assert status == 200 and "Ask music.sqlite" in page
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    asker.script = [("SELECT name, NULL, x'01', 9007199254740993 FROM singer", -1.0)] * 2
+    status, _, body = request(server)
+    answer = json.loads(body)
+    assert status == 200 and answer["rows"][0] == ["Ana", None, "x'01'", "9007199254740993"]
+    assert answer["count"] == "3 rows" and answer["verdict"].startswith("2 of 2 candidates return this")
+    asker.script = [("WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r LIMIT 999) "
+                     "SELECT n FROM r", -1.0)]
+    answer = json.loads(request(server)[2])
+    assert len(answer["rows"]) == 200 and answer["count"] == "999 rows, the first 200 shown"
+
+
+@pytest.mark.parametrize("changed, status", [
+    ({"Host": "evil.example"}, 403), ({"Host": "evil.example", "method": "GET", "path": "/"}, 403),
+    ({"Host": "127.0.0.1"}, 403), ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
+    ({"Content_Type": "text/plain"}, 400), ({"Content_Type": "application/x-www-form-urlencoded"}, 400),
+    ({"path": "/other"}, 400), ({"body": "no JSON"}, 400), ({"body": "[" * 15000}, 400),
+    ({"body": '{"question": 7}'}, 400), ({"body": '{"question": " "}'}, 400), ({"body": " " * 30000}, 400),
+    ({"method": "GET", "path": "/../ask.py"}, 404), ({"method": "OPTIONS"}, 501), ({"method": "PUT"}, 501)])
+def test_requests_from_elsewhere_are_refused(server, asker, changed, status):
+    assert request(server, **changed)[0] == status and not asker.prompts
+
+
+def test_its_own_origin_is_welcome(server):
+    assert request(server, Origin=f"http://localhost:{server.server_port}")[0] == 200
+    assert server.server_address[0] == "127.0.0.1"
+
+
+def test_questions_that_cannot_be_asked(server):
+    answer = json.loads(request(server, body=json.dumps({"question": "é" * 3000}))[2])
+    assert "longer than 2048 tokens" in answer["error"]
+
+
+def browse(url, tmp_path):
+    """The page after its scripts ran, in a headless Chromium; skips where there is none."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+               "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+               f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000", "--dump-dom", url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_in_a_real_browser(server, asker, tmp_path):
+    evil = "<img src=x onerror=\"document.title='hacked'\">"
+    quoted = evil.replace("'", "''")
+    asker.script = [(f"SELECT '{quoted}' AS \"<b>head</b>\", name FROM singer", -1.0)] * 3
+    asker.script += [("SELECT 1", -1.0), ("SELECT oops", -1.0)]
+    page = browse(f"http://127.0.0.1:{server.server_port}/#Who%20%3Cb%3E%3F", tmp_path)
+    assert "".join(map(chr, asker.prompts[0])).endswith("question : Who <b> ?\nanswer :\n")
+    cells = re.findall(r"<td.*?>(.*?)</td>", page)
+    assert [html.unescape(cell) for cell in cells] == [evil, "Ana", evil, "Bo", evil, "Cy"]
+    assert "<img" not in page and "<b>" not in page and "<title>Ask music.sqlite</title>" in page
+    assert "3 of 5 candidates return this; 1 other result, 1 error" in page
+    assert "<summary>Reasoning</summary>" in page
+    asker.script = [("SELECT <oops>", -1.0)]
+    page = browse(f"http://127.0.0.1:{server.server_port}/#again", tmp_path)
+    assert 'class="error">No candidate runs; the likeliest of 1 gives error' in page
+
+
+def test_serving_from_the_command_line(tiny_db):
+    command = [sys.executable, "ask.py", "--model", little_policy_folder(tiny_db), "--database", tiny_db,
+               "--threads", 1, "--max-completion-tokens", 60, "--prompt-style", "compact", "--serve", 0]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())[1])
+        target = SimpleNamespace(server_port=port)
+        answer = json.loads(request(target, body='{"question": "How many singers are there?"}')[2])
+        assert answer["rows"] == [["3"]]
+        with pytest.raises(UserError, match=f"cannot listen on port {port}"):
+            serve(None, port)
+    finally:
+        process.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        assert process.wait(timeout=20) == 130 and time.monotonic() - begun < 10
+        process.stdout.close()
+        process.stderr.close()

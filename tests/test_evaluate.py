@@ -1,0 +1,270 @@
+"""Scores of predictions, Spider's hardness, prediction files and the command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from data import Example, UserError, load_dataset
+from evaluate import (
+    MATCHES,
+    bootstrap_interval,
+    difficulty_levels,
+    load_predictions,
+    print_table,
+    score_predictions,
+    scores_as_json,
+    summarise,
+)
+from hardness import LEVELS, hardness, level
+from sql_exec import SQLExecutor
+
+
+def example(gold, identity="0", difficulty="easy", db_id="music"):
+    golds = (gold,) if isinstance(gold, str) else tuple(gold)
+    return Example(identity, db_id, "a question?", golds, difficulty=difficulty)
+
+
+def score(path, pairs, **options):
+    """Scores of (gold, prediction) pairs on the tiny database."""
+    with SQLExecutor({"music": path}, workers=1) as executor:
+        return score_predictions([example(gold, str(number)) for number, (gold, _) in enumerate(pairs)],
+                                 [sql for _, sql in pairs], executor, **options)
+
+
+# ---------------------------------------------------------------------------------------- comparisons
+
+NAMES = "SELECT name FROM singer ORDER BY age"
+
+
+@pytest.mark.parametrize("gold, prediction, bird, spider", [
+    (NAMES, "SELECT name FROM singer ORDER BY age DESC", 1, 0),        # only Spider minds the order
+    ("SELECT name FROM singer", NAMES, 1, 1),                          # and only when the gold asks for one
+    ("SELECT country FROM singer", "SELECT DISTINCT country FROM singer", 1, 1),  # Spider ignores DISTINCT
+    ("SELECT name, age FROM singer", "SELECT age, name FROM singer", 0, 1),       # BIRD minds the columns
+    ("SELECT name FROM singer", "SELECT name, age FROM singer", 0, 0),
+    ("SELECT name FROM singer WHERE age > = 30", "SELECT name FROM singer WHERE age >= 30", 0, 1),
+    ("SELECT name FROM singer WHERE age > 99", "SELECT name FROM singer WHERE age > 98", 1, 1),  # both empty
+    ("SELECT name FROM singer WHERE age > 99", "SELECT nothing", 0, 0),
+    ("SELECT nothing", "SELECT nothing", 0, 0),                        # a failed gold is never matched
+    ("SELECT count(*) FROM singer", "", 0, 0),
+    ("SELECT 1", "DROP TABLE singer", 0, 0),
+    (["SELECT 1", "SELECT 2"], "SELECT 2", 1, 1),                      # any of the equivalent golds
+    (["SELECT nothing", "SELECT 2"], "SELECT 2", 1, 1),
+])
+def test_comparisons(tiny_db, gold, prediction, bird, spider):
+    result, = score(tiny_db, [(gold, prediction)])
+    assert result.correct == {"bird": bool(bird), "spider": bool(spider)}
+
+
+def test_keep_distinct_and_single_comparison(tiny_db):
+    pair = ("SELECT country FROM singer", "SELECT DISTINCT country FROM singer")
+    result, = score(tiny_db, [pair], matches=("spider",), keep_distinct=True)
+    assert result.correct == {"spider": False}
+    result, = score(tiny_db, [pair], matches=("bird",))
+    assert result.correct == {"bird": True}
+
+
+def test_statuses_and_soft_f1(tiny_db):
+    scores = score(tiny_db, [
+        ("SELECT name FROM singer", "SELECT name, age FROM singer"),  # 3 cells right, 3 too many
+        ("SELECT name FROM singer WHERE age > 99", "SELECT oops"),
+        ("SELECT oops", "SELECT 1"),
+        ("SELECT 1", "PRAGMA user_version = 5")])
+    assert [(item.status, item.gold_status) for item in scores] == [
+        ("ok", "ok"), ("error", "empty"), ("ok", "error"), ("refused", "ok")]
+    assert scores[0].soft_f1 == pytest.approx(2 / 3)  # precision 1/2, recall 1
+    assert [item.soft_f1 for item in scores[1:]] == [0, 0, 0]
+    assert [item.bad_gold for item in scores] == [False, False, True, False]
+    assert "oops" in scores[1].error and scores[0].error == ""
+
+
+# ------------------------------------------------------------------------------------------- summaries
+
+def summary_of(tiny_db, skip=False):
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        examples = [example("SELECT 1", "a", "tier 1"), example("SELECT 2", "b", "tier 1"),
+                    example("SELECT 3", "c", "tier 2"), example("SELECT bad", "d", "tier 2")]
+        scores = score_predictions(examples, ["SELECT 1", "SELECT 1", "SELECT 3", "SELECT 3"], executor)
+    return scores, summarise(scores, skip)
+
+
+def test_summary(tiny_db):
+    scores, summary = summary_of(tiny_db)
+    assert summary["n"] == 4 and summary["execution_accuracy"] == {"bird": 0.5, "spider": 0.5}
+    assert summary["mean_over_difficulties"]["bird"] == 0.5
+    assert summary["statuses"] == {"ok": 1.0}
+    assert summary["bad_golds"] == [{"id": "d", "db_id": "music", "gold_status": "error"}]
+    _, skipping = summary_of(tiny_db, skip=True)
+    assert skipping["n"] == 3 and skipping["execution_accuracy"]["bird"] == pytest.approx(2 / 3)
+    assert skipping["mean_over_difficulties"]["bird"] == 0.75
+    assert {name: part["n"] for name, part in skipping["by_difficulty"].items()} == {"tier 1": 2, "tier 2": 1}
+    content = json.loads(json.dumps(scores_as_json(scores, summary)))
+    assert content["examples"][1] == {"id": "b", "db_id": "music", "status": "ok", "gold_status": "ok",
+                                      "bird": 0, "spider": 0}
+    assert [item["id"] for item in content["examples"]] == ["a", "b", "c", "d"]
+
+
+def test_table_fits_the_terminal(tiny_db, capsys):
+    _, summary = summary_of(tiny_db)
+    print_table(summary)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split()[:3] == ["all", "4", "50.0"]
+    assert any("golds that fail: 1, counted as wrong" in line for line in lines)
+
+
+def test_no_scores_at_all(capsys):
+    summary = summarise([])
+    assert summary["n"] == 0 and summary["statuses"] == {}
+
+
+def test_bootstrap_interval():
+    assert bootstrap_interval([1.0] * 50) == (1.0, 1.0)
+    low, high = bootstrap_interval([0.0, 1.0] * 200)
+    # the normal approximation of the mean of 400 coin flips: 0.5 -+ 1.96 * 0.5 / 20
+    assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
+    assert bootstrap_interval([0.0, 1.0] * 200) == (low, high)
+
+
+# -------------------------------------------------------------------------------------------- hardness
+
+@pytest.mark.parametrize("components, nestings, others, expected", [
+    (0, 0, 0, "easy"), (1, 0, 0, "easy"), (1, 0, 1, "medium"), (1, 0, 2, "medium"), (2, 0, 1, "medium"),
+    (2, 0, 2, "extra"), (2, 0, 3, "hard"), (1, 0, 3, "hard"), (3, 0, 2, "hard"), (3, 0, 3, "extra"),
+    (4, 0, 0, "extra"), (0, 1, 0, "hard"), (1, 1, 0, "hard"), (1, 1, 1, "extra"), (2, 1, 0, "extra"),
+    (0, 2, 0, "extra")])
+def test_hardness_table(components, nestings, others, expected):
+    assert level(components, nestings, others) == expected
+
+
+@pytest.mark.parametrize("sql, expected", [
+    ("SELECT count(*) FROM t", "easy"),
+    ("SELECT a, b FROM t", "medium"),                              # 0 components, 1 other
+    ("SELECT a FROM t WHERE b BETWEEN 1 AND 2", "easy"),           # the AND of BETWEEN joins nothing
+    ("SELECT a FROM t WHERE b = 1 AND c = 2", "medium"),           # two conditions: 1 other
+    ("SELECT a FROM t WHERE b = 'x OR y LIKE z'", "easy"),         # words inside strings do not count
+    ('SELECT "order" FROM t WHERE t.limit = 1', "easy"),           # nor inside names
+    ("SELECT a FROM t -- GROUP BY a LIMIT 3", "easy"),
+    ("SELECT a FROM t AS x JOIN u AS y ON x.i = y.i", "easy"),     # one join: 1 component
+    ("SELECT a FROM t ORDER BY b DESC LIMIT 1", "medium"),         # 2 components
+    ("SELECT a FROM t WHERE b LIKE '%c%' OR b = 1", "hard"),       # where, like, or: 3, and 1 other
+    ("SELECT a FROM t WHERE b > (SELECT avg(b) FROM t)", "hard"),  # 1 component, 1 nesting
+    ("SELECT a FROM t EXCEPT SELECT a FROM u WHERE b = 1 AND c = 2", "hard"),  # counts of the left side
+    ("SELECT a FROM t WHERE x IN (SELECT y FROM u) GROUP BY a", "extra"),
+    ("SELECT count(*) FROM (SELECT a FROM t UNION SELECT a FROM u)", "easy"),  # a table, no nesting
+    ("SELECT a FROM t GROUP BY a HAVING count(*) > 1 AND sum(b) > 2 AND max(b) > 3", "medium"),  # 2 ANDs
+    ("(SELECT a FROM t)", "easy"), ("", "easy"), ("SELECT (", "easy")])
+def test_hardness(sql, expected):
+    assert hardness(sql) == expected
+
+
+def test_hardness_of_spider_dev_in_the_official_counts(shared_data):
+    levels = difficulty_levels(load_dataset("spider", shared_data / "spider", "dev").examples)
+    assert [levels.count(name) for name in LEVELS] == [248, 446, 174, 166]
+
+
+def test_difficulty_of_the_data_comes_first():
+    examples = [example("SELECT 1", difficulty="challenging"), example("SELECT 1", difficulty="")]
+    assert difficulty_levels(examples) == ["challenging", "unlabelled"]
+    assert difficulty_levels(examples[1:]) == ["easy"]
+
+
+# ------------------------------------------------------------------------------------ prediction files
+
+TWO = [example("SELECT 1", "717"), example("SELECT 2", "718", db_id="film")]
+
+
+@pytest.mark.parametrize("name, content, pairing", [
+    ("p.sql", "SELECT 1\nSELECT 2\n", "by position"),
+    ("p.sql", "SELECT 1\tmusic\r\nSELECT 2\tfilm", "by position"),
+    ("p.json", '{"0": "SELECT 1\\t----- bird -----\\tmusic", "1": "SELECT 2"}', "by position"),
+    ("p.json", '{"718": "SELECT 2", "717": "SELECT 1\\t----- bird -----\\tmusic"}', "by id"),
+    ("p.jsonl", '{"id": 718, "sql": "SELECT 2"}\n\n{"id": "717", "sql": "SELECT 1"}\n', "by id"),
+    ("p.jsonl", '{"sql": "SELECT 1"}\n{"sql": "SELECT 2"}\n', "by position"),
+])
+def test_prediction_files(tmp_path, name, content, pairing):
+    (tmp_path / name).write_text(content, newline="")
+    sqls, sentence = load_predictions(tmp_path / name, TWO)
+    assert sqls == ["SELECT 1", "SELECT 2"] and pairing in sentence
+
+
+def test_prediction_file_oddities(tmp_path):
+    (tmp_path / "p.sql").write_text("SELECT\t1\n\n")
+    assert load_predictions(tmp_path / "p.sql", TWO)[0] == ["SELECT\t1", ""]
+    (tmp_path / "p.json").write_text('{"717": null, "718": "SELECT 2", "719": "SELECT 3"}')
+    sqls, sentence = load_predictions(tmp_path / "p.json", TWO)
+    assert sqls == ["", "SELECT 2"] and "1 predictions are for other questions" in sentence
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("p.sql", "SELECT 1\n", ["1 predictions", "2 questions"]),
+    ("p.sql", "SELECT 1\tfilm\nSELECT 2\tfilm\n", ["question 717", "'film'", "'music'"]),
+    ("p.json", '{"0": "SELECT 1\\t----- bird -----\\tsoap", "1": ""}', ["question 717", "'soap'", "'music'"]),
+    ("p.json", '{"0": "SELECT 1"}', ["1 predictions", "2 questions"]),
+    ("p.json", '{"717": "SELECT 1"}', ["1 of 2", "'718'"]),
+    ("p.json", '["SELECT 1"]', ["predict_dev.json"]),
+    ("p.json", '{\n"0": oops}', ["line 2", "broken JSON"]),
+    ("p.jsonl", '{"id": 717, "sql": "SELECT 1"}\n{"id": 718}', ["line 2", "'sql'"]),
+    ("p.jsonl", '{"id": 717, "sql": "a"}\n{"id": 717, "sql": "b"}', ["same id twice"]),
+    ("p.jsonl", '{"id": 717, "sql": "a"}\n{"sql": "b"}', ["some records have an id"]),
+])
+def test_prediction_file_errors(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        load_predictions(tmp_path / name, TWO)
+    assert all(word in str(error.value) for word in [name, *words]), error.value
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+def run_cli(*arguments):
+    return subprocess.run([sys.executable, "evaluate.py", *map(str, arguments)], cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+
+
+def own_data(tmp_path, tiny_db):
+    records = [{"id": number, "question": "q", "db_id": "music", "sql": sql}
+               for number, sql in enumerate(["SELECT 1", "SELECT 2", "SELECT bad"])]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    (tmp_path / "p.sql").write_text("SELECT 1\nSELECT 3\nSELECT 1\n")
+    (tmp_path / "exclude.json").write_text("[1]")
+    return ["--predictions", tmp_path / "p.sql", "--data", tmp_path / "own.json", "--workers", 1]
+
+
+def test_command_line(tmp_path, tiny_db):
+    arguments = own_data(tmp_path, tiny_db)
+    done = run_cli(*arguments, "--skip-bad-gold", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["execution_accuracy"] == {"bird": 0.5, "spider": 0.5} and content["n"] == 2
+    assert [item["gold_status"] for item in content["examples"]] == ["ok", "ok", "error"]
+    assert "paired by position" in done.stdout and "golds that fail: 1, left out" in done.stdout
+    done = run_cli(*arguments, "--exclude", tmp_path / "exclude.json", "--match", "bird")
+    assert done.stdout.splitlines()[2].split()[:3] == ["all", "2", "50.0"] and "spider" not in done.stdout
+
+
+@pytest.mark.parametrize("extra, words", [
+    (["--match", "exact"], "--match takes bird and spider"),
+    (["--workers", "0"], "--workers must be above zero, not 0"),
+    (["--timeout", "nan"], "--timeout must be above zero"),
+    (["--predictions", ""], "give --predictions FILE"),
+    (["--json", "/nowhere/out.json"], "cannot write /nowhere/out.json"),
+    (["--exclude", "gone.json"], "cannot read gone.json"),
+    (["--predictions", "gone.sql"], "cannot read gone.sql")])
+def test_bad_command_lines(tmp_path, tiny_db, extra, words):
+    done = run_cli(*own_data(tmp_path, tiny_db), *extra)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("system, correct", [("dail_sql_gpt4", 863), ("graphix_3b_picard", 839)])
+def test_equal_to_the_official_verdicts(shared_data, system, correct):
+    dev = load_dataset("spider", shared_data / "spider", "dev")
+    sqls, _ = load_predictions(shared_data / "predictions" / f"{system}.sql", dev.examples)
+    with SQLExecutor(dev.databases, workers=2, max_rows=100_000) as executor:  # two golds have over 10,000
+        scores = score_predictions(dev.examples, sqls, executor, MATCHES)
+    verdicts = [int(item.correct["spider"]) for item in scores]
+    assert sum(verdicts) == correct
+    assert verdicts == json.loads((shared_data / "predictions" / f"{system}.official.json").read_text())

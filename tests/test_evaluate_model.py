@@ -1,0 +1,342 @@
+"""Evaluating a model: both votes, pass@k, resuming, traces, the test suite, efficiency, comparisons."""
+
+import json
+import math
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from little_policy import LESSONS, little_policy_folder
+
+import answers
+import evaluate
+from answers import NO_CANDIDATE, Examination, Progress, verified_trace
+from data import Example, UserError, load_splits
+from evaluate import (
+    EvaluateConfig,
+    PromptConfig,
+    clean_mean,
+    compare,
+    load_predictions,
+    print_comparison,
+    r_ves,
+)
+from predictions import one_line, save_predictions
+from scoring import ExampleScore, score_predictions, suite_databases
+from sql_exec import Execution, SQLExecutor
+from voting import Candidate
+
+QUESTIONS = 24
+
+
+@pytest.fixture
+def own_data(tmp_path, tiny_db):
+    """24 questions about the tiny database, and the command that evaluates the little policy on them."""
+    records = [{"id": f"q{i}", "question": LESSONS[i % 6][0], "db_id": "music", "sql": LESSONS[i % 6][1],
+                "difficulty": ["low", "high"][i % 2]} for i in range(QUESTIONS)]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    folder = little_policy_folder(tiny_db)
+    return ["--model", folder, "--data", tmp_path / "own.json", "--threads", 1, "--workers", 1,
+            "--max-completion-tokens", 60, "--batch", 6, "--prompt-style", "compact"]
+
+
+def run_main(monkeypatch, *arguments):
+    """evaluate.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+
+
+def without_timing(file):
+    content = json.loads(file.read_text())
+    content.pop("timing")
+    return content
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+def test_greedy(own_data, tmp_path, monkeypatch, capsys):
+    out, traces, sqls = tmp_path / "a.json", tmp_path / "traces.jsonl", tmp_path / "p.jsonl"
+    run_main(monkeypatch, *own_data, "--json", out, "--save-traces", traces, "--predictions-out", sqls)
+    content = json.loads(out.read_text())
+    printed = capsys.readouterr().out
+    table = printed.partition("verified traces")[0]
+    assert max(map(len, table.splitlines())) <= 80 and "tokens a second" in table
+    # how many and the oldest are learnt; `nation` is no column, so that gold fails
+    assert content["execution_accuracy"]["bird"] >= 12 / 24 and content["answer"] == "greedy"
+    assert len(content["bad_golds"]) == 4 and [item["id"] for item in content["examples"]][:2] == ["q0", "q1"]
+    assert content["examples"][0]["samples"]["correct"] == {"bird": 1, "spider": 1}
+    assert not (tmp_path / "a.json.progress").exists()
+    assert set(content["timing"]["seconds"]) == {"prompt", "generation", "sql", "total"}
+    # the traces are those that --traces of the trainer takes, the predictions those that --predictions takes
+    traced = load_splits(str(tmp_path / "own.json"), traces=str(traces), dev_size=0, test_size=0).traced
+    assert {one.trace for one in traced} >= {"count the rows of singer", "sort singer by age"}
+    again = tmp_path / "b.json"
+    run_main(monkeypatch, "--predictions", sqls, "--data", tmp_path / "own.json", "--json", again)
+    assert json.loads(again.read_text())["execution_accuracy"] == content["execution_accuracy"]
+    assert "paired by id" in capsys.readouterr().out
+
+
+def test_killed_and_started_again_gives_the_same_json(own_data, tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    sampling = ["-n", 3, "--temperature", 1.2]
+    run_main(monkeypatch, *own_data, *sampling, "--json", whole)
+    progress = tmp_path / "parts.json.progress"
+    command = [sys.executable, "evaluate.py", *map(str, [*own_data, *sampling, "--json", parts])]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and (not progress.exists() or progress.read_text().count("\n") < 2):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = progress.read_text().count("\n") - 1
+    assert 1 <= done < QUESTIONS / 6 and not parts.exists()
+    with open(progress, "a") as file:
+        file.write('{"batch": 999, "rec')  # a line cut short
+    with pytest.raises(UserError, match="another temperature"):
+        run_main(monkeypatch, *own_data, "-n", 3, "--temperature", 0.7, "--json", parts)
+    capsys.readouterr()
+    run_main(monkeypatch, *own_data, *sampling, "--json", parts)
+    assert f"continuing: {6 * done} of 24 questions are done" in capsys.readouterr().out
+    assert without_timing(parts) == without_timing(whole) and not progress.exists()
+
+
+def test_sampling_table(own_data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.json"
+    run_main(monkeypatch, *own_data, "-n", 7, "--json", out, "--vote", "majority", "--limit", 10,
+             "--r-ves", 2)
+    printed = capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert max(map(len, printed.splitlines())) <= 80
+    for label in ("greedy", "majority", "value-aware", "pass@1", "pass@5", "pass@7", "R-VES"):
+        assert f"\n{label} " in printed
+    assert content["answer"] == "majority" and content["n"] == 10
+    assert content["answers"]["majority"]["execution_accuracy"] == content["execution_accuracy"]
+    passes = content["pass_at_k"]["bird"]
+    assert len(passes) == 7 and passes == sorted(passes)
+    right = [item["samples"]["correct"]["bird"] for item in content["examples"]]
+    assert passes[0] == pytest.approx(sum(right) / 70) and passes[-1] == sum(map(bool, right)) / 10
+    assert all(sum(item["samples"]["statuses"].values()) == 7 for item in content["examples"])
+    assert 0 < content["timing"]["r_ves"] <= 100 * math.sqrt(1.25)
+
+
+def test_prompts_that_do_not_fit_are_wrong_answers(own_data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.json"
+    run_main(monkeypatch, *own_data, "-n", 2, "--json", out, "--max-prompt-tokens", 5)
+    content = json.loads(out.read_text())
+    assert content["statuses"] == {"too_long": 1.0} and content["execution_accuracy"]["bird"] == 0
+    assert content["timing"]["tokens_per_second"] == 0 and "too_long 100.0 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "give --predictions FILE or --model NAME"),
+    (["--model", "m", "--predictions", "p.sql"], "not both"),
+    (["--predictions", "p.sql", "-n", "5"], "need a --model"),
+    (["--model", "m", "-n", "0"], "-n must be above zero"),
+    (["--model", "m", "-n", "5", "--temperature", "0"], "cannot give 5 sample(s)"),
+    (["--model", "m", "--temperature", "-1"], "cannot give 1 sample(s)"),
+    (["--model", "m", "--save-traces", "/nowhere/t.jsonl"], "cannot write /nowhere/t.jsonl"),
+    (["--compare", "a.json", "gone.json"], "cannot read a.json")])
+def test_bad_command_lines(monkeypatch, arguments, words):
+    with pytest.raises(UserError) as error:
+        run_main(monkeypatch, *arguments)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("settings, ways, answer", [
+    ({}, ("greedy",), "greedy"),
+    ({"samples": 5}, ("greedy", "sample", "value-aware", "majority"), "value-aware"),
+    ({"samples": 5, "vote": "none"}, ("greedy", "sample", "value-aware", "majority"), "greedy"),
+    ({"samples": 5, "vote": "none", "greedy": False}, ("sample", "value-aware", "majority"), "sample"),
+    ({"temperature": 0.7, "vote": "majority"}, ("greedy", "sample", "value-aware", "majority"), "majority"),
+    ({"temperature": 0.0, "vote": "majority"}, ("greedy",), "greedy")])
+def test_which_answer_counts(settings, ways, answer):
+    config = EvaluateConfig(model="m", **settings)
+    assert (config.ways, config.answer) == (ways, answer)
+
+
+# ------------------------------------------------------------------------------------- records by hand
+
+GOLD = Example("7", "music", "Who is from France?", ("SELECT name FROM singer WHERE country = 'France'",))
+
+
+def candidate(sql, logprob=-1.0, thought="think", truncated=False):
+    return Candidate("text", thought, sql, logprob, 10, truncated)
+
+
+def test_a_record_by_hand(tiny_db):
+    right, same = GOLD.gold_sqls[0], "SELECT name FROM singer WHERE age <= 30"  # Ana and Cy, both
+    samples = [candidate("SELECT name FROM singer WHERE age > 99", -0.1)] * 3 + [
+        candidate(right, -2.0), candidate(same, -1.0, ""), candidate("SELECT oops"),
+        candidate("", truncated=True)]
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        config = EvaluateConfig(model="m", samples=7)
+        examination = Examination(None, None, executor, config)
+        greedy = [candidate("")]
+        verdicts, = examination.verdicts([(GOLD, "easy", greedy, samples)])
+        record = examination.record(GOLD, greedy, samples, verdicts, {"prompt": 1.0, "generation": 2.0})
+    assert {way: score["correct"]["bird"] for way, score in record["answers"].items()} == {
+        "greedy": False, "sample": False, "majority": False, "value-aware": True}
+    assert record["answers"]["value-aware"]["sql"] == same  # the likelier of the winning group
+    assert record["answers"]["greedy"]["status"] == "format"
+    assert record["samples"] == {"correct": {"bird": 2, "spider": 2}, "groups": 2, "truncated": 1,
+                                 "tokens": 70, "statuses": {"error": 1, "ok": 5, "truncated": 1}}
+    assert record["trace"]["sql"] == right and record["trace"]["trace"] == "think"  # `same` has no reasoning
+    assert json.loads(json.dumps(record)) == record and record["seconds"]["sql"] > 0
+
+
+def test_verified_traces_need_a_gold_with_rows(tiny_db):
+    def verdict(gold_status, **correct):
+        score = ExampleScore("7", "music", "easy", "SELECT 1", "ok", gold_status, "", correct, 1.0)
+        return score, Execution("ok")
+
+    one = [candidate("SELECT 1")]
+    assert verified_trace(GOLD, one, {"SELECT 1": verdict("ok", bird=True, spider=True)})["sql"] == "SELECT 1"
+    assert verified_trace(GOLD, one, {"SELECT 1": verdict("empty", bird=True, spider=True)}) is None
+    assert verified_trace(GOLD, one, {"SELECT 1": verdict("ok", bird=True, spider=False)}) is None
+    assert verified_trace(GOLD, [NO_CANDIDATE], {"": verdict("ok", bird=True)}) is None
+
+
+def test_progress_without_a_file_and_with_nonsense(tmp_path):
+    progress = Progress(None, {})
+    progress.add(0, [{"a": (1, 2)}])
+    assert progress.done == {0: [{"a": [1, 2]}]}
+    (tmp_path / "p").write_text("[]\n")
+    with pytest.raises(UserError, match="another n"):
+        Progress(tmp_path / "p", {"n": 1})
+    (tmp_path / "p").write_text("")  # killed before its first line was written
+    assert Progress(tmp_path / "p", {"n": 1}).done == {}
+
+
+def test_batches_draw_their_own_samples(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(answers, "sample_candidates", lambda policy, prompts, *rest: seeds.append(rest) or [])
+    examination = Examination(None, None, None, EvaluateConfig(model="m", samples=4, seed=2))
+    examination.complete([], 0)
+    examination.complete([], 64)
+    assert [rest[:2] for rest in seeds] == [(1, 0.0), (4, 1.0)] * 2  # greedy, then samples
+    assert seeds[1][-1] != seeds[3][-1]
+
+
+# ------------------------------------------------------------------------------------------- test suite
+
+def test_suite(tmp_path):
+    folder = tmp_path / "music"
+    folder.mkdir()
+    for name, age in (("music", 30), ("other", 10)):
+        connection = sqlite3.connect(folder / f"{name}.sqlite")
+        connection.executescript(f"CREATE TABLE singer (name, age); INSERT INTO singer VALUES ('Ana', {age})")
+        connection.close()
+    sqlite3.connect(tmp_path / "alone.sqlite").execute("CREATE TABLE t (a)")
+    databases, suite = suite_databases({"music": folder / "music.sqlite", "alone": tmp_path / "alone.sqlite"})
+    assert suite == {"music": ["music/other"], "alone": []} and len(databases) == 3
+    golds = ["SELECT name FROM singer WHERE age > 20", "SELECT name FROM singer WHERE age > 20",
+             "SELECT 1 / (age - 10) + abs(-9223372036854775808 + (age - 10)) FROM singer"]
+    examples = [Example(str(i), "music", "q", (gold,)) for i, gold in enumerate(golds)]
+    sqls = ["SELECT name FROM singer", "SELECT name FROM singer WHERE age >= 30", golds[2]]
+    with SQLExecutor(databases, workers=1) as executor:
+        single = score_predictions(examples, sqls, executor)
+        scores = score_predictions(examples, sqls, executor, suite=suite)
+    assert [score.correct["spider"] for score in single] == [True, True, True]
+    assert [score.correct["spider"] for score in scores] == [False, True, False]
+    assert [score.gold_status for score in scores] == ["ok", "ok", "error"]  # its gold fails on the second
+    config = EvaluateConfig(model="m", test_suite=True)
+    assert "test suite of 1 to 2 databases" in evaluate.spider_metric(config, suite)
+    assert "single database" in evaluate.spider_metric(config, {"alone": []})
+
+
+# ------------------------------------------------------------------------------------------- efficiency
+
+def test_clean_mean_drops_outliers_beyond_three_deviations():
+    assert clean_mean([2.0]) == 2.0
+    values = [1.0] * 19 + [101.0]  # mean 6, deviation 21.8: 101 is 4.4 deviations away
+    assert clean_mean(values) == 1.0
+    assert clean_mean([1.0, 3.0]) == 2.0
+
+
+def test_r_ves_by_hand():
+    class Timed:
+        """Gold takes 4 s, the predictions 1, 3, 6, 12 and 24 s."""
+        def run(self, db_id, sql):
+            return Execution("ok", seconds=float(sql))
+
+    examples = [Example(str(i), "music", "q", ("4",)) for i in range(6)]
+    scores = [ExampleScore(str(i), "music", "easy", sql, "ok", "ok", "", {"bird": i < 5}, 1.0)
+              for i, sql in enumerate(["1", "3", "6", "12", "24", "1"])]
+    expected = [125, 100, 75, 50, 25, 0]  # ratios 4, 1.33, 0.67, 0.33, 0.17, and a wrong answer
+    assert r_ves(examples, scores, Timed(), 3) == pytest.approx([100 * math.sqrt(e / 100) for e in expected])
+
+
+# ----------------------------------------------------------------------------------------- comparisons
+
+def scores_file(path, verdicts, **more):
+    examples = [{"id": str(i), "db_id": "music", "status": "ok", "gold_status": "ok", "bird": right,
+                 "sql": f"SELECT {i}"} for i, right in enumerate(verdicts)]
+    path.write_text(json.dumps({"examples": examples, **more}))
+    return path
+
+
+def test_compare_by_hand(tmp_path, capsys):
+    a = scores_file(tmp_path / "a.json", [1, 1, 0, 0, 1])
+    b = scores_file(tmp_path / "b.json", [1, 0, 1, 1])
+    result = compare(a, b)
+    part = result["matches"]["bird"]
+    assert (part["a"], part["b"], part["difference"]) == (0.5, 0.75, 0.25)
+    assert part["gained"] == ["2", "3"] and part["lost"] == ["1"] and result["only_in_one"] == 1
+    assert part["interval"][0] < 0.25 < part["interval"][1]
+    print_comparison(result)
+    printed = capsys.readouterr().out
+    assert "+25.0" in printed and "gained (bird): question 2\n  A: SELECT 2" in printed
+    same = compare(a, a)["matches"]["bird"]
+    assert same["interval"] == (0, 0) and same["gained"] == same["lost"] == []  # paired: no noise between
+
+
+def test_compare_many_is_tighter_than_unpaired(tmp_path):
+    verdicts = [i % 2 for i in range(400)]
+    a = scores_file(tmp_path / "a.json", verdicts)
+    b = scores_file(tmp_path / "b.json", [1 if i == 0 else right for i, right in enumerate(verdicts)])
+    low, high = compare(a, b)["matches"]["bird"]["interval"]
+    assert low >= 0 and high < 0.01  # unpaired it would be some 0.07 wide on either side
+
+
+def test_files_that_cannot_be_compared(tmp_path):
+    a = scores_file(tmp_path / "a.json", [1])
+    (tmp_path / "b.json").write_text('{"examples": [{"id": 1}]}')
+    with pytest.raises(UserError, match="is not a file that evaluate.py --json wrote"):
+        compare(a, tmp_path / "b.json")
+    with pytest.raises(UserError, match="no question in common"):
+        compare(a, scores_file(tmp_path / "c.json", []))
+
+
+# ------------------------------------------------------------------------------------ prediction files
+
+@pytest.mark.parametrize("sql, expected", [
+    ("SELECT 1", "SELECT 1"), ("SELECT a,\n\tb FROM t", "SELECT a,  b FROM t"),
+    ("SELECT 1 -- one\n, 2", "SELECT 1  , 2"), ("SELECT '-- a'\r\nFROM t", "SELECT '-- a'  FROM t"),
+    ("SELECT '--'", "SELECT '--'"), ("", "")])
+def test_one_line(sql, expected):
+    assert one_line(sql) == expected
+
+
+@pytest.mark.parametrize("ending", [".sql", ".json", ".jsonl"])
+def test_saved_predictions_come_back(tmp_path, ending):
+    examples = [Example(identity, "music", "q", ("SELECT 1",)) for identity in ("717", "718", "3")]
+    sqls = ["SELECT 'é', 1", "", "SELECT\n2"]
+    save_predictions(tmp_path / f"p{ending}", examples, sqls)
+    back, pairing = load_predictions(tmp_path / f"p{ending}", examples)
+    assert back == (["SELECT 'é', 1", "SELECT", "SELECT 2"] if ending == ".sql" else sqls)
+    assert ("by position" if ending == ".sql" else "by id") in pairing
+
+
+def test_the_official_script_reads_bird_predictions(tmp_path):
+    save_predictions(tmp_path / "predict_dev.json", [GOLD], ["SELECT 1"])
+    for text in json.loads((tmp_path / "predict_dev.json").read_text()).values():  # as package_sqls does
+        sql, db_id = text.split("\t----- bird -----\t")
+        assert (sql, db_id) == ("SELECT 1", "music")
+
+
+def test_prompt_flags_reach_the_evaluation():
+    _, config, prompts = evaluate.parse_arguments(["--model", "m", "--prompt-style", "full", "-n", "3"])
+    assert (config.samples, prompts) == (3, PromptConfig(style="full"))

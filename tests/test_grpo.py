@@ -1,0 +1,584 @@
+"""grpo.py against naive versions, hand-computed values and exact enumeration. Row names (A1 …) follow the README."""
+
+import functools
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import grpo
+from grpo import GRPOConfig
+
+SMALL = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 1,
+         "bos_token_id": 2}
+FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig,
+            "gemma": GemmaConfig}
+EOS = 1
+
+
+def make_model(family="qwen2", dtype=torch.float64, seed=0, **settings):
+    torch.manual_seed(seed)
+    extra = {"head_dim": 4} if family in ("qwen3", "gemma", "mistral") else {}
+    config = FAMILIES[family](**(SMALL | extra | {"initializer_range": 0.3} | settings))
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for module in model.modules():  # transformers normalises in float32 even in a float64 model
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(_rms_norm, module, plus_one=family == "gemma")
+    return model
+
+
+def _rms_norm(module, x, plus_one):
+    epsilon = getattr(module, "variance_epsilon", None) or module.eps
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+    return normed * (module.weight + 1 if plus_one else module.weight)
+
+
+def a_group(lengths=(3, 1, 5, 4), prompt_length=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(2, 23, (n,), generator=generator)  # noqa: E731
+    return draw(prompt_length), [draw(n) for n in lengths]
+
+
+def sampled_groups(model, config, prompts=2, seed=0, eos_ids=(EOS,)):
+    ids = [a_group(prompt_length=4 + i, seed=seed + i)[0] for i in range(prompts)]
+    generator = torch.Generator().manual_seed(seed)
+    return grpo.sample_groups(model, ids, config, eos_ids=eos_ids, generator=generator)
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+# ---- sampling
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_a1_log_probabilities_are_those_of_the_sampling_distribution(temperature):
+    model = make_model()
+    config = GRPOConfig(group_size=4, temperature=temperature, max_completion_tokens=7)
+    for group in sampled_groups(model, config):
+        for completion, logp in zip(group.completions, group.logps, strict=True):
+            row = torch.cat([group.prompt, completion])[None]
+            z = model(row).logits[0, len(group.prompt) - 1:-1]
+            naive = F.log_softmax(z / temperature, -1).gather(-1, completion[:, None])[:, 0]
+            torch.testing.assert_close(logp.double(), naive, atol=1e-5, rtol=1e-5)
+        packed = grpo.pack_group(group.prompt, group.completions)
+        trained, _ = grpo.completion_logprobs(model, packed, temperature)
+        torch.testing.assert_close(trained[packed.mask], torch.cat(group.logps).double(), atol=1e-5, rtol=1e-5)
+
+
+def test_a2_no_helper_changes_its_inputs():
+    model, (prompt, completions) = make_model(), a_group()
+    rewards, mask = torch.tensor([[0.0, 1.0, 2.0, 2.0]]), torch.ones(4, 5)
+    logp = torch.randn(4, 5)
+    before = [t.clone() for t in (prompt, *completions, rewards, mask, logp)]
+    packed = grpo.pack_group(prompt, completions)
+    grpo.completion_logprobs(model, packed, 0.7)
+    grpo.group_advantages(rewards)
+    grpo.policy_loss(logp, logp, logp, rewards[0], mask, GRPOConfig())
+    grpo.sample_groups(model, [prompt], GRPOConfig(group_size=2, max_completion_tokens=3), eos_ids=[EOS])
+    for old, new in zip(before, (prompt, *completions, rewards, mask, logp), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_a3_gradient_reaches_exactly_the_rows_that_predict_completion_tokens():
+    prompt, completions = a_group(lengths=(3, 2))
+    packed = grpo.pack_group(prompt, completions)
+    L = packed.input_ids.shape[1]
+    logits = torch.randn(L, 23, dtype=torch.float64, requires_grad=True)
+    logp, _ = grpo.token_logprobs(_Identity(23), logits[packed.predictors], torch.cat(completions), 1.0)
+    loss, _ = grpo.policy_loss(packed.unpack(logp), packed.unpack(logp).detach(), None, torch.tensor([1.0, -1.0]),
+                               packed.mask, GRPOConfig())
+    loss.backward()
+    # completion 1 stands at 6, 7, 8 and is predicted from 5 (the prompt's end), 6, 7; completion 2 at 9, 10 from 5, 9
+    touched = logits.grad.abs().sum(-1).nonzero()[:, 0].tolist()
+    assert touched == [5, 6, 7, 9]
+
+
+class _Identity(torch.nn.Linear):
+    """An lm_head that hands its input through, so that a test can choose the logits."""
+
+    def __init__(self, size):
+        super().__init__(size, size, bias=False, dtype=torch.float64)
+        self.weight.data.copy_(torch.eye(size))
+
+
+def test_a4_eos_is_part_of_a_completion_iff_it_was_sampled():
+    model = make_model()
+    config = GRPOConfig(group_size=16, max_completion_tokens=6)
+    for group in sampled_groups(model, config, eos_ids=(EOS, 5)):
+        for completion, cut in zip(group.completions, group.truncated, strict=True):
+            ends = [i for i, token in enumerate(completion.tolist()) if token in (EOS, 5)]
+            assert ends == ([] if cut else [len(completion) - 1])
+            assert not cut or len(completion) == 6
+        packed = grpo.pack_group(group.prompt, group.completions)
+        assert packed.mask.sum(1).tolist() == [len(c) for c in group.completions]
+    cuts = [cut for group in sampled_groups(model, config, prompts=3) for cut in group.truncated]
+    assert any(cuts) and not all(cuts)
+
+
+def test_a4_padding_id_equal_to_eos_or_to_a_sampled_token_changes_nothing():
+    prompt, completions = a_group()
+    completions = [torch.cat([c, torch.tensor([EOS])]) for c in completions]
+    one = grpo.completion_logprobs(make_model(pad_token_id=EOS), grpo.pack_group(prompt, completions), 1.0)[0]
+    two = grpo.completion_logprobs(make_model(), grpo.pack_group(prompt, completions), 1.0)[0]
+    assert torch.equal(one, two) and (one[:, 0] != 0).all()
+
+
+def test_a6_groups_come_prompt_major_in_prompt_order():
+    model = make_model()
+    prompts = [a_group(prompt_length=n, seed=n)[0] for n in (9, 3, 6, 3, 8)]
+    for rollout_batch in (4, 8, 100):
+        config = GRPOConfig(group_size=4, max_completion_tokens=3, rollout_batch=rollout_batch)
+        groups = grpo.sample_groups(model, prompts, config, eos_ids=[EOS])
+        for prompt, group in zip(prompts, groups, strict=True):
+            assert torch.equal(prompt, group.prompt) and len(group.completions) == 4
+    # what was sampled for a prompt is likely under that prompt: its logps are recomputed from it
+            for completion, logp in zip(group.completions, group.logps, strict=True):
+                z = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1:-1]
+                naive = F.log_softmax(z, -1).gather(-1, completion[:, None])[:, 0]
+                torch.testing.assert_close(logp.double(), naive, atol=1e-5, rtol=1e-5)
+
+
+def test_a14_modes_come_back_even_after_an_exception_and_dropout_is_off_inside():
+    model = make_model(attention_dropout=0.5)
+    model.train()
+    model.model.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    prompt, completions = a_group()
+    packed = grpo.pack_group(prompt, completions)
+    with pytest.raises(RuntimeError, match="stop"), grpo.dropout_off(model):
+        one, _ = grpo.completion_logprobs(model, packed, 1.0)
+        two, _ = grpo.completion_logprobs(model, packed, 1.0)
+        assert torch.equal(one, two)
+        raise RuntimeError("stop")
+    assert [m.training for m in model.modules()] == before
+
+
+def test_a14_first_update_of_a_model_with_dropout_has_ratio_one():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=64,
+                                                        resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1))
+    model.train()
+    _, stats = _update(model, GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, updates_per_rollout=2), lr=0)
+    assert stats["ratio_mean"] == 1.0 and stats["ratio_max"] == 1.0 and stats["sampler_gap"] < 1e-5
+
+
+def test_a15_left_padding_and_what_stands_in_it_change_nothing():
+    model = make_model()
+    short, long = a_group(prompt_length=3)[0], a_group(prompt_length=9, seed=1)[0]
+    config = GRPOConfig(group_size=2, max_completion_tokens=5)
+    greedy = lambda prompts: grpo.sample_groups(model, prompts, config, eos_ids=[EOS], temperature=0.0)  # noqa: E731
+    alone, together = greedy([short])[0], greedy([short, long])[0]
+    assert all(torch.equal(a, b) for a, b in zip(alone.completions, together.completions, strict=True))
+    torch.testing.assert_close(torch.cat(alone.logps), torch.cat(together.logps))
+    ids, mask = grpo.left_pad([short, long], "cpu")
+    noise = torch.where(mask.bool(), ids, torch.full_like(ids, 17))
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    one, two = (model(x, attention_mask=mask, position_ids=position).logits[:, -1] for x in (ids, noise))
+    torch.testing.assert_close(one, two)
+
+
+def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(monkeypatch):
+    model = make_model()
+    model.gradient_checkpointing_enable()
+    model.train()
+    lengths = []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, input_ids, **kwargs: (
+        lengths.append(input_ids.shape[1]), forward(self, input_ids=input_ids, **kwargs))[1])
+    grpo.sample_groups(model, [a_group()[0]], GRPOConfig(group_size=4, max_completion_tokens=6), eos_ids=[])
+    assert lengths == [6, 1, 1, 1, 1, 1]  # one prefill of the prompt, then a token at a time
+
+
+def test_finished_rows_leave_the_batch(monkeypatch):
+    model = make_model()
+    sizes = []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, input_ids, **kwargs: (
+        sizes.append(input_ids.shape[0]), forward(self, input_ids=input_ids, **kwargs))[1])
+    groups = sampled_groups(model, GRPOConfig(group_size=16, max_completion_tokens=8), prompts=1)
+    longer_than = [sum(len(c) > t for c in groups[0].completions) for t in range(1, 8)]
+    assert sizes[0] == 1 and sizes[1:] == [n for n in longer_than if n]
+
+
+def test_a21_sampling_is_plain_temperature_sampling():
+    logits = torch.tensor([[2.0, 0.0, -3.0]]).repeat(200_000, 1)
+    token, logp = grpo.sample_token(logits, 1.5, torch.Generator().manual_seed(0))
+    share = torch.bincount(token, minlength=3) / len(token)
+    torch.testing.assert_close(share, torch.softmax(logits[0] / 1.5, -1), atol=4e-3, rtol=0)
+    assert share[2] > 0  # nothing is cut off
+
+
+# ---- advantages
+
+
+def test_a5_advantages_have_pinned_values():
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 1.0], [3.0, 3.0, 3.0, 5.0]], dtype=torch.float64)
+    std0, std1 = math.sqrt(2 / 3), 1.0  # of the sample: divisor n - 1
+    group = torch.tensor([[-1, 0, 1, 0], [-0.5, -0.5, -0.5, 1.5]], dtype=torch.float64)
+    torch.testing.assert_close(grpo.group_advantages(rewards), group / torch.tensor([[std0], [std1]]))
+    torch.testing.assert_close(grpo.group_advantages(rewards, "none"), group)
+    torch.testing.assert_close(grpo.group_advantages(rewards, "batch"), group / rewards.std())
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a5_flat_groups_get_exactly_zero(scale):
+    rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3], [1.0, 2.0, 3.0], [1e6 + 0.01, 1e6, 1e6]], dtype=torch.float64)
+    advantages = grpo.group_advantages(rewards, scale)
+    assert (advantages[[0, 2]] == 0).all() and (advantages[1] != 0).any()
+    assert (grpo.group_advantages(torch.full((2, 4), 0.3), scale) == 0).all()
+    assert (grpo.group_advantages(torch.tensor([[1.0, 1.0], [2.0, 2.0]]), scale) == 0).all()
+
+
+def test_a5_bad_rewards_are_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        grpo.group_advantages(torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="not finite"):
+        grpo.group_advantages(torch.tensor([[0.0, float("nan")]]))
+    with pytest.raises(ValueError, match="scale"):
+        grpo.group_advantages(torch.zeros(1, 2), "std")
+
+
+@pytest.mark.parametrize("name, value", [("group_size", 1), ("temperature", 0.0), ("loss", "ppo"), ("kl_coef", -1.0),
+                                         ("kl_estimator", "k4"), ("advantage_scale", "mean"), ("kl_coef", math.inf)])
+def test_config_names_the_field_that_makes_no_sense(name, value):
+    with pytest.raises(ValueError, match=name):
+        GRPOConfig(**{name: value})
+
+
+# ---- loss
+
+
+@pytest.mark.parametrize("A", [1.0, -1.0])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
+def test_a7_clipping_value_and_gradient(ratio, A):
+    config = GRPOConfig(clip_low=0.2, clip_high=0.3, kl_coef=0.0)
+    logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    loss, stats = grpo.policy_loss(logp, torch.zeros(1, 1), None, torch.tensor([A]), torch.ones(1, 1), config)
+    loss.backward()
+    expected = {(0.5, 1.0): (-0.5, -0.5), (1.0, 1.0): (-1.0, -1.0), (2.0, 1.0): (-1.3, 0.0),
+                (0.5, -1.0): (0.8, 0.0), (1.0, -1.0): (1.0, 1.0), (2.0, -1.0): (2.0, 2.0)}[ratio, A]
+    assert loss.item() == pytest.approx(expected[0]) and logp.grad.item() == pytest.approx(expected[1])
+    assert stats["clip_fraction_low"] == float((ratio, A) == (0.5, -1.0))
+    assert stats["clip_fraction_high"] == float((ratio, A) == (2.0, 1.0))
+
+
+def _categoricals():
+    logits = torch.tensor([0.3, -1.1, 0.8], dtype=torch.float64, requires_grad=True)
+    ref = torch.log_softmax(torch.tensor([-0.5, 0.4, 0.9], dtype=torch.float64), -1)
+    return logits, ref
+
+
+def test_a8_kl_estimators_are_unbiased_by_enumeration():
+    logits, ref = _categoricals()
+    logp = torch.log_softmax(logits, -1)
+    exact = (logp.exp() * (logp - ref)).sum()
+    for kind in ("k1", "k3"):
+        torch.testing.assert_close((logp.exp() * grpo.kl_estimate(logp, ref, kind)).sum(), exact, rtol=1e-12, atol=0)
+    assert (grpo.kl_estimate(logp, ref, "k3") >= 0).all() and (grpo.kl_estimate(logp, ref, "k2") >= 0).all()
+    tiny = grpo.kl_estimate(torch.tensor(-1.0), torch.tensor(-1.0 + 1e-4), "k3")
+    assert tiny.item() == pytest.approx(5e-9, rel=1e-2)  # expm1 keeps it; exp(x) - x - 1 would give 0 or noise
+    with pytest.raises(ValueError, match="k4"):
+        grpo.kl_estimate(logp, ref, "k4")
+
+
+def test_a9_gradients_of_the_estimators_by_enumeration():
+    logits, ref = _categoricals()
+
+    def expected_gradient(kind):  # E over samples of d estimate / d logits, the samples held fixed
+        logp = torch.log_softmax(logits, -1)
+        return torch.autograd.grad((logp.detach().exp() * grpo.kl_estimate(logp, ref, kind)).sum(), logits)[0]
+
+    def exact(f):
+        return torch.autograd.grad(f(torch.log_softmax(logits, -1)), logits)[0]
+
+    torch.testing.assert_close(expected_gradient("k1"), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(expected_gradient("k2"), exact(lambda p: (p.exp() * (p - ref)).sum()))
+    torch.testing.assert_close(expected_gradient("k3"), exact(lambda p: (ref.exp() * (ref - p)).sum()))
+
+
+@pytest.mark.parametrize("loss, short, long", [
+    ("grpo", 1 / 2, 1 / 20), ("dapo", 1 / 11, 1 / 11), ("dr_grpo", 1 / 40, 1 / 40), ("gspo", 1 / 2, 1 / 20)])
+def test_a10_weight_of_a_token_in_each_loss(loss, short, long):
+    config = GRPOConfig(loss=loss, kl_coef=0.0, max_completion_tokens=20)
+    logp = torch.zeros(2, 10, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(10) < torch.tensor([[1], [10]])
+    grpo.policy_loss(logp, logp.detach(), None, torch.ones(2), mask, config)[0].backward()
+    expected = -torch.stack([F.one_hot(torch.tensor(0), 10) * short, torch.full((10,), long)]).double()
+    torch.testing.assert_close(logp.grad, expected)
+
+
+def test_gspo_clips_whole_sequences_by_their_geometric_mean_ratio():
+    config = GRPOConfig(loss="gspo", kl_coef=0.0, clip_low=0.1, clip_high=0.1)
+    logp = torch.tensor([[0.3, 0.1], [0.02, 0.04]], dtype=torch.float64, requires_grad=True)
+    loss, stats = grpo.policy_loss(logp, torch.zeros(2, 2), None, torch.ones(2), torch.ones(2, 2), config)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1.1 + math.exp(0.03)) / 2)
+    assert (logp.grad[0] == 0).all() and stats["clip_fraction_high"] == 0.5
+    torch.testing.assert_close(logp.grad[1], torch.full((2,), -math.exp(0.03) / 4, dtype=torch.float64))
+
+
+def test_kl_enters_per_token_with_its_coefficient():
+    config = GRPOConfig(kl_coef=0.5, kl_estimator="k2")
+    logp, ref = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.2, -0.4]], dtype=torch.float64)
+    loss, stats = grpo.policy_loss(logp, logp, ref, torch.zeros(1), torch.ones(1, 2), config)
+    assert stats["kl"] == pytest.approx((0.02 + 0.08) / 2) and loss.item() == pytest.approx(0.5 * stats["kl"])
+
+
+def test_a18_entropy_is_that_of_the_distribution():
+    model, (prompt, completions) = make_model(), a_group()
+    packed = grpo.pack_group(prompt, completions)
+    _, entropy = grpo.completion_logprobs(model, packed, 0.8)
+    for row, completion in zip(entropy, completions, strict=True):
+        z = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1:-1] / 0.8
+        exact = torch.distributions.Categorical(logits=z).entropy()
+        torch.testing.assert_close(row[:len(completion)], exact)
+        assert (row[len(completion):] == 0).all()
+
+
+def test_overlong_completions_can_be_masked_out():
+    model = make_model()
+    config = GRPOConfig(group_size=8, max_completion_tokens=4, kl_coef=0.0, overlong="mask", max_grad_norm=1e9)
+    groups = sampled_groups(model, config, prompts=1)
+    assert any(groups[0].truncated) and not all(groups[0].truncated)
+    _apply(model, groups, _advantages(8)[:1], config, lr=0)
+    masked = gradients(model)
+    kept = [i for i, cut in enumerate(groups[0].truncated) if not cut]
+    rest = grpo.Group(groups[0].prompt, [groups[0].completions[i] for i in kept],
+                      [groups[0].logps[i] for i in kept], [False] * len(kept))
+    plain = GRPOConfig(group_size=8, max_completion_tokens=4, kl_coef=0.0, max_grad_norm=1e9)
+    _apply(model, [rest], _advantages(8)[:1, kept], plain, lr=0)
+    torch.testing.assert_close(gradients(model), masked, rtol=1e-10, atol=1e-14)
+
+
+# ---- packed groups
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_packed_equals_padded_in_logprobs_and_gradients(family, tied, checkpointing):
+    model = make_model(family, tie_word_embeddings=tied)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    prompt, completions = a_group()
+    packed = grpo.pack_group(prompt, completions)
+    weights = torch.randn(packed.mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for forward in (grpo.completion_logprobs, grpo.padded_logprobs):
+        model.zero_grad()
+        with grpo.dropout_off(model):
+            logp, entropy = forward(model, packed, 0.7)
+            (logp * weights).sum().backward()
+        results.append((logp.detach(), entropy, gradients(model)))
+    assert grpo._packing_verdicts[model] is True
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packing_works_with_either_attention(implementation):
+    model = make_model(attn_implementation=implementation)
+    model.set_attn_implementation(implementation)
+    packed = grpo.pack_group(*a_group())
+    one, two = (f(model, packed, 1.0)[0] for f in (grpo.completion_logprobs, grpo.padded_logprobs))
+    assert grpo._packing_verdicts[model] is True
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # eager attention has a float32 softmax
+
+
+def test_a_model_that_cannot_run_packed_rows_falls_back_with_a_warning():
+    class Leaky(torch.nn.Module):
+        """Ignores the attention mask, so completions would see one another."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def get_decoder(self):
+            return lambda attention_mask, **kwargs: self.inner.get_decoder()(**kwargs)
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+        def forward(self, **kwargs):
+            return self.inner(**kwargs)
+
+    model, packed = Leaky(make_model()), grpo.pack_group(*a_group())
+    with pytest.warns(UserWarning, match="cannot run packed groups"):
+        logp, _ = grpo.completion_logprobs(model, packed, 1.0)
+    torch.testing.assert_close(logp, grpo.padded_logprobs(model.inner, packed, 1.0)[0])
+
+
+def test_pack_group_layout():
+    packed = grpo.pack_group(torch.tensor([7, 8]), [torch.tensor([3]), torch.tensor([4, 5, 6])])
+    assert packed.input_ids.tolist() == [[7, 8, 3, 4, 5, 6]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 2, 3, 4]]
+    assert packed.segment_ids.tolist() == [0, 0, 1, 2, 2, 2]
+    assert packed.predictors.tolist() == [1, 1, 3, 4]
+    assert packed.mask.tolist() == [[True, False, False], [True, True, True]]
+    seen = (packed.attention_mask(torch.float32, "cpu")[0, 0] == 0).int().tolist()
+    assert seen == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+                    [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 1]]
+    for bad in ((torch.tensor([], dtype=torch.long), [torch.tensor([1])]), (torch.tensor([1]), []),
+                (torch.tensor([1]), [torch.tensor([], dtype=torch.long)])):
+        with pytest.raises(ValueError, match="at least one token"):
+            grpo.pack_group(*bad)
+
+
+def test_a23_chunked_lm_head_has_the_naive_values_and_gradients(monkeypatch):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False).double()
+    hidden, targets = torch.randn(33, 8, dtype=torch.float64, requires_grad=True), torch.randint(50, (33,))
+    weights = torch.randn(33, dtype=torch.float64)
+    naive = F.log_softmax(head(hidden) / 0.9, -1).gather(-1, targets[:, None])[:, 0]
+    expected = torch.autograd.grad((naive * weights).sum(), [hidden, head.weight])
+    largest = []
+    forward = type(head).forward
+    monkeypatch.setattr(type(head), "forward", lambda self, x: (largest.append(len(x)), forward(self, x))[1])
+    monkeypatch.setattr(grpo, "LOGIT_CHUNK_ELEMENTS", 50 * 4)
+    logp, _ = grpo.token_logprobs(head, hidden, targets, 0.9)
+    torch.testing.assert_close(logp, naive, rtol=1e-12, atol=0)
+    for one, two in zip(torch.autograd.grad((logp * weights).sum(), [hidden, head.weight]), expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-13)
+    assert max(largest) == 4
+
+
+def test_a23_the_update_runs_lm_head_on_completion_positions_only(monkeypatch):
+    model, (prompt, completions) = make_model(), a_group()
+    grpo.completion_logprobs(model, grpo.pack_group(prompt, completions), 1.0)  # the self-check is over
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[0]))
+    grpo.completion_logprobs(model, grpo.pack_group(prompt, completions), 1.0)
+    assert sum(rows) == sum(map(len, completions))
+
+
+# ---- update
+
+
+def _advantages(G, B=2):
+    return torch.randn(B, G, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def _apply(model, groups, advantages, config, lr, reference=None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    batches = grpo.packed_batches(groups, config)
+    ref_logps = grpo.reference_logprobs(reference, batches, config) if reference else None
+    return grpo.policy_update(model, optimizer, groups, batches, advantages, ref_logps, config)
+
+
+def _update(model, config, lr, reference=None):
+    groups = sampled_groups(model, config)
+    return groups, _apply(model, groups, _advantages(config.group_size), config, lr, reference)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+def test_a11_the_gradient_does_not_depend_on_micro_batches_or_order(loss):
+    model, reference = make_model(), make_model(seed=1)
+    base = {"group_size": 8, "max_completion_tokens": 6, "loss": loss, "kl_coef": 0.1, "max_grad_norm": 1e9}
+    groups = sampled_groups(model, GRPOConfig(**base), prompts=2)
+    advantages = _advantages(8)
+    results = []
+    for size in (0, 1, 2, 4, 8):
+        _apply(model, groups, advantages, GRPOConfig(micro_batch=size, **base), 0, reference)
+        results.append(gradients(model))
+    _apply(model, groups[::-1], advantages.flip(0), GRPOConfig(**base), 0, reference)
+    results.append(gradients(model))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-13)
+
+
+def test_a12_first_update_is_reinforce_with_baseline():
+    model = make_model()
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, max_grad_norm=1e9)
+    groups, stats = _update(model, config, lr=0)
+    ours = gradients(model)
+    assert stats["ratio_mean"] == 1.0 and stats["ratio_max"] == 1.0
+    assert stats["approx_kl"] == stats["clip_fraction_low"] == stats["clip_fraction_high"] == 0.0
+    model.zero_grad()
+    for group, row in zip(groups, _advantages(4), strict=True):
+        for completion, A in zip(group.completions, row, strict=True):
+            z = model(torch.cat([group.prompt, completion])[None]).logits[0, len(group.prompt) - 1:-1]
+            logp = F.log_softmax(z, -1).gather(-1, completion[:, None])[:, 0]
+            (-A * logp.mean() / 8).backward()
+    torch.testing.assert_close(ours, gradients(model), rtol=1e-9, atol=1e-12)
+
+
+def test_a13_several_updates_reuse_one_rollout(monkeypatch):
+    model = make_model()
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, updates_per_rollout=3)
+    groups = sampled_groups(model, config)
+    olds = []
+    loss = grpo.policy_loss
+    monkeypatch.setattr(grpo, "sample_groups", None)
+    monkeypatch.setattr(grpo, "policy_loss", lambda logp, old, *rest: (olds.append(old.clone()), loss(logp, old, *rest))[1])
+    stats = _apply(model, groups, _advantages(4), config, lr=0.5)
+    assert len(olds) == 6 and all(torch.equal(olds[i], olds[i % 2]) for i in range(6))
+    assert stats["ratio_max"] > 1.0 and stats["approx_kl"] > 0.0
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted():
+    model = make_model()
+    before = [p.clone() for p in model.parameters()]
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0)
+    groups = sampled_groups(model, config)
+    advantages = _advantages(4)
+    advantages[0, 0] = math.inf
+    assert _apply(model, groups, advantages, config, lr=0.1)["skipped_updates"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a22_monte_carlo_gradient_converges_to_the_exact_policy_gradient():
+    """Three tokens, two positions, no EOS: all nine sequences are enumerated."""
+    model = make_model(vocab_size=3, hidden_size=8, num_hidden_layers=1, pad_token_id=None, eos_token_id=None,
+                       bos_token_id=None)
+    prompt = torch.tensor([0, 2, 1])
+    sequences = [torch.tensor(s) for s in itertools.product(range(3), repeat=2)]
+    value = {tuple(s.tolist()): float((7 * s[0] + 3 * s[1] * s[1]) % 5) for s in sequences}
+
+    packed = grpo.pack_group(prompt, sequences)
+    logp, _ = grpo.completion_logprobs(model, packed, 1.0)  # [9, 2]
+    probabilities = logp.sum(-1).exp()
+    assert probabilities.sum().item() == pytest.approx(1.0)
+    rewards = torch.tensor([value[tuple(s.tolist())] for s in sequences], dtype=torch.float64)
+    (probabilities * rewards).sum().backward()  # ascend E[R]
+    exact = gradients(model)
+
+    G = 20_000
+    config = GRPOConfig(group_size=G, max_completion_tokens=2, kl_coef=0.0, advantage_scale="none", loss="dr_grpo",
+                        max_grad_norm=1e9, rollout_batch=G)
+    generator = torch.Generator().manual_seed(0)
+    group = grpo.sample_groups(model, [prompt], config, eos_ids=[], generator=generator)[0]
+    rewards = torch.tensor([[value[tuple(c.tolist())] for c in group.completions]], dtype=torch.float64)
+    advantages = grpo.group_advantages(rewards, "none")
+    # Equal sequences share a row: a row's weight is its summed advantage, so the packed row stays short.
+    keys = [tuple(c.tolist()) for c in group.completions]
+    weights = torch.tensor([[sum(a for k, a in zip(keys, advantages[0].tolist(), strict=True) if k == tuple(s.tolist()))
+                             for s in sequences]], dtype=torch.float64)
+    nine = grpo.Group(prompt, sequences, [torch.zeros(2)] * 9, [True] * 9)
+    model.zero_grad()
+    _apply(model, [nine], weights * 9 / G, config, lr=0)
+    estimate = -2 * gradients(model)  # dr_grpo divides by the constant length 2; the loss is minus the objective
+    cosine = F.cosine_similarity(estimate, exact, dim=0).item()
+    assert cosine > 0.995
+    assert (estimate.norm() / exact.norm()).item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_importing_grpo_needs_torch_only():
+    code = "import sys, grpo; print([m for m in ('transformers', 'sqlparse', 'sql_exec', 'rewards') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert found == "[]"

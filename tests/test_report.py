@@ -1,0 +1,567 @@
+"""The report: what it says, how it holds against hostile text, and that it works in a real Chromium."""
+
+import base64
+import hashlib
+import json
+import os
+import random
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+
+import report
+from data import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+HOSTILE = {
+    "script": "</script><script>window.hacked = 1</script>",
+    "image": "<img src=x onerror='window.hacked = 2'>",
+    "quotes": "\"'`&lt; --> ]]> {{blocks}} ${window.hacked = 3}",
+    "nul": "before\0after",
+    "bidi": "SELECT \u202e1 ;eteled\u202c \u2066x\u2069 \ufeff\u200b",
+    "surrogate": "half \ud800 pair",
+}
+
+
+# ------------------------------------------------------------------------------------------ a generated run
+
+def completion(text="", correct=False, total=0.0, advantage=0.0, thought="think", sql="SELECT 1", **more):
+    rewards = {"total": total, "format": 1.0, "execution": 2.0 * correct, "atomic": 0.0, "memory": 0.5,
+               "result": 0.0, "schema": 0.0, "user": 0.0}
+    return {"text": text, "thought": thought, "sql": sql, "status": "ok", "error": None, "correct": correct,
+            "rewards": rewards, "advantage": advantage, "tokens": 12, "truncated": False, **more}
+
+
+def group(step, completions, **more):
+    return {"step": step, "id": f"q{step}", "db_id": "music", "question": f"question of step {step}?",
+            "evidence": "", "difficulty": "easy", "gold_sqls": ["SELECT name FROM singer"],
+            "completions": completions} | more
+
+
+def metrics_of(step, **more):
+    share = min(0.9, 0.3 + step / 1000)
+    return {"step": step, "reward": 1 + share, "reward_std": 0.4, "reward/format": 1.0, "reward/atomic": 0.2,
+            "reward/result": 0.0, "execution_accuracy": share, "flat_groups": 0.25, "all_wrong_groups": 0.2,
+            "all_right_groups": 0.05, "kl": 0.01 * step, "entropy": 0.7, "clip_fraction_low": 0.0,
+            "clip_fraction_high": 0.0, "completion_length": 50.5, "completion_length_max": 96.0,
+            "truncated": 0.01, "status/ok": 0.9, "status/error": 0.1, "seconds/rollout": 0.6,
+            "seconds/update": 0.7, "lr": 1e-4, "tokens_per_second": 4000.0, **more}
+
+
+def write_run(folder, metrics, groups, config=None, result=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in (("metrics", metrics), ("rollouts", groups)):
+        lines = "".join(json.dumps(record, ensure_ascii=True) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(lines)
+    (folder / "config.json").write_text(json.dumps(config or {"model": "tiny", "steps": 3, "match": "bird"}))
+    if result:
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Three steps of three groups: mixed, all wrong and flat, all right."""
+    def of(step):
+        mixed = [completion(correct=True, total=4.0, advantage=1.5), completion(total=1.0, advantage=-0.5),
+                 completion(total=1.5, advantage=-0.4, sql="", thought="", text="no tags", status="format")]
+        wrong = [completion(total=1.0, status="error", error="no such column: x") for _ in range(3)]
+        right = [completion(correct=True, total=4.0 + i, advantage=i - 1.0) for i in range(3)]
+        return [group(step, mixed), group(step, wrong, difficulty="hard"), group(step, right)]
+
+    return write_run(tmp_path / "a run", [metrics_of(step) for step in (1, 2, 3)],
+                     [one for step in (1, 2, 3) for one in of(step)])
+
+
+def block(page: Path, name: str):
+    """The value of one of the page's compressed blocks."""
+    opening = f'<script type="application/octet-stream" id="{name}">'
+    found = re.search(f"{opening}([^<]*)</script>", page.read_text())
+    return json.loads(zlib.decompress(base64.b64decode(found[1])))
+
+
+# --------------------------------------------------------------------------------------------- what it says
+
+def test_the_page_has_settings_curves_and_groups(run):
+    page = report.write_report(run)
+    text = page.read_text()
+    assert page == run / "report.html"
+    assert "<h1>a run</h1>" in text and "tiny" in text and "finished" in text
+    for title in ("Reward components", "Execution accuracy", "KL to the reference", "What became of the SQL"):
+        assert f"<figcaption>{title}</figcaption>" in text
+    assert "At zero in every step: clip fractions." in text  # said in words instead of drawn
+    assert block(page, "index") == {
+        "steps": [1, 2, 3], "tiers": ["easy", "hard"],
+        "groups": [[[1, 3, False, 0], [0, 3, True, 1], [3, 3, False, 0]]] * 3,
+        "scales": {"total": 6.0, "format": 1.0, "execution": 2.0, "memory": 0.5}}  # atomic was never above 0
+    first = block(page, "step-2")[0]
+    assert first["question"] == "question of step 2?" and len(first["completions"]) == 3
+    assert first["completions"][2]["text"] == "no tags"  # kept: there is no SQL to show
+    assert "text" not in first["completions"][0]
+    assert set(block(page, "metrics")) >= {"step", "reward", "kl", "status/error", "seconds/update"}
+
+
+def test_a_half_written_line_is_passed_over(run):
+    for name in ("metrics", "rollouts"):
+        with open(run / f"{name}.jsonl", "a") as file:
+            file.write('{"step": 4, "id": "q')
+    page = report.write_report(run)
+    assert block(page, "index")["steps"] == [1, 2, 3]
+    assert block(page, "metrics")["step"] == [1, 2, 3]
+
+
+def test_a_broken_line_in_the_middle_costs_only_itself(run):
+    lines = (run / "rollouts.jsonl").read_text().splitlines()
+    lines[3] = '{"step": 2, "id": }'
+    lines.insert(0, '["not an object"]')
+    (run / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
+    page = report.write_report(run)
+    assert block(page, "index")["steps"] == [1, 2, 3]
+    assert len(block(page, "step-2")) == 2
+
+
+def test_a_run_without_rollouts_config_or_finite_numbers(run):
+    for name in ("rollouts.jsonl", "config.json"):
+        (run / name).unlink()
+    (run / "metrics.jsonl").write_text('{"step": 1, "reward": NaN, "kl": Infinity, "entropy": 0.5}\n')
+    page = report.write_report(run)
+    assert block(page, "index")["steps"] == []
+    assert block(page, "metrics") == {"step": [1], "entropy": [0.5]}
+    assert "no readable config.json" in page.read_text()
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_nothing_to_report_is_one_sentence(tmp_path, make):
+    folder = tmp_path / "empty"
+    if make:
+        folder.mkdir()
+    done = subprocess.run([sys.executable, ROOT / "report.py", folder], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and str(folder) in done.stderr
+
+
+def test_the_command_prints_where_the_page_is(run):
+    done = subprocess.run([sys.executable, ROOT / "report.py", run], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(run / "report.html"))
+
+
+def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
+    page = report.write_report(run)
+    before = page.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.os, "replace", full)
+    with pytest.raises(UserError, match="No space left"):
+        report.write_report(run)
+    assert page.read_bytes() == before
+
+
+def test_before_and_after(run):
+    def summary(accuracy, tiers=True):
+        part = {"n": 40, "execution_accuracy": {"bird": accuracy, "spider": accuracy / 2},
+                "interval": {"bird": [accuracy - 0.1, accuracy + 0.1], "spider": [0.0, 1.0]}}
+        return part | ({"by_difficulty": {"easy": part, "hard": part}} if tiers else {})
+
+    result = {"before": {"test": summary(0.25)}, "after": {"test": summary(0.755)}}
+    (run / "result.json").write_text(json.dumps(result))
+    text = report.write_report(run).read_text()
+    assert "25.0 → 75.5 %" in text and "+50.5 points on 40 questions" in text
+    line = re.search(r"<tr[^>]*><th[^>]*>test: all.*?</tr>", text)[0]
+    assert "<b>25.0</b> <small>[15.0, 35.0]</small>" in line and "<td>+50.5</td>" in line
+    assert text.index("by the bird comparison") < text.index("by the spider comparison")
+    assert text.count("test: hard") == 2
+
+
+def test_schema_and_gold_result_are_shown_where_the_database_is(tmp_path, tiny_db):
+    data = tmp_path / "own.jsonl"
+    data.write_text('{"question": "Who?", "db_id": "music", "sql": "SELECT name FROM singer"}\n')
+    config = {"data": str(data), "data_dir": None, "split": "train", "sql_timeout": 5.0}
+    groups = [group(1, [completion()]), group(1, [completion()], db_id="gone")]
+    page = report.write_report(write_run(tmp_path / "run", [metrics_of(1)], groups, config))
+    known, gone = block(page, "step-1")
+    assert known["gold"] == {"status": "ok", "error": None, "columns": ["name"], "count": 3,
+                             "rows": [["Ana"], ["Bo"], ["Cy"]]}
+    assert gone["gold"] is None
+    schemas = block(page, "schemas")
+    assert "CREATE TABLE singer" in schemas["music"] and schemas["gone"] == ""
+
+
+def test_long_results_are_cut():
+    assert report.preview([("x" * 200, None, 1)] * 9) == [["x" * 80 + "…", None, 1]] * 5
+
+
+def test_operations_are_compared_with_the_nearest_gold(run, monkeypatch):
+    taken_apart = []
+
+    def words(sql, schema=None):
+        taken_apart.append(sql)
+        return frozenset(sql.split())
+
+    monkeypatch.setattr(report, "atomic_operations", words)
+    with report.World({}, run) as world:
+        golds = {"db_id": "music", "gold_sqls": ["a b c d", "a x y"]}
+        assert report.compare_operations("a x z", golds, world) == {
+            "matched": ["a", "x"], "missed": ["y"], "extra": ["z"]}
+        report.compare_operations("a x z", golds, world)
+    assert sorted(taken_apart) == ["a b c d", "a x y", "a x z"]  # each query once
+
+
+# ------------------------------------------------------------------------------------------- hostile text
+
+def test_what_does_not_print_is_written_out():
+    assert report.visible("plain, é, 日本, עברית\n\tnext") == "plain, é, 日本, עברית\n\tnext"
+    assert report.visible("a\0b\r") == "a‹U+0000›b‹U+000D›"
+    assert report.visible("\u202ex\u2066\u200b\ufeff\xa0\ud800") == (
+        "‹U+202E›x‹U+2066›‹U+200B›‹U+FEFF›‹U+00A0›‹U+D800›")
+
+
+def hostile_run(folder):
+    every = "\n".join(HOSTILE.values())
+    bad = completion(text=every, thought=every, sql=every, error=every, status="ok", rows=[[every, None]],
+                     columns=[every], neighbours=[{"db_id": every, "thought": every, "similarity": 0.5}],
+                     tokens_text=[every, "b"], ratios=[1.5, 0.5])
+    unparsed = completion(text=every, thought="", sql="", total=1.0, status=every)
+    groups = [group(1, [bad, unparsed], question=every, evidence=every, difficulty=every, id=every,
+                    db_id=every, gold_sqls=[every])]
+    result = {"before": {}, "after": {every: {"n": 1, "execution_accuracy": {"bird": 1.0, every: 1.0},
+                                              "interval": {"bird": [1, 1], every: [1, 1]}}}}
+    config = {"model": every, every: every, "data": every, "match": "bird"}
+    name = every.replace("/", "")  # "a/b/c" is a part of "a/b" and not plotted with it
+    return write_run(folder, [metrics_of(1, **{f"status/{name}": 0.5, f"reward/{name}": 0.5})], groups,
+                     config, result)
+
+
+def test_hostile_text_stays_text(tmp_path):
+    page = report.write_report(hostile_run(tmp_path / "run"))
+    text = page.read_text(encoding="utf-8")
+    assert "window.hacked = 1</script>" not in text and "<img" not in text
+    assert not set("\0\r\u202e\u202c\u2066\u2069\ufeff\u200b") & set(text)
+    executable = [tag for tag in re.findall(r"<script[^>]*>", text) if "octet-stream" not in tag]
+    assert executable == ["<script>"]
+    assert "{{" not in re.sub(r"\{\{blocks\}\}(?= \$\{window)", "", text)  # no placeholder is filled twice
+    (only,) = block(page, "step-1")
+    shown = only["completions"][0]["sql"]
+    assert HOSTILE["script"] in shown and HOSTILE["image"] in shown
+    assert "before‹U+0000›after" in shown and "‹U+202E›1 ;eteled‹U+202C›" in shown
+
+
+def test_the_policy_allows_exactly_the_pages_own_style_and_script(run):
+    text = report.write_report(run).read_text()
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', text)[1]
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    for tag in ("script", "style"):
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "innerHTML" not in text and " style=" not in text and not re.search(r'(src|href)="', text)
+
+
+# ---------------------------------------------------------------------------------------------- long runs
+
+def long_run(folder, steps=1000, groups=16, size=8):
+    """A run of full length; texts are drawn from a vocabulary as small as a tiny policy's."""
+    draw = random.Random(0)
+    vocabulary = "the question asks rows of table where column is value then group join count order".split()
+    texts = [" ".join(draw.choices(vocabulary, k=30)) for _ in range(5000)]
+    sqls = [f"SELECT {a} FROM {b} WHERE {a} > {n}" for a in vocabulary for b in vocabulary for n in range(5)]
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text("".join(
+        json.dumps(metrics_of(step, **({"dev_accuracy": 0.5} if step % 50 == 0 else {}))) + "\n"
+        for step in range(1, steps + 1)))
+    with open(folder / "rollouts.jsonl", "w") as file:
+        for step in range(1, steps + 1):
+            for number in range(groups):
+                answers = [completion(thought=draw.choice(texts), sql=draw.choice(sqls), total=draw.random(),
+                                      advantage=draw.gauss(0, 1)) for _ in range(size)]
+                record = group(step, answers, id=f"{step}-{number}", question=draw.choice(texts))
+                file.write(json.dumps(record) + "\n")
+    return folder
+
+
+def test_a_run_of_1000_steps_fits(tmp_path):
+    page = report.write_report(long_run(tmp_path / "run"))
+    assert page.stat().st_size < 20_000_000
+    assert block(page, "index")["steps"] == list(range(1, 1001))
+    assert len(block(page, "step-777")) == 16
+
+
+def test_a_run_too_large_for_a_page_is_thinned_evenly(tmp_path, monkeypatch):
+    folder = long_run(tmp_path / "run", steps=60, groups=2)
+    whole = report.write_report(folder).stat().st_size
+    monkeypatch.setattr(report, "PAGE_BYTES", 30_000)
+    page = report.write_report(folder)
+    shown = block(page, "index")["steps"]
+    assert f"{len(shown)} of the 60 logged steps" in page.read_text()
+    assert page.stat().st_size < whole - 30_000
+    assert shown[0] == 1 and shown[-1] == 60
+    gaps = [b - a for a, b in zip(shown, shown[1:], strict=False)]
+    assert len(shown) > 5 and max(gaps[:-1]) - min(gaps[:-1]) <= 1
+
+
+def test_rollouts_are_read_a_step_at_a_time(run):
+    log = report.RolloutLog(run / "rollouts.jsonl")
+    assert log.steps == [1, 2, 3]
+    assert [one["step"] for one in log.read(2)] == [2, 2, 2]
+
+
+# ------------------------------------------------------------------------------------------------- curves
+
+def test_ticks_are_round():
+    assert report.nice_ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1]
+    assert report.nice_ticks(1, 300, 4) == [100, 200, 300]
+    assert report.nice_ticks(-3, 4, 4) == [-2, 0, 2, 4]
+    assert report.nice_ticks(5, 5, 4) == [5]
+
+
+@pytest.mark.parametrize("value, share, text", [
+    (0.5, True, "50%"), (0.123, True, "12.3%"), (0, False, "0"), (1e-6, False, "1e-6"),
+    (0.01234, False, "0.0123"), (4.5678, False, "4.57"), (4004.2, False, "4004"),
+    (12_345, False, "12.3k"), (2.5e7, False, "2.5e7")])
+def test_numbers_are_short(value, share, text):
+    assert report.spell(value, share) == text
+
+
+def test_running_mean_and_thinning_keep_gaps_and_ends():
+    assert report.running_mean([1, None, 3, 5], 1) == [1, None, 4, 4]
+    steps, columns = report.thin(list(range(1, 1001)), {"a": [1.0] * 1000, "b": [None] * 999 + [2.0]})
+    assert len(steps) <= report.MAX_POINTS and (steps[0], steps[-1]) == (1, 1000)
+    assert set(columns["a"]) == {1.0}
+    assert columns["b"][-1] == 2.0 and columns["b"].count(None) == len(steps) - 1
+
+
+def test_points_lie_where_they_should():
+    points = report.place([10, 15, 20], [0.0, None, 2.0], 0.0, 2.0)
+    assert points == [(report.LEFT, report.BOTTOM), (report.RIGHT, report.TOP)]
+
+
+def test_seconds_of_a_part_are_not_counted_twice():
+    records = [metrics_of(1, **{"seconds/rewards": 3.0, "seconds/rewards/atomic": 2.0})]
+    assert report.matching("seconds/*", records) == ["seconds/rollout", "seconds/update", "seconds/rewards"]
+    assert report.matching("seconds/rewards/*", records) == ["seconds/rewards/atomic"]
+    assert "<dd>4 s<small>4.30 s a step" in report.tiles({}, records, {})
+
+
+def test_rare_values_are_dots(run):
+    records = [metrics_of(step, **({"dev_accuracy": 0.4} if step in (10, 20) else {}))
+               for step in range(1, 21)]
+    chart = next(chart for chart in report.CHARTS if "dev_accuracy" in chart.keys)
+    drawn = report.figure(chart, report.chart_keys(chart, records), records)
+    assert drawn.count("<circle") == 2 and "dev, greedy from 40% to 40%" in drawn
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_shortest_runs_can_be_drawn(tmp_path, count):
+    page = report.write_report(write_run(tmp_path / "run", [metrics_of(s) for s in range(1, count + 1)], []))
+    assert "nan" not in re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL).lower()
+
+
+@pytest.mark.parametrize("seconds, text", [(45, "45 s"), (372, "6 min 12 s"), (11_100, "3 h 05 min")])
+def test_durations(seconds, text):
+    assert report.duration(seconds) == text
+
+
+# -------------------------------------------------------------------------------------- in a real browser
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+CHROMIUM_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+                  "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe")
+
+
+class Browser:
+    """A headless Chromium, spoken to through pipes: JSON messages, NUL between (Chrome DevTools Protocol)."""
+
+    def __init__(self, profile):
+        commands, self.outgoing = os.pipe()
+        self.incoming, replies = os.pipe()
+        redirect = f'exec "$@" 3<&{commands} 4>&{replies}'  # Chromium reads from 3 and writes to 4
+        self.process = subprocess.Popen(
+            ["bash", "-c", redirect, "chromium", CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={profile}"],
+            pass_fds=(commands, replies), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
+        os.close(commands)
+        os.close(replies)
+        self.unread, self.count, self.session, self.events = b"", 0, None, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self.outgoing)
+        os.close(self.incoming)
+
+    def _receive(self):
+        while b"\0" not in self.unread:
+            assert select.select([self.incoming], [], [], 60)[0], "Chromium does not answer"
+            arrived = os.read(self.incoming, 1 << 16)
+            assert arrived, "Chromium has gone"
+            self.unread += arrived
+        message, self.unread = self.unread.split(b"\0", 1)
+        return json.loads(message)
+
+    def call(self, method, **params):
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.outgoing, json.dumps(message).encode() + b"\0")
+        while (answer := self._receive()).get("id") != self.count:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def evaluate(self, expression):
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait_for(self, expression):
+        end = time.monotonic() + 60
+        while not self.evaluate(expression):
+            assert time.monotonic() < end, f"never true: {expression}"
+            time.sleep(0.02)
+
+    def open(self, page, place=""):
+        self.call("Page.navigate", url="about:blank")
+        self.call("Page.navigate", url=page.as_uri() + place)
+        self.wait_for("document.readyState === 'complete' && document.querySelector('#group > *') !== null")
+
+    def press(self, key):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else "")
+
+    def click(self, selector):
+        self.evaluate(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
+        box = self.evaluate(f"document.querySelector({selector!r}).getBoundingClientRect().toJSON()")
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def choose(self, name, value):
+        self.evaluate(f"(() => {{ const menu = document.getElementById({name!r}); menu.value = {value!r};"
+                      "menu.dispatchEvent(new Event('change')); })()")
+
+    def place(self):
+        """(step, question) that the inspector shows."""
+        return (self.evaluate("document.getElementById('step').selectedOptions[0].text"),
+                self.evaluate("document.getElementById('place').textContent"))
+
+    def wait_for_place(self, *place):
+        self.wait_for(f"document.getElementById('step').selectedOptions[0].text === '{place[0]}' && "
+                      f"document.getElementById('place').textContent.startsWith('question {place[1]} ')")
+
+    def complaints(self):
+        """Errors, console messages, and requests for anything but the page."""
+        bad = [event for event in self.events if event.get("method") in (
+            "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")]
+        requests = [event["params"]["request"]["url"] for event in self.events
+                    if event.get("method") == "Network.requestWillBeSent"]
+        return bad + [url for url in requests if not url.startswith(("file://", "about:"))]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+def test_chromium_steps_by_keys_and_clicks(run, browser):
+    browser.open(report.write_report(run))
+    browser.wait_for_place(3, 1)  # opens at the newest step
+    assert browser.evaluate("document.querySelectorAll('article').length") == 3
+    browser.press("ArrowLeft")
+    browser.wait_for_place(2, 1)
+    browser.press("j")
+    browser.wait_for_place(2, 2)
+    assert "so every advantage is 0" in browser.evaluate("document.querySelector('.strip').textContent")
+    browser.press("k")
+    browser.press("k")
+    browser.wait_for_place(1, 3)  # beyond the first question comes the step before
+    browser.click("#step-on")
+    browser.wait_for_place(2, 1)
+    browser.click("#chips button:nth-child(3)")
+    browser.wait_for_place(2, 3)
+    browser.click("#group-on")
+    browser.wait_for_place(3, 1)
+    assert browser.evaluate("document.getElementById('step-on').disabled")
+    assert browser.evaluate("location.hash") == "#step=3&question=1"
+    assert browser.complaints() == []
+
+
+def test_chromium_filters(run, browser):
+    page = report.write_report(run)
+    browser.open(page, "#step=1&question=1")
+    browser.wait_for_place(1, 1)
+    browser.choose("outcome", "wrong")
+    browser.wait_for_place(1, 2)
+    assert browser.evaluate("document.querySelectorAll('.chip.other').length") == 2
+    browser.press("j")
+    browser.wait_for_place(2, 2)  # the next all-wrong group is a step further
+    browser.choose("tier", "0")
+    browser.wait_for("document.getElementById('place').textContent === 'no such group'")
+    browser.choose("outcome", "right")
+    browser.wait_for_place(2, 3)
+    browser.choose("order", "best")
+    numbers = "[...document.querySelectorAll('.number')].map((number) => number.textContent).join()"
+    assert browser.evaluate(numbers) == "#3,#2,#1"
+    assert browser.complaints() == []
+
+
+def test_chromium_moves_along_the_curves(run, browser):
+    browser.open(report.write_report(run))
+    reward = "document.querySelector('output[data-key=reward]').textContent"
+    assert browser.evaluate(reward) == "1.303"  # the last step's
+    browser.evaluate("document.querySelector('figure').focus()")
+    browser.press("Home")
+    assert browser.evaluate("document.getElementById('shown-step').textContent") == "1"
+    assert browser.evaluate(reward) == "1.301"
+    browser.press("ArrowRight")
+    browser.press("Enter")
+    browser.wait_for_place(2, 1)
+    assert browser.complaints() == []
+
+
+def test_chromium_shows_hostile_text_as_text(tmp_path, browser):
+    browser.open(report.write_report(hostile_run(tmp_path / "run")))
+    browser.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
+    text = browser.evaluate("document.getElementById('group').textContent")
+    written_out = ("before‹U+0000›after", "‹U+202E›1 ;eteled")
+    for said in (HOSTILE["script"], HOSTILE["image"], HOSTILE["quotes"], *written_out):
+        assert text.count(said) >= 10, said  # question, gold, thought, SQL, error, result, neighbour, ...
+    assert browser.evaluate("window.hacked") is None
+    assert browser.evaluate("document.querySelectorAll('img, #group script').length") == 0
+    assert browser.complaints() == []
+
+
+def test_chromium_dark_and_on_a_phone(run, browser):
+    browser.open(report.write_report(run))
+    seen = {}
+    for scheme in ("light", "dark"):
+        browser.call("Emulation.setEmulatedMedia",
+                     features=[{"name": "prefers-color-scheme", "value": scheme}])
+        seen[scheme] = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert seen["light"] != seen["dark"]
+    browser.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2,
+                 mobile=True)
+    assert browser.evaluate("document.documentElement.scrollWidth") == 360
+    columns = browser.evaluate("getComputedStyle(document.querySelector('.group')).gridTemplateColumns")
+    assert len(columns.split()) == 1
+    browser.call("Emulation.clearDeviceMetricsOverride")
+    assert browser.complaints() == []

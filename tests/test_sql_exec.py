@@ -1,0 +1,446 @@
+"""The executor: statuses, values, caching, life and death of its workers; one test for each row of
+PITFALLS part B that concerns running SQL (B2, B3, B5, B10 and the comparators are in test_sql_match.py)."""
+
+import hashlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import sql_exec
+from sql_exec import Execution, SQLExecutor, bird_match
+
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c"
+# One call of a C function that runs for ages: SQLite's own interrupt cannot stop it, only a kill can.
+STUCK = "SELECT instr(printf('%.*c', 9000000, 'a'), printf('%.*c', 4000000, 'a') || 'b')"
+
+
+@pytest.fixture
+def executor(tiny_db):
+    with SQLExecutor({"music": tiny_db}, workers=2, timeout=5.0) as executor:
+        yield executor
+
+
+@pytest.fixture
+def hasty(tiny_db):
+    with SQLExecutor({"music": tiny_db}, workers=2, timeout=0.3) as executor:
+        yield executor
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while not (done := condition()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return done
+
+
+# Queries that may run -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT 1",
+        " \n\tselect 1 ; ",
+        "-- a comment\nSELECT 1 -- another",
+        "/* one */ /* two */ SELECT /* three */ 1",
+        "SELECT 1 /* never closed",
+        "(SELECT 1)",
+        "-- a comment\n( /* two */ (SELECT 1) ) ; -- end",
+        "WITH one(x) AS (SELECT 1) SELECT x FROM one",
+        "VALUES (1)",
+        "(VALUES (1));",
+        "\ufeffSELECT 1",
+        "SELECT length(')')",
+        "(SELECT length(')'));",
+    ],
+)
+def test_queries_run(executor, sql):
+    execution = executor.run("music", sql)
+    assert (execution.status, execution.rows, execution.error) == ("ok", [(1,)], None)
+
+
+@pytest.mark.parametrize("sql", ["(SELECT 1) UNION (SELECT 2)", "((SELECT 1)", "SELECT 1)", "SELECT '"])
+def test_queries_that_sqlite_cannot_parse_are_errors(executor, sql):
+    assert executor.run("music", sql).status == "error"
+
+
+def test_values_survive_the_way_back(executor):
+    inf, odd = float("inf"), "é😀\x01\"\\'"
+    values = [None, 0, -(2**63), 2**63 - 1, 0.1, -0.0, 1e308, inf, -inf, "", odd, "a\nb"]
+    literals = "NULL, 0, -9223372036854775808, 9223372036854775807, 0.1, -0.0, 1e308, 9e999, -9e999, '', "
+    sql = f"SELECT {literals} 'é😀' || char(1) || '\"\\''', 'a' || char(10) || 'b', x'00ff', x''"
+    execution = executor.run("music", sql)
+    assert execution.rows == [(*values, b"\x00\xff", b"")]
+    assert [type(value) for value in execution.rows[0]] == [*map(type, values), bytes, bytes]
+    assert executor.run("music", "SELECT 9223372036854775808, 9e999 - 9e999").rows == [(2.0**63, None)]
+
+
+def test_columns_and_seconds_are_reported(executor):
+    execution = executor.run("music", "SELECT name, age AS years FROM singer ORDER BY name")
+    assert execution.columns == ["name", "years"]
+    assert execution.rows == [("Ana", 30), ("Bo", 41), ("Cy", 25)]
+    assert 0 < execution.seconds < 5
+
+
+def test_run_many_keeps_order_and_runs_identical_pairs_once(executor, tiny_db):
+    executor.add_database("again", tiny_db)
+    pairs = [(["music", "again"][i % 2], f"SELECT {i % 7}, '{i % 2}'") for i in range(200)]
+    results = executor.run_many(pairs)
+    assert [result.rows for result in results] == [[(i % 7, str(i % 2))] for i in range(200)]
+    assert len({id(result) for result in results}) == 14
+    assert executor.run_many([]) == []
+    once = executor.run_many([("music", "SELECT random()")] * 20)
+    assert len({result.rows[0] for result in once}) == 1
+
+
+def test_calls_from_several_threads_take_turns(executor):
+    seen = {}
+
+    def ask(number):
+        seen[number] = executor.run_many([("music", f"SELECT {number} + {i}") for i in range(50)])
+
+    threads = [threading.Thread(target=ask, args=(1000 * number,)) for number in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for number, results in seen.items():
+        assert [result.rows[0][0] - number for result in results] == list(range(50))
+
+
+def test_large_statements_and_results_do_not_block_the_pipes(executor):
+    text = "x" * 90_000  # more than a pipe holds, both ways, many times over
+    pairs = [("music", f"SELECT {i}, '{text}', printf('%.*c', 200000, 'y')") for i in range(60)]
+    for i, result in enumerate(executor.run_many(pairs)):
+        assert result.rows == [(i, text, "y" * 200_000)]
+
+
+# Bad databases ----------------------------------------------------------------------------------------------
+
+
+def test_unknown_and_broken_databases_are_errors_that_name_them(tmp_path, tiny_db):
+    files = {"garbage": b"no database" * 500, "empty": b"", "cut": tiny_db.read_bytes()[:5000]}
+    paths = {name: tmp_path / f"{name}.sqlite" for name in files}
+    for name, content in files.items():
+        paths[name].write_bytes(content)
+    paths |= {"missing": tmp_path / "missing.sqlite", "folder": tmp_path, "good": tiny_db}
+    with SQLExecutor(paths, workers=1) as executor:
+        for name in (*paths, "unknown"):
+            execution = executor.run(name, "SELECT count(*) FROM singer")
+            if name == "good":
+                assert execution.rows == [(3,)]
+            else:
+                assert execution.status == "error" and execution.rows == []
+                assert name in execution.error or str(paths[name]) in execution.error
+        assert executor.worker_restarts == 0
+    assert not paths["missing"].exists()
+
+
+def test_a_replaced_database_is_read_anew(executor, tiny_db):
+    assert executor.run("music", "SELECT count(*) FROM singer").rows == [(3,)]
+    tiny_db.unlink()
+    assert executor.run("music", "SELECT count(*) FROM singer").status == "error"
+    connection = sqlite3.connect(tiny_db)
+    connection.executescript("CREATE TABLE singer (x); INSERT INTO singer VALUES (1);")
+    connection.close()
+    assert executor.run("music", "SELECT count(*) FROM singer").rows == [(1,)]
+
+
+def test_a_database_locked_by_a_writer_is_an_error_until_it_is_free(hasty, tiny_db):
+    writer = sqlite3.connect(tiny_db, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    assert hasty.run("music", "SELECT count(*) FROM singer").error == "database is locked"
+    writer.execute("INSERT INTO singer (name) VALUES ('Di')")
+    writer.execute("COMMIT")
+    assert hasty.run("music", "SELECT count(*) FROM singer").rows == [(4,)]
+    writer.close()
+
+
+def test_a_wal_database_is_read_with_its_writer_and_without_leaving_files(hasty, tiny_db):
+    writer = sqlite3.connect(tiny_db, isolation_level=None)
+    writer.execute("PRAGMA journal_mode = WAL")
+    writer.execute("INSERT INTO singer (name) VALUES ('Di')")
+    assert hasty.run("music", "SELECT count(*) FROM singer").rows == [(4,)]
+    writer.execute("INSERT INTO singer (name) VALUES ('Ed')")
+    assert hasty.run("music", "SELECT count(*) FROM singer").rows == [(5,)]
+    hasty.close()
+    writer.close()
+    with SQLExecutor({"music": tiny_db}) as executor:
+        assert executor.run("music", "SELECT count(*) FROM singer").rows == [(5,)]
+    assert [path.name for path in tiny_db.parent.iterdir()] == [tiny_db.name]
+
+
+def test_virtual_tables_can_be_read(executor, tiny_db):
+    connection = sqlite3.connect(tiny_db)
+    for kind in ("fts4", "fts5"):
+        connection.execute(f"CREATE VIRTUAL TABLE {kind}t USING {kind}(t)")
+        connection.execute(f"INSERT INTO {kind}t VALUES ('a b')")
+    connection.commit()
+    connection.close()
+    assert executor.run("music", "SELECT t FROM fts4t WHERE fts4t MATCH 'b'").rows == [("a b",)]
+    assert executor.run("music", "SELECT t FROM fts5t WHERE fts5t MATCH 'b'").rows == [("a b",)]
+    assert executor.run("music", "SELECT sum(value) FROM json_each('[1, 2]')").rows == [(3,)]
+
+
+# PITFALLS part B --------------------------------------------------------------------------------------------
+
+NOT_QUERIES = [
+    "I am sorry, I cannot answer.", "", "   ", ";", "-- SELECT 1", "/* SELECT 1 */", "```sql\nSELECT 1\n```",
+    "DROP TABLE singer", "SELECT 1; SELECT 2", "SELECT 1; DROP TABLE singer", "EXPLAIN SELECT 1",
+    "PRAGMA table_info(singer)", "WITH x AS (SELECT 1) DELETE FROM singer", "SELECTED", "sql SELECT 1", "()",
+    "(", "(SELECT 1); DELETE FROM singer", None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sql", NOT_QUERIES)
+def test_b1_text_that_is_no_query_is_refused(executor, sql):
+    execution = executor.run("music", sql)
+    assert execution.status == "refused" and execution.error and not execution.rows
+
+
+def test_b2_rows_are_tuples_and_keep_columns_of_equal_names(executor):
+    join = "FROM singer a JOIN singer b USING (country)"
+    two = executor.run("music", f"SELECT a.name, b.name {join}")
+    one = executor.run("music", f"SELECT b.name {join}")
+    assert two.columns == ["name", "name"]
+    assert all(isinstance(row, tuple) and len(row) == 2 for row in two.rows)
+    assert not bird_match(two.rows, one.rows)
+
+
+def test_b4_a_gold_keeps_its_status_in_the_cache(tiny_db, tmp_path):
+    golds = [("music", sql) for sql in ("SELECT name FROM singer WHERE age > 99", "SELECT nowhere", ENDLESS)]
+    for _ in range(2):  # the second time from disk
+        with SQLExecutor({"music": tiny_db}, timeout=0.3, cache=tmp_path / "cache") as executor:
+            empty, error, timeout = executor.run_gold(golds)
+        assert [empty.status, error.status, timeout.status] == ["ok", "error", "timeout"]
+        assert empty.rows == [] and error.error == "no such column: nowhere" and timeout.error
+
+
+def test_b5_b11_a_failing_gold_fails_alone(executor):
+    sqls = ["SELECT 1", "SELECT nowhere", "SELECT 2", "DROP TABLE singer", "SELECT 3"]
+    statuses = [result.status for result in executor.run_many([("music", sql) for sql in sqls])]
+    assert statuses == ["ok", "error", "ok", "refused", "ok"]
+
+
+def test_b6_the_row_cap_holds_while_fetching(tiny_db):
+    count = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c{}) SELECT x FROM c"
+    with SQLExecutor({"music": tiny_db}, max_rows=100) as executor:
+        exact = executor.run("music", count.format(" LIMIT 100"))
+        over = executor.run("music", count.format(" LIMIT 101"))
+        endless = executor.run("music", count.format(""))
+    assert (exact.status, len(exact.rows)) == ("ok", 100)
+    assert (over.status, over.rows) == (endless.status, endless.rows) == ("too_large", [])
+    assert endless.seconds < 5
+
+
+def test_b6_bytes_and_memory_are_capped(tiny_db):
+    with SQLExecutor({"music": tiny_db}, workers=1, memory_limit_mb=64) as executor:
+        few_rows = executor.run("music", "SELECT printf('%.*c', 1500000, 'x') FROM singer")
+        numbers = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 90)"
+        hoard = executor.run("music", f"{numbers} SELECT randomblob(1900000) AS b FROM c ORDER BY b")
+        assert [few_rows.status, hoard.status] == ["too_large", "too_large"]
+        assert executor.run("music", "SELECT count(*) FROM singer").rows == [(3,)]
+
+
+@pytest.mark.parametrize(("sql", "restarts"), [(ENDLESS, 0), (STUCK, 1)])
+def test_b7_the_deadline_is_kept_and_the_next_query_served(hasty, sql, restarts):
+    hasty.run("music", "SELECT 1")
+    start = time.monotonic()
+    execution = hasty.run("music", sql)
+    assert execution.status == "timeout" and execution.rows == []
+    assert 0.3 <= time.monotonic() - start < 1.3
+    assert hasty.worker_restarts == restarts
+    assert hasty.run("music", "SELECT 1").rows == [(1,)]
+
+
+def test_b8_nothing_changes_the_file(executor, tiny_db):
+    before = digest(tiny_db)
+    for sql in ("DELETE FROM singer", "WITH x AS (SELECT 1) UPDATE singer SET age = 0", "VACUUM", "REINDEX"):
+        assert executor.run("music", sql).status == "refused"
+    assert digest(tiny_db) == before
+
+
+def test_b9_settings_are_sqlites_defaults(executor, tmp_path):
+    sql = "SELECT 'A' LIKE 'a', \"no such column\", 7 / 2, 'a' = 'A', (SELECT group_concat(name) FROM singer)"
+    assert executor.run("music", sql).rows == [(1, "no such column", 3, 0, "Ana,Bo,Cy")]
+
+
+def test_b12_invalid_utf8_is_replaced_not_raised(executor):
+    bad = executor.run("music", "SELECT CAST(x'61ff62' AS TEXT), CAST(x'eda080' AS TEXT)")
+    assert bad.rows == [("a\ufffdb", "\ufffd\ufffd\ufffd")]
+    assert executor.run("music", 'SELECT 1 AS "\u00e9"').columns == ["é"]
+
+
+# Gold cache -------------------------------------------------------------------------------------------------
+
+
+def test_gold_results_come_from_the_cache_until_content_or_limits_change(tiny_db, tmp_path):
+    cache = tmp_path / "cache"
+    golds = [("music", "SELECT name, x'00', 1e999 FROM singer"), ("music", "SELECT 1")]
+
+    def gold(timeout=5.0):
+        with SQLExecutor({"music": tiny_db}, timeout=timeout, cache=cache) as executor:
+            results = executor.run_gold(golds + golds)
+            return results[:2], len(executor._workers)
+
+    first, started = gold()
+    assert started > 0 and first == gold()[0] and gold()[1] == 0
+    assert isinstance(gold()[0][0].rows[0], tuple)
+    assert gold(timeout=4.0)[1] > 0  # other limits
+    sqlite3.connect(tiny_db).executescript("DELETE FROM singer WHERE name = 'Bo'")
+    changed, started = gold()
+    assert started > 0 and len(changed[0].rows) == 2 and changed[1].rows == [(1,)]
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_damaged_and_stale_cache_entries_are_run_again(tiny_db, tmp_path):
+    with SQLExecutor({"music": tiny_db}, timeout=0.2, cache=tmp_path / "cache") as executor:
+        good = executor.run_gold([("music", "SELECT 1")])
+        (file,) = (tmp_path / "cache").rglob("*.json")
+        for damage in (b"", b"{", b"[]", b'["ok"', b"\xff\xfe", b"[1,2,3,4,5,6,7,8]"):
+            file.write_bytes(damage)
+            assert executor.run_gold([("music", "SELECT 1")])[0].rows == good[0].rows
+        executor.run_gold([("music", ENDLESS)])
+        (timeout,) = (f for f in (tmp_path / "cache").rglob("*.json") if f != file)
+        kept = timeout.read_bytes()
+        os.utime(timeout, (0, 0))  # older than a day
+        assert executor.run_gold([("music", ENDLESS)])[0].status == "timeout"
+        assert timeout.stat().st_mtime > 0 and json.loads(kept)[0] == "timeout"
+
+
+def test_passing_troubles_are_not_cached(tiny_db, tmp_path):
+    with SQLExecutor({"music": tiny_db}, timeout=0.3, cache=tmp_path / "cache") as executor:
+        writer = sqlite3.connect(tiny_db, isolation_level=None)
+        gold = ("music", "SELECT count(*) FROM singer")
+        executor._cache_file(*gold)  # hash the file first: closing it would drop this process's own lock
+        writer.execute("BEGIN EXCLUSIVE")
+        assert executor.run_gold([gold, ("unknown", "SELECT 1")])[0].status == "error"
+        writer.close()
+        assert executor.run_gold([gold])[0].rows == [(3,)]
+
+
+# Life and death of the workers ------------------------------------------------------------------------------
+
+
+def test_two_workers_under_twenty_hung_queries_answer_the_good_ones(tiny_db):
+    hung = [("music", f"{STUCK} OR {i}") for i in range(10)]
+    hung += [("music", f"{ENDLESS} LIMIT {i + 1}") for i in range(10)]
+    good = [("music", f"SELECT {i}") for i in range(40)]
+    with SQLExecutor({"music": tiny_db}, workers=2, timeout=0.2) as executor:
+        pairs = [pair for i in range(40) for pair in (*hung[i : i + 1], good[i])]
+        results = dict(zip(pairs, executor.run_many(pairs), strict=True))
+        assert {results[pair].status for pair in hung} == {"timeout"}
+        assert [results[pair].rows for pair in good] == [[(i,)] for i in range(40)]
+        assert executor.worker_restarts == 10
+
+
+def test_restarts_leak_neither_processes_nor_file_descriptors_nor_threads(tiny_db):
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        executor.run("music", "SELECT 1")
+        files, threads, pids = os.listdir("/proc/self/fd"), threading.active_count(), []
+        for i in range(40):  # bench/sql.py does a thousand
+            pids.append(executor._workers[0].process.pid)
+            os.kill(pids[-1], signal.SIGKILL)
+            wait_until(lambda: not is_alive(pids[-1]))
+            assert executor.run("music", f"SELECT {i}").rows == [(i,)]
+        assert executor.worker_restarts == 40
+        assert len(os.listdir("/proc/self/fd")) == len(files) and threading.active_count() == threads
+        pids.append(executor._workers[0].process.pid)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert len(os.listdir("/proc/self/fd")) == len(files) - 2
+    with pytest.raises(RuntimeError, match="closed"):
+        executor.run("music", "SELECT 1")
+
+
+def test_a_worker_that_dies_costs_its_query_only(hasty):
+    def murder():
+        wait_until(lambda: any(worker.sent for worker in hasty._workers))
+        time.sleep(0.1)
+        os.kill(next(worker for worker in hasty._workers if worker.sent).process.pid, signal.SIGSEGV)
+
+    hasty.settings["timeout"] = 3.0
+    killer = threading.Thread(target=murder)
+    killer.start()
+    results = hasty.run_many([("music", STUCK)] + [("music", f"SELECT {i}") for i in range(9)])
+    killer.join()
+    assert (results[0].status, results[0].error) == ("error", sql_exec.WORKER_DIED)
+    assert [result.rows for result in results[1:]] == [[(i,)] for i in range(9)]
+
+
+BABBLE = [
+    b"\xff" * 9, b"\0\0\0\2{}", b"\0\0\0\1[", b"\0\0\0\7[1,2,3]", b"\0\0\0\4null", b"\0\0\0\2[]" * 9,
+    b"\0\0\0\x1a" + b'[0,0,"ok",null,0,[],[1,2]]', b"\0\0\0\x17" + b'[0,0,"fine",null,0,0,0]', b"", b"\0",
+    b"\0\0\x27\x10" + b"[" * 10_000, b"\0\0\x27\x10" + b"9" * 10_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("babble", BABBLE)
+def test_a_worker_that_talks_nonsense_is_replaced(tiny_db, monkeypatch, babble):
+    talk = f"import os, time; os.write(1, b'\\0\\0\\0\\2[]' + {babble!r}); time.sleep(9)"
+    with SQLExecutor({"music": tiny_db}, workers=1, timeout=0.2) as executor:
+        with monkeypatch.context() as patch:
+            patch.setattr(sql_exec, "_WORKER_CODE", talk)
+            assert executor.run("music", "SELECT 1").status in ("error", "timeout")
+        assert executor.run("music", "SELECT 1").rows == [(1,)]
+
+
+def test_a_worker_that_cannot_start_is_a_clear_failure(tiny_db, monkeypatch):
+    monkeypatch.setattr(sql_exec, "_WORKER_CODE", "raise SystemExit(3)")
+    with SQLExecutor({"music": tiny_db}) as executor, pytest.raises(RuntimeError, match="failed to start"):
+        executor.run("music", "SELECT 1")
+
+
+PARENT = """
+import sys, threading, time
+sys.path.insert(0, {root!r})
+from sql_exec import SQLExecutor
+executor = SQLExecutor({{"music": {db!r}}}, workers=2, timeout=60)
+def tell():
+    while not all(w.ready for w in executor._workers) or len(executor._workers) < 2:
+        time.sleep(0.01)
+    print(*[w.process.pid for w in executor._workers], flush=True)
+threading.Thread(target=tell).start()
+executor.run_many([("music", {stuck!r}), ("music", {stuck!r} + " OR 1")])
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_die_with_their_parent_even_when_stuck(tiny_db, how):
+    code = PARENT.format(root=str(Path(sql_exec.__file__).parent), db=str(tiny_db), stuck=STUCK)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, start_new_session=True)  # fmt: skip
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(is_alive, pids))
+    os.killpg(parent.pid, how)  # as a terminal does on Ctrl-C: the whole foreground group
+    _, errors = parent.communicate(timeout=20)
+    assert wait_until(lambda: not any(map(is_alive, pids)))
+    assert errors.count("KeyboardInterrupt") == (how == signal.SIGINT), errors  # of the parent only
+
+
+def test_the_module_imports_the_standard_library_only():
+    code = "import sys, sql_exec; print({'torch', 'numpy', 'sqlparse', 'tqdm'} & set(sys.modules))"
+    root = Path(sql_exec.__file__).parent
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "set()"
+
+
+def test_execution_is_frozen():
+    with pytest.raises(AttributeError):
+        Execution("ok").status = "error"
