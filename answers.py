@@ -177,9 +177,13 @@ class Progress:
         """Keep the records of a batch, as JSON gives them back."""
         line = json.dumps({"batch": batch, "records": records})
         self.done[batch] = json.loads(line)["records"]
-        if self.file is not None:
+        if self.file is None:
+            return
+        try:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.file}: {error.strerror}") from error
 
     def finish(self) -> None:
         """Everything is safe elsewhere: the file may go."""

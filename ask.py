@@ -97,8 +97,10 @@ class Reply:
         """The vote in one line."""
         others = [plural(len(self.groups) - 1, "other result")] if len(self.groups) > 1 else []
         others += [f"{count} {status}" for status, count in self.failures.items()]
-        return (f"{self.groups[0][0] if self.groups else 0} of {self.count} candidates return this"
-                + (f"; {', '.join(others)}" if others else "") + f" ({self.seconds:.1f} s)")
+        votes = self.groups[0][0] if self.groups else 0
+        caution = "\nfew agree, so read the query with care" if 2 * votes < self.count else ""
+        return (f"{votes} of {self.count} candidates return this"
+                + (f"; {', '.join(others)}" if others else "") + f" ({self.seconds:.1f} s){caution}")
 
     def as_json(self) -> dict:
         """What a page shows; cells are text or null."""

@@ -8,27 +8,29 @@ held back ("unseen"). Questions come in four balanced tiers:
     join     two tables over their foreign key
     nested   subqueries, INTERSECT, EXCEPT, UNION
 
-and in five splits. `cold` has reasoning traces: many simple ones, few of the upper tiers, so that a policy trained
-on it can copy names and values but is unsure of the compositions. `train` has questions and gold SQL only: this is
-what GRPO learns from. `dev` chooses, `test` reports: their gold SQL occurs in no other split. `unseen` asks the
-databases held back.
+and in five splits. `cold` has reasoning traces: many simple ones, few of the upper tiers, all in plain words. A policy
+trained on it can copy names and values, but is unsure of the compositions and has never met the other words in which
+people ask (OTHER_WORDS). `train` has questions in all wordings and gold SQL, no traces: this is what GRPO learns from.
+`dev` chooses, `test` reports: their gold SQL occurs in no other split. `unseen` asks the databases held back.
 """
 
 import hashlib
 import os
 import random
+import re
 import shutil
 import sqlite3
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+VARIETY = 0.4  # how often a word gives way to another one, outside `cold`
 TIERS = ("simple", "group", "join", "nested")
 SPLITS = ("cold", "train", "dev", "test", "unseen")
 
 # Questions a tier and split. The upper tiers of `cold` are scarce on purpose; see the module docstring.
 SIZES = {
-    "cold": {"simple": 1600, "group": 80, "join": 80, "nested": 80},
+    "cold": {"simple": 3000, "group": 150, "join": 150, "nested": 150},
     "train": dict.fromkeys(TIERS, 1000),
     "dev": dict.fromkeys(TIERS, 40),
     "test": dict.fromkeys(TIERS, 100),
@@ -77,9 +79,30 @@ UNSEEN = {
     "garage": "mechanic name:person country:country wage:200-900 / car colour:colour year:1980-2024 cost:10-950",
 }
 
-SYNONYMS = {"wage": "salary", "price": "cost in euros", "students": "number of students", "pages": "page count",
-            "wins": "number of wins", "goals": "number of goals", "tickets": "tickets sold", "minutes": "duration",
-            "country": "home country", "city": "town", "genre": "style", "colour": "main colour", "size": "extent"}
+# Other ways to say things. The traces of `cold` use the plain words only; all other splits mix in these, half the
+# time, so that their meaning has to be learned from what a query returns.
+OTHER_WORDS = {
+    # tables
+    "singers": "vocalists", "concerts": "gigs", "customers": "clients", "purchases": "orders", "teachers": "instructors",
+    "courses": "classes", "airlines": "carriers", "flights": "trips", "authors": "writers", "books": "volumes",
+    "teams": "clubs", "players": "athletes", "doctors": "physicians", "visits": "appointments", "farms": "estates",
+    "fields": "plots", "museums": "galleries", "paintings": "pictures", "directors": "filmmakers", "films": "movies",
+    # columns
+    "albums": "records", "tickets": "admissions", "quantity": "amount", "wage": "salary pay", "credits": "points",
+    "students": "pupils", "planes": "aircraft", "distance": "mileage", "seats": "places", "born": "birthyear",
+    "pages": "length", "price": "cost charge", "founded": "established", "wins": "victories", "goals": "scores",
+    "size": "extent", "area": "surface", "harvest": "yield", "opened": "inaugurated", "rooms": "halls",
+    "awards": "prizes", "minutes": "duration", "age": "years", "year": "date", "name": "label", "country": "nation",
+    "city": "town", "genre": "style", "colour": "shade", "product": "article", "subject": "discipline",
+    "title": "heading", "company": "firm", "role": "position", "level": "rank", "illness": "disease", "owner": "holder",
+    "crop": "plant", "artist": "painter",
+    # comparisons, aggregates, orders
+    "above": "over beyond exceeding", "below": "under beneath short_of", "average": "mean typical",
+    "highest": "maximum greatest top", "lowest": "minimum least bottom", "total": "summed combined overall",
+    "most": "largest_number_of", "fewest": "smallest_number_of",
+    # verbs
+    "Show": "List Report Find", "different": "distinct various",
+}
 
 
 @dataclass(frozen=True)
@@ -90,10 +113,6 @@ class Table:
     numbers: tuple[str, ...]
     pools: dict  # text column -> tuple of values; number column -> (low, high)
     parent: "Table | None" = None
-
-    @property
-    def plural(self) -> str:
-        return self.name[:-1] + "ies" if self.name.endswith("y") else self.name + "s"
 
 
 def parse_tables(line: str) -> list[Table]:
@@ -157,31 +176,39 @@ class Condition:
 
 
 class Phrasing:
-    """Draws columns, conditions and wordings for one database."""
+    """Draws columns, conditions and wordings for one database; `plain` keeps to the plain words."""
 
-    def __init__(self, tables: list[Table], connection: sqlite3.Connection, rng: random.Random):
-        self.tables, self.connection, self.rng = tables, connection, rng
+    def __init__(self, tables: list[Table], connection: sqlite3.Connection, rng: random.Random, plain: bool):
+        self.tables, self.connection, self.rng, self.plain = tables, connection, rng, plain
 
-    def say(self, column: str) -> str:
-        """A column's name, or one time in four its synonym."""
-        return SYNONYMS[column] if column in SYNONYMS and self.rng.random() < 0.25 else column
+    def say(self, word: str) -> str:
+        """A word, or half the time (where wordings vary) another for it."""
+        others = OTHER_WORDS.get(word, "").split()
+        if self.plain or not others or self.rng.random() > VARIETY:
+            return word
+        return self.rng.choice(others).replace("_", " ")
+
+    def either(self, plain: str, other: str) -> str:
+        """One of two ways to start a question."""
+        return plain if self.plain or self.rng.random() > VARIETY else other
+
+    def many(self, table: Table) -> str:
+        """The rows of a table, `cities`."""
+        return self.say(table.name[:-1] + "ies" if table.name.endswith("y") else table.name + "s")
 
     def value(self, table: Table, column: str):
         rows = self.connection.execute(f"SELECT {column} FROM {table.name}").fetchall()
         return self.rng.choice(rows)[0]
 
-    def equals(self, table: Table, columns: tuple[str, ...] | None = None) -> Condition:
-        column = self.rng.choice(columns or table.texts)
-        value, word = self.value(table, column), self.say(column)
-        words = self.rng.choice([f"whose {word} is {value}", f"with {word} {value}", f"that have {word} {value}"])
-        return Condition(words, f"{column} = '{value}'")
+    def equals(self, table: Table) -> Condition:
+        column = self.rng.choice(table.texts)
+        value = self.value(table, column)
+        return Condition(f"whose {self.say(column)} is {value}", f"{column} = '{value}'")
 
     def compares(self, table: Table, operators: str = "><") -> Condition:
-        column = self.rng.choice(table.numbers)
-        bound, word, operator = self.bound(table, column), self.say(column), self.rng.choice(operators)
-        comparison = self.rng.choice({">": ["above", "over", "more than"], "<": ["below", "under", "less than"]}[operator])
-        return Condition(self.rng.choice([f"whose {word} is {comparison} {bound}", f"with {word} {comparison} {bound}"]),
-                         f"{column} {operator} {bound}")
+        column, operator = self.rng.choice(table.numbers), self.rng.choice(operators)
+        bound, word = self.bound(table, column), self.say("above" if operator == ">" else "below")
+        return Condition(f"whose {self.say(column)} is {word} {bound}", f"{column} {operator} {bound}")
 
     def bound(self, table: Table, column: str) -> int:
         """A number to compare with: a cell of the column, rounded as people do (to 10, 5 or not at all)."""
@@ -194,16 +221,15 @@ class Phrasing:
 
     def aggregate(self, table: Table) -> tuple[str, str]:
         column = self.rng.choice(table.numbers)
-        function = self.rng.choice(["AVG", "MAX", "MIN", "SUM"])
-        word = self.rng.choice({"AVG": ["average", "mean"], "MAX": ["highest", "maximum"],
-                                "MIN": ["lowest", "minimum"], "SUM": ["total", "summed"]}[function])
-        return f"{word} {self.say(column)}", f"{function}( {column} )"
+        function, word = self.rng.choice([("AVG", "average"), ("MAX", "highest"), ("MIN", "lowest"), ("SUM", "total")])
+        return f"{self.say(word)} {self.say(column)}", f"{function}( {column} )"
 
     def direction(self) -> tuple[str, str]:
-        return self.rng.choice([("highest", "DESC"), ("largest", "DESC"), ("lowest", "ASC"), ("smallest", "ASC")])
+        word, order = self.rng.choice([("highest", "DESC"), ("lowest", "ASC")])
+        return self.say(word), order
 
     def show(self) -> str:
-        return self.rng.choice(["Show", "List", "Give me", "What is"])
+        return self.say("Show")
 
 
 # Each form returns (question, SQL, reasoning). `p` draws words, `t` is a table, `c` a child table.
@@ -211,43 +237,43 @@ class Phrasing:
 
 def simple_list(p, t):
     column, where = p.rng.choice(t.texts + t.numbers), p.condition(t)
-    return (f"{p.show()} the {p.say(column)} of {t.plural} {where.words} ?",
+    return (f"{p.show()} the {p.say(column)} of {p.many(t)} {where.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {where.sql}",
             f"table {t.name} ; keep {where.sql} ; show {column}")
 
 
 def simple_count(p, t):
     where = p.condition(t)
-    start = p.rng.choice([f"How many {t.plural} are there", f"Count the {t.plural}"])
+    start = p.either(f"How many {p.many(t)} are there", f"Count the {p.many(t)}")
     return (f"{start} {where.words} ?", f"SELECT COUNT(*) FROM {t.name} WHERE {where.sql}",
             f"table {t.name} ; keep {where.sql} ; count rows")
 
 
 def simple_aggregate(p, t):
     (words, sql), where = p.aggregate(t), p.condition(t)
-    return (f"{p.show()} the {words} of {t.plural} {where.words} ?",
+    return (f"{p.show()} the {words} of {p.many(t)} {where.words} ?",
             f"SELECT {sql} FROM {t.name} WHERE {where.sql}",
             f"table {t.name} ; keep {where.sql} ; compute {sql}")
 
 
 def simple_both(p, t):
     column, first, second = p.rng.choice(t.texts), p.equals(t), p.compares(t)
-    return (f"{p.show()} the {p.say(column)} of {t.plural} {first.words} and {second.words} ?",
+    return (f"{p.show()} the {p.say(column)} of {p.many(t)} {first.words} and {second.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {first.sql} AND {second.sql}",
             f"table {t.name} ; keep {first.sql} and {second.sql} ; show {column}")
 
 
 def simple_distinct(p, t):
     column, where = p.rng.choice(t.texts), p.compares(t)
-    return (f"{p.show()} the different {p.say(column)} values of {t.plural} {where.words} ?",
+    return (f"{p.show()} the {p.say('different')} {p.say(column)} values of {p.many(t)} {where.words} ?",
             f"SELECT DISTINCT {column} FROM {t.name} WHERE {where.sql}",
             f"table {t.name} ; keep {where.sql} ; show distinct {column}")
 
 
 def group_count(p, t):
     column, where = p.rng.choice(t.texts), p.compares(t)
-    start = p.rng.choice([f"For each {p.say(column)} , how many {t.plural} are there",
-                          f"Count by {p.say(column)} the {t.plural}"])
+    start = p.either(f"For each {p.say(column)} , how many {p.many(t)} are there",
+                     f"Count by {p.say(column)} the {p.many(t)}")
     return (f"{start} {where.words} ?",
             f"SELECT {column}, COUNT(*) FROM {t.name} WHERE {where.sql} GROUP BY {column}",
             f"table {t.name} ; keep {where.sql} ; group by {column} ; count rows")
@@ -255,9 +281,9 @@ def group_count(p, t):
 
 def group_aggregate(p, t):
     column, (words, sql), where = p.rng.choice(t.texts), p.aggregate(t), p.compares(t)
-    start = p.rng.choice([f"For each {p.say(column)} , {p.show().lower()} the {words}",
-                          f"{p.show()} the {words} by {p.say(column)}"])
-    return (f"{start} of {t.plural} {where.words} ?",
+    start = p.either(f"For each {p.say(column)} , {p.show().lower()} the {words}",
+                     f"{p.show()} the {words} by {p.say(column)}")
+    return (f"{start} of {p.many(t)} {where.words} ?",
             f"SELECT {column}, {sql} FROM {t.name} WHERE {where.sql} GROUP BY {column}",
             f"table {t.name} ; keep {where.sql} ; group by {column} ; compute {sql}")
 
@@ -267,22 +293,22 @@ def group_having(p, t):
     bound = p.rng.choice(p.connection.execute(f"SELECT {sql} FROM {t.name} GROUP BY {column}").fetchall())[0]
     bound = round(bound / 10) * 10
     operator, comparison = p.rng.choice([(">", "above"), ("<", "below")])
-    start = p.rng.choice([f"Which {p.say(column)} values have", f"{p.show()} each {p.say(column)} that has"])
-    return (f"{start} a {words} of {t.plural} {comparison} {bound} ?",
+    start = p.either(f"Which {p.say(column)} values have", f"{p.show()} each {p.say(column)} that has")
+    return (f"{start} a {words} of {p.many(t)} {p.say(comparison)} {bound} ?",
             f"SELECT {column} FROM {t.name} GROUP BY {column} HAVING {sql} {operator} {bound}",
             f"table {t.name} ; group by {column} ; keep groups {sql} {operator} {bound} ; show {column}")
 
 
 def group_top(p, t):
     column, number, where, (word, order) = p.rng.choice(t.texts), p.rng.choice(t.numbers), p.condition(t), p.direction()
-    return (f"Of the {t.plural} {where.words} , {p.show().lower()} the {p.say(column)} of the one with the {word} {p.say(number)} ?",
+    return (f"Of the {p.many(t)} {where.words} , {p.show().lower()} the {p.say(column)} of the one with the {word} {p.say(number)} ?",
             f"SELECT {column} FROM {t.name} WHERE {where.sql} ORDER BY {number} {order} LIMIT 1",
             f"table {t.name} ; keep {where.sql} ; order by {number} {order} limit 1 ; show {column}")
 
 
 def group_ranked(p, t):
     column, number, (word, order), k = p.rng.choice(t.texts), p.rng.choice(t.numbers), p.direction(), p.rng.randint(2, 6)
-    return (f"{p.show()} the {p.say(column)} of the {k} {t.plural} with the {word} {p.say(number)} ?",
+    return (f"{p.show()} the {p.say(column)} of the {k} {p.many(t)} with the {word} {p.say(number)} ?",
             f"SELECT {column} FROM {t.name} ORDER BY {number} {order} LIMIT {k}",
             f"table {t.name} ; order by {number} {order} limit {k} ; show {column}")
 
@@ -290,7 +316,7 @@ def group_ranked(p, t):
 def group_common(p, t):
     column, where = p.rng.choice(t.texts), p.compares(t)
     word, order = p.rng.choice([("most", "DESC"), ("fewest", "ASC")])
-    return (f"Which {p.say(column)} has the {word} {t.plural} {where.words} ?",
+    return (f"Which {p.say(column)} has the {p.say(word)} {p.many(t)} {where.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {where.sql} GROUP BY {column} ORDER BY COUNT(*) {order} LIMIT 1",
             f"table {t.name} ; keep {where.sql} ; group by {column} ; order by count {order} limit 1 ; show {column}")
 
@@ -302,35 +328,35 @@ def _joined(c) -> str:
 def join_list(p, c):
     parent, columns = c.parent, c.texts + c.numbers
     column, where = p.rng.choice(columns), p.condition(parent)
-    return (f"{p.show()} the {p.say(column)} of {c.plural} of {parent.plural} {where.words} ?",
+    return (f"{p.show()} the {p.say(column)} of {p.many(c)} of {p.many(parent)} {where.words} ?",
             f"SELECT {column} FROM {_joined(c)} WHERE {where.sql}",
             f"join {parent.name} and {c.name} ; keep {where.sql} ; show {column}")
 
 
 def join_count(p, c):
     parent, where = c.parent, p.condition(c.parent)
-    start = p.rng.choice([f"How many {c.plural} belong to {parent.plural}", f"Count the {c.plural} of {parent.plural}"])
+    start = p.either(f"How many {p.many(c)} belong to {p.many(parent)}", f"Count the {p.many(c)} of {p.many(parent)}")
     return (f"{start} {where.words} ?", f"SELECT COUNT(*) FROM {_joined(c)} WHERE {where.sql}",
             f"join {parent.name} and {c.name} ; keep {where.sql} ; count rows")
 
 
 def join_aggregate(p, c):
     parent, (words, sql), where = c.parent, p.aggregate(c), p.condition(c.parent)
-    return (f"{p.show()} the {words} of {c.plural} of {parent.plural} {where.words} ?",
+    return (f"{p.show()} the {words} of {p.many(c)} of {p.many(parent)} {where.words} ?",
             f"SELECT {sql} FROM {_joined(c)} WHERE {where.sql}",
             f"join {parent.name} and {c.name} ; keep {where.sql} ; compute {sql}")
 
 
 def join_parents(p, c):
     parent, column, where = c.parent, p.rng.choice(c.parent.texts), p.condition(c)
-    return (f"{p.show()} the different {p.say(column)} values of {parent.plural} having {c.plural} {where.words} ?",
+    return (f"{p.show()} the {p.say('different')} {p.say(column)} values of {p.many(parent)} having {p.many(c)} {where.words} ?",
             f"SELECT DISTINCT {column} FROM {_joined(c)} WHERE {where.sql}",
             f"join {parent.name} and {c.name} ; keep {where.sql} ; show distinct {column}")
 
 
 def join_grouped(p, c):
     parent, column, where = c.parent, p.rng.choice(c.parent.texts), p.condition(c)
-    return (f"For each {p.say(column)} of {parent.plural} , how many {c.plural} are there {where.words} ?",
+    return (f"For each {p.say(column)} of {p.many(parent)} , how many {p.many(c)} are there {where.words} ?",
             f"SELECT {column}, COUNT(*) FROM {_joined(c)} WHERE {where.sql} GROUP BY {column}",
             f"join {parent.name} and {c.name} ; keep {where.sql} ; group by {column} ; count rows")
 
@@ -338,7 +364,7 @@ def join_grouped(p, c):
 def join_top(p, c):
     parent, column, number = c.parent, p.rng.choice(c.parent.texts), p.rng.choice(c.numbers)
     where, (word, order) = p.equals(c), p.direction()
-    return (f"Of the {c.plural} {where.words} , {p.show().lower()} the {parent.name} {p.say(column)} of the one with the {word} {p.say(number)} ?",
+    return (f"Of the {p.many(c)} {where.words} , {p.show().lower()} the {parent.name} {p.say(column)} of the one with the {word} {p.say(number)} ?",
             f"SELECT {column} FROM {_joined(c)} WHERE {where.sql} ORDER BY {number} {order} LIMIT 1",
             f"join {parent.name} and {c.name} ; keep {where.sql} ; order by {number} {order} limit 1 ; show {column}")
 
@@ -346,43 +372,43 @@ def join_top(p, c):
 def nested_average(p, t):
     column, number, where = p.rng.choice(t.texts), p.rng.choice(t.numbers), p.condition(t)
     word, operator = p.rng.choice([("above", ">"), ("below", "<")])
-    return (f"{p.show()} the {p.say(column)} of {t.plural} whose {p.say(number)} is {word} the average of {t.plural} {where.words} ?",
+    return (f"{p.show()} the {p.say(column)} of {p.many(t)} whose {p.say(number)} is {p.say(word)} the {p.say('average')} of {p.many(t)} {where.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {number} {operator} ( SELECT AVG( {number} ) FROM {t.name} WHERE {where.sql} )",
             f"inner AVG( {number} ) of {t.name} keep {where.sql} ; outer keep {number} {operator} inner ; show {column}")
 
 
 def nested_intersect(p, t):
     column, first, second = p.rng.choice(t.texts), p.compares(t, ">"), p.compares(t, "<")
-    return (f"Which {p.say(column)} values occur both among {t.plural} {first.words} and among {t.plural} {second.words} ?",
+    return (f"Which {p.say(column)} values occur both among {p.many(t)} {first.words} and among {p.many(t)} {second.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {first.sql} INTERSECT SELECT {column} FROM {t.name} WHERE {second.sql}",
             f"table {t.name} ; show {column} keep {first.sql} ; intersect ; show {column} keep {second.sql}")
 
 
 def nested_except(p, t):
     column, first, second = p.rng.choice(t.texts), p.condition(t), p.compares(t)
-    return (f"Which {p.say(column)} values occur among {t.plural} {first.words} but not among {t.plural} {second.words} ?",
+    return (f"Which {p.say(column)} values occur among {p.many(t)} {first.words} but not among {p.many(t)} {second.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {first.sql} EXCEPT SELECT {column} FROM {t.name} WHERE {second.sql}",
             f"table {t.name} ; show {column} keep {first.sql} ; except ; show {column} keep {second.sql}")
 
 
 def nested_union(p, t):
     column, first, second = p.rng.choice(t.texts), p.condition(t), p.condition(t)
-    return (f"Which {p.say(column)} values occur among {t.plural} {first.words} or among {t.plural} {second.words} ?",
+    return (f"Which {p.say(column)} values occur among {p.many(t)} {first.words} or among {p.many(t)} {second.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {first.sql} UNION SELECT {column} FROM {t.name} WHERE {second.sql}",
             f"table {t.name} ; show {column} keep {first.sql} ; union ; show {column} keep {second.sql}")
 
 
 def nested_without(p, c):
     parent, column, where = c.parent, p.rng.choice(c.parent.texts), p.condition(c)
-    return (f"{p.show()} the {p.say(column)} of {parent.plural} without any {c.plural} {where.words} ?",
+    return (f"{p.show()} the {p.say(column)} of {p.many(parent)} without any {p.many(c)} {where.words} ?",
             f"SELECT {column} FROM {parent.name} WHERE {parent.key} NOT IN ( SELECT {parent.key} FROM {c.name} WHERE {where.sql} )",
             f"inner {parent.key} of {c.name} keep {where.sql} ; outer {parent.name} not in inner ; show {column}")
 
 
 def nested_count(p, c):
     parent, where = c.parent, p.condition(c)
-    start = p.rng.choice([f"How many {parent.plural} have", f"Count the {parent.plural} that have"])
-    return (f"{start} at least one of the {c.plural} {where.words} ?",
+    start = p.either(f"How many {p.many(parent)} have", f"Count the {p.many(parent)} that have")
+    return (f"{start} at least one of the {p.many(c)} {where.words} ?",
             f"SELECT COUNT(*) FROM {parent.name} WHERE {parent.key} IN ( SELECT {parent.key} FROM {c.name} WHERE {where.sql} )",
             f"inner {parent.key} of {c.name} keep {where.sql} ; outer {parent.name} in inner ; count rows")
 
@@ -394,6 +420,9 @@ FORMS = {
     "nested": (nested_average, nested_intersect, nested_except, nested_union, nested_without, nested_count),
 }
 NEEDS_CHILD = {*FORMS["join"], nested_without, nested_count}
+
+
+ASKS_WHAT_IT_SAYS = re.compile(r"SELECT (?:DISTINCT )?(\w+)\b.*WHERE \1 = '")  # "the city of museums whose city is Rome"
 
 
 def _is_clear(connection: sqlite3.Connection, sql: str) -> bool:
@@ -428,11 +457,11 @@ def draw_questions(split: str, worlds: dict, connections: dict, seed: int) -> li
             attempt += 1
             tables = worlds[db_id]
             table = tables[-1] if form in NEEDS_CHILD else rng.choice(tables)
-            question, sql, trace = form(Phrasing(tables, connections[db_id], rng), table)
+            question, sql, trace = form(Phrasing(tables, connections[db_id], rng, plain=split == "cold" and tier != "simple"), table)
             owner = "train" if split == "cold" else split
             if (db_id, question) in seen or (split != "unseen" and _split_of(db_id, sql) != owner):
                 continue
-            if not _is_clear(connections[db_id], sql):
+            if ASKS_WHAT_IT_SAYS.search(sql) or not _is_clear(connections[db_id], sql):
                 continue
             seen.add((db_id, question))
             drawn += 1

@@ -411,39 +411,45 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
         print(f"continuing: {sum(map(len, progress.done.values()))} of {len(examples)} questions are done")
     policy = load_for_sampling(config.model, config.threads)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
-    records = Examination(policy, builder, executor, config, suite).run(examples, progress)
-    report(config, examples, scores_of(records, config.answer), executor, suite, records)
+    try:
+        records = Examination(policy, builder, executor, config, suite).run(examples, progress)
+    except KeyboardInterrupt:
+        if progress.file:
+            print(f"\nwhat is done is kept in {progress.file}; the same command continues")
+        raise
     if config.save_traces:
         traces = [record["trace"] for record in records if record["trace"]]
         write_text(config.save_traces, "".join(json.dumps(trace) + "\n" for trace in traces))
         print(f"{len(traces)} verified traces written to {config.save_traces}")
+    report(config, examples, scores_of(records, config.answer), executor, suite, records)
     progress.finish()
 
 
 def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suite, records=None) -> None:
-    """Print the tables, write the files."""
+    """Write the files, then print the tables: a closed terminal costs nothing."""
     summary = summarise(scores, config.skip_bad_gold)
     if not summary["n"]:
         raise UserError("no question is left to score: every one was excluded, or its gold query fails")
-    print_table(summary)
     if "spider" in config.matches:
         summary["spider_metric"] = spider_metric(config, suite)
-        print(f"spider: {summary['spider_metric']}")
     content = scores_as_json(scores, summary)
     if records:
-        model_summary = summarise_records(records, config)
-        print_model_table(model_summary)
-        content |= model_summary
+        content |= summarise_records(records, config)
         for item, more in zip(content["examples"], records_as_json(records, config), strict=True):
             item |= more
     if config.r_ves:
-        values = r_ves(examples, scores, executor, config.r_ves)
-        content.setdefault("timing", {})["r_ves"] = mean(values)
-        print(f"R-VES {mean(values):.2f}, from {config.r_ves} timed runs a query")
+        content.setdefault("timing", {})["r_ves"] = mean(r_ves(examples, scores, executor, config.r_ves))
     if config.json:
         write_text(config.json, json.dumps(content, indent=1) + "\n")
     if config.predictions_out:
         save_predictions(config.predictions_out, examples, [score.sql for score in scores])
+    print_table(summary)
+    if "spider" in config.matches:
+        print(f"spider: {summary['spider_metric']}")
+    if records:
+        print_model_table(content)
+    if config.r_ves:
+        print(f"R-VES {content['timing']['r_ves']:.2f}, from {config.r_ves} timed runs a query")
 
 
 def spider_metric(config: EvaluateConfig, suite: dict[str, list[str]] | None) -> str:

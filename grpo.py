@@ -225,7 +225,8 @@ class PackedGroup:
         """Additive mask [1, 1, L, L]: 0 where a query (row) may see a key (column), else the lowest number."""
         segment = self.segment_ids.to(device)
         seen = ((segment == 0) | (segment == segment[:, None])).tril()  # [L, L]
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
     def unpack(self, values: Tensor) -> Tensor:
         """Spreads one value a completion token over the group, padding 0. [ΣC_i] -> [G, T]"""

@@ -1,8 +1,8 @@
 """The trace memory: verified reasoning, and how close a new thought comes to it (FINER-SQL, arXiv 2605.03465).
 
-A wrong answer whose reasoning resembles verified reasoning earns partial credit: the cosine between its embedding and
-the mean of the `top_k` most similar verified traces, by default of *other* databases, so that what is rewarded is the
-way of reasoning and not the names. The memory grows in training by the thoughts of correct completions that pass a gate.
+A wrong answer whose reasoning resembles verified reasoning earns partial credit: the cosine between its embedding
+and the mean of the `top_k` most similar verified traces, by default of *other* databases, so that what is rewarded
+is the way of reasoning and not the names. The memory grows by the thoughts of correct completions that pass a gate.
 
 Search is exact, by matrix product: 10^5 traces of 512 numbers take 200 MB and about 10 ms a query. Past 10^6 traces
 the same interface wants an approximate index (FAISS, HNSW) behind `_top_k`, and nothing else changes.
@@ -33,8 +33,8 @@ class MemoryGate:
     memory_max_words: int = field(default=2000, metadata={"help": "and at most this many"})
     memory_min_columns: int = field(default=2, metadata={"help": "it mentions at least this many schema columns"})
     memory_min_density: float = field(default=0.05, metadata={"help": "column mentions per word, at least"})
-    memory_min_bigrams: float = field(default=0.6, metadata={"help": "share of its bigrams that are unique, at least"})
-    memory_max_cosine: float = field(default=0.9, metadata={"help": "its nearest stored trace is less similar than this"})
+    memory_min_bigrams: float = field(default=0.6, metadata={"help": "share of unique bigrams, at least"})
+    memory_max_cosine: float = field(default=0.9, metadata={"help": "its nearest stored trace is less similar"})
 
     def rejection(self, thought: str, columns: frozenset[str] | None) -> str | None:
         """Why a thought does not enter, or None; `columns` (lower case) None skips the rules about columns."""
@@ -153,7 +153,7 @@ class TraceMemory:
         if new:
             vectors = np.asarray(self.embed(new), np.float32)
             if vectors.shape != (len(new), self.dim):
-                raise ValueError(f"the embedder gave an array {list(vectors.shape)} for {len(new)} texts of dim {self.dim}")
+                raise ValueError(f"the embedder gave {list(vectors.shape)} for {len(new)} texts, dim {self.dim}")
             lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
             self._embedded.update(zip(new, vectors / np.where(lengths > 0, lengths, 1.0), strict=True))
         result = np.stack([self._embedded[text] for text in texts])
@@ -163,8 +163,8 @@ class TraceMemory:
 
     def save(self, path: str | Path) -> None:
         """Writes the traces and their vectors to an .npz file (no pickle)."""
-        np.savez(path, format=np.array(FORMAT), vectors=self._vectors[:len(self)], thoughts=np.array(self.thoughts, np.str_),
-                 db_ids=np.array(self.db_ids, np.str_))
+        np.savez(path, format=np.array(FORMAT), vectors=self._vectors[:len(self)],
+                 thoughts=np.array(self.thoughts, np.str_), db_ids=np.array(self.db_ids, np.str_))
 
     def load(self, path: str | Path) -> "TraceMemory":
         """Replaces the content by that of a saved memory, exactly; returns itself.
@@ -180,7 +180,7 @@ class TraceMemory:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} is not a whole trace memory ({error})") from error
         if vectors.ndim != 2 or vectors.shape != (len(thoughts), self.dim) or len(db_ids) != len(thoughts):
-            raise ValueError(f"{path} holds embeddings {list(vectors.shape)}, but this embedder makes {self.dim} numbers")
+            raise ValueError(f"{path} holds embeddings {list(vectors.shape)}, but this embedder makes {self.dim}")
         self.__init__(self.embed, self.dim, self.top_k, scope=self.scope, gate=self.gate, columns=self.columns)
         for db_id, thought, vector in zip(db_ids, thoughts, vectors, strict=True):
             self._append(db_id, thought, vector)
@@ -210,8 +210,8 @@ class ModelEmbedder:
     """Hidden states of a transformers model: their mean over the tokens, or the last token's (`pooling="last"`)."""
 
     def __init__(self, model, tokenizer, pooling: str = "mean", batch: int = 32, max_tokens: int = 512):
-        self.model, self.tokenizer, self.pooling, self.batch, self.max_tokens = model, tokenizer, pooling, batch, max_tokens
-        self.dim = model.config.hidden_size
+        self.model, self.tokenizer, self.dim = model, tokenizer, model.config.hidden_size
+        self.pooling, self.batch, self.max_tokens = pooling, batch, max_tokens
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         import torch
@@ -255,5 +255,5 @@ def make_embedder(name: str, model=None, tokenizer=None) -> Callable:
         encoder, tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"embedder '{name}' is neither hash, policy, a local folder nor reachable on the hub") from error
-    # Qwen3-Embedding is trained to gather a text's meaning in its last token, <|endoftext|>, which its tokenizer adds.
+    # Qwen3-Embedding gathers a text's meaning in its last token, <|endoftext|>, which its tokenizer adds.
     return ModelEmbedder(encoder, tokenizer, pooling="last" if encoder.config.model_type == "qwen3" else "mean")

@@ -37,8 +37,8 @@ class RunFolder:
         if resume:
             self._check_settings(config, settings, may_change)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(f"{self.path} already holds a run or other files: continue it with --resume, choose another "
-                            "--output, or delete it")
+            raise UserError(f"{self.path} already holds a run or other files: continue it with --resume, choose "
+                            "another --output, or delete it")
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_whole(config, json.dumps(settings, indent=2) + "\n")
@@ -56,8 +56,8 @@ class RunFolder:
             raise UserError(f"{config} is not valid JSON, so the run cannot be resumed") from error
         for name, value in settings.items():
             if name not in may_change and name in stored and stored[name] != json.loads(json.dumps(value)):
-                raise UserError(f"{self.path} was started with {name} = {stored[name]}, not {value}: resume it with the "
-                                "same settings, or start another --output")
+                raise UserError(f"{self.path} was started with {name} = {stored[name]}, not {value}: resume it with "
+                                "the same settings, or start another --output")
 
     def log(self, name: str, records: list[dict]) -> None:
         """Appends records to NAME.jsonl."""
@@ -101,7 +101,7 @@ def load_state(folder: Path) -> dict:
     try:
         return torch.load(folder / "trainer.pt", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint ({error}); delete it to resume from an older one") from error
+        raise UserError(f"{folder} is not a whole checkpoint ({error}); delete it to resume an older one") from error
 
 
 def _step_of(line: str) -> float:
@@ -137,7 +137,8 @@ def replace_folder(target: Path, fill) -> None:
         flush(scratch)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError, safetensors as its own
         shutil.rmtree(scratch, ignore_errors=True)
-        raise UserError(f"cannot save {target}: {error}; older checkpoints are intact, so free some space and --resume") from error
+        raise UserError(f"cannot save {target}: {error}; older checkpoints are intact, so free some space and "
+                        "--resume") from error
     old = target.with_name(f".old-{target.name}")
     with contextlib.suppress(FileNotFoundError):
         os.rename(target, old)
@@ -181,7 +182,8 @@ def step_metrics(step: int, groups, breakdowns, advantages, stats: dict, seconds
             "truncated": sum(truncated) / len(truncated),
             **{f"status/{name}": count / len(flat) for name, count in sorted(statuses.items())},
             **{f"seconds/{name}": value for name, value in seconds.items()},
-            "tokens_per_second": lengths.sum().item() / sum(seconds.values()), "peak_memory_mb": peak_memory_mb(), **extra}
+            "tokens_per_second": lengths.sum().item() / sum(seconds.values()), "peak_memory_mb": peak_memory_mb(),
+            **extra}
 
 
 def rollout_records(step: int, examples, groups, breakdowns, advantages) -> list[dict]:
@@ -190,7 +192,8 @@ def rollout_records(step: int, examples, groups, breakdowns, advantages) -> list
              "evidence": example.evidence, "difficulty": example.difficulty, "gold_sqls": list(example.gold_sqls),
              "completions": [{
                  "text": b.text, "thought": b.thought, "sql": b.sql, "status": b.status, "error": b.error,
-                 "correct": b.correct, "rewards": {"total": b.total} | {name: getattr(b, name) for name in REWARD_NAMES},
+                 "correct": b.correct,
+                 "rewards": {"total": b.total} | {name: getattr(b, name) for name in REWARD_NAMES},
                  "advantage": advantages[i, j].item(), "tokens": len(group.completions[j]),
                  "truncated": group.truncated[j], "columns": list(b.columns),
                  "rows": [[value if isinstance(value, str | int | float | None) else repr(value) for value in row]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 class SFTConfig:
     """Settings of the cold start."""
 
-    cold_start_steps: int = field(default=400, metadata={"help": "supervised steps before GRPO; 0 skips the cold start"})
+    cold_start_steps: int = field(default=400, metadata={"help": "supervised steps before GRPO; 0: none"})
     cold_start_batch: int = field(default=32, metadata={"help": "traces per supervised step"})
     cold_start_lr: float = field(default=1e-5, metadata={"help": "peak learning rate of the cold start"})
     prompt_loss: float = field(default=0.0, metadata={"help": "weight of the loss on prompt tokens; a policy from "
@@ -34,7 +34,7 @@ def completion_text(trace: str, sql: str) -> str:
 
 def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig, *, seed: int,
                autocast: Callable = nullcontext) -> float:
-    """Trains on (prompt [P], completion [C] with its EOS) pairs; returns the mean loss of the last tenth, nats a token."""
+    """Trains on (prompt [P], completion [C] with EOS) pairs; returns the loss of the last tenth, nats a token."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.cold_start_lr,
                                   betas=(0.9, 0.98), weight_decay=0.01)
     steps = config.cold_start_steps
@@ -61,8 +61,8 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
     return sum(tail) / len(tail)
 
 
-def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the completion tokens, and of the prompt tokens, of right-padded rows (scalars, nats).
+def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False):
+    """Mean cross-entropies of the completion tokens and of the prompt tokens of right-padded rows (scalars, nats).
 
     Padding carries no loss; the second is 0 unless `with_prompts`.
     """
@@ -101,7 +101,8 @@ def template_trace(sql: str, schema: dict[str, list[str]]) -> str:
     spoken = {word.strip('"`[]').lower() for word in words}
     tables = [table for table in schema if table.lower() in spoken]
     columns = list(dict.fromkeys(c for table in tables for c in schema[table] if c.lower() in spoken))
-    clauses = [clause for clause in ("join", "where", "group by", "having", "order by", "limit", "intersect", "union", "except")
+    known = ("join", "where", "group by", "having", "order by", "limit", "intersect", "union", "except")
+    clauses = [clause for clause in known
                if any(word.lower().split() == clause.split() or word.lower().endswith(clause) for word in words)]
     nested = ["subquery"] if sum(word.lower() == "select" for word in words) > 1 else []
     return " ; ".join(f"{name} {' '.join(items)}" for name, items in

@@ -77,8 +77,9 @@ class RunConfig:
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig)
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
-TINY_DEFAULTS = {"lr": 1e-4, "group_size": 8, "prompts_per_step": 16, "kl_coef": 0.01, "max_completion_tokens": 96,
-                 "lr_decay": True, "save_every": 100, "cold_start_lr": 3e-3, "prompt_loss": 0.3,
+TINY_DEFAULTS = {"steps": 280, "lr": 2e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 16, "kl_coef": 0.03,
+                 "max_completion_tokens": 80, "rewards": "format,execution,atomic=0.5,memory", "save_every": 140,
+                 "eval_every": 40, "cold_start_steps": 320, "cold_start_lr": 3e-3, "prompt_loss": 0.3,
                  "memory_min_words": 5, "memory_min_columns": 1}  # the demo's traces are short
 PRETRAINED_DEFAULTS = {"cold_start_steps": 0}
 MATCHES = {"bird": lambda predicted, gold, sql: bird_match(predicted, gold),

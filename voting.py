@@ -79,7 +79,7 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int =
 
 def read_group(policy, group, lenient: bool = False) -> list[Candidate]:
     """The completions of a `grpo.Group` as candidates."""
-    from rewards import parse_completion
+    from rewards import parse_completion  # here: the votes alone need no rewards
 
     candidates = []
     for tokens, logps, truncated in zip(group.completions, group.logps, group.truncated, strict=True):

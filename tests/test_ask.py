@@ -60,6 +60,9 @@ def test_the_vote_decides(asker):
     # both queries return Ana and Cy, so the three of them win, and the likeliest of the three is shown
     assert reply.groups == [(3, reply.answer.sql, 2), (1, "SELECT name FROM singer WHERE age > 99", 0)]
     assert reply.failures == {"error": 1, "format": 1} and reply.count == 6
+    assert "few agree" not in reply.verdict
+    asker.script = [("SELECT 1", -1.0), ("SELECT 2", -2.0), ("SELECT 3", -3.0)]
+    assert "few agree" in asker.ask("q").verdict
     assert reply.verdict.startswith("3 of 6 candidates return this; 1 other result, 1 error, 1 format (")
     assert "question : Who is from France ?" in "".join(map(chr, asker.prompts[0]))
 
@@ -136,7 +139,8 @@ def test_session(asker, monkeypatch, capsys, tmp_path):
         ".sql SELECT name, HomeTown FROM singer", f".export {file}", f".export {file}", ".export",
         ".export /nowhere/r.csv", ".quit", "never read")
     for words in ("music.sqlite: 2 tables", ".export FILE.csv", "there is no query to edit",
-                  "no result to export", "no terminal to edit on", "nothing was asked yet", "   3 x  2 rows: SELECT name", "   1 x  error",
+                  "no result to export", "no terminal to edit on", "nothing was asked yet",
+                  "   3 x  2 rows: SELECT name", "   1 x  error",
                   "CREATE TABLE concert", "no table nope", "no command .nope", "the reasoning is shown",
                   "reasoning: a thought", "Lyon", "3 rows written to", "is already there", "say where to",
                   "cannot write /nowhere/r.csv"):
@@ -305,7 +309,7 @@ def test_in_a_real_browser(server, asker, tmp_path):
     cells = re.findall(r"<td.*?>(.*?)</td>", page)
     assert [html.unescape(cell) for cell in cells] == [evil, "Ana", evil, "Bo", evil, "Cy"]
     assert "<img" not in page and "<b>" not in page and "<title>Ask music.sqlite</title>" in page
-    assert "3 of 5 candidates return this; 1 other result, 1 error" in page
+    assert "3 of 5 candidates return this; 1 other result, 1 error" in page and "few agree" not in page
     assert "<summary>Reasoning</summary>" in page
     asker.script = [("SELECT <oops>", -1.0)]
     page = browse(f"http://127.0.0.1:{server.server_port}/#again", tmp_path)

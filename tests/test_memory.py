@@ -1,0 +1,180 @@
+"""memory.py: hand-computed centroids, scopes, the gate, exact storage, embedders on models made here."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from memory import HashEmbedder, MemoryGate, ModelEmbedder, TraceMemory, make_embedder
+
+OPEN = MemoryGate(memory_min_words=1, memory_min_columns=0, memory_min_density=0.0, memory_max_cosine=2.0)
+VECTORS = {"east": [1, 0], "north": [0, 1], "both": [1, 1], "west": [-1, 0], "nothing": [0, 0]}
+
+
+class Table:
+    """An embedder that looks its two-dimensional vectors up and counts what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, texts):
+        self.asked += texts
+        return np.array([VECTORS[text] for text in texts], float)
+
+
+def filled(*traces, **settings):
+    memory = TraceMemory(Table(), 2, **({"gate": OPEN} | settings))
+    for db_id, thought in traces:
+        assert memory.add(db_id, thought)
+    return memory
+
+
+def test_hand_computed_centroid():
+    memory = filled(("a", "east"), ("b", "north"), ("b", "west"), top_k=2)
+    # nearest two of `both`: east and north, centroid (1/2, 1/2); of `east`: east and north
+    assert memory.similarity("c", "both") == pytest.approx(1.0)
+    assert memory.similarity("c", "east") == pytest.approx(np.sqrt(0.5))
+    assert memory.similarity("a", "east") == pytest.approx(-np.sqrt(0.5))  # only b: north and west
+
+
+@pytest.mark.parametrize("scope, expected", [("other", 0.0), ("same", 1.0), ("any", np.sqrt(0.5))])
+def test_scopes(scope, expected):
+    memory = filled(("a", "east"), ("b", "north"), scope=scope)
+    assert memory.similarity("a", "east") == pytest.approx(expected)
+
+
+def test_empty_memory_one_trace_and_all_of_one_database():
+    assert filled().similarity("a", "east") == 0.0
+    assert filled(("a", "east")).similarity("a", "east") == 0.0
+    assert filled(("a", "east"), ("a", "north")).similarity("a", "both") == 0.0
+    assert filled(("a", "east")).similarity("b", "both") == pytest.approx(np.sqrt(0.5))
+    assert filled(("a", "nothing")).similarity("b", "east") == 0.0
+    assert filled(("a", "east"), ("a", "west")).similarity("b", "north") == 0.0  # the centroid is the origin
+
+
+def test_similarity_does_not_depend_on_order_and_stays_within_one():
+    rng = np.random.default_rng(0)
+    vectors = {f"t{i}": rng.normal(size=8) for i in range(60)}
+    traces = [(f"db{i % 5}", f"t{i}") for i in range(50)]
+    results = []
+    for order in (range(50), reversed(range(50)), rng.permutation(50)):
+        memory = TraceMemory(lambda texts: np.stack([vectors[t] for t in texts]), 8, top_k=7, gate=OPEN)
+        for i in order:
+            memory.add(*traces[i])
+        results.append([memory.similarity(f"db{i % 6}", f"t{50 + i}") for i in range(10)])
+    np.testing.assert_allclose(results[0], results[1], atol=1e-6)
+    np.testing.assert_allclose(results[0], results[2], atol=1e-6)
+    assert np.abs(results).max() <= 1.0
+
+
+def test_batches_give_what_single_queries_give_and_texts_are_embedded_once():
+    memory = filled(("a", "east"), ("b", "north"))
+    pairs = [("a", "both"), ("c", "west"), ("b", "both")]
+    assert memory.similarities(pairs) == [memory.similarity(*pair) for pair in pairs]
+    memory.add("c", "both")
+    assert sorted(memory.embed.asked) == ["both", "east", "north", "west"]
+
+
+THOUGHT = "First take the name of each singer then keep those whose age is above thirty and order them by age so " \
+          "that the youngest one comes first in the list of rows we return"
+
+
+@pytest.mark.parametrize("thought, reason", [
+    (THOUGHT, None), ("too short", "length"), ("word " * 2001, "length"),
+    ("name age " * 20, "repetition"), (THOUGHT.replace("age", "rank"), "columns"),
+    (THOUGHT + " " + " ".join(f"filler{i}" for i in range(80)), "density")])
+def test_the_gate_of_the_paper(thought, reason):
+    assert MemoryGate().rejection(thought, frozenset({"name", "age", "wage"})) == reason
+    memory = TraceMemory(HashEmbedder(), 512, columns={"db": ["Name", "AGE", "wage"]})
+    assert memory.add("db", thought) == (reason is None)
+    assert dict(memory.rejections) == ({reason: 1} if reason else {})
+
+
+def test_duplicates_are_rejected_and_counted():
+    memory = TraceMemory(HashEmbedder(), 512)
+    assert memory.add("a", THOUGHT) and not memory.add("b", THOUGHT + " now")
+    assert len(memory) == 1 and memory.rejections["duplicate"] == 1
+
+
+def test_growing_past_the_first_buffer():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(300, 16))
+    memory = TraceMemory(lambda texts: vectors[[int(t) for t in texts]], 16, top_k=1, gate=OPEN)
+    for i in range(300):
+        memory.add(f"db{i}", str(i))
+    assert len(memory) == 300 and memory.similarity("x", "123") == pytest.approx(1.0)
+    assert memory.neighbours("x", "123", 1)[0]["thought"] == "123"
+
+
+def test_save_and_load_are_exact(tmp_path):
+    memory = filled(("a", "east"), ("b", "north"), ("ü", "both"))
+    memory.save(tmp_path / "memory.npz")
+    loaded = TraceMemory(Table(), 2, gate=OPEN).load(tmp_path / "memory.npz")
+    assert (loaded.thoughts, loaded.db_ids) == (memory.thoughts, memory.db_ids)
+    assert loaded.similarity("c", "west") == memory.similarity("c", "west")
+    loaded.save(tmp_path / "again.npz")
+    for name in ("vectors", "thoughts", "db_ids"):
+        assert (np.load(tmp_path / "again.npz")[name] == np.load(tmp_path / "memory.npz")[name]).all()
+    empty = TraceMemory(Table(), 2)
+    empty.save(tmp_path / "empty.npz")
+    assert len(TraceMemory(Table(), 2).load(tmp_path / "empty.npz")) == 0
+
+
+def test_truncated_and_foreign_files_are_refused(tmp_path):
+    filled(("a", "east")).save(tmp_path / "memory.npz")
+    whole = (tmp_path / "memory.npz").read_bytes()
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    bad = {"cut": whole[:len(whole) // 2], "empty": b"", "text": b"hello", "other": (tmp_path / "other.npz").read_bytes()}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="not a whole trace memory"):
+            TraceMemory(Table(), 2).load(tmp_path / name)
+    with pytest.raises(ValueError, match="this embedder makes 3"):
+        TraceMemory(lambda texts: np.zeros((len(texts), 3)), 3).load(tmp_path / "memory.npz")
+    with pytest.raises(ValueError, match="not a whole"):
+        TraceMemory(Table(), 2).load(tmp_path / "absent.npz")
+
+
+def test_wrong_shapes_and_settings_are_refused():
+    with pytest.raises(ValueError, match="embedder gave"):
+        TraceMemory(lambda texts: np.zeros((1, 3)), 2, gate=OPEN).add("a", "b")
+    with pytest.raises(ValueError, match="scope"):
+        TraceMemory(Table(), 2, scope="all")
+    with pytest.raises(ValueError, match="top_k"):
+        TraceMemory(Table(), 2, top_k=0)
+
+
+def test_the_hash_embedder_is_the_same_in_another_process():
+    code = "from memory import HashEmbedder; print(HashEmbedder(64)(['join singer and concert']).tolist())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env={"PYTHONHASHSEED": "7"})
+    assert eval(run.stdout) == HashEmbedder(64)(["join singer and concert"]).tolist()
+
+
+def test_model_embedders_pool_without_padding(tmp_path):
+    import torch
+    from transformers import Qwen3Config, Qwen3Model
+
+    from policy import build_tiny
+
+    policy = build_tiny(["table singer ; keep age > 30", "count rows of concert"] * 3, seed=0, width=16, layers=1)
+    mean = make_embedder("policy", policy.model.get_decoder(), policy.tokenizer)
+    texts = ["count rows", "table singer ; keep age > 30 ; count rows of concert"]
+    ids = torch.tensor([policy.tokenizer.encode(texts[0])])
+    with torch.no_grad():
+        naive = policy.model.get_decoder()(input_ids=ids).last_hidden_state[0].mean(0).numpy()
+    np.testing.assert_allclose(mean(texts)[0], naive, atol=1e-5)
+
+    torch.manual_seed(0)
+    encoder = Qwen3Model(Qwen3Config(vocab_size=len(policy.tokenizer), hidden_size=16, intermediate_size=16, head_dim=8,
+                                     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2))
+    encoder.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    last = make_embedder(str(tmp_path))
+    assert isinstance(last, ModelEmbedder) and last.pooling == "last" and last.dim == 16
+    with torch.no_grad():
+        naive = encoder.eval()(input_ids=ids).last_hidden_state[0, -1].numpy()
+    np.testing.assert_allclose(last(texts)[0], naive, atol=1e-5)
+    with pytest.raises(ValueError, match="neither hash"):
+        make_embedder(str(tmp_path / "absent"))

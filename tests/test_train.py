@@ -1,0 +1,218 @@
+"""train.py from the outside, as a user runs it: the demo, Spider's layout, a chat model, resume, Ctrl-C, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data import UserError
+from policy import build_tiny
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-step", "2", "--group-size", "2",
+         "--max-completion-tokens", "12", "--eval-every", "2", "--eval-questions", "4", "--test-questions", "6",
+         "--threads", "1", "--sql-workers", "1"]
+
+
+def run(*arguments, check=0, **options):
+    done = subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, **options)
+    assert done.returncode == check, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per_second", "peak_memory"))}
+            for r in records]
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, run(*SHORT, "--steps", 4, "--save-every", 2, "--output", folder)
+
+
+def test_the_demo_prints_before_and_after_and_writes_its_folder(demo_run):
+    folder, output = demo_run
+    assert "before GRPO" in output and "after GRPO" in output and "gain" in output
+    assert all(len(line) <= 80 for line in output.splitlines() if line.startswith(("test", "unseen", "held-out")))
+    for name in ("config.json", "metrics.jsonl", "rollouts.jsonl", "result.json", "report.html", "best/config.json",
+                 "checkpoints/step-0/model.safetensors", "checkpoints/step-4/memory.npz"):
+        assert (folder / name).is_file(), name
+    metrics = lines(folder / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    for name in ("reward", "reward/format", "reward/execution", "reward/atomic", "reward/memory", "reward_std", "kl",
+                 "execution_accuracy", "flat_groups", "clip_fraction_low", "entropy", "completion_length", "truncated",
+                 "seconds/rollout", "seconds/rewards", "seconds/reference", "seconds/update", "tokens_per_second",
+                 "peak_memory_mb", "memory_size", "grad_norm", "lr"):
+        assert name in metrics[0], name
+    assert "dev_accuracy" in metrics[1] and "dev_accuracy" not in metrics[0]
+    groups = lines(folder / "rollouts.jsonl")
+    assert len(groups) == 4 * 2 and all(len(g["completions"]) == 2 for g in groups)
+
+
+def test_resume_is_bit_exact(demo_run, tmp_path):
+    whole, _ = demo_run
+    half = tmp_path / "half"
+    code = ("import sys, train; sys.argv[1:] = sys.argv[2:]; save = train.Trainer.save\n"
+            "def stop(self):\n save(self)\n if self.step == 2: import os; os._exit(9)\n"
+            "train.Trainer.save = stop; train.run_main(train.main)")
+    arguments = [*SHORT, "--steps", "4", "--save-every", "2", "--output", str(half)]
+    killed = subprocess.run([sys.executable, "-c", code, "x", *arguments], cwd=ROOT, capture_output=True, timeout=300)
+    assert killed.returncode == 9, killed.stderr[-2000:]
+    with open(half / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "half a li')  # what a kill can leave
+    assert "resuming from" in run(*arguments, "--resume")
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert without_times(lines(half / name)) == without_times(lines(whole / name))
+    for name in ("checkpoints/step-4/model.safetensors", "best/model.safetensors"):
+        assert (half / name).read_bytes() == (whole / name).read_bytes()
+    one, two = (torch.load(f / "checkpoints/step-4/trainer.pt", weights_only=True)["optimizer"] for f in (half, whole))
+    for a, b in zip(one["state"].values(), two["state"].values(), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    import numpy as np
+    with np.load(half / "checkpoints/step-4/memory.npz") as a, np.load(whole / "checkpoints/step-4/memory.npz") as b:
+        assert all((a[key] == b[key]).all() for key in a)
+
+
+def test_resuming_a_finished_run_changes_nothing(demo_run):
+    folder, _ = demo_run
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert "after GRPO" in run(*SHORT, "--steps", 4, "--save-every", 2, "--output", folder, "--resume")
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_exits_130(tmp_path, number):
+    folder = tmp_path / "stopped"
+    arguments = [*SHORT, "--steps", "100000", "--test-questions", "0", "--output", str(folder)]
+    process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 200
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 130 and "--resume" in output, output[-2000:]
+    last = lines(folder / "metrics.jsonl")[-1]["step"]
+    assert (folder / f"checkpoints/step-{last}" / "trainer.pt").is_file()
+
+
+@pytest.mark.parametrize("rewards", ["format,execution", "execution", "format", "atomic", "memory", "format,atomic",
+                                     "format,memory", "execution,memory", "format,execution,atomic=0.5"])
+def test_other_sets_of_rewards_run(tmp_path, rewards):
+    folder = tmp_path / "run"
+    code = ("import sys, train\nstatus = train.main()\n"
+            "print('LOADED', 'memory' in sys.modules and train.MemoryGate is None, status)")
+    arguments = [*SHORT, "--steps", "1", "--test-questions", "0", "--eval-every", "0", "--rewards", rewards,
+                 "--output", str(folder), "--cold-start-steps", "2"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = lines(folder / "metrics.jsonl")[0]
+    on = {part.split("=")[0] for part in rewards.split(",")}
+    assert ("seconds/rewards/atomic" in first) == ("atomic" in on)
+    assert ("seconds/rewards/memory" in first) == ("memory" in on) == (folder / "checkpoints/step-1/memory.npz").exists()
+
+
+@pytest.fixture(scope="module")
+def chat_checkpoint(tmp_path_factory):
+    """A local Hugging Face folder with a chat template, as --model qwen2.5-3b is once it is downloaded."""
+    folder = tmp_path_factory.mktemp("model")
+    policy = build_tiny(["system user assistant Database schema CREATE TABLE singer ( name TEXT )"] * 2, seed=0,
+                        vocab_size=400, width=16, layers=1)
+    policy.tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+                                      "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    policy.save(folder)
+    return folder
+
+
+def test_a_local_chat_checkpoint_on_ones_own_data(chat_checkpoint, tiny_db, tmp_path):
+    table = "shop"
+    import sqlite3
+    database = tmp_path / f"{table}.sqlite"
+    with sqlite3.connect(database) as connection:
+        connection.execute("CREATE TABLE item (name TEXT, price INTEGER)")
+        connection.execute("INSERT INTO item VALUES ('lamp', 30)")
+    records = [{"question": f"What costs more than {n}?", "db_id": table, "sql": f"SELECT name FROM item WHERE price > {n}",
+                "split": "dev" if n > 24 else "train"} for n in range(28)]
+    records.append({"question": "Broken gold?", "db_id": table, "sql": "SELECT nothing FROM nowhere", "split": "train"})
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
+    folder = tmp_path / "run"
+    output = run("--model", chat_checkpoint, "--data", tmp_path / "mine.jsonl", "--steps", 2, *SHORT, "--embedder", "policy",
+                 "--output", folder)
+    assert "1 of" in output and "left out" in output and "error" in output
+    assert len(lines(folder / "metrics.jsonl")) == 2
+
+
+def test_a_lora_run(chat_checkpoint, tmp_path):
+    pytest.importorskip("peft", reason="peft is optional")
+    run("--model", chat_checkpoint, "--lora-rank", 2, "--steps", 2, *SHORT, "--output", tmp_path / "run")
+    from transformers import AutoModelForCausalLM
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "best") is not None
+
+
+def test_spider(shared_data, tmp_path):
+    output = run("--data", "spider", "--data-dir", shared_data / "spider", "--steps", 1, *SHORT, "--max-prompt-tokens", 300,
+                 "--output", tmp_path / "run")
+    assert "left out 262 of 7000 questions" in output and "formula_1" in output
+    first = lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert any(name.startswith("status/") for name in first)
+
+
+def sentence(*arguments):
+    """The one line on stderr of a run that is refused with exit status 2."""
+    done = subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    text = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(text) == 1 and text[0].startswith("error: "), done.stderr[-2000:]
+    return text[0]
+
+
+def test_bad_input_is_one_sentence_and_status_2(tmp_path, demo_run):
+    new = ("--output", tmp_path / "new")
+    assert "group_size is 1" in sentence("--group-size", 1, *new)
+    assert "hf download Qwen/Qwen2.5-3B-Instruct" in sentence("--model", "qwen2.5-3b", *new)
+    assert str(tmp_path / "none") in sentence("--data", "spider", "--data-dir", tmp_path / "none", *new)
+    assert "needs --data-dir" in sentence("--data", "bird", *new)
+    assert "could outrank" in sentence("--rewards", "execution,atomic=3", *new)
+    (tmp_path / "mine.json").write_text('[{"question": "?", "db_id": "x", "sql": "SELECT 1"},]')
+    assert "mine.json, line 1: broken JSON" in sentence("--data", tmp_path / "mine.json", *new)
+    (tmp_path / "mine.json").write_text('[{"question": "?", "db_id": "x", "sql": "SELECT 1"}]')
+    assert "record 1: no database" in sentence("--data", tmp_path / "mine.json", *new)
+    (tmp_path / "x.sqlite").write_text("not a database")
+    assert "not a SQLite database" in sentence("--data", tmp_path / "mine.json", *new)
+    before = sorted(p.name for p in demo_run[0].iterdir())
+    assert "already holds a run" in sentence("--output", demo_run[0])
+    assert sorted(p.name for p in demo_run[0].iterdir()) == before
+    assert "no run to resume" in sentence("--resume", *new)
+    assert "was started with seed = 0" in sentence("--resume", "--seed", 3, "--output", demo_run[0])
+    assert not (tmp_path / "new").exists()
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "free_space", lambda folder: 1000)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "--output", str(tmp_path / "run")])
+    with pytest.raises(UserError, match="free, but checkpoints of this model need"):
+        train.main()
+
+
+def test_question_order_is_fresh_each_epoch_and_a_function_of_the_step():
+    trainer = object.__new__(train.Trainer)
+    trainer.s = train.parse_settings(["--prompts-per-step", "3", "--output", "x"])
+    trainer.train_set = list(range(7))
+    drawn = []
+    for trainer.step in range(1, 8):
+        drawn += trainer.next_questions()
+    epochs = [drawn[i:i + 7] for i in range(0, 21, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
