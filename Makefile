@@ -1,7 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH_THREADS ?=
 
 .PHONY: demo test lint bench clean
 
@@ -14,8 +13,8 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
-bench: $(VENV)/.run
-	for script in sql rewards grpo; do $(BIN)/python bench/$$script.py || exit 1; done
+bench: $(VENV)/.dev
+	for script in sql rewards evaluate; do $(BIN)/python bench/$$script.py || exit 1; done
 
 $(VENV)/.run: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

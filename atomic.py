@@ -6,22 +6,25 @@ A query becomes a set of operations, one short line each:
                                                                 select singer.name
                                                                 where singer.age > 30
 
-and two queries score the Jaccard index of their sets: shared operations over all operations. Forms of the same query
-get the same set: tables instead of aliases, sorted sides and terms, `a < b` for `b > a`, two comparisons for BETWEEN.
-Different queries get different sets. How that is kept:
+and two queries score the Jaccard index of their sets: shared operations over all operations. Forms of the
+same query get the same set: tables instead of aliases, sorted sides and terms, `a < b` for `b > a`, two
+comparisons for BETWEEN. Different queries get different sets. How that is kept:
 
-1. A clause gives one operation an item or condition (WHERE a AND b: two), so that part of a query earns part of the
-   score. Where order matters (SELECT, ORDER BY) each pair of neighbours gives one more: `select a then b`.
-2. Conditions of inner joins are conditions like those of WHERE, so where they stand makes no difference: those that
-   equate columns of two tables are called `on`, all others `where`. Outer joins keep their conditions to themselves.
-3. A subquery stands in its condition as its own canonical text. Its operations count once more for partial credit,
-   with its role in front (`where in > select singer.id`), never as operations of the outer query.
+1. A clause gives one operation an item or condition (WHERE a AND b: two), so that part of a query earns
+   part of the score. Where order matters (SELECT, ORDER BY) each pair of neighbours gives one more: `select
+   a then b`.
+2. Conditions of inner joins are conditions like those of WHERE, so where they stand makes no difference:
+   those that equate columns of two tables are called `on`, all others `where`. Outer joins keep theirs to
+   themselves.
+3. A subquery stands in its condition as its own canonical text. Its operations count once more for partial
+   credit, with its role in front (`where in > select singer.id`), never as operations of the outer query.
 4. Two uses of one table are told apart by how they are used (`usage`), not by their aliases or their order.
 
 The tokens are sqlparse's (its lexer only: the grouping is slow), the grammar is SQLite's SELECT
-(https://sqlite.org/lang_select.html, https://sqlite.org/lang_expr.html). The parser writes the canonical text of an
-expression as it reads it, so there is no tree: FROM is read before SELECT, for names mean something only once the
-tables are known. Left out: anything that needs algebra (IN against EXISTS, a subquery against a join, constants).
+(https://sqlite.org/lang_select.html, https://sqlite.org/lang_expr.html). The parser writes the canonical
+text of an expression as it reads it, so there is no tree: FROM is read before SELECT, for names mean
+something only once the tables are known. Left out: anything that needs algebra (IN against EXISTS, a
+subquery against a join).
 """
 
 import hashlib
@@ -36,30 +39,32 @@ from sqlparse import tokens as T
 MAX_LENGTH = 5_000  # characters; longer SQL counts as unparsable, which bounds the time of every input
 MAX_DEPTH = 60  # nested parentheses, subqueries and operators; deeper SQL counts as unparsable
 MAX_SOURCES = 64  # tables in one FROM, as in SQLite
-MAX_TEXT = 160  # a subquery inside an expression is written out up to here, then hashed: nesting cannot blow it up
+MAX_TEXT = 160  # a subquery in an expression is written out up to here, then hashed, or nesting blows it up
 
 SET_OPERATIONS = ("union", "intersect", "except")
 CLAUSES = ("from", "where", "group", "having", "window")
 AFTER_CORE = (*SET_OPERATIONS, "order", "limit", ")", ";", "")
 JOIN_WORDS = ("natural", "left", "right", "full", "inner", "cross", "join")
 RESERVED = frozenset((  # words that SQLite or we cannot take for a name or an alias
-    "and", "as", "between", "by", "case", "collate", "cross", "distinct", "else", "escape", "except", "exists", "from",
-    "full", "group", "having", "in", "inner", "intersect", "is", "isnull", "join", "left", "like", "limit", "natural",
-    "not", "notnull", "on", "or", "order", "right", "select", "set", "then", "union", "using", "values", "when",
-    "where"))
+    "and", "as", "between", "by", "case", "collate", "cross", "distinct", "else", "escape", "except",
+    "exists", "from", "full", "group", "having", "in", "inner", "intersect", "is", "isnull", "join", "left",
+    "like", "limit", "natural", "not", "notnull", "on", "or", "order", "right", "select", "set", "then",
+    "union", "using", "values", "when", "where"))
 
 # How tightly the operators bind, https://sqlite.org/lang_expr.html#operators_and_parse_affecting_attributes
 LEVELS = {"or": 1, "and": 2, **dict.fromkeys(
-    ("=", "==", "<>", "!=", "is", "in", "like", "glob", "match", "regexp", "between", "isnull", "notnull", "not"), 4),
+    ("=", "==", "<>", "!=", "is", "in", "like", "glob", "match", "regexp", "between", "isnull", "notnull",
+     "not"), 4),
     **dict.fromkeys(("<", "<=", ">", ">="), 5), **dict.fromkeys(("&", "|", "<<", ">>"), 6), "+": 7, "-": 7,
     "*": 8, "/": 8, "%": 8, "||": 9, "->": 9, "->>": 9, "collate": 10}
 NOT, EQUALITY, COMPARISON, BITS, COLLATE = 3, 4, 5, 6, 10
 MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+OPPOSITE = {"=": "<>", "<>": "=", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
 COMPARISONS = {"=": "=", "==": "=", "<>": "<>", "!=": "<>", **{operator: operator for operator in MIRRORED}}
 CONSTANT = tuple("'0123456789.-?:@$")  # how numbers, strings and parameters begin
 COMMUTATIVE = ({"+"}, {"*"}, {"&"}, {"|"})
 
-# sqlparse takes \' for an escaped quote and %s for a placeholder; SQLite does neither, so both are hidden from it.
+# sqlparse takes \' for an escaped quote and %s for a placeholder; SQLite does neither, so both are hidden.
 HIDE = str.maketrans({"\\": "\ue000", "%": "\ue001"})
 SHOW = str.maketrans({"\ue000": "\\", "\ue001": "%"})
 OPERATORS = re.compile(r"\|\||->>?|<<|>>|<=|>=|<>|==|!=|\s+|.", re.DOTALL)
@@ -69,13 +74,14 @@ class Unparsable(ValueError):
     """Not one SELECT statement that we understand."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # The interface.
 
 def atomic_reward(predicted: str, golds, schema: dict | None = None) -> float:
-    """The largest Jaccard index between the operations of `predicted` and those of a gold, in [0, 1] and symmetric.
+    """The largest Jaccard index of the operations of `predicted` and those of a gold: symmetric, in [0, 1].
 
-    `golds` is one query or several equivalent ones. The score is not shaped: equivalent queries score exactly 1.
+    `golds` is one query or several equivalent ones. The score is not shaped: equivalent queries score
+    exactly 1, and what cannot be parsed scores 0, also against itself. Raises nothing.
     """
     golds = [golds] if isinstance(golds, str) else golds
     schema = freeze_schema(schema)
@@ -84,16 +90,16 @@ def atomic_reward(predicted: str, golds, schema: dict | None = None) -> float:
 
 
 def shape_atomic(j: float, lam: float = 0.05, beta: float = 0.79, gamma: float = 0.20) -> float:
-    """φ(j) = λ j + (1 − λ) β j^γ, the paper's shaping (arXiv 2605.03465): steep near 0, at most 0.80, and φ(0) = 0.
+    """φ(j) = λ j + (1 − λ) β j^γ, the paper's shaping (arXiv 2605.03465), steep near φ(0) = 0.
 
-    `atomic_reward` stays unshaped, so equivalent queries score exactly 1 there; rewards.py shapes the score and
-    grants it to wrong answers only.
+    `atomic_reward` stays unshaped, so equivalent queries score exactly 1 there; rewards.py shapes the score
+    and grants it to wrong answers only.
     """
     return lam * j + (1 - lam) * beta * j**gamma if j > 0 else 0.0
 
 
 def atomic_operations(sql: str, schema: dict | None = None) -> frozenset[str]:
-    """The operations of one SELECT statement; empty when it cannot be parsed. `schema` is {table: [column, ...]}."""
+    """The operations of one SELECT statement, {} if it cannot be parsed. `schema`: {table: [column, ...]}."""
     return operations_of(sql, freeze_schema(schema))
 
 
@@ -111,7 +117,8 @@ def freeze_schema(schema: dict | None) -> tuple | None:
 @lru_cache(maxsize=256)
 def known_columns(schema: tuple | None) -> dict[str, dict[str, str]]:
     """{table: {column: column}}, lower case."""
-    return {table.lower(): {column.lower(): column.lower() for column in columns} for table, columns in schema or ()}
+    return {table.lower(): {column.lower(): column.lower() for column in columns}
+            for table, columns in schema or ()}
 
 
 def operations_of(sql: str, schema: tuple | None) -> frozenset[str]:
@@ -127,14 +134,14 @@ def cached_operations(sql: str, schema: tuple | None) -> frozenset[str]:
     return frozenset(query.own | query.parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Words.
 
 def split_tokens(sql: str) -> list[str]:
     """Flat tokens, told apart by their first character.
 
-    Keywords and bare names are lower case; a quoted name keeps a mark in front: `"x` (may be a string) or `` `x ``
-    (cannot be one); a string keeps its quotes; all the rest stands for itself.
+    Keywords and bare names are lower case; a quoted name keeps a mark in front: `"x` (may be a string) or
+    `` `x `` (cannot be one); a string keeps its quotes; all the rest stands for itself.
     """
     words = []
     for kind, text in lexer.tokenize(sql.translate(HIDE)):
@@ -157,6 +164,14 @@ def split_tokens(sql: str) -> list[str]:
         else:
             words.extend(word for word in OPERATORS.findall(text.translate(SHOW)) if not word.isspace())
     return words
+
+
+def names_in(sql: str) -> set[str]:
+    """The words of a query that may be names, lower case, without strings and comments."""
+    try:
+        return {plain_name(word) for word in split_tokens(sql)} if len(sql) <= MAX_LENGTH else set()
+    except Unparsable:
+        return set()
 
 
 def match_parentheses(words: list[str]) -> dict[int, int]:
@@ -182,11 +197,15 @@ def plain_name(word: str) -> str:
     return word[1:].lower() if word[0] in "\"`" else word
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # What the parser writes: canonical text, with a little more knowledge where a later step needs it.
 
 class Terms(str):
-    """`a and b`, `a or b`: knows its word and terms, so that nested ones flatten and WHERE can take them apart."""
+    """`a and b`, `a or b`: knows its word and terms, to flatten nested ones and take WHERE apart."""
+
+
+class Comparison(str):
+    """`a < b`: knows its `sides` and `operator`, so that NOT can turn it round."""
 
 
 class Quoted(str):
@@ -208,6 +227,11 @@ def combine(word: str, terms: list[str]) -> str:
 
 
 def negate(text: str) -> str:
+    """NOT, moved inwards: NOT (a < 1 AND b = 2) is a >= 1 OR b <> 2, NULL or not."""
+    if isinstance(text, Terms):
+        return combine("or" if text.word == "and" else "and", [negate(term) for term in text.terms])
+    if isinstance(text, Comparison) and text.operator in OPPOSITE:
+        return compare(text.sides[0], OPPOSITE[text.operator], text.sides[1])
     return text[4:] if text.startswith("not ") else "not " + text
 
 
@@ -233,7 +257,9 @@ def compare(left: str, operator: str, right: str) -> str:
     left, right = settle(left, right)
     if (is_constant(left), left) > (is_constant(right), right):
         left, right, operator = right, left, MIRRORED.get(operator, operator)
-    return f"{left} {operator} {right}"
+    result = Comparison(f"{left} {operator} {right}")
+    result.sides, result.operator = (left, right), operator
+    return result
 
 
 def brief(text: str) -> str:
@@ -252,7 +278,7 @@ def sequence(name: str, items: list[str]) -> set[str]:
     return {f"{name} {item}" for item in items} | {f"{name} {brief(a)} then {brief(b)}" for a, b in pairs}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # What names mean.
 
 @dataclass
@@ -331,7 +357,7 @@ class Scope:
         return f"?{table}.{column}"  # an error
 
     def known(self, column: str) -> str | None:
-        """A bare column that a table of this query is known to have; the bare name if several have it (an error)."""
+        """A bare column that a table here is known to have; the bare name if several do (an error)."""
         found = [s.column(column) for s in self.sources if s.columns and column in s.columns]
         if len(found) > 1 and not any(column in (join.using or ()) for join in self.joins):
             return column
@@ -353,7 +379,7 @@ class Scope:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # The parser.
 
 class Parser:
@@ -449,7 +475,7 @@ class Parser:
         return query
 
     def ctes(self) -> tuple[set[str], set[str]]:
-        """WITH [RECURSIVE] name [(columns)] AS [[NOT] MATERIALIZED] (query), ...; a name counts as an alias."""
+        """WITH [RECURSIVE] name [(columns)] AS [[NOT] MATERIALIZED] (query), ...; a name is like an alias."""
         own, parts = set(), set()
         self.accept("recursive")
         while True:
@@ -460,7 +486,7 @@ class Parser:
             self.accept("materialized")
             label = f"cte{1 + sum(len(scope.ctes) for scope, _ in self.scope.chain())}"
             columns = {column: f"column{k}" for k, column in enumerate(names, 1)} if names else None
-            source = self.scope.ctes[name] = Source(label, name, columns)  # known to itself: it may be recursive
+            source = self.scope.ctes[name] = Source(label, name, columns)  # known to itself: may be recursive
             self.expect("(")
             query = self.query()
             self.expect(")")
@@ -482,7 +508,7 @@ class Parser:
         if self.accept("values"):
             rows = self.commas(self.operand)
             return Query(sequence("values", rows), scope.parts, None, rows)
-        if self.words[self.i] == "(" and self.at_query(self.i + 1):  # not SQLite's, but it is clear what is meant
+        if self.words[self.i] == "(" and self.at_query(self.i + 1):  # not SQLite's, but clear what is meant
             return self.parenthesised_query()
         self.expect("select")
         distinct = self.accept("distinct", "all") == "distinct"
@@ -528,7 +554,7 @@ class Parser:
         return {f"group by {self.ordinal(text)}" for text in self.commas(self.expression)}
 
     def condition_operations(self, text: str, clause: str) -> set[str]:
-        """One operation a term of AND; `on` where it links two tables; the terms of an OR once more, each by itself."""
+        """One operation a term of AND, `on` where it links two tables; one more a term of an OR."""
         labels, operations = {source.label for source in self.scope.sources}, set()
         for term in terms_of(text, "and"):
             left, _, right = term.partition(" = ")
@@ -621,7 +647,7 @@ class Parser:
     # FROM.
 
     def read_from(self, start: int, begin: int, end: int) -> None:
-        """Collect sources and joins, then name the sources; the conditions are read when all names are known."""
+        """Collect sources and joins, then name the sources; conditions are read when all names are known."""
         self.i, self.scope.clause = start, "from"
         self.join_chain("inner")
         groups = {}
@@ -718,7 +744,8 @@ class Parser:
         columns = cte.columns if cte else self.schema.get(table)
         if self.words[self.i] == "(":
             start, self.i, columns = self.i, self.closing[self.i] + 1, None
-        scope.sources.append(Source(cte.base if cte else table, self.table_alias(table), columns, start, kind=kind))
+        base = cte.base if cte else table
+        scope.sources.append(Source(base, self.table_alias(table), columns, start, kind=kind))
 
     def derived(self, kind: str) -> None:
         """A subquery in FROM."""
@@ -744,7 +771,7 @@ class Parser:
         return alias
 
     def from_operations(self) -> set[str]:
-        """Sources and joins. Conditions of inner joins go with those of WHERE, unless a RIGHT or FULL join follows."""
+        """Sources and joins. Conditions of inner joins go to WHERE, if no join is RIGHT or FULL."""
         scope, after = self.scope, self.i
         own = set()
         ordered = any("right" in source.kind or "full" in source.kind for source in scope.sources)
@@ -753,7 +780,8 @@ class Parser:
             if source.start:
                 self.i = source.start
                 arguments = self.operand_list()
-            own.add(f"{'from' if source.kind == 'inner' else source.kind} {source.label}{arguments}{source.text}")
+            kind = "from" if source.kind == "inner" else source.kind
+            own.add(f"{kind} {source.label}{arguments}{source.text}")
         if ordered:
             own |= sequence("join order", [source.label for source in scope.sources])
         scope.clause = "where"
@@ -785,7 +813,8 @@ class Parser:
         terms = []
         for column in join.using or ():
             having = [s for s in join.left if column in (s.columns or ())] or join.left
-            left = min(s.column(column) for s in having) if len(having) == 1 or having is not join.left else column
+            clear = len(having) == 1 or having is not join.left
+            left = min(source.column(column) for source in having) if clear else column
             terms.append(compare(left, "=", right.column(column)))
         return combine("and", terms) if terms else ""
 
@@ -824,7 +853,8 @@ class Parser:
             items.append(self.expression(strength + 1))
         if set(operators) in COMMUTATIVE:
             items.sort()
-        return "(" + items[0] + "".join(f" {o} {item}" for o, item in zip(operators, items[1:], strict=True)) + ")"
+        rest = "".join(f" {operator} {item}" for operator, item in zip(operators, items[1:], strict=True))
+        return f"({items[0]}{rest})"
 
     def predicate(self, left: str) -> str:
         """=, IS, IN, LIKE, BETWEEN and their like, with or without NOT."""
@@ -846,13 +876,11 @@ class Parser:
         elif word == "in":
             text = self.membership(left)
         elif word == "between":
-            left = brief(left) if isinstance(left, Terms) else left  # written twice: a BETWEEN b AND c BETWEEN ...
+            left = brief(left) if isinstance(left, Terms) else left  # for a BETWEEN b AND c BETWEEN d AND ...
             low = self.expression(COMPARISON)
             self.expect("and")
             high = self.expression(COMPARISON)
-            if denied:
-                return combine("or", [compare(left, "<", literal(low)), compare(left, ">", literal(high))])
-            return combine("and", [compare(left, ">=", literal(low)), compare(left, "<=", literal(high))])
+            text = combine("and", [compare(left, ">=", literal(low)), compare(left, "<=", literal(high))])
         else:
             text = f"{left} {word} {literal(self.expression(COMPARISON))}"
             if self.accept("escape"):
@@ -979,7 +1007,8 @@ class Parser:
             self.expect(")")
         if self.accept("over"):
             named = self.words[self.i] != "("
-            text += " over " + brief(self.scope.windows.get(name := self.name(), name) if named else self.window())
+            window = self.scope.windows.get(name := self.name(), name) if named else self.window()
+            text += f" over {brief(window)}"
         return text
 
     def window(self) -> str:
@@ -1001,8 +1030,8 @@ class Parser:
 
     def frame(self) -> str:
         """[BETWEEN] bound [AND bound] [EXCLUDE ...]; a single bound means up to the current row."""
-        text, words = "", ("between", "and", "unbounded", "preceding", "following", "current", "row", "exclude",
-                           "no", "others", "ties", "group")
+        text, words = "", ("between", "and", "unbounded", "preceding", "following", "current", "row",
+                           "exclude", "no", "others", "ties", "group")
         while self.words[self.i] != ")":
             text += " " + (self.accept(*words) or self.expression(BITS))
         return text if text.startswith(" between") else f" between{text} and current row"

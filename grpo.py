@@ -13,26 +13,26 @@ from DeepSeekMath (arXiv 2402.03300). There is no value model: the group's mean 
 What is done here that small implementations often leave out:
 1. log-probabilities are those of the sampling distribution, temperature included;
 2. masks come from lengths, never from token ids, so a sampled EOS is trained and padding is not;
-3. a prompt is computed once for its G completions, in sampling and in the update (`pack_group`);
-4. logits exist for completion tokens only, a chunk at a time (`token_logprobs`);
+3. a prompt is computed once for its G completions, in sampling and in the update (packing.py);
+4. logits exist for completion tokens only, a chunk at a time (packing.py);
 5. the loss is normalised by the whole batch, so accumulation over micro-batches is exact.
 What is left out: rewards, files, logging, arguments. Importing this file needs torch only.
 """
 
 import math
-import warnings
-import weakref
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+from packing import PackedGroup, completion_logprobs, dropout_off, pack_group, padded_logprobs, token_logprobs
+
+__all__ = ["GRPOConfig", "Group", "PackedGroup", "completion_logprobs", "dropout_off", "flat_groups",
+           "group_advantages", "kl_estimate", "loss_normalizer", "pack_group", "packed_batches", "padded_logprobs",
+           "policy_loss", "policy_update", "reference_logprobs", "sample_groups", "token_logprobs"]
 
 
 def _setting(default, text: str, choices: tuple | None = None, at_least: float | None = None):
@@ -155,25 +155,6 @@ def left_pad(prompts: Sequence[Tensor], device) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(P, device=device) >= P - lengths[:, None]).long()
 
 
-@contextmanager
-def dropout_off(model):
-    """Evaluation mode inside, so that rollout and update see the same policy; every module's mode comes back.
-
-    Where gradients are wanted, layers with gradient checkpointing stay in training mode, which is what switches
-    the checkpointing on; their dropout sits in child modules and is off.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for module, _ in modes:
-            if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
-                module.training = True
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 # ---- advantages
 
 
@@ -204,129 +185,6 @@ def flat_groups(rewards: Tensor) -> Tensor:
     """Which groups have nothing to compare: all rewards equal but for rounding. [B, G] -> bool [B]"""
     spread = rewards.amax(dim=1) - rewards.amin(dim=1)
     return spread <= 1e-6 * rewards.abs().amax(dim=1).clamp(min=1.0)
-
-
-# ---- log-probabilities of a group in one row
-
-
-@dataclass(frozen=True)
-class PackedGroup:
-    """One row `[prompt | c1 | … | cG]` in which a completion sees the prompt and itself."""
-
-    input_ids: Tensor  # [1, L], L = P + ΣC_i
-    position_ids: Tensor  # [1, L], every completion starts at P
-    segment_ids: Tensor  # [L], 0 for the prompt, i for completion i
-    predictors: Tensor  # [ΣC_i], the positions in the row whose hidden state predicts the completion tokens
-    mask: Tensor  # bool [G, T], True on completion tokens, T the longest completion
-    prompt: Tensor  # [P]
-    completions: list[Tensor]  # G times [C_i]
-
-    def attention_mask(self, dtype: torch.dtype, device) -> Tensor:
-        """Additive mask [1, 1, L, L]: 0 where a query (row) may see a key (column), else the lowest number."""
-        segment = self.segment_ids.to(device)
-        seen = ((segment == 0) | (segment == segment[:, None])).tril()  # [L, L]
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
-
-    def unpack(self, values: Tensor) -> Tensor:
-        """Spreads one value a completion token over the group, padding 0. [ΣC_i] -> [G, T]"""
-        mask = self.mask.to(values.device)
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
-def pack_group(prompt: Tensor, completions: Sequence[Tensor]) -> PackedGroup:
-    """Packs a prompt [P] and completions [C_i] into one row: G·(P + C) tokens of compute become P + G·C.
-
-    Raises ValueError: an empty prompt, no completion, or an empty completion.
-    """
-    if len(prompt) == 0 or not completions or any(len(c) == 0 for c in completions):
-        raise ValueError("a group needs a prompt and completions of at least one token each")
-    P, lengths = len(prompt), torch.tensor([len(c) for c in completions])
-    within = torch.cat([torch.arange(len(c)) for c in completions])  # [ΣC_i], index of a token in its completion
-    previous = P - 1 + torch.arange(len(within))  # token t is predicted by the row position of token t − 1,
-    predictors = torch.where(within == 0, P - 1, previous)  # and token 0 by the last position of the prompt
-    return PackedGroup(
-        input_ids=torch.cat([prompt, *completions])[None],
-        position_ids=torch.cat([torch.arange(P), P + within])[None],
-        segment_ids=torch.repeat_interleave(torch.arange(len(lengths) + 1), F.pad(lengths, (1, 0), value=P)),
-        predictors=predictors, mask=torch.arange(int(lengths.max())) < lengths[:, None],
-        prompt=prompt, completions=list(completions))
-
-
-def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every completion token under softmax(logits / temperature).
-
-    -> logp [G, T] with gradient, entropy [G, T] without; padding 0; float32 or wider. A model that cannot run a
-    packed row (found by comparing both ways on first use) takes the padded way instead, with a warning.
-    """
-    if not _packing_is_exact(model, packed, temperature):
-        return padded_logprobs(model, packed, temperature)
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
-    backbone, lm_head = causal.get_decoder(), causal.get_output_embeddings()
-    device, dtype = lm_head.weight.device, causal.get_input_embeddings().weight.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    hidden = backbone(input_ids=packed.input_ids.to(device), position_ids=packed.position_ids.to(device),
-                      attention_mask=packed.attention_mask(dtype, device), use_cache=False).last_hidden_state[0]
-    targets = torch.cat(packed.completions).to(device)
-    logp, entropy = token_logprobs(lm_head, hidden[packed.predictors.to(device)], targets, temperature)
-    return packed.unpack(logp), packed.unpack(entropy)
-
-
-def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution. hidden [N, D], targets [N] -> [N], [N]
-
-    The [N, V] logits never exist at once: lm_head runs on chunks, which backward computes again.
-    """
-    chunk = max(1, LOGIT_CHUNK_ELEMENTS // lm_head.weight.shape[0])
-    pieces = [checkpoint(_chunk_logprobs, lm_head, h, y, temperature, use_reentrant=False)
-              for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
-    logp, entropy = zip(*pieces, strict=True)
-    return torch.cat(logp), torch.cat(entropy)
-
-
-def _chunk_logprobs(lm_head, hidden, targets, temperature):
-    return _gather_logprobs(lm_head(hidden), targets, temperature)
-
-
-def _gather_logprobs(logits, targets, temperature):  # [..., V], [...] -> [...], [...]
-    logp = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
-    with torch.no_grad():
-        entropy = -(logp.exp() * logp).sum(-1)
-    return logp.gather(-1, targets[..., None])[..., 0], entropy
-
-
-def padded_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
-    """The plain way: G padded rows `prompt + completion`, all logits. Same results as `completion_logprobs`."""
-    device, P, T = next(model.parameters()).device, len(packed.prompt), packed.mask.shape[1]
-    ids = torch.stack([F.pad(torch.cat([packed.prompt, c]), (0, T - len(c))) for c in packed.completions]).to(device)
-    mask = F.pad(packed.mask, (P, 0), value=True).to(device)
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, P - 1:-1]  # [G, T, V]
-    logp, entropy = _gather_logprobs(logits, ids[:, P:], temperature)
-    return logp * mask[:, P:], entropy * mask[:, P:]
-
-
-_packing_verdicts: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> bool
-
-
-def _packing_is_exact(model, packed: PackedGroup, temperature: float) -> bool:
-    """Compares the packed with the padded forward, once a model, on the prompt and the two longest completions."""
-    if model not in _packing_verdicts:
-        _packing_verdicts[model] = True  # so that the call below takes the packed way
-        sample = pack_group(packed.prompt, sorted(packed.completions, key=len)[-2:])
-        tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(next(model.parameters()).dtype, 0.3)
-        try:
-            with torch.no_grad(), dropout_off(model):
-                gap = (completion_logprobs(model, sample, temperature)[0]
-                       - padded_logprobs(model, sample, temperature)[0]).abs().max().item()
-            reason = "" if gap <= tolerance else f"log-probabilities differ by {gap:.2g}"
-        except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        _packing_verdicts[model] = not reason
-        if reason:
-            warnings.warn(f"{type(model).__name__} cannot run packed groups ({reason}); using padded rows, "
-                          "which is slower and takes more memory", stacklevel=3)
-    return _packing_verdicts[model]
 
 
 # ---- loss
@@ -431,15 +289,18 @@ def policy_update(model, optimizer, groups: Sequence[Group], batches, advantages
     masks = [packed.mask & ~torch.tensor(groups[i].truncated[rows])[:, None] if config.overlong == "mask"
              else packed.mask for i, rows, packed in batches]
     normalizer = sum(loss_normalizer(mask, config) for mask in masks)  # of the whole batch
-    old_logps, totals, ratio_max, skipped = [], Counter(), 0.0, 0
+    old_logps, totals, ratio_max, skipped = {}, Counter(), 0.0, 0
+    # Without a KL term a group of equal rewards has no gradient at all, so its forward pass is saved.
+    useful = [n for n, (i, rows, _) in enumerate(batches) if ref_logps or advantages[i, rows].any()] or [0]
     with dropout_off(model):
         for update in range(config.updates_per_rollout):
             optimizer.zero_grad(set_to_none=True)
             loss_sum = 0.0
-            for n, (i, rows, packed) in enumerate(batches):
+            for n in useful:
+                i, rows, packed = batches[n]
                 logp, entropy = completion_logprobs(model, packed, config.temperature)  # [n, T]
                 if update == 0:  # on policy: this is the old policy, so the ratio is exactly 1
-                    old_logps.append(logp.detach())
+                    old_logps[n] = logp.detach()
                 loss, stats = policy_loss(logp, old_logps[n], ref_logps[n] if ref_logps else None,
                                           advantages[i, rows].to(logp.device), masks[n].to(logp.device), config,
                                           normalizer, entropy)
@@ -452,9 +313,9 @@ def policy_update(model, optimizer, groups: Sequence[Group], batches, advantages
                 optimizer.step()
             else:
                 skipped += 1
-    tokens = max(1, config.updates_per_rollout * sum(int(mask.sum()) for mask in masks))
-    gaps = [(old.cpu()[packed.mask] - torch.cat(groups[i].logps[rows])).abs()
-            for (i, rows, packed), old in zip(batches, old_logps, strict=True)]
+    tokens = max(1, config.updates_per_rollout * sum(int(masks[n].sum()) for n in useful))
+    gaps = [(old_logps[n].cpu()[batches[n][2].mask] - torch.cat(groups[batches[n][0]].logps[batches[n][1]])).abs()
+            for n in useful]
     return {name: value / tokens for name, value in totals.items()} | {
         "ratio_max": ratio_max, "loss": loss_sum, "grad_norm": grad_norm, "skipped_updates": skipped,
         "sampler_gap": torch.cat(gaps).mean().item()}

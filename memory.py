@@ -1,20 +1,22 @@
-"""The trace memory: verified reasoning, and how close a new thought comes to it (FINER-SQL, arXiv 2605.03465).
+"""The trace memory: verified reasoning, and how near a new thought comes to it (FINER-SQL, arXiv 2605.03465).
 
-A wrong answer whose reasoning resembles verified reasoning earns partial credit: the cosine between its embedding
-and the mean of the `top_k` most similar verified traces, by default of *other* databases, so that what is rewarded
-is the way of reasoning and not the names. The memory grows by the thoughts of correct completions that pass a gate.
+A wrong answer whose reasoning resembles verified reasoning earns partial credit: the cosine between its
+embedding and the mean of the `top_k` most similar verified traces, by default of *other* databases, so that
+the way of reasoning is rewarded and not the names. The memory grows by the thoughts of correct completions
+that pass a gate.
 
-Search is exact, by matrix product: 10^5 traces of 512 numbers take 200 MB and about 10 ms a query. Past 10^6 traces
-the same interface wants an approximate index (FAISS, HNSW) behind `_top_k`, and nothing else changes.
+Search is exact, by matrix product: 10^5 traces of 512 numbers take 200 MB and about 10 ms a query. Past 10^6
+traces the same interface wants an approximate index (FAISS, HNSW) behind `_top_k`, and nothing else changes.
 
 Importing this file needs numpy only; torch and transformers are imported by the embedders that use them.
 """
 
+import json
 import re
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,22 +24,27 @@ import numpy as np
 
 WORD = re.compile(r"\w+")
 SCOPES = ("other", "same", "any")
-FORMAT = "trace-memory-1"
+FORMAT = "trace-memory-2"
+RECENT = 4096  # texts whose embeddings are kept, so that none is embedded twice
+BLOCK = 256  # queries a matrix product, which bounds its memory
 
 
 @dataclass(frozen=True)
 class MemoryGate:
     """Which correct thoughts enter the memory; the defaults are the paper's."""
 
-    memory_min_words: int = field(default=30, metadata={"help": "a stored thought has at least this many words"})
+    memory_min_words: int = field(default=30, metadata={
+        "help": "a stored thought has at least this many words"})
     memory_max_words: int = field(default=2000, metadata={"help": "and at most this many"})
-    memory_min_columns: int = field(default=2, metadata={"help": "it mentions at least this many schema columns"})
+    memory_min_columns: int = field(default=2, metadata={
+        "help": "it mentions at least this many schema columns"})
     memory_min_density: float = field(default=0.05, metadata={"help": "column mentions per word, at least"})
     memory_min_bigrams: float = field(default=0.6, metadata={"help": "share of unique bigrams, at least"})
-    memory_max_cosine: float = field(default=0.9, metadata={"help": "its nearest stored trace is less similar"})
+    memory_max_cosine: float = field(default=0.9, metadata={
+        "help": "its nearest stored trace is less similar"})
 
-    def rejection(self, thought: str, columns: frozenset[str] | None) -> str | None:
-        """Why a thought does not enter, or None; `columns` (lower case) None skips the rules about columns."""
+    def rejection(self, thought: str, columns: Iterable[str] | None) -> str | None:
+        """Why a thought does not enter, or None; without `columns` (lower case) their rules do not apply."""
         words = thought.split()
         if not self.memory_min_words <= len(words) <= self.memory_max_words:
             return "length"
@@ -45,49 +52,65 @@ class MemoryGate:
         if bigrams and len(set(bigrams)) < self.memory_min_bigrams * len(bigrams):
             return "repetition"
         if columns is not None:
-            mentioned = [word for word in WORD.findall(thought.lower()) if word in columns]
-            if len(set(mentioned)) < self.memory_min_columns:
+            mentions = count_mentions(thought, columns)
+            if len(mentions) < self.memory_min_columns:
                 return "columns"
-            if len(mentioned) < self.memory_min_density * len(words):
+            if mentions.total() < self.memory_min_density * len(words):
                 return "density"
         return None
+
+
+def count_mentions(text: str, columns: Iterable[str]) -> Counter:
+    """How often each column that `text` mentions is mentioned; `Free Meal (%)` is looked for as a phrase."""
+    text = text.lower()
+    words = Counter(WORD.findall(text))
+    counts = ((name, words[name] if WORD.fullmatch(name) else text.count(name)) for name in columns if name)
+    return Counter({name: count for name, count in counts if count})
 
 
 class TraceMemory:
     """Verified traces with their embeddings.
 
     Args:
-        embed: maps texts to an array [n, dim]; rows are normalised here. Each text is embedded once.
+        embed: maps a list of texts to an array [n, dim], normalised here; each text is embedded once.
         dim: length of an embedding.
         top_k: how many nearest traces form the centroid.
         scope: compare with traces of `other` databases, of the `same`, or of `any`.
         gate: which thoughts may enter.
         columns: {db_id: column names}; without them the gate's rules about columns do not apply.
+
+    Raises:
+        ValueError: an unknown scope, or a top_k below 1.
     """
 
     def __init__(self, embed: Callable, dim: int, top_k: int = 20, *, scope: str = "other",
-                 gate: MemoryGate | None = None, columns: Mapping[str, Sequence[str]] | None = None):
+                 gate: MemoryGate | None = None, columns: Mapping[str, Iterable[str]] | None = None):
         if scope not in SCOPES:
             raise ValueError(f"memory scope is '{scope}'; choose one of {', '.join(SCOPES)}")
         if top_k < 1:
             raise ValueError(f"memory top_k is {top_k}; it must be at least 1")
         self.embed, self.dim, self.top_k, self.scope = embed, dim, top_k, scope
         self.gate = gate or MemoryGate()
-        self.columns = {db_id: frozenset(name.lower() for name in names) for db_id, names in (columns or {}).items()}
-        self.rejections: Counter = Counter()
+        self.columns = {db_id: lower_case(names) for db_id, names in (columns or {}).items()}
+        self._clear()
+
+    def _clear(self) -> None:
+        self.rejections: Counter = Counter()  # reason -> how many thoughts the gate has turned away
         self.thoughts: list[str] = []
         self.db_ids: list[str] = []
-        self._vectors = np.zeros((64, dim), np.float32)  # grows by doubling; rows past len(self) are unused
+        self._vectors = np.zeros((64, self.dim), np.float32)  # grows by doubling; len(self) rows are in use
         self._databases = np.zeros(64, np.int64)  # the number of each trace's database
         self._number_of: dict[str, int] = {}
-        self._embedded: OrderedDict[str, np.ndarray] = OrderedDict()  # the latest texts, so none is embedded twice
+        self._recent: OrderedDict[str, np.ndarray] = OrderedDict()  # text -> vector, the latest used last
 
     def __len__(self) -> int:
         return len(self.thoughts)
 
-    def add(self, db_id: str, thought: str, columns: Sequence[str] | None = None) -> bool:
-        """Stores the thought of a correct completion if the gate lets it in; rejections are counted by reason."""
-        known = frozenset(c.lower() for c in columns) if columns is not None else self.columns.get(db_id)
+    # ---- writing
+
+    def add(self, db_id: str, thought: str, columns: Iterable[str] | None = None) -> bool:
+        """Stores the thought of a correct completion if the gate lets it in; counts rejections by reason."""
+        known = self.columns.get(db_id) if columns is None else lower_case(columns)
         reason = self.gate.rejection(thought, known)
         if reason is None:
             vector = self._embed([thought])[0]
@@ -99,18 +122,43 @@ class TraceMemory:
         self._append(db_id, thought, vector)
         return True
 
+    def add_many(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """`add` of (db_id, thought) pairs one after the other, embedded in one batch."""
+        self.prepare(thought for db_id, thought in pairs
+                     if self.gate.rejection(thought, self.columns.get(db_id)) is None)
+        return [self.add(db_id, thought) for db_id, thought in pairs]
+
+    def prepare(self, thoughts: Iterable[str]) -> None:
+        """Embeds thoughts ahead, in one batch, for `similarities` and `add` to find."""
+        self._embed(list(thoughts))
+
+    def _append(self, db_id: str, thought: str, vector: np.ndarray) -> None:
+        if len(self) == len(self._vectors):
+            self._vectors = np.concatenate([self._vectors, np.zeros_like(self._vectors)])
+            self._databases = np.concatenate([self._databases, np.zeros_like(self._databases)])
+        self._vectors[len(self)] = vector
+        self._databases[len(self)] = self._number_of.setdefault(db_id, len(self._number_of))
+        self.thoughts.append(thought)
+        self.db_ids.append(db_id)
+
+    # ---- reading
+
     def similarity(self, db_id: str, thought: str) -> float:
-        """cos(e(thought), c), c the mean of the top-k most similar traces in scope; 0 where there are none."""
+        """cos(e(thought), c), c the mean of the top-k most similar traces in scope; 0 if there are none."""
         return self.similarities([(db_id, thought)])[0]
 
     def similarities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """`similarity` of many (db_id, thought) pairs; their texts are embedded in one batch."""
-        if not len(self) or not pairs:
+        if not len(self):
             return [0.0] * len(pairs)
         vectors = self._embed([thought for _, thought in pairs])  # [n, dim]
-        cosines = vectors @ self._vectors[:len(self)].T  # [n, N]
-        return [self._to_centroid(vector, row, db_id) for vector, row, (db_id, _) in
-                zip(vectors, cosines, pairs, strict=True)]
+        result = []
+        for start in range(0, len(pairs), BLOCK):
+            block = vectors[start:start + BLOCK]
+            cosines = block @ self._vectors[:len(self)].T  # [BLOCK, len(self)]
+            result += [self._to_centroid(vector, row, db_id) for vector, row, (db_id, _) in
+                       zip(block, cosines, pairs[start:start + BLOCK], strict=True)]
+        return result
 
     def neighbours(self, db_id: str, thought: str, count: int = 3) -> list[dict]:
         """The nearest traces in scope, for people to read."""
@@ -138,60 +186,81 @@ class TraceMemory:
             candidates = candidates[cosines[candidates] >= kth]
         return candidates[np.argsort(-cosines[candidates], kind="stable")][:k]
 
-    def _append(self, db_id: str, thought: str, vector: np.ndarray) -> None:
-        if len(self) == len(self._vectors):
-            self._vectors = np.concatenate([self._vectors, np.zeros_like(self._vectors)])
-            self._databases = np.concatenate([self._databases, np.zeros_like(self._databases)])
-        self._vectors[len(self)] = vector
-        self._databases[len(self)] = self._number_of.setdefault(db_id, len(self._number_of))
-        self.thoughts.append(thought)
-        self.db_ids.append(db_id)
-
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors [n, dim]; only texts not seen lately are embedded, in one batch."""
-        new = list(dict.fromkeys(text for text in texts if text not in self._embedded))
+        new = list(dict.fromkeys(text for text in texts if text not in self._recent))
         if new:
             vectors = np.asarray(self.embed(new), np.float32)
             if vectors.shape != (len(new), self.dim):
-                raise ValueError(f"the embedder gave {list(vectors.shape)} for {len(new)} texts, dim {self.dim}")
+                raise ValueError(f"the embedder gave {list(vectors.shape)}, not {[len(new), self.dim]}")
+            if not np.isfinite(vectors).all():
+                raise ValueError("the embedder gave numbers that are not finite")
             lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            self._embedded.update(zip(new, vectors / np.where(lengths > 0, lengths, 1.0), strict=True))
-        result = np.stack([self._embedded[text] for text in texts])
-        while len(self._embedded) > 10_000:
-            self._embedded.popitem(last=False)
+            self._recent.update(zip(new, vectors / np.where(lengths > 0, lengths, 1.0), strict=True))
+        for text in texts:
+            self._recent.move_to_end(text)
+        result = np.array([self._recent[text] for text in texts], np.float32).reshape(-1, self.dim)
+        while len(self._recent) > max(RECENT, len(texts)):
+            self._recent.popitem(last=False)
         return result
 
+    # ---- files
+
     def save(self, path: str | Path) -> None:
-        """Writes the traces and their vectors to an .npz file (no pickle)."""
-        np.savez(path, format=np.array(FORMAT), vectors=self._vectors[:len(self)],
-                 thoughts=np.array(self.thoughts, np.str_), db_ids=np.array(self.db_ids, np.str_))
+        """Writes an .npz file (no pickle) from which `load` continues exactly: traces, counts, recent texts.
+
+        The recent texts belong to it because a model's embedding of a text varies in the last digits with the
+        batch it was embedded in. All texts are one JSON string: numpy would pad each to the longest.
+        """
+        texts = json.dumps({"thoughts": self.thoughts, "db_ids": self.db_ids, "recent": list(self._recent),
+                            "rejections": self.rejections})
+        recent = np.array(list(self._recent.values()), np.float32).reshape(-1, self.dim)
+        np.savez(path, format=np.array(FORMAT), vectors=self._vectors[:len(self)], recent=recent,
+                 texts=np.frombuffer(texts.encode(), np.uint8))
 
     def load(self, path: str | Path) -> "TraceMemory":
         """Replaces the content by that of a saved memory, exactly; returns itself.
 
         Raises:
-            ValueError: the file is truncated, is no trace memory, or was made with embeddings of another length.
+            ValueError: the file is truncated, is no trace memory, or has embeddings of another length.
         """
         try:
             with np.load(path, allow_pickle=False) as stored:
                 if str(stored["format"]) != FORMAT:
                     raise ValueError(f"its format is {stored['format']}")
-                vectors, thoughts, db_ids = stored["vectors"], stored["thoughts"].tolist(), stored["db_ids"].tolist()
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                vectors, recent = stored["vectors"], stored["recent"]
+                texts = json.loads(stored["texts"].tobytes())
+            thoughts, db_ids, recent_texts = texts["thoughts"], texts["db_ids"], texts["recent"]
+            counts = (len(thoughts), len(db_ids), len(recent_texts))
+            rejections = Counter(texts["rejections"])
+        except UNREADABLE as error:
             raise ValueError(f"{path} is not a whole trace memory ({error})") from error
-        if vectors.ndim != 2 or vectors.shape != (len(thoughts), self.dim) or len(db_ids) != len(thoughts):
-            raise ValueError(f"{path} holds embeddings {list(vectors.shape)}, but this embedder makes {self.dim}")
-        self.__init__(self.embed, self.dim, self.top_k, scope=self.scope, gate=self.gate, columns=self.columns)
+        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
+            raise ValueError(f"{path} has vectors {list(vectors.shape)}, but this embedder makes {self.dim}")
+        if counts != (len(vectors), len(vectors), len(recent)):
+            raise ValueError(f"{path} is not a whole trace memory (texts and embeddings differ in number)")
+        self._clear()
         for db_id, thought, vector in zip(db_ids, thoughts, vectors, strict=True):
             self._append(db_id, thought, vector)
+        self._recent.update(zip(recent_texts, recent, strict=True))
+        self.rejections = rejections
         return self
+
+
+# What numpy, zipfile and json raise for a file that is damaged or something else.
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, EOFError, RuntimeError,
+              zipfile.BadZipFile, zlib.error)
+
+
+def lower_case(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(name.lower() for name in names)
 
 
 # ---- embedders: callables from a list of texts to an array [n, dim], with an attribute `dim`
 
 
 class HashEmbedder:
-    """Word unigrams and bigrams hashed into `dim` signed buckets; needs no model and is the same on every machine."""
+    """Word unigrams and bigrams hashed into `dim` signed buckets: no model, the same on every machine."""
 
     def __init__(self, dim: int = 512):
         self.dim = dim
@@ -201,27 +270,34 @@ class HashEmbedder:
         for row, text in zip(vectors, texts, strict=True):
             words = WORD.findall(text.lower())
             for gram in words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]:
-                code = zlib.crc32(gram.encode())
+                code = zlib.crc32(gram.encode("utf-8", "replace"))
                 row[code % self.dim] += 1.0 if code >> 31 else -1.0
-        return vectors
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / np.where(lengths > 0, lengths, 1.0)
 
 
 class ModelEmbedder:
-    """Hidden states of a transformers model: their mean over the tokens, or the last token's (`pooling="last"`)."""
+    """Hidden states of a transformers model: their mean, or the last token's (`pooling="last"`)."""
 
-    def __init__(self, model, tokenizer, pooling: str = "mean", batch: int = 32, max_tokens: int = 512):
+    def __init__(self, model, tokenizer, pooling: str = "mean", batch: int = 32, max_tokens: int = 2048):
         self.model, self.tokenizer, self.dim = model, tokenizer, model.config.hidden_size
-        self.pooling, self.batch, self.max_tokens = pooling, batch, max_tokens
+        self.pooling, self.batch = pooling, batch
+        longest = getattr(model.config, "max_position_embeddings", None) or max_tokens
+        self.max_tokens = min(max_tokens, longest, tokenizer.model_max_length)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         import torch
 
-        pieces = []
+        # The tokenizer truncates, so that what it puts at the end of a text (and "last" reads) stays there.
+        ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: little padding
+        vectors = np.zeros((len(ids), self.dim), np.float32)
         with torch.no_grad():
-            for start in range(0, len(texts), self.batch):
-                ids = [self.tokenizer.encode(t)[:self.max_tokens] or [0] for t in texts[start:start + self.batch]]
-                pieces.append(self._pool(ids).float().cpu().numpy())
-        return np.concatenate(pieces)
+            for start in range(0, len(ids), self.batch):
+                chosen = order[start:start + self.batch]
+                pooled = self._pool([ids[i] or [0] for i in chosen]).float()
+                vectors[chosen] = torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
+        return vectors
 
     def _pool(self, ids: list[list[int]]):
         """Embeds token lists of unequal length, padded on the right. -> [n, dim]"""
@@ -234,11 +310,14 @@ class ModelEmbedder:
         hidden = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state  # [n, L, dim]
         if self.pooling == "last":
             return hidden[torch.arange(len(ids), device=device), lengths[:, 0] - 1]
-        return (hidden * mask[..., None]).sum(1) / lengths
+        return (hidden.float() * mask[..., None]).sum(1) / lengths
 
 
 def make_embedder(name: str, model=None, tokenizer=None) -> Callable:
-    """`hash`, `policy` (the frozen reference given as model and tokenizer), or a Hugging Face encoder by name or path.
+    """`hash`, `policy` (the frozen reference given as model and tokenizer), or a Hugging Face encoder.
+
+    `model` is a backbone without its head, whose output has `last_hidden_state`. An encoder is given by name
+    or path and goes to the GPU where there is one.
 
     Raises:
         ValueError: the encoder is not there, or `policy` without a model.
@@ -246,14 +325,17 @@ def make_embedder(name: str, model=None, tokenizer=None) -> Callable:
     if name == "hash":
         return HashEmbedder()
     if name == "policy":
-        if model is None:
-            raise ValueError("the `policy` embedder needs the policy's model")
+        if model is None or tokenizer is None:
+            raise ValueError("the `policy` embedder needs the policy's model and tokenizer")
         return ModelEmbedder(model, tokenizer)
+    import torch
     from transformers import AutoModel, AutoTokenizer
 
     try:
         encoder, tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"embedder '{name}' is neither hash, policy, a local folder nor reachable on the hub") from error
+        raise ValueError(f"embedder '{name}' is neither hash, policy, a folder nor on the hub") from error
+    encoder.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     # Qwen3-Embedding gathers a text's meaning in its last token, <|endoftext|>, which its tokenizer adds.
-    return ModelEmbedder(encoder, tokenizer, pooling="last" if encoder.config.model_type == "qwen3" else "mean")
+    pooling = "last" if encoder.config.model_type == "qwen3" else "mean"
+    return ModelEmbedder(encoder, tokenizer, pooling)

@@ -50,8 +50,16 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Writes model and tokenizer so that plain transformers (and vLLM) load them."""
+        _quiet()
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def _quiet() -> None:
+    """Loading and saving draw no progress bars of their own amid ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def build_tiny(texts: Iterable[str], *, seed: int, vocab_size: int = 1000, width: int = 128, layers: int = 4,
@@ -97,6 +105,7 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _quiet()
     source = ALIASES.get(name, name)
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise UserError(f"{source} is not a model folder: it has no config.json")

@@ -9,6 +9,7 @@ last good one. Logs are appended a line at a time; resuming cuts them back to th
 import contextlib
 import json
 import os
+import pickle
 import resource
 import shutil
 import sys
@@ -39,6 +40,7 @@ class RunFolder:
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} already holds a run or other files: continue it with --resume, choose "
                             "another --output, or delete it")
+        self.is_new = not resume
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_whole(config, json.dumps(settings, indent=2) + "\n")
@@ -46,6 +48,11 @@ class RunFolder:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
         for scratch in [*self.path.glob("checkpoints/.new-*"), *self.path.glob(".new-*"), *self.path.glob(".old-*")]:
             shutil.rmtree(scratch)  # left by a kill while saving
+
+    def discard_new(self) -> None:
+        """Removes the folder of a run that could not start, so that the same command can be given again."""
+        if self.is_new and not self.checkpoints():
+            shutil.rmtree(self.path)
 
     def _check_settings(self, config: Path, settings: dict, may_change: tuple[str, ...]) -> None:
         if not config.is_file():
@@ -100,8 +107,9 @@ def load_state(folder: Path) -> dict:
     """The trainer's state of a checkpoint. Raises UserError when it cannot be read."""
     try:
         return torch.load(folder / "trainer.pt", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint ({error}); delete it to resume an older one") from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint ({type(error).__name__} in trainer.pt); delete it to resume "
+                        "an older one") from error
 
 
 def _step_of(line: str) -> float:
@@ -207,3 +215,12 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+
+
+def tensorboard_writer(folder: Path):
+    """Writes TensorBoard events into the run's folder. Raises UserError where tensorboard is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs tensorboard: pip install -r requirements-extra.txt") from error
+    return SummaryWriter(str(folder))

@@ -36,7 +36,7 @@ from grpo import (
 )
 from policy import Policy, Reference, build_tiny, free_space, load_policy
 from rewards import MemoryGate, RewardConfig, RewardItem, RewardScorer, build_memory, load_reward_module
-from runs import RunFolder, load_state, rollout_records, step_metrics, write_whole
+from runs import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer, write_whole
 from sft import SFTConfig, cold_start, completion_text, template_trace
 from sql_exec import SQLExecutor, bird_match, gold_is_ordered, spider_match
 
@@ -77,9 +77,10 @@ class RunConfig:
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig)
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
-TINY_DEFAULTS = {"steps": 280, "lr": 2e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 16, "kl_coef": 0.03,
-                 "max_completion_tokens": 80, "rewards": "format,execution,atomic=0.5,memory", "save_every": 140,
-                 "eval_every": 40, "cold_start_steps": 320, "cold_start_lr": 3e-3, "prompt_loss": 0.3,
+TINY_DEFAULTS = {"steps": 260, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
+                 "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
+                 "max_completion_tokens": 80, "save_every": 130, "eval_every": 40, "cold_start_steps": 300,
+                 "cold_start_lr": 3e-3, "prompt_loss": 0.3,
                  "memory_min_words": 5, "memory_min_columns": 1}  # the demo's traces are short
 PRETRAINED_DEFAULTS = {"cold_start_steps": 0}
 MATCHES = {"bird": lambda predicted, gold, sql: bird_match(predicted, gold),
@@ -134,7 +135,12 @@ def main() -> int:
         print(note)
     with SQLExecutor(data.databases, workers=run.sql_workers, timeout=run.sql_timeout,
                      cache=folder.path / "gold_cache") as executor:
-        return Trainer(s, data, folder, executor).train()
+        try:
+            trainer = Trainer(s, data, folder, executor)
+        except UserError:
+            folder.discard_new()
+            raise
+        return trainer.train()
 
 
 class Trainer:
@@ -152,6 +158,7 @@ class Trainer:
         self.test_sets = {name: self._usable(examples, name) for name, examples in data.tests.items()}
         self.step, self.best, self.before = 0, -1.0, {}
         self.stop_requested = False
+        self.events = tensorboard_writer(folder.path) if s.run.tensorboard else None
         if not checkpoints:
             self._cold_start()
         self.reference = Reference(self.policy.model) if s.grpo.kl_coef else None
@@ -164,25 +171,29 @@ class Trainer:
 
     def train(self) -> int:
         """Runs the remaining steps; returns the exit status."""
-        s, run = self.s, self.s.run
+        run = self.s.run
         if not self.before and self.test_sets:
             self.before = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         if self.step == 0:
             self.save()  # the start: step 0 is the reference
-        with stop_signals(self), tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True) as bar:
+        bar = tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True)
+        with stop_signals(self), bar:
             while self.step < run.steps and not self.stop_requested:
                 self.step += 1
                 metrics = self.take_step()
                 bar.update()
                 bar.set_postfix(reward=f"{metrics['reward']:.2f}", acc=f"{metrics['execution_accuracy']:.2f}",
                                 kl=f"{metrics.get('kl', 0.0):.3f}", dev=f"{self.best:.2f}")
-                if run.save_every and self.step % run.save_every == 0 or self.stop_requested:
+                if run.save_every and self.step % run.save_every == 0:
                     self.save()
+        self.save()
+        if not self.stop_requested and self.test_sets:
+            self.compare()
+        print(f"report: {report.write_report(self.folder.path)}")
         if self.stop_requested:
             print(f"stopped after step {self.step}; continue with --resume --output {run.output}")
             return 130
-        self.save()
-        return self.finish()
+        return 0
 
     def take_step(self) -> dict:
         """One GRPO step: sample → score → advantages → update → log."""
@@ -216,10 +227,13 @@ class Trainer:
         extra = {f"seconds/rewards/{name}": value for name, value in self.scorer.seconds.items()}
         extra |= {"lr": self.learning_rate(), "memory_size": len(self.scorer.memory or ()),
                  "sql_worker_restarts": self.executor.worker_restarts}
-        if s.run.eval_every and self.step % s.run.eval_every == 0:
+        if self.dev_set and s.run.eval_every and (self.step % s.run.eval_every == 0 or self.step == s.run.steps):
             extra["dev_accuracy"] = self.evaluate_dev()
         metrics = step_metrics(self.step, groups, breakdowns, advantages, stats, clock.laps, extra)
         self.folder.log("metrics", [metrics])
+        if self.events:
+            for name, value in metrics.items():
+                self.events.add_scalar(name, value, self.step)
         self.folder.log("rollouts", rollout_records(self.step, examples, groups, breakdowns, advantages))
         return metrics
 
@@ -261,9 +275,7 @@ class Trainer:
         return evaluate.summarise(scores)
 
     def evaluate_dev(self) -> float:
-        """Accuracy on dev (the mean over tiers, where there are tiers); a new best policy is kept in best/."""
-        if not self.dev_set:
-            return 0.0
+        """Accuracy on dev, the mean over tiers where there are tiers; a new best policy is kept in best/."""
         accuracy = self.evaluate(self.dev_set, "dev")["mean_over_difficulties"][self.s.run.match]
         if accuracy > self.best:
             self.best = accuracy
@@ -281,13 +293,14 @@ class Trainer:
         else:
             writer = PromptBuilder(self.data.databases, None, self.s.prompts)
             traced = self._traced()
-            texts = [writer.text(e) for e in self.data.train] + [completion_text(e.trace, e.gold_sqls[0]) for e in traced]
+            texts = [writer.text(e) for e in self.data.train]
+            texts += [completion_text(e.trace, e.gold_sqls[0]) for e in traced]
             policy = build_tiny(texts, seed=run.seed)
             policy.model.to(self.device)
         needed = 6 * sum(p.numel() * p.element_size() for p in policy.model.parameters())
         if free_space(self.folder.path) < needed:
-            raise UserError(f"{self.folder.path} is on a disk with {free_space(self.folder.path) / 1e9:.1f} GB free, but "
-                            f"checkpoints of this model need about {needed / 1e9:.1f} GB; choose another --output")
+            raise UserError(f"{self.folder.path} is on a disk with {free_space(self.folder.path) / 1e9:.1f} GB free, "
+                            f"but checkpoints of this model need about {needed / 1e9:.1f} GB; choose another --output")
         return policy
 
     def _traced(self) -> list:
@@ -359,19 +372,15 @@ class Trainer:
         self.folder.cut_logs(step)
         print(f"resuming from {checkpoint}")
 
-    def finish(self) -> int:
-        """Held-out accuracy of the best policy by dev, beside that of the start; the report."""
-        if not self.test_sets:
-            return 0
+    def compare(self) -> None:
+        """Prints the held-out accuracy of the best policy by dev beside that of the start."""
         best = self.folder.path / "best"
         if self.s.run.eval_every and self.dev_set and best.exists():
             self.policy = load_policy(str(best), device=self.device)
         after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
-        table = before_after_table(self.before, after, self.s.run.match)
-        print(table)
+        print(before_after_table(self.before, after, self.s.run.match))
         write_whole(self.folder.path / "result.json", json.dumps({"before": self.before, "after": after}, indent=1))
-        print(f"policy: {best if best.exists() else self.folder.checkpoints()[-1][1]}; report: {report.write_report(self.folder.path)}")
-        return 0
+        print(f"policy: {best if best.exists() else self.folder.checkpoints()[-1][1]}")
 
 
 def before_after_table(before: dict, after: dict, match: str) -> str:

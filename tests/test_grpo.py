@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import grpo
+import packing
 from grpo import GRPOConfig
 
 SMALL = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -386,7 +387,7 @@ def test_packed_equals_padded_in_logprobs_and_gradients(family, tied, checkpoint
             logp, entropy = forward(model, packed, 0.7)
             (logp * weights).sum().backward()
         results.append((logp.detach(), entropy, gradients(model)))
-    assert grpo._packing_verdicts[model] is True
+    assert packing._packing_verdicts[model] is True
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
@@ -397,7 +398,7 @@ def test_packing_works_with_either_attention(implementation):
     model.set_attn_implementation(implementation)
     packed = grpo.pack_group(*a_group())
     one, two = (f(model, packed, 1.0)[0] for f in (grpo.completion_logprobs, grpo.padded_logprobs))
-    assert grpo._packing_verdicts[model] is True
+    assert packing._packing_verdicts[model] is True
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # eager attention has a float32 softmax
 
 
@@ -450,7 +451,7 @@ def test_a23_chunked_lm_head_has_the_naive_values_and_gradients(monkeypatch):
     largest = []
     forward = type(head).forward
     monkeypatch.setattr(type(head), "forward", lambda self, x: (largest.append(len(x)), forward(self, x))[1])
-    monkeypatch.setattr(grpo, "LOGIT_CHUNK_ELEMENTS", 50 * 4)
+    monkeypatch.setattr(packing, "LOGIT_CHUNK_ELEMENTS", 50 * 4)
     logp, _ = grpo.token_logprobs(head, hidden, targets, 0.9)
     torch.testing.assert_close(logp, naive, rtol=1e-12, atol=0)
     for one, two in zip(torch.autograd.grad((logp * weights).sum(), [hidden, head.weight]), expected, strict=True):
@@ -582,3 +583,20 @@ def test_importing_grpo_needs_torch_only():
     code = "import sys, grpo; print([m for m in ('transformers', 'sqlparse', 'sql_exec', 'rewards') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert found == "[]"
+
+
+def test_without_kl_flat_groups_cost_no_forward_and_change_no_gradient(monkeypatch):
+    model = make_model()
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, max_grad_norm=1e9)
+    groups = sampled_groups(model, config, prompts=3)
+    advantages = torch.cat([_advantages(4), torch.zeros(1, 4, dtype=torch.float64)])
+    _apply(model, groups, advantages, config, lr=0)
+    skipped = gradients(model)
+    forwards = []
+    forward = grpo.completion_logprobs
+    monkeypatch.setattr(grpo, "completion_logprobs", lambda *args: (forwards.append(1), forward(*args))[1])
+    _apply(model, groups, advantages, config, lr=0)
+    assert len(forwards) == 2
+    _apply(model, groups, advantages + 1e-300, config, lr=0)  # not zero, so nothing is skipped
+    assert len(forwards) == 2 + 3
+    torch.testing.assert_close(gradients(model), skipped, rtol=1e-10, atol=1e-14)

@@ -1,15 +1,18 @@
 """memory.py: hand-computed centroids, scopes, the gate, exact storage, embedders on models made here."""
 
+import random
 import subprocess
 import sys
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from memory import HashEmbedder, MemoryGate, ModelEmbedder, TraceMemory, make_embedder
+from memory import HashEmbedder, MemoryGate, ModelEmbedder, TraceMemory, count_mentions, make_embedder
 
 OPEN = MemoryGate(memory_min_words=1, memory_min_columns=0, memory_min_density=0.0, memory_max_cosine=2.0)
-VECTORS = {"east": [1, 0], "north": [0, 1], "both": [1, 1], "west": [-1, 0], "nothing": [0, 0]}
+VECTORS = {"east": [1, 0], "north": [0, 1], "both": [1, 1], "west": [-1, 0], "nothing": [0, 0], "": [0, -1]}
 
 
 class Table:
@@ -91,6 +94,23 @@ def test_the_gate_of_the_paper(thought, reason):
     assert dict(memory.rejections) == ({reason: 1} if reason else {})
 
 
+def test_columns_of_several_words_are_found_as_phrases():
+    mentions = count_mentions("Take the Free Meal (%) of each school, free meal (%) and its name.",
+                              ["free meal (%)", "name", "school", "meal count", ""])
+    assert mentions == {"free meal (%)": 2, "name": 1, "school": 1}
+
+
+def test_add_many_is_add_in_order_with_one_embedding():
+    memory, one_by_one = filled(), filled()
+    memory.gate = one_by_one.gate = replace(OPEN, memory_max_cosine=0.9)
+    batches, embed = [], memory.embed
+    memory.embed = lambda texts: batches.append(len(texts)) or embed(texts)
+    pairs = [("a", "east"), ("b", "north"), ("a", "east"), ("c", "both"), ("b", "")]
+    assert memory.add_many(pairs) == [one_by_one.add(*pair) for pair in pairs] == [True, True, False, True, False]
+    assert batches == [3] and memory.thoughts == one_by_one.thoughts and memory.rejections == one_by_one.rejections
+    assert memory.add_many([]) == [] and memory.similarities([]) == []
+
+
 def test_duplicates_are_rejected_and_counted():
     memory = TraceMemory(HashEmbedder(), 512)
     assert memory.add("a", THOUGHT) and not memory.add("b", THOUGHT + " now")
@@ -114,18 +134,54 @@ def test_save_and_load_are_exact(tmp_path):
     assert (loaded.thoughts, loaded.db_ids) == (memory.thoughts, memory.db_ids)
     assert loaded.similarity("c", "west") == memory.similarity("c", "west")
     loaded.save(tmp_path / "again.npz")
-    for name in ("vectors", "thoughts", "db_ids"):
-        assert (np.load(tmp_path / "again.npz")[name] == np.load(tmp_path / "memory.npz")[name]).all()
+    with np.load(tmp_path / "again.npz") as again, np.load(tmp_path / "memory.npz") as first:
+        assert set(again) == set(first) and again["vectors"].tobytes() == first["vectors"].tobytes()
     empty = TraceMemory(Table(), 2)
     empty.save(tmp_path / "empty.npz")
     assert len(TraceMemory(Table(), 2).load(tmp_path / "empty.npz")) == 0
+
+
+def test_a_loaded_memory_continues_exactly(tmp_path):
+    """Also where an embedding depends on the batch: what was embedded once is not embedded again."""
+    def embed(texts):
+        rng = np.random.default_rng(zlib.crc32(" ".join(texts).encode()))  # another batch, another vector
+        return rng.normal(size=(len(texts), 4))
+
+    def step(memory, number):
+        pairs = [(f"db{i % 3}", f"thought {i * number % 17}") for i in range(8)]
+        memory.prepare(thought for _, thought in pairs)
+        similarities = memory.similarities(pairs[::2])
+        memory.add_many(pairs[1::2])
+        return similarities
+
+    gate = MemoryGate(memory_min_words=2, memory_max_cosine=0.99)
+    whole, half = TraceMemory(embed, 4, gate=gate), TraceMemory(embed, 4, gate=gate)
+    for number in (1, 2, 3):
+        assert step(whole, number) == step(half, number)
+    half.save(tmp_path / "memory.npz")
+    half = TraceMemory(embed, 4, gate=gate).load(tmp_path / "memory.npz")
+    for number in (4, 5, 6):
+        assert step(whole, number) == step(half, number)
+    assert (half.thoughts, half.db_ids, half.rejections) == (whole.thoughts, whole.db_ids, whole.rejections)
+
+
+def test_texts_are_stored_as_they_are_and_take_their_own_length(tmp_path):
+    thoughts = ["a \ud800 b", "nul \0", "x\0", "日本 " * 3, "word " * 20_000, *(f"short {i}" for i in range(200))]
+    memory = TraceMemory(lambda texts: np.ones((len(texts), 2)), 2, gate=replace(OPEN, memory_max_words=10**6,
+                                                                                memory_min_bigrams=0.0))
+    memory.add_many([("db", thought) for thought in thoughts])
+    memory.save(tmp_path / "memory.npz")
+    assert TraceMemory(Table(), 2).load(tmp_path / "memory.npz").thoughts == thoughts
+    assert (tmp_path / "memory.npz").stat().st_size < 300_000
 
 
 def test_truncated_and_foreign_files_are_refused(tmp_path):
     filled(("a", "east")).save(tmp_path / "memory.npz")
     whole = (tmp_path / "memory.npz").read_bytes()
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    bad = {"cut": whole[:len(whole) // 2], "empty": b"", "text": b"hello", "other": (tmp_path / "other.npz").read_bytes()}
+    np.save(tmp_path / "array.npy", np.zeros((1, 2)))
+    bad = {"cut": whole[:len(whole) // 2], "empty": b"", "text": b"hello",
+           "other": (tmp_path / "other.npz").read_bytes(), "array": (tmp_path / "array.npy").read_bytes()}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="not a whole trace memory"):
@@ -136,7 +192,25 @@ def test_truncated_and_foreign_files_are_refused(tmp_path):
         TraceMemory(Table(), 2).load(tmp_path / "absent.npz")
 
 
+def test_a_file_with_any_byte_changed_or_cut_is_refused_or_the_same(tmp_path):
+    memory, path, rng = filled(("a", "east"), ("b", "north")), tmp_path / "memory.npz", random.Random(0)
+    memory.save(path)
+    whole = path.read_bytes()
+    for number in range(400):
+        place = rng.randrange(len(whole))
+        changed = whole[:place] + (bytes([whole[place] ^ (1 << number % 8)]) + whole[place + 1:] if number % 4 else b"")
+        path.write_bytes(changed)
+        subject = filled(("c", "both"))
+        try:
+            subject.load(path)
+            assert subject.thoughts == memory.thoughts and subject.similarity("x", "both") == pytest.approx(1.0)
+        except ValueError as error:
+            assert "memory.npz" in str(error) and subject.thoughts == ["both"]  # as it was
+
+
 def test_wrong_shapes_and_settings_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        TraceMemory(lambda texts: np.full((1, 2), np.nan), 2, gate=OPEN).add("a", "b")
     with pytest.raises(ValueError, match="embedder gave"):
         TraceMemory(lambda texts: np.zeros((1, 3)), 2, gate=OPEN).add("a", "b")
     with pytest.raises(ValueError, match="scope"):
@@ -152,6 +226,38 @@ def test_the_hash_embedder_is_the_same_in_another_process():
     assert eval(run.stdout) == HashEmbedder(64)(["join singer and concert"]).tolist()
 
 
+def unit(vector):
+    return vector / np.linalg.norm(vector)
+
+
+def test_a_long_text_keeps_the_token_that_last_pooling_reads():
+    import torch
+
+    class Tokenizer:  # puts token 9 at the end of every text, as Qwen3-Embedding's does
+        model_max_length = 4
+
+        def __call__(self, texts, truncation, max_length):
+            assert truncation
+            return {"input_ids": [[len(w) for w in text.split()][:max_length - 1] + [9] for text in texts]}
+
+    class Model(torch.nn.Module):
+        config = type("Config", (), {"hidden_size": 10, "max_position_embeddings": 100})
+
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.eye(10), requires_grad=False)
+
+        def forward(self, input_ids, attention_mask):
+            assert input_ids.shape[1] <= 4
+            return type("Output", (), {"last_hidden_state": self.table[input_ids]})
+
+    embed = ModelEmbedder(Model(), Tokenizer(), pooling="last", batch=2)
+    assert embed(["a bb", "a a a a a a a", "ccc"]).argmax(1).tolist() == [9, 9, 9]
+    mean = ModelEmbedder(Model(), Tokenizer(), batch=2)(["a bb", "a a a a a a a", "ccc"])
+    np.testing.assert_allclose(mean[1, [1, 9]], unit(np.array([3.0, 1.0])), atol=1e-6)  # rows keep their order
+    np.testing.assert_allclose(mean[2, [3, 9]], unit(np.array([1.0, 1.0])), atol=1e-6)
+
+
 def test_model_embedders_pool_without_padding(tmp_path):
     import torch
     from transformers import Qwen3Config, Qwen3Model
@@ -164,7 +270,8 @@ def test_model_embedders_pool_without_padding(tmp_path):
     ids = torch.tensor([policy.tokenizer.encode(texts[0])])
     with torch.no_grad():
         naive = policy.model.get_decoder()(input_ids=ids).last_hidden_state[0].mean(0).numpy()
-    np.testing.assert_allclose(mean(texts)[0], naive, atol=1e-5)
+    np.testing.assert_allclose(mean(texts)[0], unit(naive), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(mean(texts * 20), axis=1), 1.0, atol=1e-5)
 
     torch.manual_seed(0)
     encoder = Qwen3Model(Qwen3Config(vocab_size=len(policy.tokenizer), hidden_size=16, intermediate_size=16, head_dim=8,
@@ -175,6 +282,6 @@ def test_model_embedders_pool_without_padding(tmp_path):
     assert isinstance(last, ModelEmbedder) and last.pooling == "last" and last.dim == 16
     with torch.no_grad():
         naive = encoder.eval()(input_ids=ids).last_hidden_state[0, -1].numpy()
-    np.testing.assert_allclose(last(texts)[0], naive, atol=1e-5)
+    np.testing.assert_allclose(last(texts)[0], unit(naive), atol=1e-5)
     with pytest.raises(ValueError, match="neither hash"):
         make_embedder(str(tmp_path / "absent"))

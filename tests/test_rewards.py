@@ -2,12 +2,17 @@
 
 import math
 import random
+import sqlite3
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import rewards
+import sql_exec
 from memory import HashEmbedder, MemoryGate, TraceMemory
 from rewards import RewardConfig, RewardItem, RewardScorer, parse_completion, parse_rewards
 from sql_exec import SQLExecutor, bird_match
@@ -19,8 +24,6 @@ OPEN = MemoryGate(memory_min_words=1, memory_min_columns=0, memory_min_density=0
 
 @pytest.fixture(scope="module")
 def executor(tmp_path_factory):
-    import sqlite3
-
     path = tmp_path_factory.mktemp("db") / "towns.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE city (id INTEGER PRIMARY KEY, name TEXT, people INTEGER)")
@@ -52,7 +55,9 @@ def test_texts_with_the_format(text):
     "", "SELECT 1", "<think> a </think>", "<think> </think> SELECT 1", "<think> a SELECT 1", "a </think> SELECT 1",
     "x <think> a </think> SELECT 1", "<think>a</think><think>b</think> SELECT 1", "<think>a</think> SELECT 1; SELECT 2",
     "<think>a</think> ```sql\nSELECT 1\n```", "<think>a</think> The answer is 3", "<think>a<think>b</think> SELECT 1",
-    "<think>a</think> SELECT 1 </think>", "<think>a</think> -- only a comment", "<think>a</think> ;"])
+    "<think>a</think> SELECT 1 </think>", "<think>a</think> -- only a comment", "<think>a</think> ;",
+    "<think>a</think> SELECT 1; -- one\nDELETE FROM city", "<think>a</think> SELECT ';'; SELECT \";\"; ",
+    "<think>a</think> SELECT '; -- it''s open' ; SELECT 2", "<think>a</think> SELECT 1 /* ; */; x"])
 def test_texts_without_the_format(text):
     assert parse_completion(text) is None
 
@@ -63,10 +68,18 @@ def test_a_fence_is_unwrapped_only_when_lenient():
     assert parse_completion("<think>a</think> Here: ```sql\nSELECT 1\n```", lenient=True) is None
 
 
-def test_hostile_texts_end_quickly_and_raise_nothing():
-    for text in ("<think>" * 50_000, "<think>a</think>" + "'" * 200_001, "<think>a</think> SELECT " + "/*" * 100_000,
-                 "<think>a</think> SELECT " + "[" * 100_000, "<think>a</think>" + "(" * 100_000, "\0" * 1000):
-        parse_completion(text)
+@pytest.mark.parametrize("piece", ["<think>", "'", '"', "`", "[", "/*", "[/*", "*/", "--", "(", " ", ";", "```", "\0",
+                                   "\n", "</think>", "select ", "'\"`["])
+def test_hostile_texts_take_time_in_proportion_to_their_length(piece):
+    for start in ("", "<think>", "<think>a</think>", "<think>a</think> SELECT "):
+        text, best = start + piece * (1_000_000 // len(piece)), math.inf
+        for _ in range(3):  # the least of three: other processes must not decide
+            begin = time.perf_counter()
+            parse_completion(text, lenient=True)
+            best = min(best, time.perf_counter() - begin)
+            if best < 0.1:
+                break
+        assert best < 0.5  # of quadratic time it would be minutes
 
 
 def test_the_components_of_each_kind_of_completion(executor):
@@ -95,9 +108,20 @@ def test_shaping_is_the_papers():
 
 @pytest.mark.parametrize("when, earns", [("wrong", {"wrong", "error"}), ("runs", {"wrong"}), ("fails", {"error"})])
 def test_when_the_atomic_reward_is_granted(executor, when, earns):
-    score = scorer(executor, "format,execution,atomic", atomic_when=when).score
+    score = scorer(executor, "format,execution,atomic", atomic_when=when, atomic_gamma=0.5).score
     wrong, error = score([item("SELECT name FROM city WHERE people > 500"), item("SELECT nme FROM city")])
     assert {name for name, b in (("wrong", wrong), ("error", error)) if b.atomic > 0} == earns
+
+
+def test_the_shaping_is_a_setting_and_weights_are_checked_against_it(executor):
+    low = scorer(executor, "format,execution,atomic=3", atomic_beta=0.1, atomic_gamma=1.0)
+    overlap = rewards.atomic_reward("SELECT name FROM city", GOLD, SCHEMA)
+    assert low.score([item("SELECT name FROM city")])[0].atomic == pytest.approx(0.05 * overlap + 0.95 * 0.1 * overlap)
+    with pytest.raises(ValueError, match="could outrank"):
+        RewardConfig(rewards="format,execution,atomic=3")
+    for name in ("atomic_lambda", "atomic_beta", "atomic_gamma"):
+        with pytest.raises(ValueError, match=f"{name} is 2"):
+            RewardConfig(**{name: 2.0})
 
 
 def test_any_of_several_golds_counts_and_a_failing_gold_never_does(executor):
@@ -133,28 +157,61 @@ def test_correct_outranks_wrong_for_all_weights_that_are_allowed():
     for _ in range(3000):
         w = {name: round(10 ** rng.uniform(-2, 1), 3) for name in rewards.COMPONENTS if rng.random() < 0.8}
         w["execution"] = round(10 ** rng.uniform(-1, 1), 3)
+        if rng.random() < 0.3:  # at the very edge
+            w["execution"] = w.get("atomic", 0) * rewards.MAX_ATOMIC + w.get("user", 0) + rng.choice((1e-4, 1e-6, 1e-9))
         try:
             weights = parse_rewards(",".join(f"{name}={value}" for name, value in w.items()))
         except ValueError:
             refused += 1
-            worst, best = 2 * w["execution"], w["execution"] + w.get("atomic", 0) * rewards.MAX_ATOMIC + w.get("user", 0)
-            assert worst <= best + 1e-9  # only weights that could rank wrong first are refused
+            lead = w["execution"] - w.get("atomic", 0) * rewards.MAX_ATOMIC - w.get("user", 0)
+            assert lead < 1e-6 * sum(w.values()) + 1e-12  # only weights that could rank wrong first are refused
             continue
         allowed += 1
-        extras = {name: rng.random() for name in ("memory", "result", "schema")}
+        extras = {name: rng.choice((1.0, rng.random())) for name in ("memory", "result", "schema")}
         correct = {"format": 1, "execution": 2, "memory": 1, "result": 1, "schema": 1}
         wrong = {"format": 1, "execution": 1, "atomic": rewards.MAX_ATOMIC, "user": 1, **extras}
         total = lambda parts, weights=weights: sum(weights[n] * v for n, v in parts.items())  # noqa: E731
-        assert total(correct) > total(wrong)
+        assert total(correct) > total(wrong) and np.float32(total(correct)) > np.float32(total(wrong))
     assert allowed > 300 and refused > 300
 
 
 @pytest.mark.parametrize("spec, reason", [
     ("format,exec", "no reward 'exec'"), ("format=x", "not a number"), ("format=-1", "positive"), ("", "no reward"),
-    ("execution,atomic=2", "could outrank"), ("execution=1,user=1", "could outrank"), ("format=nan", "positive")])
+    ("execution,atomic=2", "could outrank"), ("execution=1,user=1", "could outrank"), ("format=nan", "positive"),
+    ("format,user", "could outrank"), ("format=1e9,execution", "could outrank"), ("format,format=2", "named twice"),
+    ("format=inf", "positive"), ("format=0", "positive")])
 def test_bad_weights_are_refused_with_the_reason(spec, reason):
     with pytest.raises(ValueError, match=reason):
         RewardConfig(rewards=spec)
+
+
+def test_a_wrong_answer_with_a_copied_good_thought_stays_below_a_correct_one(executor):
+    good = "name the cities whose people are more than one hundred"
+    for spec in ("format,execution,atomic,memory", "format,execution,memory=100", "execution=0.1,memory"):
+        memory = TraceMemory(HashEmbedder(), 512, gate=OPEN, scope="any")
+        memory.add("towns", good)
+        copied, right = scorer(executor, spec, memory=memory).score(
+            [item("SELECT name FROM city WHERE people > 99 AND id < 2", good), item(GOLD, "because")])
+        assert copied.memory == pytest.approx(1.0) and copied.execution == 1.0
+        assert np.float32(right.total) > np.float32(copied.total)
+
+
+def test_soft_f1_is_that_of_sql_exec():
+    rng = random.Random(0)
+    for _ in range(500):
+        tables = [[tuple(rng.choice((1, 1.0, "1", None, "a", 2)) for _ in range(columns)) for _ in range(rng.randrange(4))]
+                  for columns in rng.choices((1, 2, 3), k=2)]
+        assert rewards.soft_f1(*tables) == pytest.approx(sql_exec.soft_f1(*tables))
+
+
+def test_strings_and_comments_mention_nothing():
+    overlap = rewards.schema_overlap
+    assert overlap("SELECT name FROM city -- people", "SELECT name FROM city WHERE name = 'people'", SCHEMA) == 1.0
+    assert overlap("SELECT [name], `people` FROM City", 'SELECT NAME, "people" FROM city', SCHEMA) == 1.0
+    assert overlap("SELECT name FROM city", "SELECT people FROM city", SCHEMA) == pytest.approx(1 / 3)
+    assert overlap("SELECT 'open", "SELECT 1", SCHEMA) == 0.0 == overlap("SELECT a", "SELECT a", {})
+    spaced = {"city": ["Mean Income (%)"]}
+    assert overlap("SELECT `Mean Income (%)` FROM city", "SELECT name FROM city", spaced) == pytest.approx(1 / 2)
 
 
 def test_extra_rewards_are_partial_credit(executor):
@@ -172,13 +229,42 @@ def test_memory_learns_after_the_whole_step_is_scored(executor):
     assert subject.score([item("SELECT 1", "sort the cities")])[0].memory == pytest.approx(1.0)
 
 
-README_EXAMPLE = '''
-def reward(question, db_id, gold_sqls, thought, sql, execution):
-    """Prefers short queries: 1 for one line of up to 80 characters, falling to 0 at 400."""
-    if execution.status != "ok":
-        return 0.0
-    return max(0.0, min(1.0, (400 - len(sql)) / 320))
-'''
+README = (Path(__file__).parents[1] / "README.md").read_text()
+def test_each_thought_is_embedded_once_and_all_of_a_step_in_one_batch(executor):
+    batches, embed = [], HashEmbedder()
+    memory = TraceMemory(lambda texts: batches.append(list(texts)) or embed(texts), 512, gate=OPEN, scope="any")
+    subject = scorer(executor, memory=memory)
+    step = [item(GOLD, "one"), item("SELECT 1", "two"), item("SELECT 2", "one"), item("DELETE FROM city", "three"),
+            RewardItem("towns", (GOLD,), "no format")]
+    subject.score(step)
+    subject.score(step + [item(GOLD, "four")])
+    assert batches == [["one", "two", "three"], ["four"]]
+    assert set(subject.seconds) == {"execution", "atomic", "memory"}
+
+
+def test_the_order_of_a_step_changes_no_reward(executor):
+    step = [item(GOLD, f"right {i}") for i in range(4)] + [item("SELECT 1", f"wrong {i}") for i in range(4)]
+    totals = []
+    for order in (range(8), reversed(range(8)), (3, 7, 1, 5, 0, 4, 2, 6)):
+        memory = TraceMemory(HashEmbedder(), 512, gate=OPEN, scope="any")
+        memory.add("towns", "right or wrong")
+        order = list(order)
+        scored = scorer(executor, memory=memory).score([step[i] for i in order])
+        totals.append([b.total for _, b in sorted(zip(order, scored, strict=True), key=lambda pair: pair[0])])
+    assert totals[0] == pytest.approx(totals[1]) == pytest.approx(totals[2])
+
+
+def test_an_error_of_the_embedder_and_a_missing_part_are_not_swallowed(executor):
+    def broken(texts):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        scorer(executor, memory=TraceMemory(broken, 4, gate=OPEN)).score([item(GOLD)])
+    with pytest.raises(ValueError, match="memory reward has a weight"):
+        scorer(executor)
+
+
+README_EXAMPLE = next(part for part in README.split("```python\n")[1:] if part.startswith("def reward")).split("```")[0]
 
 
 def test_a_reward_of_ones_own(executor, tmp_path):
@@ -193,12 +279,15 @@ def test_a_reward_of_ones_own(executor, tmp_path):
     subject.user_reward = rewards.load_reward_module(path)
     with pytest.raises(ValueError, match="not between 0 and 1"):
         subject.score([item(GOLD)])
-    for content, reason in (("1/0", "ZeroDivisionError"), ("x = 1", "no function named reward")):
+    for content, reason in (("1/0", "ZeroDivisionError"), ("x = 1", "no function named reward"), ("def", "SyntaxError"),
+                            ("def reward(question, sql): return 1.0", "must take question, db_id")):
         path.write_text(content)
         with pytest.raises(ValueError, match=reason):
             rewards.load_reward_module(path)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="that exists"):
         rewards.load_reward_module(tmp_path / "none.py")
+    with pytest.raises(ValueError, match="not a Python file"):
+        rewards.load_reward_module(tmp_path)
     with pytest.raises(ValueError, match="needs both"):
         RewardConfig(rewards="format,execution=2,user")
 

@@ -1,0 +1,159 @@
+"""Log-probabilities of a group of completions, with the prompt computed once.
+
+`pack_group` puts a prompt and its G completions into one row, G·(P + C) tokens of compute become P + G·C, and the
+gradients are those of G separate rows. `completion_logprobs` runs it: lm_head sees completion positions only, in
+chunks. It works with gradient checkpointing and with any causal model of transformers that takes a 4-D mask; a model is
+checked against the plain padded forward on first use. This file is a part of grpo.py, which re-exports it.
+"""
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+
+
+@contextmanager
+def dropout_off(model):
+    """Evaluation mode inside, so that rollout and update see the same policy; every module's mode comes back.
+
+    Where gradients are wanted, layers with gradient checkpointing stay in training mode, which is what switches
+    the checkpointing on; their dropout sits in child modules and is off.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for module, _ in modes:
+            if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
+                module.training = True
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class PackedGroup:
+    """One row `[prompt | c1 | … | cG]` in which a completion sees the prompt and itself."""
+
+    input_ids: Tensor  # [1, L], L = P + ΣC_i
+    position_ids: Tensor  # [1, L], every completion starts at P
+    segment_ids: Tensor  # [L], 0 for the prompt, i for completion i
+    predictors: Tensor  # [ΣC_i], the positions in the row whose hidden state predicts the completion tokens
+    mask: Tensor  # bool [G, T], True on completion tokens, T the longest completion
+    prompt: Tensor  # [P]
+    completions: list[Tensor]  # G times [C_i]
+
+    def attention_mask(self, dtype: torch.dtype, device) -> Tensor:
+        """Additive mask [1, 1, L, L]: 0 where a query (row) may see a key (column), else the lowest number."""
+        segment = self.segment_ids.to(device)
+        seen = ((segment == 0) | (segment == segment[:, None])).tril()  # [L, L]
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Spreads one value a completion token over the group, padding 0. [ΣC_i] -> [G, T]"""
+        mask = self.mask.to(values.device)
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def pack_group(prompt: Tensor, completions: Sequence[Tensor]) -> PackedGroup:
+    """Packs a prompt [P] and completions [C_i] into one row: G·(P + C) tokens of compute become P + G·C.
+
+    Raises ValueError: an empty prompt, no completion, or an empty completion.
+    """
+    if len(prompt) == 0 or not completions or any(len(c) == 0 for c in completions):
+        raise ValueError("a group needs a prompt and completions of at least one token each")
+    P, lengths = len(prompt), torch.tensor([len(c) for c in completions])
+    within = torch.cat([torch.arange(len(c)) for c in completions])  # [ΣC_i], index of a token in its completion
+    previous = P - 1 + torch.arange(len(within))  # token t is predicted by the row position of token t − 1,
+    predictors = torch.where(within == 0, P - 1, previous)  # and token 0 by the last position of the prompt
+    return PackedGroup(
+        input_ids=torch.cat([prompt, *completions])[None],
+        position_ids=torch.cat([torch.arange(P), P + within])[None],
+        segment_ids=torch.repeat_interleave(torch.arange(len(lengths) + 1), F.pad(lengths, (1, 0), value=P)),
+        predictors=predictors, mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        prompt=prompt, completions=list(completions))
+
+
+def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every completion token under softmax(logits / temperature).
+
+    -> logp [G, T] with gradient, entropy [G, T] without; padding 0; float32 or wider. A model that cannot run a
+    packed row (found by comparing both ways on first use) takes the padded way instead, with a warning.
+    """
+    if not _packing_is_exact(model, packed, temperature):
+        return padded_logprobs(model, packed, temperature)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
+    backbone, lm_head = causal.get_decoder(), causal.get_output_embeddings()
+    device, dtype = lm_head.weight.device, causal.get_input_embeddings().weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    hidden = backbone(input_ids=packed.input_ids.to(device), position_ids=packed.position_ids.to(device),
+                      attention_mask=packed.attention_mask(dtype, device), use_cache=False).last_hidden_state[0]
+    targets = torch.cat(packed.completions).to(device)
+    logp, entropy = token_logprobs(lm_head, hidden[packed.predictors.to(device)], targets, temperature)
+    return packed.unpack(logp), packed.unpack(entropy)
+
+
+def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution. hidden [N, D], targets [N] -> [N], [N]
+
+    The [N, V] logits never exist at once: lm_head runs on chunks, which backward computes again.
+    """
+    chunk = max(1, LOGIT_CHUNK_ELEMENTS // lm_head.weight.shape[0])
+    pieces = [checkpoint(_chunk_logprobs, lm_head, h, y, temperature, use_reentrant=False)
+              for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
+    logp, entropy = zip(*pieces, strict=True)
+    return torch.cat(logp), torch.cat(entropy)
+
+
+def _chunk_logprobs(lm_head, hidden, targets, temperature):
+    return _gather_logprobs(lm_head(hidden), targets, temperature)
+
+
+def _gather_logprobs(logits, targets, temperature):  # [..., V], [...] -> [...], [...]
+    logp = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp).sum(-1)
+    return logp.gather(-1, targets[..., None])[..., 0], entropy
+
+
+def padded_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
+    """The plain way: G padded rows `prompt + completion`, all logits. Same results as `completion_logprobs`."""
+    device, P, T = next(model.parameters()).device, len(packed.prompt), packed.mask.shape[1]
+    ids = torch.stack([F.pad(torch.cat([packed.prompt, c]), (0, T - len(c))) for c in packed.completions]).to(device)
+    mask = F.pad(packed.mask, (P, 0), value=True).to(device)
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, P - 1:-1]  # [G, T, V]
+    logp, entropy = _gather_logprobs(logits, ids[:, P:], temperature)
+    return logp * mask[:, P:], entropy * mask[:, P:]
+
+
+_packing_verdicts: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> bool
+
+
+def _packing_is_exact(model, packed: PackedGroup, temperature: float) -> bool:
+    """Compares the packed with the padded forward, once a model, on the prompt and the two longest completions."""
+    if model not in _packing_verdicts:
+        _packing_verdicts[model] = True  # so that the call below takes the packed way
+        sample = pack_group(packed.prompt, sorted(packed.completions, key=len)[-2:])
+        tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(next(model.parameters()).dtype, 0.3)
+        try:
+            with torch.no_grad(), dropout_off(model):
+                gap = (completion_logprobs(model, sample, temperature)[0]
+                       - padded_logprobs(model, sample, temperature)[0]).abs().max().item()
+            reason = "" if gap <= tolerance else f"log-probabilities differ by {gap:.2g}"
+        except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        _packing_verdicts[model] = not reason
+        if reason:
+            warnings.warn(f"{type(model).__name__} cannot run packed groups ({reason}); using padded rows, "
+                          "which is slower and takes more memory", stacklevel=3)
+    return _packing_verdicts[model]

@@ -1,0 +1,103 @@
+"""runs.py and options.py: whole checkpoints or none, logs cut back, flags from dataclasses."""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+import options
+import runs
+from data import UserError
+from runs import RunFolder, load_state, replace_folder
+
+
+def test_a_new_run_refuses_a_folder_with_anything_in_it(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="already holds a run"):
+        RunFolder(tmp_path, {}, resume=False)
+    assert (tmp_path / "notes.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_resume_wants_the_same_settings_but_for_some(tmp_path):
+    RunFolder(tmp_path, {"seed": 0, "threads": 1}, resume=False)
+    RunFolder(tmp_path, {"seed": 0, "threads": 2}, resume=True, may_change=("threads",))
+    with pytest.raises(UserError, match="seed = 0, not 1"):
+        RunFolder(tmp_path, {"seed": 1, "threads": 2}, resume=True)
+    (tmp_path / "config.json").write_text("{half")
+    with pytest.raises(UserError, match="not valid JSON"):
+        RunFolder(tmp_path, {"seed": 0}, resume=True)
+
+
+def test_logs_are_cut_back_to_a_step(tmp_path):
+    folder = RunFolder(tmp_path, {}, resume=False)
+    folder.log("metrics", [{"step": n, "x": "é\ud800"} for n in (1, 2, 3)])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "ha')
+    folder.cut_logs(2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "best"
+    replace_folder(target, lambda folder: (folder / "a").write_text("one"))
+
+    def full_disk(folder):
+        (folder / "a").write_text("tw")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left.*older checkpoints are intact"):
+        replace_folder(target, full_disk)
+    assert (target / "a").read_text() == "one"
+    replace_folder(target, lambda folder: (folder / "a").write_text("two"))
+    assert (target / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_leftovers_of_a_kill_are_removed_and_old_checkpoints_go(tmp_path):
+    folder = RunFolder(tmp_path, {}, resume=False)
+
+    class Nothing:
+        def save(self, path):
+            (path / "model").write_text("weights")
+
+    for step in (0, 1, 2, 3, 10):
+        folder.save_checkpoint(step, Nothing(), {"step": step}, keep=2)
+    assert [step for step, _ in folder.checkpoints()] == [0, 3, 10]
+    (tmp_path / "checkpoints" / ".new-step-11").mkdir()
+    again = RunFolder(tmp_path, {}, resume=True)
+    assert [step for step, _ in again.checkpoints()] == [0, 3, 10] and not list(tmp_path.glob("checkpoints/.new*"))
+    newest = again.checkpoints()[-1][1]
+    assert load_state(newest) == {"step": 10}
+    for content in (b"", b"foreign", (newest / "trainer.pt").read_bytes()[:100]):
+        (newest / "trainer.pt").write_bytes(content)
+        with pytest.raises(UserError, match="not a whole checkpoint"):
+            load_state(newest)
+
+
+def test_peak_memory_is_in_mebibytes():
+    assert 10 < runs.peak_memory_mb() < 100_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample."""
+
+    size: int = field(default=3, metadata={"help": "how many, 100 % sure"})
+    name: str | None = field(default=None, metadata={"help": "what", "flag": "called"})
+    fast: bool = field(default=False, metadata={"help": "hurry"})
+    kind: str = field(default="a", metadata={"help": "which", "choices": ("a", "b")})
+    hidden: int = 7
+
+
+def test_flags_come_from_the_fields_and_absent_ones_stay_absent(capsys):
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser, Sample)
+    given = vars(parser.parse_args(["--size", "5", "--fast", "--called", "x"]))
+    assert given == {"size": 5, "fast": True, "name": "x"}
+    assert options.build(Sample, given | {"other": 1}) == Sample(5, "x", True, "a")
+    assert vars(parser.parse_args([])) == {}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kind", "c"])
+    parser.print_help()
+    text = capsys.readouterr().out
+    assert "100 % sure" in text and "(default: 3)" in text and "hidden" not in text
