@@ -109,9 +109,8 @@ def load_splits(name: str, data_dir=None, split: str = "train", *, traces=None, 
                  for part in (split, "cold", "dev", "test", "unseen")}
         traced = parts["cold"].examples + _traced(traces)
         databases = {db_id: path for part in parts.values() for db_id, path in part.databases.items()}
-        return Splits(parts[split].examples, traced, parts["dev"].examples[:dev_size],
-                      {"test": parts["test"].examples[:test_size], "unseen": parts["unseen"].examples[:test_size]},
-                      databases)
+        tests = {part: parts[part].examples[:test_size] for part in ("test", "unseen")} if test_size else {}
+        return Splits(parts[split].examples, traced, parts["dev"].examples[:dev_size], tests, databases)
     train = load_dataset(name, data_dir, split)
     shuffled = random.Random(seed).sample(train.examples, len(train.examples))
     held_back = min(dev_size, len(shuffled) // 10)

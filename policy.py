@@ -6,8 +6,13 @@ trained on the questions at hand); everything else is a Hugging Face checkpoint:
 
 import contextlib
 import copy
+import json
+import os
 import re
 import shutil
+import socket
+import urllib.parse
+import urllib.request
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,8 +56,14 @@ class Policy:
     def save(self, folder: str | Path) -> None:
         """Writes model and tokenizer so that plain transformers (and vLLM) load them."""
         _quiet()
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder)  # of a LoRA policy: the adapters, which `load_policy` puts on their base
         self.tokenizer.save_pretrained(folder)
+
+    def save_merged(self, folder: str | Path) -> None:
+        """As `save`, with LoRA adapters merged into the weights."""
+        if not hasattr(self.model, "merge_and_unload"):
+            return self.save(folder)
+        Policy(copy.deepcopy(self.model).merge_and_unload(), self.tokenizer, self.eos_ids).save(folder)
 
 
 def _quiet() -> None:
@@ -107,9 +118,13 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
 
     _quiet()
     source = ALIASES.get(name, name)
+    if (Path(source) / "adapter_config.json").is_file():
+        return _load_adapters(Path(source), device, dtype)
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise UserError(f"{source} is not a model folder: it has no config.json")
     try:
+        if not Path(source).exists() and not _is_cached(source) and not _hub_answers():
+            raise OSError("the hub cannot be reached")
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
@@ -118,6 +133,40 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
     if lora_rank:
         model = _add_lora(model, lora_rank)
     return Policy(model, tokenizer, _eos_ids(model, tokenizer))
+
+
+def _load_adapters(folder: Path, device: str, dtype: torch.dtype) -> Policy:
+    """A LoRA checkpoint: its base model, named in its adapter_config.json, with the adapters on, trainable."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UserError(f"{folder} needs peft for its adapters: pip install -r requirements-extra.txt") from error
+    base = load_policy(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"],
+                       device=device, dtype=dtype)
+    return Policy(PeftModel.from_pretrained(base.model, str(folder), is_trainable=True), base.tokenizer, base.eos_ids)
+
+
+def _is_cached(source: str) -> bool:
+    """Whether the hub's local cache has the checkpoint's configuration."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(source, "config.json"), str)
+    except HFValidationError:  # not even the form of a hub id
+        return False
+
+
+def _hub_answers(seconds: float = 3.0) -> bool:
+    """Whether a connection to the hub opens soon; its own client would try again for a minute."""
+    if urllib.request.getproxies():
+        return True
+    endpoint = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=seconds).close()
+    except OSError:
+        return False
+    return True
 
 
 def _missing_model(name: str, source: str, error: Exception) -> str:

@@ -50,7 +50,7 @@ FENCE = re.compile(r"```(?:sql|sqlite)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNO
 # Strings, quoted names and comments. One that is not closed runs to the end, so that a scan stays linear.
 QUOTED = re.compile(r"'[^']*(?:'|\Z)|\"[^\"]*(?:\"|\Z)|`[^`]*(?:`|\Z)|\[[^\]]*(?:\]|\Z)"
                     r"|--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
-STATEMENT = re.compile(r"[\s(]*(?:select|with|values|insert|update|delete|replace|create|drop|alter|pragma|"
+STATEMENT = re.compile(r"[\s(]*+(?:select|with|values|insert|update|delete|replace|create|drop|alter|pragma|"
                        r"explain|attach|detach|vacuum|begin|analyze)\b", re.IGNORECASE)
 
 

@@ -100,7 +100,7 @@ class RunFolder:
 
     def save_best(self, policy) -> None:
         """Replaces best/ by this policy."""
-        replace_folder(self.path / "best", policy.save)
+        replace_folder(self.path / "best", policy.save_merged)
 
 
 def load_state(folder: Path) -> dict:
@@ -108,8 +108,8 @@ def load_state(folder: Path) -> dict:
     try:
         return torch.load(folder / "trainer.pt", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint ({type(error).__name__} in trainer.pt); delete it to resume "
-                        "an older one") from error
+        raise UserError(f"{folder} is not a whole checkpoint ({type(error).__name__} in trainer.pt); delete it to "
+                        "resume an older one") from error
 
 
 def _step_of(line: str) -> float:

@@ -63,6 +63,11 @@ EQUIVALENT = [
      "SELECT name FROM singer WHERE (age = 3 AND age = 1) AND age = 2"),
     ("SELECT name FROM singer WHERE age BETWEEN 3 AND 9", "SELECT name FROM singer WHERE age <= 9 AND 3 <= age"),
     ("SELECT name FROM singer WHERE age NOT BETWEEN 3 AND 9", "SELECT name FROM singer WHERE age > 9 OR age < 3"),
+    ("SELECT name FROM singer WHERE age NOT BETWEEN 3 AND 9", "SELECT name FROM singer WHERE NOT (age BETWEEN 3 AND 9)"),
+    ("SELECT name FROM singer WHERE NOT age = 3", "SELECT name FROM singer WHERE age != 3"),
+    ("SELECT name FROM singer WHERE NOT (age < 3 OR name = 'x' AND country IS NULL)",
+     "SELECT name FROM singer WHERE age >= 3 AND (name <> 'x' OR country IS NOT NULL)"),
+    ("SELECT name FROM singer WHERE NOT NOT age > 3", "SELECT name FROM singer WHERE (age > 3)"),
     ("SELECT name FROM singer WHERE age BETWEEN 3 AND 9 OR age = 1",
      "SELECT name FROM singer WHERE 1 = age OR (age >= 3 AND age <= 9)"),
     ("SELECT name FROM singer WHERE age IN (1, 2)", "SELECT name FROM singer WHERE age IN (2,1)"),
@@ -162,6 +167,8 @@ DIFFERENT = [
      "SELECT name FROM singer WHERE (age = 1 OR age = 3) AND (age = 2 OR age = 4)"),
     ("SELECT name FROM singer WHERE age = 1 OR (age = 2 AND age = 3)",
      "SELECT name FROM singer WHERE (age = 1 OR age = 2) AND age = 3"),
+    ("SELECT name FROM singer WHERE NOT (age = 1 AND name = 'a')", "SELECT name FROM singer WHERE age <> 1 AND name <> 'a'"),
+    ("SELECT name FROM singer WHERE NOT age < 3", "SELECT name FROM singer WHERE age > 3"),
     ("SELECT name FROM singer WHERE name LIKE 'a'", "SELECT name FROM singer WHERE name NOT LIKE 'a'"),
     ("SELECT name FROM singer WHERE name LIKE 'a'", "SELECT name FROM singer WHERE name GLOB 'a'"),
     (r"SELECT name FROM singer WHERE name LIKE 'a\%' ESCAPE '\'", r"SELECT name FROM singer WHERE name LIKE 'a\%'"),
@@ -412,6 +419,12 @@ def test_same_operations_in_another_process():
         output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                                 cwd=os.path.dirname(atomic.__file__), env={**os.environ, "PYTHONHASHSEED": seed}).stdout
         assert output.strip() == str(sorted(atomic_operations(sql)))
+
+
+def test_names_in_leaves_strings_and_comments_out():
+    assert {"a", "b c", "t"} <= atomic.names_in("SELECT A, `B c` FROM [t] -- x")
+    assert not {"x", "y"} & atomic.names_in("SELECT 'x' FROM t /* y */ -- x")
+    assert atomic.names_in("SELECT 'open") == set() == atomic.names_in("a" * 10**6)
 
 
 def test_a_gold_is_parsed_once():

@@ -58,7 +58,7 @@ def test_every_end_token_of_the_checkpoint_ends_a_completion(tiny, tmp_path):
 
 
 def test_missing_and_broken_models_are_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(policies, "_hub_answers", lambda: False)
     for name in ("qwen2.5-3b", "nobody/nothing", str(tmp_path / "absent")):
         with pytest.raises(UserError, match="neither a local folder nor reachable"):
             load_policy(name)

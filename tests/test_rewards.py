@@ -251,7 +251,7 @@ def test_the_order_of_a_step_changes_no_reward(executor):
         order = list(order)
         scored = scorer(executor, memory=memory).score([step[i] for i in order])
         totals.append([b.total for _, b in sorted(zip(order, scored, strict=True), key=lambda pair: pair[0])])
-    assert totals[0] == pytest.approx(totals[1]) == pytest.approx(totals[2])
+    assert totals[0] == pytest.approx(totals[1]) and totals[0] == pytest.approx(totals[2])
 
 
 def test_an_error_of_the_embedder_and_a_missing_part_are_not_swallowed(executor):
