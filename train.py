@@ -9,6 +9,7 @@ sample → score → advantages → update → log → save, and at the end held
 """
 
 import argparse
+import copy
 import json
 import random
 import signal
@@ -339,12 +340,14 @@ class Trainer:
 
     def _make_scorer(self, resumed: bool) -> RewardScorer:
         s = self.s
-        frozen = Reference(self.policy.model).model.get_decoder() if s.rewards.embedder == "policy" else None
+        frozen = None
+        if s.rewards.embedder == "policy":  # the policy of step 0, so that embeddings do not move as it learns
+            start = load_policy(str(self.folder.checkpoints()[0][1]), device=self.device) if resumed else self.policy
+            frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
         memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
         if memory is not None and not resumed:
             traced = self._traced()
-            for example in traced:
-                memory.add(example.db_id, example.trace)
+            memory.add_many([(example.db_id, example.trace) for example in traced])
             print(f"memory: {len(memory)} of {len(traced)} traces passed the gate {dict(memory.rejections)}")
         user = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],

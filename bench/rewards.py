@@ -88,8 +88,9 @@ def measure_memory(folder: str, stored: int = 10_000, dim: int = 384, asked: int
     traces = [(f"db{i % 50}", str(i)) for i in range(len(vectors))]
     memory.add_many(traces[:stored])
     queries = rate(memory.similarity, traces[-asked:])
-    print(f"memory: {rate(memory.add, traces[stored:-asked]):.0f} additions and {queries:.0f} queries a second "
-          f"beside {stored} traces of {dim} dimensions (at least 200 wanted)")
+    additions = rate(memory.add, traces[stored:-asked])
+    print(f"memory: {additions:.0f} additions and {queries:.0f} queries a second beside {stored} traces "
+          f"of {dim} dimensions (at least 200 wanted)")
     path = Path(folder) / "memory.npz"
     saved = 1 / rate(memory.save, [(path,)])
     print(f"memory: saved in {saved:.2f} s, loaded in {1 / rate(memory.load, [(path,)]):.2f} s, "
@@ -100,7 +101,7 @@ def measure_memory(folder: str, stored: int = 10_000, dim: int = 384, asked: int
 
 
 def fuzz(pairs: Pairs, count: int, seed: int = 0) -> None:
-    """Nothing may raise; the slowest input is shown. The inputs are the tests': needs requirements-dev.txt."""
+    """Nothing may raise; the slowest input is shown. The inputs are the tests', so pytest must be there."""
     from test_atomic import FRAGMENTS, GROWING, HOSTILE, mutate
 
     rng, slowest, parsed = random.Random(seed), (0.0, ""), 0
@@ -123,7 +124,8 @@ def fuzz(pairs: Pairs, count: int, seed: int = 0) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("TEXT2SQL_DATA", ROOT.parent / "shared/data")
     parser.add_argument("--data-dir", type=Path, default=data)
     parser.add_argument("--rounds", type=int, default=3)
