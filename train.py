@@ -78,9 +78,9 @@ class RunConfig:
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig)
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
-TINY_DEFAULTS = {"steps": 260, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
+TINY_DEFAULTS = {"steps": 240, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
                  "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
-                 "max_completion_tokens": 80, "save_every": 130, "eval_every": 40, "cold_start_steps": 300,
+                 "max_completion_tokens": 80, "save_every": 120, "eval_every": 40, "cold_start_steps": 300,
                  "cold_start_lr": 3e-3, "prompt_loss": 0.3,
                  "memory_min_words": 5, "memory_min_columns": 1}  # the demo's traces are short
 PRETRAINED_DEFAULTS = {"cold_start_steps": 0}
