@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 
 from grpo import flat_groups
+from rewards import COMPONENTS
 from schema import UserError
-
-REWARD_NAMES = ("format", "execution", "atomic", "memory", "result", "schema", "user")
 
 
 class RunFolder:
@@ -179,7 +178,7 @@ def step_metrics(step: int, groups, breakdowns, advantages, stats: dict, seconds
     correct = torch.tensor([[float(b.correct) for b in row] for row in breakdowns])
     lengths = torch.tensor([float(len(c)) for group in groups for c in group.completions])
     truncated = [cut for group in groups for cut in group.truncated]
-    parts = {f"reward/{name}": sum(getattr(b, name) for b in flat) / len(flat) for name in REWARD_NAMES}
+    parts = {f"reward/{name}": sum(getattr(b, name) for b in flat) / len(flat) for name in COMPONENTS}
     statuses = Counter(b.status for b in flat)
     return {"step": step, "reward": totals.mean().item(), "reward_std": totals.std(dim=1).mean().item(), **parts,
             "execution_accuracy": correct.mean().item(),
@@ -201,7 +200,7 @@ def rollout_records(step: int, examples, groups, breakdowns, advantages) -> list
              "completions": [{
                  "text": b.text, "thought": b.thought, "sql": b.sql, "status": b.status, "error": b.error,
                  "correct": b.correct,
-                 "rewards": {"total": b.total} | {name: getattr(b, name) for name in REWARD_NAMES},
+                 "rewards": {"total": b.total} | {name: getattr(b, name) for name in COMPONENTS},
                  "advantage": advantages[i, j].item(), "tokens": len(group.completions[j]),
                  "truncated": group.truncated[j], "columns": list(b.columns),
                  "rows": [[value if isinstance(value, str | int | float | None) else repr(value) for value in row]

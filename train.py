@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -153,7 +154,6 @@ class Trainer:
         checkpoints = folder.checkpoints() if s.run.resume else []
         self.policy = self._load_policy(checkpoints)
         self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
-        self.schemas = {db_id: schema_columns(read_schema(path)) for db_id, path in data.databases.items()}
         self.train_set = self._usable(data.train, "training")
         self.dev_set = self._usable(data.dev, "dev")
         self.test_sets = {name: self._usable(examples, name) for name, examples in data.tests.items()}
@@ -293,9 +293,8 @@ class Trainer:
             policy = load_policy(run.model, device=self.device, lora_rank=run.lora_rank)
         else:
             writer = PromptBuilder(self.data.databases, None, self.s.prompts)
-            traced = self._traced()
             texts = [writer.text(e) for e in self.data.train]
-            texts += [completion_text(e.trace, e.gold_sqls[0]) for e in traced]
+            texts += [completion_text(e.trace, e.gold_sqls[0]) for e in self.traced]
             policy = build_tiny(texts, seed=run.seed)
             policy.model.to(self.device)
         needed = 6 * sum(p.numel() * p.element_size() for p in policy.model.parameters())
@@ -304,12 +303,17 @@ class Trainer:
                             f"but checkpoints of this model need about {needed / 1e9:.1f} GB; choose another --output")
         return policy
 
-    def _traced(self) -> list:
+    @cached_property
+    def schemas(self) -> dict:
+        """{db_id: {table: [column, ...]}}, as the rewards take them."""
+        return {db_id: schema_columns(read_schema(path)) for db_id, path in self.data.databases.items()}
+
+    @cached_property
+    def traced(self) -> list:
         """Examples with a verified trace; the tiny policy, which knows nothing, also learns from template traces."""
         if self.data.traced or self.s.run.model != "tiny":
             return self.data.traced
-        schemas = {db_id: schema_columns(read_schema(path)) for db_id, path in self.data.databases.items()}
-        return [replace(e, trace=template_trace(e.gold_sqls[0], schemas[e.db_id])) for e in self.data.train]
+        return [replace(e, trace=template_trace(e.gold_sqls[0], self.schemas[e.db_id])) for e in self.data.train]
 
     def _usable(self, examples: list, name: str) -> list:
         """(example, prompt ids) of the questions whose gold SQL runs and whose prompt fits; says what was left out."""
@@ -329,10 +333,9 @@ class Trainer:
 
     def _cold_start(self) -> None:
         s, tokenizer = self.s, self.policy.tokenizer
-        examples = self._traced()
-        if not s.sft.cold_start_steps or not examples:
+        if not s.sft.cold_start_steps or not self.traced:
             return
-        encoded, _ = self.builder.encode_all(examples)
+        encoded, _ = self.builder.encode_all(self.traced)
         pairs = [(torch.tensor(ids), torch.tensor(tokenizer.encode(completion_text(e.trace, e.gold_sqls[0]),
                   add_special_tokens=False) + [tokenizer.eos_token_id])) for e, ids in encoded]
         loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast)
@@ -346,9 +349,8 @@ class Trainer:
             frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
         memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
         if memory is not None and not resumed:
-            traced = self._traced()
-            memory.add_many([(example.db_id, example.trace) for example in traced])
-            print(f"memory: {len(memory)} of {len(traced)} traces passed the gate {dict(memory.rejections)}")
+            memory.add_many([(example.db_id, example.trace) for example in self.traced])
+            print(f"memory: {len(memory)} of {len(self.traced)} traces passed the gate {dict(memory.rejections)}")
         user = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
                             user_reward=user)
