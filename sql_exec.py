@@ -406,6 +406,7 @@ class SQLExecutor:
         self.worker_count = max(1, workers)
         self.worker_restarts = 0  # workers killed, or found dead, and replaced
         self._workers: list[_Worker] = []
+        self._tried_again: set[int] = set()  # queries of this call whose first worker died at once
         self._digests: dict[str, str | None] = {}  # content hash of a database file
         self._lock = threading.RLock()
         self._closed = False
@@ -467,6 +468,7 @@ class SQLExecutor:
     def _drive(self, tasks: list, results: dict) -> None:
         """Keep the workers busy until every task has its result."""
         pending = deque(range(len(tasks)))
+        self._tried_again = set()
         for worker in list(self._workers):
             if worker.process.poll() is not None:  # died while idle: no query's fault
                 self._retire(worker)
@@ -529,7 +531,9 @@ class SQLExecutor:
             return
         if not worker.ready:
             raise RuntimeError("an SQL worker failed to start; its standard error says why")
-        if worker.sent and not leaving:  # the first in line is the one it was running
+        if not alive and silent < GRACE and worker.sent and worker.sent[0] not in self._tried_again:
+            self._tried_again.add(worker.sent[0])  # it may have been dying before it read the query: try once more
+        elif worker.sent and not leaving:  # the first in line is the one it was running
             late = f"no result within {self.settings['timeout']:g} s"
             verdict = ("timeout", late) if alive else ("error", WORKER_DIED)
             results[tasks[worker.sent.popleft()][0]] = Execution(verdict[0], error=verdict[1], seconds=silent)

@@ -370,10 +370,19 @@ def test_restarts_leak_neither_processes_nor_file_descriptors_nor_threads(tiny_d
         executor.run("music", "SELECT 1")
 
 
+def test_a_worker_found_dying_costs_no_query_its_answer(tiny_db):
+    """Killed a moment before, a worker still takes what is written to it: nothing has run, so it is no verdict."""
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        executor.run("music", "SELECT 1")
+        for i in range(20):
+            os.kill(executor._workers[0].process.pid, signal.SIGKILL)  # not waited for
+            assert executor.run("music", f"SELECT {i}").rows == [(i,)]
+
+
 def test_a_worker_that_dies_costs_its_query_only(hasty):
     def murder():
         wait_until(lambda: any(worker.sent for worker in hasty._workers))
-        time.sleep(0.1)
+        time.sleep(2 * sql_exec.GRACE)
         os.kill(next(worker for worker in hasty._workers if worker.sent).process.pid, signal.SIGSEGV)
 
     hasty.settings["timeout"] = 3.0
