@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from decoding import start_decoding
 from packing import PackedGroup, completion_logprobs, dropout_off, pack_group, padded_logprobs, token_logprobs
 
 __all__ = ["GRPOConfig", "Group", "PackedGroup", "completion_logprobs", "dropout_off", "flat_groups",
@@ -106,15 +107,9 @@ def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_i
 
 
 def _sample_batch(model, prompts, G, temperature, max_tokens, eos_ids, generator) -> list[Group]:
-    device = next(model.parameters()).device
+    decoder = start_decoding(model, prompts, G, max_tokens)  # one prefill serves the G completions
+    logits, device = decoder.logits, decoder.logits.device
     N, eos = len(prompts) * G, torch.tensor(list(eos_ids), device=device)
-    ids, mask = left_pad(prompts, device)  # [B, P] each
-    out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(G, 0)  # logits [B·G, V]
-    cache.batch_repeat_interleave(G)  # one prefill serves the G completions
-    mask = mask.repeat_interleave(G, 0)
-    position = mask.sum(-1, keepdim=True)  # [B·G, 1]
     tokens = torch.zeros(N, max_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(N, max_tokens, device=device)
     lengths = torch.zeros(N, dtype=torch.long, device=device)
@@ -124,16 +119,13 @@ def _sample_batch(model, prompts, G, temperature, max_tokens, eos_ids, generator
         token, logp = sample_token(logits, temperature, generator)  # [n] each
         tokens[rows, t], logps[rows, t], lengths[rows] = token, logp, t + 1
         ended[rows] = torch.isin(token, eos)
-        open_rows = (~ended[rows]).nonzero()[:, 0]
-        if len(open_rows) == 0 or t == max_tokens - 1:
+        growing = (~ended[rows]).nonzero()[:, 0]
+        if len(growing) == 0 or t == max_tokens - 1:
             break
-        if len(open_rows) < len(rows):  # finished rows leave the batch
-            cache.batch_select_indices(open_rows)
-            rows, token, mask, position = rows[open_rows], token[open_rows], mask[open_rows], position[open_rows]
-        mask = F.pad(mask, (0, 1), value=1)
-        out = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
-                    past_key_values=cache, use_cache=True)
-        logits, position = out.logits[:, -1], position + 1
+        if len(growing) < len(rows):  # finished rows leave the batch
+            decoder.keep(growing)
+            rows, token = rows[growing], token[growing]
+        logits = decoder.step(token)
     tokens, logps, lengths, ended = tokens.cpu(), logps.cpu(), lengths.tolist(), ended.tolist()
     groups = [(prompt.cpu(), range(b * G, b * G + G)) for b, prompt in enumerate(prompts)]  # prompt-major
     return [Group(prompt, [tokens[i, :lengths[i]] for i in members], [logps[i, :lengths[i]] for i in members],
@@ -143,16 +135,13 @@ def _sample_batch(model, prompts, G, temperature, max_tokens, eos_ids, generator
 def sample_token(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
     """Draws a token a row from softmax(logits / temperature); 0 is greedy. [N, V] -> tokens [N], logps [N]."""
     logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-    token = torch.multinomial(logp.exp(), 1, generator=generator) if temperature else logp.argmax(-1, keepdim=True)
+    if not temperature:
+        token = logp.argmax(-1, keepdim=True)
+    else:  # the first token at which the distribution function passes a uniform number: one draw a row, not V
+        cdf = logp.exp().double().cumsum(-1)
+        uniform = torch.rand(len(logp), 1, generator=generator, device=logp.device, dtype=torch.float64)
+        token = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp(max=logp.shape[1] - 1)
     return token[:, 0], logp.gather(-1, token)[:, 0]
-
-
-def left_pad(prompts: Sequence[Tensor], device) -> tuple[Tensor, Tensor]:
-    """Stacks prompts of unequal length, padded on the left. -> ids [B, P], mask [B, P] of 0 and 1."""
-    P = max(len(p) for p in prompts)
-    ids = torch.stack([F.pad(p, (P - len(p), 0)) for p in prompts]).to(device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, (torch.arange(P, device=device) >= P - lengths[:, None]).long()
 
 
 # ---- advantages

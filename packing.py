@@ -2,12 +2,11 @@
 
 `pack_group` puts a prompt and its G completions into one row, G·(P + C) tokens of compute become P + G·C, and the
 gradients are those of G separate rows. `completion_logprobs` runs it: lm_head sees completion positions only, in
-chunks. It works with gradient checkpointing and with any causal model of transformers that takes a 4-D mask; a model is
-checked against the plain padded forward on first use. This file is a part of grpo.py, which re-exports it.
+chunks. It works with gradient checkpointing, and computes attention block by block (attention.py) or, with models that
+do not let it, under a 4-D mask; each way is checked against the plain padded forward on first use. This file is a part
+of grpo.py, which re-exports it.
 """
 
-import warnings
-import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from attention import PackedLayout, enable, is_exact, no_mask, window_allows
 
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
@@ -50,6 +51,12 @@ class PackedGroup:
     mask: Tensor  # bool [G, T], True on completion tokens, T the longest completion
     prompt: Tensor  # [P]
     completions: list[Tensor]  # G times [C_i]
+
+    def layout(self, device) -> PackedLayout:
+        """Where in the row each token of each completion stands, for attention block by block."""
+        starts = F.pad(self.mask.sum(-1).cumsum(0), (1, 0))[:-1] + len(self.prompt)  # [G]
+        slots = (starts[:, None] + torch.arange(self.mask.shape[1])) * self.mask  # [G, T]
+        return PackedLayout(len(self.prompt), slots.to(device), self.mask.to(device))
 
     def attention_mask(self, dtype: torch.dtype, device) -> Tensor:
         """Additive mask [1, 1, L, L]: 0 where a query (row) may see a key (column), else the lowest number."""
@@ -89,18 +96,39 @@ def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple
     -> logp [G, T] with gradient, entropy [G, T] without; padding 0; float32 or wider. A model that cannot run a
     packed row (found by comparing both ways on first use) takes the padded way instead, with a warning.
     """
-    if not _packing_is_exact(model, packed, temperature):
-        return padded_logprobs(model, packed, temperature)
+    ways = {"packed rows in blocks": "a mask over the whole row", "packed rows": "padded rows"}
+    reach = len(packed.prompt) + packed.mask.shape[1]
+    for way, instead in ways.items() if window_allows(model, reach) else ():
+        if is_exact(model, way, lambda way=way: _gap(model, packed, temperature, way), instead):
+            return _packed_logprobs(model, packed, temperature, way)
+    return padded_logprobs(model, packed, temperature)
+
+
+def _packed_logprobs(model, packed: PackedGroup, temperature: float, way: str) -> tuple[Tensor, Tensor]:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
     backbone, lm_head = causal.get_decoder(), causal.get_output_embeddings()
     device, dtype = lm_head.weight.device, causal.get_input_embeddings().weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
+    if way == "packed rows in blocks":
+        enable(model)
+        attention = {"attention_mask": no_mask(device), "layout": packed.layout(device)}
+    else:
+        attention = {"attention_mask": packed.attention_mask(dtype, device)}
     hidden = backbone(input_ids=packed.input_ids.to(device), position_ids=packed.position_ids.to(device),
-                      attention_mask=packed.attention_mask(dtype, device), use_cache=False).last_hidden_state[0]
+                      use_cache=False, **attention).last_hidden_state[0]
     targets = torch.cat(packed.completions).to(device)
     logp, entropy = token_logprobs(lm_head, hidden[packed.predictors.to(device)], targets, temperature)
     return packed.unpack(logp), packed.unpack(entropy)
+
+
+def _gap(model, packed: PackedGroup, temperature: float, way: str) -> float:
+    """Largest difference of a packed from the padded forward, on the prompt and its two longest completions."""
+    sample = pack_group(packed.prompt, sorted(packed.completions, key=len)[-2:])
+    with torch.no_grad(), dropout_off(model):
+        difference = (_packed_logprobs(model, sample, temperature, way)[0]
+                      - padded_logprobs(model, sample, temperature)[0])
+    return difference.abs().max().item()
 
 
 def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -134,26 +162,3 @@ def padded_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Ten
     logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, P - 1:-1]  # [G, T, V]
     logp, entropy = _gather_logprobs(logits, ids[:, P:], temperature)
     return logp * mask[:, P:], entropy * mask[:, P:]
-
-
-_packing_verdicts: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> bool
-
-
-def _packing_is_exact(model, packed: PackedGroup, temperature: float) -> bool:
-    """Compares the packed with the padded forward, once a model, on the prompt and the two longest completions."""
-    if model not in _packing_verdicts:
-        _packing_verdicts[model] = True  # so that the call below takes the packed way
-        sample = pack_group(packed.prompt, sorted(packed.completions, key=len)[-2:])
-        tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(next(model.parameters()).dtype, 0.3)
-        try:
-            with torch.no_grad(), dropout_off(model):
-                gap = (completion_logprobs(model, sample, temperature)[0]
-                       - padded_logprobs(model, sample, temperature)[0]).abs().max().item()
-            reason = "" if gap <= tolerance else f"log-probabilities differ by {gap:.2g}"
-        except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        _packing_verdicts[model] = not reason
-        if reason:
-            warnings.warn(f"{type(model).__name__} cannot run packed groups ({reason}); using padded rows, "
-                          "which is slower and takes more memory", stacklevel=3)
-    return _packing_verdicts[model]

@@ -19,6 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
+import attention
+import decoding
 import grpo
 import packing
 from grpo import GRPOConfig
@@ -187,7 +189,7 @@ def test_a15_left_padding_and_what_stands_in_it_change_nothing():
     alone, together = greedy([short])[0], greedy([short, long])[0]
     assert all(torch.equal(a, b) for a, b in zip(alone.completions, together.completions, strict=True))
     torch.testing.assert_close(torch.cat(alone.logps), torch.cat(together.logps))
-    ids, mask = grpo.left_pad([short, long], "cpu")
+    ids, mask = decoding.left_pad([short, long], "cpu")
     noise = torch.where(mask.bool(), ids, torch.full_like(ids, 17))
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     one, two = (model(x, attention_mask=mask, position_ids=position).logits[:, -1] for x in (ids, noise))
@@ -198,17 +200,18 @@ def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(monkeypatc
     model = make_model()
     model.gradient_checkpointing_enable()
     model.train()
-    lengths = []
+    config, lengths = GRPOConfig(group_size=4, max_completion_tokens=6), []
+    grpo.sample_groups(model, [a_group()[0]], config, eos_ids=[])  # the first time, two ways of decoding are compared
     forward = type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, input_ids, **kwargs: (
         lengths.append(input_ids.shape[1]), forward(self, input_ids=input_ids, **kwargs))[1])
-    grpo.sample_groups(model, [a_group()[0]], GRPOConfig(group_size=4, max_completion_tokens=6), eos_ids=[])
+    grpo.sample_groups(model, [a_group()[0]], config, eos_ids=[])
     assert lengths == [6, 1, 1, 1, 1, 1]  # one prefill of the prompt, then a token at a time
 
 
 def test_finished_rows_leave_the_batch(monkeypatch):
-    model = make_model()
-    sizes = []
+    model, sizes = make_model(), []
+    sampled_groups(model, GRPOConfig(group_size=2, max_completion_tokens=2))  # the comparison on first use
     forward = type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, input_ids, **kwargs: (
         sizes.append(input_ids.shape[0]), forward(self, input_ids=input_ids, **kwargs))[1])
@@ -355,7 +358,7 @@ def test_a18_entropy_is_that_of_the_distribution():
 def test_overlong_completions_can_be_masked_out():
     model = make_model()
     config = GRPOConfig(group_size=8, max_completion_tokens=4, kl_coef=0.0, overlong="mask", max_grad_norm=1e9)
-    groups = sampled_groups(model, config, prompts=1)
+    groups = sampled_groups(model, config, prompts=1, seed=2)
     assert any(groups[0].truncated) and not all(groups[0].truncated)
     _apply(model, groups, _advantages(8)[:1], config, lr=0)
     masked = gradients(model)
@@ -365,6 +368,36 @@ def test_overlong_completions_can_be_masked_out():
     plain = GRPOConfig(group_size=8, max_completion_tokens=4, kl_coef=0.0, max_grad_norm=1e9)
     _apply(model, [rest], _advantages(8)[:1, kept], plain, lr=0)
     torch.testing.assert_close(gradients(model), masked, rtol=1e-10, atol=1e-14)
+
+
+# ---- decoding
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_shared_prompt_gives_the_logits_of_copied_ones(family):
+    model = make_model(family)
+    prompts = [torch.tensor(p) for p in ([5, 6, 7, 8, 9], [3, 4], [10, 11, 12])]
+    shared = decoding.start_decoding(model, prompts, 3, 6)
+    assert type(shared) is decoding.SharedDecoder and attention._verdicts[model] == {"shared prompts": True}
+    copying = decoding.CopyingDecoder(model, prompts, 3, 6)
+    generator = torch.Generator().manual_seed(0)
+    for leaving in ([], [1], [0, 6], [], [0, 1, 2], []):  # rows, at last all of a prompt
+        torch.testing.assert_close(shared.logits, copying.logits, rtol=1e-9, atol=1e-10)
+        rows = torch.tensor([i for i in range(len(copying.logits)) if i not in leaving])
+        tokens = torch.randint(3, 23, (len(rows),), generator=generator)
+        for decoder in (shared, copying):
+            decoder.keep(rows)
+            decoder.step(tokens)
+    assert shared.layout.mask.shape[0] == 2 and len(shared.logits) == 3
+
+
+def test_a_model_whose_attention_cannot_be_exchanged_decodes_with_copies():
+    model = make_model(attn_implementation="eager")
+    model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="cannot run shared prompts .*its attention is eager"), torch.no_grad():
+        decoder = decoding.start_decoding(model, [torch.tensor([3, 4, 5])], 2, 4)
+    assert type(decoder) is decoding.CopyingDecoder
 
 
 # ---- packed groups
@@ -387,31 +420,57 @@ def test_packed_equals_padded_in_logprobs_and_gradients(family, tied, checkpoint
             logp, entropy = forward(model, packed, 0.7)
             (logp * weights).sum().backward()
         results.append((logp.detach(), entropy, gradients(model)))
-    assert packing._packing_verdicts[model] is True
+    assert attention._verdicts[model] == {"packed rows in blocks": True}
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_packing_works_with_either_attention(implementation):
-    model = make_model(attn_implementation=implementation)
-    model.set_attn_implementation(implementation)
+@pytest.mark.parametrize("way, elements", [("packed rows", None), ("packed rows in blocks", 1),
+                                           ("packed rows in blocks", 2 * 4 * 10 * 4)])
+def test_every_way_to_run_a_packed_row_has_the_gradients_of_padded_rows(monkeypatch, way, elements):
+    if elements:  # so few that the completions are taken one or two at a time, their keys made again in backward
+        monkeypatch.setattr(attention, "EXPANDED_ELEMENTS", elements)
+    model, packed = make_model(), grpo.pack_group(*a_group())
+    results = []
+    for forward in (functools.partial(packing._packed_logprobs, way=way), grpo.padded_logprobs):
+        model.zero_grad()
+        logp, entropy = forward(model, packed, 0.7)
+        (logp * torch.arange(logp.numel()).view_as(logp)).sum().backward()
+        results.append((logp.detach(), entropy, gradients(model)))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+def test_eager_attention_takes_the_mask_way_and_says_so():
+    model = make_model(attn_implementation="eager")
+    model.set_attn_implementation("eager")
     packed = grpo.pack_group(*a_group())
-    one, two = (f(model, packed, 1.0)[0] for f in (grpo.completion_logprobs, grpo.padded_logprobs))
-    assert packing._packing_verdicts[model] is True
-    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # eager attention has a float32 softmax
+    with pytest.warns(UserWarning, match="packed rows in blocks .*its attention is eager"):
+        logp, _ = grpo.completion_logprobs(model, packed, 1.0)
+    assert attention._verdicts[model] == {"packed rows in blocks": False, "packed rows": True}
+    torch.testing.assert_close(logp, grpo.padded_logprobs(model, packed, 1.0)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_beyond_a_sliding_window_rows_are_padded():
+    model = make_model("mistral", sliding_window=6)
+    prompt, completions = a_group()
+    assert not attention.window_allows(model, 7) and attention.window_allows(model, 6)
+    logp, _ = grpo.completion_logprobs(model, grpo.pack_group(prompt, completions), 1.0)
+    torch.testing.assert_close(logp, grpo.padded_logprobs(model, grpo.pack_group(prompt, completions), 1.0)[0])
+    assert model not in attention._verdicts
+    assert type(decoding.start_decoding(model, [prompt], 2, 4)) is decoding.CopyingDecoder
 
 
 def test_a_model_that_cannot_run_packed_rows_falls_back_with_a_warning():
     class Leaky(torch.nn.Module):
-        """Ignores the attention mask, so completions would see one another."""
+        """Ignores mask and layout, so completions would see one another."""
 
         def __init__(self, inner):
             super().__init__()
             self.inner = inner
 
         def get_decoder(self):
-            return lambda attention_mask, **kwargs: self.inner.get_decoder()(**kwargs)
+            return lambda attention_mask, layout=None, **kwargs: self.inner.get_decoder()(**kwargs)
 
         def __getattr__(self, name):
             return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
@@ -420,7 +479,7 @@ def test_a_model_that_cannot_run_packed_rows_falls_back_with_a_warning():
             return self.inner(**kwargs)
 
     model, packed = Leaky(make_model()), grpo.pack_group(*a_group())
-    with pytest.warns(UserWarning, match="cannot run packed groups"):
+    with pytest.warns(UserWarning, match="cannot run packed rows "):
         logp, _ = grpo.completion_logprobs(model, packed, 1.0)
     torch.testing.assert_close(logp, grpo.padded_logprobs(model.inner, packed, 1.0)[0])
 
