@@ -8,10 +8,12 @@ held back ("unseen"). Questions come in four balanced tiers:
     join     two tables over their foreign key
     nested   subqueries, INTERSECT, EXCEPT, UNION
 
-and in five splits. `cold` has reasoning traces: many simple ones, few of the upper tiers, all in plain words. A policy
-trained on it can copy names and values, but is unsure of the compositions and has never met the other words in which
-people ask (OTHER_WORDS). `train` has questions in all wordings and gold SQL, no traces: this is what GRPO learns from.
-`dev` chooses, `test` reports: their gold SQL occurs in no other split. `unseen` asks the databases held back.
+and in five splits. `cold` has the reasoning traces of a teacher whom nobody checked: many simple ones, which are right,
+and few of the upper tiers, in plain words, half of which end in a slip that is common in Text-to-SQL (a column too many
+or too few, a join where EXISTS is meant, AND for INTERSECT). A policy trained on it can copy names and values, but has
+the teacher's habits, and has not met the other words in which people ask (OTHER_WORDS). `train` has questions in all
+wordings and gold SQL, no traces: this is what GRPO learns from. `dev` chooses, `test` reports: their gold SQL occurs in
+no other split. `unseen` asks the databases held back.
 """
 
 import hashlib
@@ -25,17 +27,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VARIETY = 0.4  # how often a word gives way to another one, outside `cold`
+SLIPS = 0.5  # how often the teacher of the upper tiers slips, in `cold`
 TIERS = ("simple", "group", "join", "nested")
 SPLITS = ("cold", "train", "dev", "test", "unseen")
 
 # Questions a tier and split. The upper tiers of `cold` are scarce on purpose; see the module docstring.
 SIZES = {
-    "cold": {"simple": 1500, "group": 130, "join": 130, "nested": 130},
+    "cold": {"simple": 1500, "group": 250, "join": 250, "nested": 250},
     "train": dict.fromkeys(TIERS, 1000),
     "dev": dict.fromkeys(TIERS, 40),
     "test": dict.fromkeys(TIERS, 100),
     "unseen": dict.fromkeys(TIERS, 30),
 }
+# `hard` leaves nearly no trace of the upper tiers: a cold-started policy is right on under a tenth of their questions,
+# so most groups of completions are all wrong. Databases and all other splits are the same.
+WORLDS = {"default": SIZES, "hard": SIZES | {"cold": {"simple": 1500, "group": 20, "join": 20, "nested": 20}}}
 
 POOLS = {
     "person": "Ada Ben Cleo Dan Eva Finn Gina Hugo Ida Jack Kira Leo Mia Nora Omar Paul Rosa Sam Tara Ugo Vera Will "
@@ -172,6 +178,7 @@ def _rows(table: Table, rng: random.Random) -> list[tuple]:
 @dataclass(frozen=True)
 class Condition:
     words: str  # "whose country is France"
+    column: str  # "country"
     sql: str  # "country = 'France'"
 
 
@@ -203,12 +210,12 @@ class Phrasing:
     def equals(self, table: Table) -> Condition:
         column = self.rng.choice(table.texts)
         value = self.value(table, column)
-        return Condition(f"whose {self.say(column)} is {value}", f"{column} = '{value}'")
+        return Condition(f"whose {self.say(column)} is {value}", column, f"{column} = '{value}'")
 
     def compares(self, table: Table, operators: str = "><") -> Condition:
         column, operator = self.rng.choice(table.numbers), self.rng.choice(operators)
         bound, word = self.bound(table, column), self.say("above" if operator == ">" else "below")
-        return Condition(f"whose {self.say(column)} is {word} {bound}", f"{column} {operator} {bound}")
+        return Condition(f"whose {self.say(column)} is {word} {bound}", column, f"{column} {operator} {bound}")
 
     def bound(self, table: Table, column: str) -> int:
         """A number to compare with: a cell of the column, rounded as people do (to 10, 5 or not at all)."""
@@ -232,7 +239,8 @@ class Phrasing:
         return self.say("Show")
 
 
-# Each form returns (question, SQL, reasoning). `p` draws words, `t` is a table, `c` a child table.
+# Each form returns (question, SQL, reasoning) and, in the upper tiers, (SQL, reasoning) of a slip. `p` draws words, `t`
+# is a table, `c` a child table.
 
 
 def simple_list(p, t):
@@ -276,7 +284,9 @@ def group_count(p, t):
                      f"Count by {p.say(column)} the {p.many(t)}")
     return (f"{start} {where.words} ?",
             f"SELECT {column}, COUNT(*) FROM {t.name} WHERE {where.sql} GROUP BY {column}",
-            f"table {t.name} ; keep {where.sql} ; group by {column} ; count rows")
+            f"table {t.name} ; keep {where.sql} ; group by {column} ; show {column} and count",
+            f"SELECT COUNT(*) FROM {t.name} WHERE {where.sql} GROUP BY {column}",
+            f"table {t.name} ; keep {where.sql} ; group by {column} ; show count")
 
 
 def group_aggregate(p, t):
@@ -285,7 +295,9 @@ def group_aggregate(p, t):
                      f"{p.show()} the {words} by {p.say(column)}")
     return (f"{start} of {p.many(t)} {where.words} ?",
             f"SELECT {column}, {sql} FROM {t.name} WHERE {where.sql} GROUP BY {column}",
-            f"table {t.name} ; keep {where.sql} ; group by {column} ; compute {sql}")
+            f"table {t.name} ; keep {where.sql} ; group by {column} ; show {column} and {sql}",
+            f"SELECT {sql} FROM {t.name} WHERE {where.sql} GROUP BY {column}",
+            f"table {t.name} ; keep {where.sql} ; group by {column} ; show {sql}")
 
 
 def group_having(p, t):
@@ -296,21 +308,27 @@ def group_having(p, t):
     start = p.either(f"Which {p.say(column)} values have", f"{p.show()} each {p.say(column)} that has")
     return (f"{start} a {words} of {p.many(t)} {p.say(comparison)} {bound} ?",
             f"SELECT {column} FROM {t.name} GROUP BY {column} HAVING {sql} {operator} {bound}",
-            f"table {t.name} ; group by {column} ; keep groups {sql} {operator} {bound} ; show {column}")
+            f"table {t.name} ; group by {column} ; keep groups {sql} {operator} {bound} ; show {column}",
+            f"SELECT {column}, {sql} FROM {t.name} GROUP BY {column} HAVING {sql} {operator} {bound}",
+            f"table {t.name} ; group by {column} ; keep groups {sql} {operator} {bound} ; show {column} and {sql}")
 
 
 def group_top(p, t):
     column, number, where, (word, order) = p.rng.choice(t.texts), p.rng.choice(t.numbers), p.condition(t), p.direction()
     return (f"Of the {p.many(t)} {where.words} , {p.show().lower()} the {p.say(column)} of the one with the {word} {p.say(number)} ?",
             f"SELECT {column} FROM {t.name} WHERE {where.sql} ORDER BY {number} {order} LIMIT 1",
-            f"table {t.name} ; keep {where.sql} ; order by {number} {order} limit 1 ; show {column}")
+            f"table {t.name} ; keep {where.sql} ; order by {number} {order} limit 1 ; show {column}",
+            f"SELECT {column}, {number} FROM {t.name} WHERE {where.sql} ORDER BY {number} {order} LIMIT 1",
+            f"table {t.name} ; keep {where.sql} ; order by {number} {order} limit 1 ; show {column} and {number}")
 
 
 def group_ranked(p, t):
     column, number, (word, order), k = p.rng.choice(t.texts), p.rng.choice(t.numbers), p.direction(), p.rng.randint(2, 6)
     return (f"{p.show()} the {p.say(column)} of the {k} {p.many(t)} with the {word} {p.say(number)} ?",
             f"SELECT {column} FROM {t.name} ORDER BY {number} {order} LIMIT {k}",
-            f"table {t.name} ; order by {number} {order} limit {k} ; show {column}")
+            f"table {t.name} ; order by {number} {order} limit {k} ; show {column}",
+            f"SELECT {column}, {number} FROM {t.name} ORDER BY {number} {order} LIMIT {k}",
+            f"table {t.name} ; order by {number} {order} limit {k} ; show {column} and {number}")
 
 
 def group_common(p, t):
@@ -318,7 +336,9 @@ def group_common(p, t):
     word, order = p.rng.choice([("most", "DESC"), ("fewest", "ASC")])
     return (f"Which {p.say(column)} has the {p.say(word)} {p.many(t)} {where.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {where.sql} GROUP BY {column} ORDER BY COUNT(*) {order} LIMIT 1",
-            f"table {t.name} ; keep {where.sql} ; group by {column} ; order by count {order} limit 1 ; show {column}")
+            f"table {t.name} ; keep {where.sql} ; group by {column} ; order by count {order} limit 1 ; show {column}",
+            f"SELECT {column}, COUNT(*) FROM {t.name} WHERE {where.sql} GROUP BY {column} ORDER BY COUNT(*) {order} LIMIT 1",
+            f"table {t.name} ; keep {where.sql} ; group by {column} ; order by count {order} limit 1 ; show {column} and count")
 
 
 def _joined(c) -> str:
@@ -330,35 +350,45 @@ def join_list(p, c):
     column, where = p.rng.choice(columns), p.condition(parent)
     return (f"{p.show()} the {p.say(column)} of {p.many(c)} of {p.many(parent)} {where.words} ?",
             f"SELECT {column} FROM {_joined(c)} WHERE {where.sql}",
-            f"join {parent.name} and {c.name} ; keep {where.sql} ; show {column}")
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; show {column}",
+            f"SELECT {column}, {where.column} FROM {_joined(c)} WHERE {where.sql}",
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; show {column} and {where.column}")
 
 
 def join_count(p, c):
     parent, where = c.parent, p.condition(c.parent)
     start = p.either(f"How many {p.many(c)} belong to {p.many(parent)}", f"Count the {p.many(c)} of {p.many(parent)}")
     return (f"{start} {where.words} ?", f"SELECT COUNT(*) FROM {_joined(c)} WHERE {where.sql}",
-            f"join {parent.name} and {c.name} ; keep {where.sql} ; count rows")
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; count rows",
+            f"SELECT COUNT(*) FROM {parent.name} WHERE {where.sql}",
+            f"table {parent.name} ; keep {where.sql} ; count rows")
 
 
 def join_aggregate(p, c):
     parent, (words, sql), where = c.parent, p.aggregate(c), p.condition(c.parent)
     return (f"{p.show()} the {words} of {p.many(c)} of {p.many(parent)} {where.words} ?",
             f"SELECT {sql} FROM {_joined(c)} WHERE {where.sql}",
-            f"join {parent.name} and {c.name} ; keep {where.sql} ; compute {sql}")
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; show {sql}",
+            f"SELECT {where.column}, {sql} FROM {_joined(c)} WHERE {where.sql}",
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; show {where.column} and {sql}")
 
 
 def join_parents(p, c):
     parent, column, where = c.parent, p.rng.choice(c.parent.texts), p.condition(c)
     return (f"{p.show()} the {p.say('different')} {p.say(column)} values of {p.many(parent)} having {p.many(c)} {where.words} ?",
             f"SELECT DISTINCT {column} FROM {_joined(c)} WHERE {where.sql}",
-            f"join {parent.name} and {c.name} ; keep {where.sql} ; show distinct {column}")
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; show distinct {column}",
+            f"SELECT DISTINCT {column}, {where.column} FROM {_joined(c)} WHERE {where.sql}",
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; show distinct {column} and {where.column}")
 
 
 def join_grouped(p, c):
     parent, column, where = c.parent, p.rng.choice(c.parent.texts), p.condition(c)
     return (f"For each {p.say(column)} of {p.many(parent)} , how many {p.many(c)} are there {where.words} ?",
             f"SELECT {column}, COUNT(*) FROM {_joined(c)} WHERE {where.sql} GROUP BY {column}",
-            f"join {parent.name} and {c.name} ; keep {where.sql} ; group by {column} ; count rows")
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; group by {column} ; show {column} and count",
+            f"SELECT COUNT(*) FROM {_joined(c)} WHERE {where.sql} GROUP BY {column}",
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; group by {column} ; show count")
 
 
 def join_top(p, c):
@@ -366,7 +396,9 @@ def join_top(p, c):
     where, (word, order) = p.equals(c), p.direction()
     return (f"Of the {p.many(c)} {where.words} , {p.show().lower()} the {parent.name} {p.say(column)} of the one with the {word} {p.say(number)} ?",
             f"SELECT {column} FROM {_joined(c)} WHERE {where.sql} ORDER BY {number} {order} LIMIT 1",
-            f"join {parent.name} and {c.name} ; keep {where.sql} ; order by {number} {order} limit 1 ; show {column}")
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; order by {number} {order} limit 1 ; show {column}",
+            f"SELECT {column}, {number} FROM {_joined(c)} WHERE {where.sql} ORDER BY {number} {order} LIMIT 1",
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; order by {number} {order} limit 1 ; show {column} and {number}")
 
 
 def nested_average(p, t):
@@ -374,35 +406,45 @@ def nested_average(p, t):
     word, operator = p.rng.choice([("above", ">"), ("below", "<")])
     return (f"{p.show()} the {p.say(column)} of {p.many(t)} whose {p.say(number)} is {p.say(word)} the {p.say('average')} of {p.many(t)} {where.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {number} {operator} ( SELECT AVG( {number} ) FROM {t.name} WHERE {where.sql} )",
-            f"inner AVG( {number} ) of {t.name} keep {where.sql} ; outer keep {number} {operator} inner ; show {column}")
+            f"inner AVG( {number} ) of {t.name} keep {where.sql} ; outer keep {number} {operator} inner ; show {column}",
+            f"SELECT {column}, {number} FROM {t.name} WHERE {number} {operator} ( SELECT AVG( {number} ) FROM {t.name} WHERE {where.sql} )",
+            f"inner AVG( {number} ) of {t.name} keep {where.sql} ; outer keep {number} {operator} inner ; show {column} and {number}")
 
 
 def nested_intersect(p, t):
     column, first, second = p.rng.choice(t.texts), p.compares(t, ">"), p.compares(t, "<")
     return (f"Which {p.say(column)} values occur both among {p.many(t)} {first.words} and among {p.many(t)} {second.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {first.sql} INTERSECT SELECT {column} FROM {t.name} WHERE {second.sql}",
-            f"table {t.name} ; show {column} keep {first.sql} ; intersect ; show {column} keep {second.sql}")
+            f"table {t.name} ; show {column} keep {first.sql} ; intersect ; show {column} keep {second.sql}",
+            f"SELECT {column} FROM {t.name} WHERE {first.sql} AND {second.sql}",
+            f"table {t.name} ; keep {first.sql} and {second.sql} ; show {column}")
 
 
 def nested_except(p, t):
     column, first, second = p.rng.choice(t.texts), p.condition(t), p.compares(t)
     return (f"Which {p.say(column)} values occur among {p.many(t)} {first.words} but not among {p.many(t)} {second.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {first.sql} EXCEPT SELECT {column} FROM {t.name} WHERE {second.sql}",
-            f"table {t.name} ; show {column} keep {first.sql} ; except ; show {column} keep {second.sql}")
+            f"table {t.name} ; show {column} keep {first.sql} ; except ; show {column} keep {second.sql}",
+            f"SELECT {column} FROM {t.name} WHERE {first.sql} AND NOT {second.sql}",
+            f"table {t.name} ; keep {first.sql} and not {second.sql} ; show {column}")
 
 
 def nested_union(p, t):
     column, first, second = p.rng.choice(t.texts), p.condition(t), p.condition(t)
     return (f"Which {p.say(column)} values occur among {p.many(t)} {first.words} or among {p.many(t)} {second.words} ?",
             f"SELECT {column} FROM {t.name} WHERE {first.sql} UNION SELECT {column} FROM {t.name} WHERE {second.sql}",
-            f"table {t.name} ; show {column} keep {first.sql} ; union ; show {column} keep {second.sql}")
+            f"table {t.name} ; show {column} keep {first.sql} ; union ; show {column} keep {second.sql}",
+            f"SELECT {column} FROM {t.name} WHERE {first.sql} AND {second.sql}",
+            f"table {t.name} ; keep {first.sql} and {second.sql} ; show {column}")
 
 
 def nested_without(p, c):
     parent, column, where = c.parent, p.rng.choice(c.parent.texts), p.condition(c)
     return (f"{p.show()} the {p.say(column)} of {p.many(parent)} without any {p.many(c)} {where.words} ?",
             f"SELECT {column} FROM {parent.name} WHERE {parent.key} NOT IN ( SELECT {parent.key} FROM {c.name} WHERE {where.sql} )",
-            f"inner {parent.key} of {c.name} keep {where.sql} ; outer {parent.name} not in inner ; show {column}")
+            f"inner {parent.key} of {c.name} keep {where.sql} ; outer {parent.name} not in inner ; show {column}",
+            f"SELECT {column} FROM {_joined(c)} WHERE NOT {where.sql}",
+            f"join {parent.name} and {c.name} ; keep not {where.sql} ; show {column}")
 
 
 def nested_count(p, c):
@@ -410,7 +452,9 @@ def nested_count(p, c):
     start = p.either(f"How many {p.many(parent)} have", f"Count the {p.many(parent)} that have")
     return (f"{start} at least one of the {p.many(c)} {where.words} ?",
             f"SELECT COUNT(*) FROM {parent.name} WHERE {parent.key} IN ( SELECT {parent.key} FROM {c.name} WHERE {where.sql} )",
-            f"inner {parent.key} of {c.name} keep {where.sql} ; outer {parent.name} in inner ; count rows")
+            f"inner {parent.key} of {c.name} keep {where.sql} ; outer {parent.name} in inner ; count rows",
+            f"SELECT COUNT(*) FROM {_joined(c)} WHERE {where.sql}",
+            f"join {parent.name} and {c.name} ; keep {where.sql} ; count rows")
 
 
 FORMS = {
@@ -439,25 +483,31 @@ def _is_clear(connection: sqlite3.Connection, sql: str) -> bool:
     return len(keys) > int(k) and len(set(keys)) == len(keys)
 
 
+def _differs(connection: sqlite3.Connection, sql: str, other: str) -> bool:
+    """Whether two queries return different sets of rows, so that a slip is one on these data."""
+    return set(connection.execute(sql).fetchall()) != set(connection.execute(other).fetchall())
+
+
 def _split_of(db_id: str, sql: str) -> str:
     """The split that owns a gold SQL: 70 % training, 12 % dev, 18 % test, by hash and so for every seed."""
     share = int(hashlib.sha256(f"{db_id}\n{sql}".encode()).hexdigest(), 16) % 100
     return "train" if share < 70 else "dev" if share < 82 else "test"
 
 
-def draw_questions(split: str, worlds: dict, connections: dict, seed: int) -> list[dict]:
-    """Draws SIZES[split] records a tier, forms and databases in turn, no two with the same words."""
+def draw_questions(split: str, worlds: dict, connections: dict, seed: int, sizes: dict = SIZES) -> list[dict]:
+    """Draws sizes[split] records a tier, forms and databases in turn, no two with the same words."""
     rng = random.Random(f"{seed}/{split}")
     records, seen = [], set()
     for tier in TIERS:
-        wanted, drawn, attempt = SIZES[split][tier], 0, 0
+        wanted, drawn, attempt = sizes[split][tier], 0, 0
         while drawn < wanted:
             form = FORMS[tier][attempt % len(FORMS[tier])]
             db_id = list(worlds)[(attempt // len(FORMS[tier])) % len(worlds)]
             attempt += 1
             tables = worlds[db_id]
             table = tables[-1] if form in NEEDS_CHILD else rng.choice(tables)
-            question, sql, trace = form(Phrasing(tables, connections[db_id], rng, plain=split == "cold" and tier != "simple"), table)
+            plain = split == "cold" and tier != "simple"
+            question, sql, trace, *slip = form(Phrasing(tables, connections[db_id], rng, plain), table)
             owner = "train" if split == "cold" else split
             if (db_id, question) in seen or (split != "unseen" and _split_of(db_id, sql) != owner):
                 continue
@@ -465,8 +515,11 @@ def draw_questions(split: str, worlds: dict, connections: dict, seed: int) -> li
                 continue
             seen.add((db_id, question))
             drawn += 1
-            records.append({"id": f"{split}-{tier}-{drawn}", "db_id": db_id, "question": question, "sql": sql,
-                            "difficulty": tier, "trace": trace if split == "cold" else ""})
+            record = {"id": f"{split}-{tier}-{drawn}", "db_id": db_id, "question": question, "sql": sql,
+                      "difficulty": tier, "trace": trace if split == "cold" else "", "trace_sql": ""}
+            if split == "cold" and slip and rng.random() < SLIPS and _differs(connections[db_id], sql, slip[0]):
+                record |= {"trace_sql": slip[0], "trace": slip[1]}
+            records.append(record)
     rng.shuffle(records)
     return records
 
@@ -474,15 +527,19 @@ def draw_questions(split: str, worlds: dict, connections: dict, seed: int) -> li
 # ---------------------------------------------------------------------------------------------- entry
 
 
-def load(split: str = "train", data_dir: str | Path | None = None, seed: int = 0) -> tuple[list[dict], dict[str, Path]]:
+def load(split: str = "train", data_dir: str | Path | None = None, seed: int = 0,
+         world: str = "default") -> tuple[list[dict], dict[str, Path]]:
     """Returns (records, databases) of one split; builds the databases under `data_dir` on first use.
 
-    A record has id, db_id, question, sql, difficulty (the tier) and trace ("" outside `cold`). The training sets
+    A record has id, db_id, question, sql, difficulty (the tier), trace ("" outside `cold`), and trace_sql, which is the
+    SQL that the trace leads to where that is a slip, else "". The training sets
     vary with the seed; the databases do too.
 
     Raises:
-        ValueError: `split` is none of SPLITS.
+        ValueError: `split` is none of SPLITS, or `world` none of WORLDS.
     """
+    if world not in WORLDS:
+        raise ValueError(f"there is no demo world '{world}'; choose one of {', '.join(WORLDS)}")
     if split not in SPLITS:
         raise ValueError(f"the demo world has no split '{split}'; choose one of {', '.join(SPLITS)}")
     worlds = {db_id: parse_tables(line) for db_id, line in (UNSEEN if split == "unseen" else SEEN).items()}
@@ -490,7 +547,7 @@ def load(split: str = "train", data_dir: str | Path | None = None, seed: int = 0
     databases = {db_id: _ensure_database(root, db_id, tables, seed) for db_id, tables in worlds.items()}
     connections = {db_id: sqlite3.connect(path) for db_id, path in databases.items()}
     try:
-        return draw_questions(split, worlds, connections, seed), databases
+        return draw_questions(split, worlds, connections, seed, WORLDS[world]), databases
     finally:
         for connection in connections.values():
             connection.close()

@@ -50,6 +50,20 @@ def test_traces_only_in_cold_whose_upper_tiers_are_in_plain_words(splits):
     assert not others & plain
 
 
+def test_half_the_upper_traces_of_cold_slip_and_a_slip_returns_something_else(splits):
+    records, databases = splits["cold"]
+    connections = {db_id: sqlite3.connect(path) for db_id, path in databases.items()}
+    slips = Counter(r["difficulty"] for r in records if r["trace_sql"])
+    assert slips["simple"] == 0
+    for tier in demo_world.TIERS[1:]:
+        assert 0.35 < slips[tier] / demo_world.SIZES["cold"][tier] < 0.6
+    for r in records:
+        if r["trace_sql"]:
+            rows = [set(connections[r["db_id"]].execute(sql).fetchall()) for sql in (r["sql"], r["trace_sql"])]
+            assert rows[0] != rows[1]
+    assert not any(r["trace_sql"] for split, (records, _) in splits.items() if split != "cold" for r in records)
+
+
 def test_every_gold_runs_and_is_not_decided_by_a_tie(splits):
     for records, databases in splits.values():
         connections = {db_id: sqlite3.connect(path) for db_id, path in databases.items()}
