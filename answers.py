@@ -28,12 +28,12 @@ class Examination:
 
     answers   {way of answering: ExampleScore as a dict}; ways are greedy, sample (the first) and the votes
     samples   how the n candidates fared: correct (a count a comparison), statuses, groups, truncated, tokens
-    trace     a verified answer with its reasoning, or None
+    traces    verified answers with their reasoning, the likeliest first, at most `traces` of them
     seconds   of the prompt, of generation (a batch's time shared evenly) and of the candidates' SQL
     """
 
-    def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, config, suite=None):
-        self.policy, self.builder, self.config = policy, builder, config
+    def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, config, suite=None, traces: int = 1):
+        self.policy, self.builder, self.config, self.traces = policy, builder, config, traces
         self.how_to_judge = (executor, config.matches, config.keep_distinct, suite)
 
     def run(self, examples: Sequence[Example], progress: "Progress") -> list[dict]:
@@ -108,7 +108,7 @@ class Examination:
                 "statuses": dict(sorted(fates.items())), "groups": len(group_results(executions)),
                 "truncated": sum(candidate.truncated for candidate in samples),
                 "tokens": sum(candidate.tokens for candidate in samples)},
-            "trace": verified_trace(example, greedy + samples, verdicts),
+            "traces": verified_traces(example, greedy + samples, verdicts)[:self.traces],
             "seconds": seconds | {"sql": sum(distinct.values())}}
 
     def ways(self, greedy, samples, executions) -> dict[str, Candidate]:
@@ -130,21 +130,21 @@ def score_of(candidate: Candidate, verdicts: dict) -> ExampleScore:
 NO_CANDIDATE = Candidate("", "", "", -math.inf, 0, False)  # of a question whose prompt does not fit
 
 
-def verified_trace(example: Example, candidates: Sequence[Candidate], verdicts: dict) -> dict | None:
-    """The likeliest candidate that reasons and is right by every comparison, as a record of --save-traces.
+def verified_traces(example: Example, candidates: Sequence[Candidate], verdicts: dict) -> list[dict]:
+    """The candidates that reason and are right by every comparison, the likeliest first and each once.
 
-    A gold result without rows verifies nothing: many wrong queries return none.
+    They are records for the trainer's --traces. A gold result without rows verifies nothing: many wrong queries
+    return none.
     """
     def verified(candidate):
         score = verdicts[candidate.sql][0]
         return candidate.thought.strip() and score.gold_status == "ok" and all(score.correct.values())
 
-    right = [candidate for candidate in candidates if verified(candidate)]
-    if not right:
-        return None
-    best = max(right, key=lambda candidate: candidate.logprob)
-    return {"id": example.id, "db_id": example.db_id, "question": example.question, "sql": best.sql,
-            "evidence": example.evidence, "difficulty": example.difficulty, "trace": best.thought.strip()}
+    right = sorted(filter(verified, candidates), key=lambda candidate: -candidate.logprob)
+    answers = dict.fromkeys((candidate.thought.strip(), candidate.sql) for candidate in right)
+    return [{"id": example.id, "db_id": example.db_id, "question": example.question, "sql": sql,
+             "evidence": example.evidence, "difficulty": example.difficulty, "trace": thought}
+            for thought, sql in answers]
 
 
 class Progress:

@@ -11,7 +11,7 @@ Expected layouts
     bird     DIR/dev.json + DIR/dev_databases/<db_id>/<db_id>.sqlite, DIR/train/train.json +
              DIR/train/train_databases/..., DIR/mini_dev_sqlite.json + DIR/dev_databases/...
     a path   your own .json (a list) or .jsonl: question, db_id, sql (or SQL or query; a list means several
-             equivalent golds), and optionally evidence, difficulty, id, trace, split. Databases are
+             equivalent golds), and optionally evidence, difficulty, id, trace, trace_sql, split. Databases are
              DIR/<db_id>.sqlite, DIR/<db_id>/<db_id>.sqlite or the same with .db; DIR is the file's own
              folder unless given. Records with a `split` field belong to that split only, others to all.
 """
@@ -20,7 +20,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prompts import PromptBuilder, PromptConfig
@@ -49,6 +49,7 @@ class Example:
     evidence: str = ""
     difficulty: str = ""
     trace: str = ""
+    trace_sql: str = ""  # the SQL that the trace leads to, where an unverified teacher missed the gold one
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,14 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def load_dataset(name: str, data_dir=None, split: str = "train", **demo_options) -> Dataset:
-    """The examples of `demo`, `spider`, `bird` or a .json/.jsonl path; options (seed=) go to the demo."""
+    """The examples of `demo`, `spider`, `bird` or a .json/.jsonl path; options (seed=, world=) go to the demo."""
     data_dir = Path(data_dir) if data_dir is not None else None
     if name == "demo":
         import demo_world  # only the demo needs it
-        records, databases = demo_world.load(split, data_dir, **demo_options)
+        try:
+            records, databases = demo_world.load(split, data_dir, **demo_options)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return Dataset(_examples(records, f"demo world, split {split}"), databases)
     if name in ("spider", "bird"):
         return _load_official(name, data_dir, split)
@@ -98,19 +102,19 @@ class Splits:
 
 
 def load_splits(name: str, data_dir=None, split: str = "train", *, traces=None, seed: int = 0,
-                dev_size: int = 200, test_size: int = 1000) -> Splits:
+                world: str = "default", dev_size: int = 200, test_size: int = 1000) -> Splits:
     """The sets of a training run.
 
     The demo has splits of its own. Elsewhere dev questions are held back from the training questions, and the
     dataset's dev split is the test set (the user's own file: its records with `"split": "dev"`, if there are any).
     """
     if name == "demo":
-        parts = {part: load_dataset("demo", data_dir, part, seed=seed)
+        parts = {part: load_dataset("demo", data_dir, part, seed=seed, world=world)
                  for part in (split, "cold", "dev", "test", "unseen")}
         traced = parts["cold"].examples + _traced(traces)
         databases = {db_id: path for part in parts.values() for db_id, path in part.databases.items()}
         tests = {part: parts[part].examples[:test_size] for part in ("test", "unseen")} if test_size else {}
-        return Splits(parts[split].examples, traced, parts["dev"].examples[:dev_size], tests, databases)
+        return _without_leaks(Splits(parts[split].examples, traced, parts["dev"].examples[:dev_size], tests, databases))
     train = load_dataset(name, data_dir, split)
     shuffled = random.Random(seed).sample(train.examples, len(train.examples))
     held_back = min(dev_size, len(shuffled) // 10)
@@ -123,8 +127,17 @@ def load_splits(name: str, data_dir=None, split: str = "train", *, traces=None, 
     chosen = [example for example in test.examples if example.id not in known]
     chosen = random.Random(seed).sample(chosen, min(test_size, len(chosen)))
     traced = [example for example in rest if example.trace] + _traced(traces)
-    return Splits(rest, traced, dev, {"dev split": chosen} if chosen else {}, train.databases | test.databases,
-                  tuple(dict.fromkeys(train.notes + test.notes)))
+    return _without_leaks(Splits(rest, traced, dev, {"dev split": chosen} if chosen else {},
+                                 train.databases | test.databases, tuple(dict.fromkeys(train.notes + test.notes))))
+
+
+def _without_leaks(splits: Splits) -> Splits:
+    """The same without traces of questions that are held back (as sft.py --mine may find some)."""
+    held_back = {(example.db_id, example.question) for part in (splits.dev, *splits.tests.values()) for example in part}
+    traced = [example for example in splits.traced if (example.db_id, example.question) not in held_back]
+    count = len(splits.traced) - len(traced)
+    note = (f"left out {count} of {len(splits.traced)} traces: their questions are held back",) if count else ()
+    return replace(splits, traced=traced, notes=splits.notes + note)
 
 
 def _traced(file) -> list[Example]:
@@ -298,7 +311,8 @@ def _example(record, source, number, first_id=0) -> Example:
     identity = record.get("id", record.get("question_id"))
     return Example(id=str(first_id + number - 1 if identity is None else identity),
                    db_id=text("db_id"), question=text("question"), gold_sqls=_gold_sqls(record, complain),
-                   evidence=text("evidence", ""), difficulty=text("difficulty", ""), trace=text("trace", ""))
+                   evidence=text("evidence", ""), difficulty=text("difficulty", ""), trace=text("trace", ""),
+                   trace_sql=text("trace_sql", ""))
 
 
 def _gold_sqls(record, complain) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ SIZES = {
 }
 # `hard` leaves nearly no trace of the upper tiers: a cold-started policy is right on under a tenth of their questions,
 # so most groups of completions are all wrong. Databases and all other splits are the same.
-WORLDS = {"default": SIZES, "hard": SIZES | {"cold": {"simple": 1500, "group": 20, "join": 20, "nested": 20}}}
+WORLDS = {"default": SIZES, "hard": SIZES | {"cold": {"simple": 1500, "group": 40, "join": 40, "nested": 40}}}
 
 POOLS = {
     "person": "Ada Ben Cleo Dan Eva Finn Gina Hugo Ida Jack Kira Leo Mia Nora Omar Paul Rosa Sam Tara Ugo Vera Will "

@@ -50,7 +50,7 @@ from data import (
     run_main,
 )
 from options import add_arguments, build
-from predictions import load_predictions, save_predictions, write_text
+from predictions import check_folder, json_lines, load_predictions, save_predictions, write_text
 from scoring import (
     MATCHES,
     ExampleScore,
@@ -88,6 +88,7 @@ class EvaluateConfig:
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl")
     data_dir: str | None = option(None, "folder of the data and its databases")
     split: str = option("dev", "which questions")
+    world: str = option("default", "of the demo: default, or hard (few upper-tier traces)")
     limit: int = option(0, "only the first so many questions; 0: all")
     exclude: str | None = option(None, "file with a JSON list of question ids to leave out")
     samples: int = 1  # -n
@@ -97,7 +98,7 @@ class EvaluateConfig:
     max_completion_tokens: int = option(512, "a completion is cut at this many tokens")
     batch: int = option(256, "completions decoded side by side")
     lenient_format: bool = option(False, "also take SQL inside a code fence")
-    seed: int = option(0, "seed of sampling")
+    seed: int = option(0, "seed of sampling, and of the demo world")
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice")
     match: str = option(",".join(MATCHES), "comparisons, separated by commas")
     keep_distinct: bool = option(False, "Spider's comparison minds DISTINCT")
@@ -129,8 +130,7 @@ class EvaluateConfig:
         if not lowest <= self.sampling_temperature < math.inf:
             raise UserError(f"--temperature {self.temperature:g} cannot give {self.samples} sample(s)")
         for file in filter(None, (self.json, self.progress, self.predictions_out, self.save_traces)):
-            if not Path(file).absolute().parent.is_dir():  # said before the work, not after
-                raise UserError(f"cannot write {file}: its folder does not exist")
+            check_folder(file)
 
     @property
     def sampling_temperature(self) -> float:
@@ -372,7 +372,7 @@ def main() -> None:
         if getattr(given, "json", None):
             write_text(given.json, json.dumps(result, indent=1) + "\n")
         return
-    dataset = load_dataset(config.data, config.data_dir, config.split)
+    dataset = load_dataset(config.data, config.data_dir, config.split, seed=config.seed, world=config.world)
     for note in dataset.notes:
         print(note)
     databases, suite = suite_databases(dataset.databases) if config.test_suite else (dataset.databases, None)
@@ -418,8 +418,8 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
             print(f"\nwhat is done is kept in {progress.file}; the same command continues")
         raise
     if config.save_traces:
-        traces = [record["trace"] for record in records if record["trace"]]
-        write_text(config.save_traces, "".join(json.dumps(trace) + "\n" for trace in traces))
+        traces = [trace for record in records for trace in record["traces"]]
+        write_text(config.save_traces, json_lines(traces))
         print(f"{len(traces)} verified traces written to {config.save_traces}")
     report(config, examples, scores_of(records, config.answer), executor, suite, records)
     progress.finish()

@@ -149,27 +149,29 @@ class TraceMemory:
 
     def similarities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """`similarity` of many (db_id, thought) pairs; their texts are embedded in one batch."""
+        return [similarity for similarity, _ in self.compare(pairs)]
+
+    def compare(self, pairs: Sequence[tuple[str, str]], count: int = 0) -> list[tuple[float, list[dict]]]:
+        """`similarity` of many (db_id, thought) pairs, each with its `count` nearest traces for people to read."""
         if not len(self):
-            return [0.0] * len(pairs)
+            return [(0.0, [])] * len(pairs)
         vectors = self._embed([thought for _, thought in pairs])  # [n, dim]
         result = []
         for start in range(0, len(pairs), BLOCK):
             block = vectors[start:start + BLOCK]
             cosines = block @ self._vectors[:len(self)].T  # [BLOCK, len(self)]
-            result += [self._to_centroid(vector, row, db_id) for vector, row, (db_id, _) in
-                       zip(block, cosines, pairs[start:start + BLOCK], strict=True)]
+            for vector, row, (db_id, _) in zip(block, cosines, pairs[start:start + BLOCK], strict=True):
+                nearest = self._top_k(row, db_id, self.top_k)
+                result.append((self._to_centroid(vector, nearest), [
+                    {"db_id": self.db_ids[i], "thought": self.thoughts[i], "similarity": float(row[i])}
+                    for i in nearest[:count]]))
         return result
 
     def neighbours(self, db_id: str, thought: str, count: int = 3) -> list[dict]:
-        """The nearest traces in scope, for people to read."""
-        if not len(self):
-            return []
-        cosines = self._vectors[:len(self)] @ self._embed([thought])[0]
-        return [{"db_id": self.db_ids[i], "thought": self.thoughts[i], "similarity": float(cosines[i])}
-                for i in self._top_k(cosines, db_id, count)]
+        """The nearest traces in scope, at most `top_k`."""
+        return self.compare([(db_id, thought)], count)[0][1]
 
-    def _to_centroid(self, vector: np.ndarray, cosines: np.ndarray, db_id: str) -> float:
-        nearest = self._top_k(cosines, db_id, self.top_k)
+    def _to_centroid(self, vector: np.ndarray, nearest: np.ndarray) -> float:
         if not len(nearest):
             return 0.0
         centroid = self._vectors[nearest].mean(0)

@@ -1,7 +1,7 @@
 """From frozen dataclasses to command-line flags and back, so that help text, documentation and code are one.
 
 A field `group_size: int = field(default=8, metadata={"help": ...})` becomes `--group-size N`. Metadata may also hold
-`choices` and `flag` (a name other than the field's).
+`choices`, `flag` (a name other than the field's) and `alone` (the value of the flag without one).
 """
 
 import argparse
@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
         if kind is bool:
             group.add_argument(flag_of(field), action=argparse.BooleanOptionalAction, **common)
         else:
+            if "alone" in field.metadata:
+                common |= {"nargs": "?", "const": field.metadata["alone"]}
             group.add_argument(flag_of(field), type=kind, choices=field.metadata.get("choices"),
                                metavar=None if field.metadata.get("choices") else kind.__name__.upper(), **common)
 

@@ -134,9 +134,12 @@ def _gap(model, packed: PackedGroup, temperature: float, way: str) -> float:
 def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution. hidden [N, D], targets [N] -> [N], [N]
 
-    The [N, V] logits never exist at once: lm_head runs on chunks, which backward computes again.
+    The [N, V] logits never exist at once: lm_head runs on chunks, which backward computes again. Where one chunk is
+    enough its logits are kept.
     """
     chunk = max(1, LOGIT_CHUNK_ELEMENTS // lm_head.weight.shape[0])
+    if len(hidden) <= chunk:
+        return _chunk_logprobs(lm_head, hidden, targets, temperature)
     pieces = [checkpoint(_chunk_logprobs, lm_head, h, y, temperature, use_reentrant=False)
               for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
     logp, entropy = zip(*pieces, strict=True)

@@ -8,7 +8,7 @@ Predictions are paired with the questions by id where the file has one, else by 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sqlparse import lexer
@@ -102,8 +102,7 @@ def save_predictions(file, examples: Sequence[Example], sqls: Sequence[str]) -> 
         content = {example.id: f"{sql}{BIRD_MARK}{example.db_id}" for example, sql in pairs}
         text = json.dumps(content, indent=1) + "\n"
     elif file.suffix == ".jsonl":
-        text = "".join(json.dumps({"id": example.id, "db_id": example.db_id, "sql": sql}) + "\n"
-                       for example, sql in pairs)
+        text = json_lines({"id": example.id, "db_id": example.db_id, "sql": sql} for example, sql in pairs)
     else:  # the official script takes an empty line for the end of a dialogue: `SELECT` is wrong, but a line
         text = "".join((one_line(sql) or "SELECT") + "\n" for _, sql in pairs)
     write_text(file, text)
@@ -116,6 +115,17 @@ def one_line(sql: str) -> str:
     for blank in "\t\r\n":
         sql = sql.replace(blank, " ")
     return sql.strip()
+
+
+def json_lines(records: Iterable[dict]) -> str:
+    """One JSON record a line."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def check_folder(file) -> None:
+    """A file that cannot be written because its folder is missing: said before the work, not after."""
+    if not Path(file).absolute().parent.is_dir():
+        raise UserError(f"cannot write {file}: its folder does not exist")
 
 
 def write_text(file, text: str) -> None:

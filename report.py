@@ -7,7 +7,8 @@ The page is a single file that loads nothing from anywhere. From top to bottom:
   (2) curves of metrics.jsonl: plain SVG written here, because it needs nothing installed and follows the
       reader's light or dark colours, which a matplotlib picture would not;
   (3) the group inspector over rollouts.jsonl: question, schema and gold beside the completions, each with
-      its rewards, advantage, SQL, and the atomic operations it matched, missed or added.
+      its rewards, advantage, SQL, result or error, the atomic operations it matched, missed or added, the
+      nearest traces in memory, and in one group a step by how much the update changed each token.
 
 Rollouts of a long run are large, so each step is a compressed block that the page unpacks when it is looked
 at. Where all steps would take more than PAGE_BYTES, evenly spaced steps are kept and the page says so.
@@ -191,9 +192,8 @@ class World:
 
 def find_databases(config: dict) -> dict[str, Path]:
     """{db_id: file} of the run's training data; empty when it has moved away."""
-    name, options = config.get("data"), {}
-    if name == "demo":
-        options = {"seed": config.get("seed", 0)}
+    name = config.get("data")
+    options = {key: config[key] for key in ("seed", "world") if key in config} if name == "demo" else {}
     try:
         return load_dataset(name, config.get("data_dir"), config.get("split", "train"), **options).databases
     except (UserError, OSError, ValueError, TypeError, AttributeError):
@@ -267,6 +267,8 @@ def completion_view(completion: dict, group: dict, world: World) -> dict:
         view |= compare_operations(completion["sql"], group, world)
     if view.get("rows"):
         view["rows"] = preview(view["rows"])
+    if "row_count" in view:
+        view["count"] = view.pop("row_count")
     return view
 
 
@@ -280,7 +282,7 @@ def compare_operations(sql: str, group: dict, world: World) -> dict[str, list[st
 
 
 def add_to_index(index: dict, step: int, groups: list[dict]) -> None:
-    """Notes what the filters ask of each group: [right, completions, flat, tier]; and reward scales."""
+    """Notes what the filters ask of each group: [right, completions, flat, tier, has ratios]; and reward scales."""
     rows = []
     for group in groups:
         completions, tier = group["completions"], group["difficulty"]
@@ -290,7 +292,8 @@ def add_to_index(index: dict, step: int, groups: list[dict]) -> None:
         for name, value in (item for reward in rewards for item in reward.items()):
             index["scales"][name] = max(abs(value), index["scales"].get(name, 0))
         rows.append([sum(bool(completion.get("correct")) for completion in completions), len(completions),
-                     len({reward.get("total") for reward in rewards}) == 1, index["tiers"].index(tier)])
+                     len({reward.get("total") for reward in rewards}) == 1, index["tiers"].index(tier),
+                     any(completion.get("ratios") for completion in completions)])
     index["steps"].append(step)
     index["groups"].append(rows)
 

@@ -43,6 +43,7 @@ __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardItem", "Rewar
 COMPONENTS = ("format", "execution", "atomic", "memory", "result", "schema", "user")
 ATOMIC_WHEN = ("wrong", "runs", "fails")
 MAX_ATOMIC = shape_atomic(1.0)  # φ(1) of the paper's shaping: the most that a wrong completion's SQL earns
+NEIGHBOURS = 2  # nearest traces that are kept of a wrong completion, for people to read
 MARGIN = 1e-6  # of the sum of all weights; by less, float32 could not tell correct from wrong
 
 THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
@@ -179,6 +180,8 @@ class RewardBreakdown:
     error: str = ""
     columns: tuple = ()
     rows: tuple = ()  # the first rows of the result, for people to read
+    row_count: int = 0  # of the whole result
+    neighbours: tuple = ()  # nearest traces of a wrong completion: dicts of db_id, thought, similarity
 
 
 class RewardScorer:
@@ -222,27 +225,29 @@ class RewardScorer:
                 correct = {i for i in shaped if self._is_correct(executions[i], golds[i])}
             embedding.result()  # raises what the thread raised
         wrong = [i for i in shaped if i not in correct]
+        similarity, neighbours = self._memory(items, parsed, correct, wrong)
         parts = {"format": dict.fromkeys(shaped, 1.0),
                  "execution": {i: (executions[i].status == "ok") + float(i in correct) for i in shaped},
                  "atomic": self._atomic(items, parsed, executions, correct, wrong),
-                 "memory": self._memory(items, parsed, correct, wrong),
+                 "memory": similarity,
                  "result": self._result(executions, golds, correct, wrong),
                  "schema": self._schema(items, parsed, correct, wrong),
                  "user": self._user(items, parsed, executions, shaped)}
         if self.weights["memory"]:
             with self._clock("memory"):  # only now, so that the order within a step makes no difference
                 self.memory.add_many([(items[i].db_id, parsed[i][0]) for i in sorted(correct)])
-        return [self._breakdown(i, item, parsed[i], executions.get(i), i in correct, parts)
+        return [self._breakdown(i, item, parsed[i], executions.get(i), i in correct, parts, neighbours.get(i, ()))
                 for i, item in enumerate(items)]
 
-    def _breakdown(self, i, item, pair, execution, is_correct, parts) -> RewardBreakdown:
+    def _breakdown(self, i, item, pair, execution, is_correct, parts, neighbours) -> RewardBreakdown:
         if pair is None:
             return RewardBreakdown(text=item.text, error="not `<think> reasoning </think> SQL`")
         values = {name: part.get(i, 0.0) for name, part in parts.items()}
         total = sum(self.weights[name] * value for name, value in values.items())  # f = 1 here
         return RewardBreakdown(**values, total=total, status=execution.status, correct=is_correct,
                                text=item.text, thought=pair[0], sql=pair[1], error=execution.error or "",
-                               columns=tuple(execution.columns), rows=tuple(execution.rows[:5]))
+                               columns=tuple(execution.columns), rows=tuple(execution.rows[:5]),
+                               row_count=len(execution.rows), neighbours=tuple(neighbours))
 
     def _embed(self, thoughts: list[str]) -> None:
         """Every thought in one batch: wrong ones are compared with the memory, correct ones enter it."""
@@ -275,12 +280,15 @@ class RewardScorer:
         return ({i: self.config.shape(j) for i, j in overlaps.items()}
                 | dict.fromkeys(correct, 0.0 if self.weights["execution"] else self.config.shape(1.0)))
 
-    def _memory(self, items, parsed, correct, wrong) -> dict[int, float]:
+    def _memory(self, items, parsed, correct, wrong) -> tuple[dict[int, float], dict[int, list[dict]]]:
+        """The reward of each completion, and the nearest traces of each wrong one."""
         if not self.weights["memory"]:
-            return {}
+            return {}, {}
         with self._clock("memory"):
-            scores = self.memory.similarities([(items[i].db_id, parsed[i][0]) for i in wrong])
-        return dict(zip(wrong, scores, strict=True)) | dict.fromkeys(correct, 1.0)
+            compared = self.memory.compare([(items[i].db_id, parsed[i][0]) for i in wrong], NEIGHBOURS)
+        scores = {i: similarity for i, (similarity, _) in zip(wrong, compared, strict=True)}
+        return (scores | dict.fromkeys(correct, 1.0),
+                {i: nearest for i, (_, nearest) in zip(wrong, compared, strict=True)})
 
     def _result(self, executions, golds, correct, wrong) -> dict[int, float]:
         if not self.weights["result"]:

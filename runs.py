@@ -22,6 +22,8 @@ from grpo import flat_groups
 from rewards import COMPONENTS
 from schema import UserError
 
+TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
+
 
 class RunFolder:
     """Opens or creates the folder of a run.
@@ -193,8 +195,12 @@ def step_metrics(step: int, groups, breakdowns, advantages, stats: dict, seconds
             **extra}
 
 
-def rollout_records(step: int, examples, groups, breakdowns, advantages) -> list[dict]:
-    """The lines of rollouts.jsonl for one step: every group with its completions, rewards and advantages."""
+def rollout_records(step: int, examples, groups, breakdowns, advantages, watched: dict | None = None) -> list[dict]:
+    """The lines of rollouts.jsonl for one step: every group with its completions, rewards and advantages.
+
+    `watched`, from `show.watch_tokens`, adds the tokens of one group and their probability ratios.
+    """
+    watched = watched or {}
     return [{"step": step, "id": example.id, "db_id": example.db_id, "question": example.question,
              "evidence": example.evidence, "difficulty": example.difficulty, "gold_sqls": list(example.gold_sqls),
              "completions": [{
@@ -204,7 +210,10 @@ def rollout_records(step: int, examples, groups, breakdowns, advantages) -> list
                  "advantage": advantages[i, j].item(), "tokens": len(group.completions[j]),
                  "truncated": group.truncated[j], "columns": list(b.columns),
                  "rows": [[value if isinstance(value, str | int | float | None) else repr(value) for value in row]
-                          for row in b.rows]} for j, b in enumerate(breakdowns[i])]}
+                          for row in b.rows],
+                 "row_count": b.row_count,
+                 "neighbours": [trace | {"thought": trace["thought"][:TRACE_CHARS]} for trace in b.neighbours],
+                 **(watched[i][j] if i in watched else {})} for j, b in enumerate(breakdowns[i])]}
             for i, (example, group) in enumerate(zip(examples, groups, strict=True))]
 
 

@@ -1,19 +1,50 @@
 """Cold start: supervised fine-tuning on reasoning traces, so that GRPO starts from a policy that knows the format.
 
 The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>`, given the prompt.
+
+No teacher is needed to write the traces: `--mine` samples a model on questions with gold SQL, keeps what it got
+right, and writes a file that train.py takes as --traces, for its cold start and its memory.
+
+    python sft.py --mine mined.jsonl --model runs/demo/best
+    python sft.py --mine mined.jsonl --model qwen2.5-coder-3b --data spider --data-dir SPIDER -n 4 --lenient-format
+    python train.py --traces mined.jsonl
+
+A trace is kept when
+  (1) verified   its SQL returns the gold result under BIRD's and under Spider's comparison, and that has rows
+  (2) useful     its reasoning passes the gate of the reward's memory (memory.py); none is nearly a copy of another
+  (3) balanced   at most --max-per-question of its question and --max-per-cell of its database and difficulty are kept
+                 before it; databases and difficulties take turns, each question gives one before any gives two
 """
 
+import argparse
 import math
+import os
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
 
 import sqlparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
+from answers import Examination, Progress
+from data import PromptBuilder, PromptConfig, UserError, load_dataset, read_schema, run_main, schema_columns
+from memory import MemoryGate, TraceMemory
+from options import add_arguments, build
+from predictions import check_folder, json_lines
+from rewards import RewardConfig, build_memory
+from runs import write_whole
+from scoring import MATCHES
+from sql_exec import SQLExecutor
+from voting import load_for_sampling
+
+SHORT_TRACES = {"memory_min_words": 5, "memory_min_columns": 1}  # the gate for the demo, whose traces are short
 
 
 @dataclass(frozen=True)
@@ -30,6 +61,11 @@ class SFTConfig:
 def completion_text(trace: str, sql: str) -> str:
     """What a policy is taught to write."""
     return f"<think> {trace} </think> {sql}"
+
+
+def taught_text(example) -> str:
+    """The completion that an example with a trace teaches; the trace of a teacher nobody checked has SQL of its own."""
+    return completion_text(example.trace, example.trace_sql or example.gold_sqls[0])
 
 
 def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig, *, seed: int,
@@ -107,3 +143,137 @@ def template_trace(sql: str, schema: dict[str, list[str]]) -> str:
     nested = ["subquery"] if sum(word.lower() == "select" for word in words) > 1 else []
     return " ; ".join(f"{name} {' '.join(items)}" for name, items in
                       (("tables", tables), ("columns", columns), ("clauses", clauses + nested or ["select"])) if items)
+
+
+# ---------------------------------------------------------------------------------------------- mining traces
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    """What to mine, and how much of it to keep."""
+
+    mine: str = field(default="", metadata={"help": "write verified traces to this .jsonl file"})
+    model: str = field(default="", metadata={"help": "the model to sample: an alias, a Hugging Face id or a folder"})
+    data: str = field(default="demo", metadata={"help": "demo, spider, bird, or your own .json or .jsonl"})
+    data_dir: str | None = field(default=None, metadata={"help": "folder of the data and its databases"})
+    split: str = field(default="train", metadata={"help": "which questions"})
+    world: str = field(default="default", metadata={"help": "of the demo: default, or hard (few upper-tier traces)"})
+    limit: int = field(default=0, metadata={"help": "only this many questions, drawn by the seed; 0: all"})
+    samples: int = 8  # -n
+    temperature: float = field(default=1.0, metadata={"help": "of sampling"})
+    max_completion_tokens: int = field(default=512, metadata={"help": "a completion is cut at this many tokens"})
+    batch: int = field(default=256, metadata={"help": "completions decoded side by side"})
+    lenient_format: bool = field(default=False, metadata={"help": "also take SQL inside a code fence"})
+    max_per_question: int = field(default=2, metadata={"help": "at most this many traces of a question"})
+    max_per_cell: int = field(default=20, metadata={"help": "at most this many of a (database, difficulty)"})
+    embedder: str = field(default="hash", metadata={
+        "help": "tells how near traces are: hash (no model), policy (--model), or a Hugging Face encoder"})
+    seed: int = field(default=0, metadata={"help": "seed of sampling and choosing, and of the demo world"})
+    threads: int = field(default=0, metadata={"help": "CPU threads of PyTorch; 0: PyTorch's choice"})
+    workers: int = field(default=os.cpu_count() or 1, metadata={"help": "SQL worker processes"})
+    timeout: float = field(default=5.0, metadata={"help": "seconds a query may take"})
+
+    matches, keep_distinct, ways = MATCHES, True, ("sample",)  # how `Examination` answers and judges here
+
+    def __post_init__(self):
+        if not self.mine or not self.model:
+            raise UserError("give --mine FILE and --model NAME: traces of which model are to be written where")
+        for name in ("samples", "temperature", "max_completion_tokens", "batch", "max_per_question", "max_per_cell",
+                     "workers", "timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                shown = "-n" if name == "samples" else "--" + name.replace("_", "-")
+                raise UserError(f"{shown} must be above zero, not {getattr(self, name)}")
+        check_folder(self.mine)
+
+    @property
+    def sampling_temperature(self) -> float:
+        return self.temperature
+
+
+def main() -> None:
+    """Mine traces."""
+    config, gate, prompts = parse_arguments()
+    dataset = load_dataset(config.data, config.data_dir, config.split, seed=config.seed, world=config.world)
+    for note in dataset.notes:
+        print(note)
+    examples = dataset.examples
+    if 0 < config.limit < len(examples):
+        examples = random.Random(config.seed).sample(examples, config.limit)
+    policy = load_for_sampling(config.model, config.threads)
+    schemas = {db_id: schema_columns(read_schema(path)) for db_id, path in dataset.databases.items()}
+    try:
+        memory = build_memory(RewardConfig(embedder=config.embedder), gate, schemas, policy.model.get_decoder(),
+                              policy.tokenizer)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
+    with SQLExecutor(dataset.databases, config.workers, config.timeout) as executor:
+        examination = Examination(policy, builder, executor, config, traces=config.samples)
+        records = examination.run(examples, Progress(None, {}))
+    kept = choose_traces(records, memory, config)
+    summary = summary_of(records, kept, memory)
+    if not kept:
+        raise UserError(f"no trace to write to {config.mine}: {summary}")
+    try:
+        write_whole(Path(config.mine), json_lines(kept))
+    except OSError as error:
+        raise UserError(f"cannot write {config.mine}: {error.strerror}") from error
+    print(f"{config.mine}: {summary}")
+
+
+def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfig]:
+    """The command line; the gate has the demo's thresholds on the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
+                        help=f"completions sampled a question (default: {MineConfig.samples})")
+    configs = (MineConfig, MemoryGate, PromptConfig)
+    for config in configs:
+        add_arguments(parser, config)
+    given = vars(parser.parse_args(arguments))
+    defaults = SHORT_TRACES if given.get("data", "demo") == "demo" else {}
+    return tuple(build(config, defaults | given) for config in configs)
+
+
+def choose_traces(records: Sequence[dict], memory: TraceMemory, config: MineConfig) -> list[dict]:
+    """Verified traces that pass the memory's gate, balanced; `memory` counts those that do not.
+
+    Args:
+        records: of `Examination`, one a question.
+        memory: empty; what is kept enters it.
+    """
+    rng, cells = random.Random(config.seed), {}  # (database, difficulty) -> traces in the order of their turn
+    turns = [(rank, rng.random(), record["answers"]["sample"]["difficulty"], trace)
+             for record in records for rank, trace in enumerate(record["traces"])]
+    for _, _, difficulty, trace in sorted(turns, key=lambda turn: turn[:2]):  # every question's first, then seconds
+        cells.setdefault((trace["db_id"], difficulty), []).append(trace)
+    memory.prepare(trace["trace"] for traces in cells.values() for trace in traces)
+    kept, of_question, of_cell = [], Counter(), Counter()
+    for turn in zip_longest(*cells.values()):
+        for cell, trace in zip(cells, turn, strict=True):
+            if trace is None or of_question[trace["id"]] == config.max_per_question or \
+                    of_cell[cell] == config.max_per_cell or not memory.add(trace["db_id"], trace["trace"]):
+                continue
+            of_question[trace["id"]] += 1
+            of_cell[cell] += 1
+            kept.append(trace | {"id": f"{trace['id']}-trace-{of_question[trace['id']]}"})
+    return kept
+
+
+def summary_of(records: Sequence[dict], kept: Sequence[dict], memory: TraceMemory) -> str:
+    """In one line: how many were sampled, verified, refused by the gate and why, over the limits, kept."""
+    sampled = sum(sum(record["samples"]["statuses"].values()) for record in records)
+    verified = sum(len(record["traces"]) for record in records)
+    refused = memory.rejections.total()
+    difficulties = Counter(trace["difficulty"] for trace in kept if trace["difficulty"])
+    return (f"{sampled} completions of {len(records)} questions sampled, {verified} different ones verified, "
+            f"{refused} refused by the gate{counted(memory.rejections)}, {verified - refused - len(kept)} over the "
+            f"limits, {len(kept)} kept{counted(difficulties)}")
+
+
+def counted(counts: Counter) -> str:
+    """` (simple 3, join 1)`."""
+    return f" ({', '.join(f'{name} {count}' for name, count in counts.most_common())})" if counts else ""
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import evaluate
 import options
 import report
+import show
 from data import PromptBuilder, PromptConfig, Splits, UserError, load_splits, read_schema, run_main, schema_columns
 from grpo import (
     GRPOConfig,
@@ -39,7 +40,7 @@ from grpo import (
 from policy import Policy, Reference, build_tiny, free_space, load_policy
 from rewards import MemoryGate, RewardConfig, RewardItem, RewardScorer, build_memory, load_reward_module
 from runs import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer, write_whole
-from sft import SFTConfig, cold_start, completion_text, template_trace
+from sft import SHORT_TRACES, SFTConfig, cold_start, taught_text, template_trace
 from sql_exec import SQLExecutor, bird_match, gold_is_ordered, spider_match
 
 
@@ -56,6 +57,8 @@ class RunConfig:
     data: str = _option("demo", "demo, spider, bird, or your own .json or .jsonl")
     data_dir: str | None = _option(None, "folder of the data and its databases")
     split: str = _option("train", "questions to train on")
+    world: str = _option("default", "of the demo: default, or hard (few upper-tier traces)")
+    start: str | None = _option(None, "begin with this checkpoint of an earlier run of --model, without a cold start")
     traces: str | None = _option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory")
     output: str | None = _option(None, "folder of the run (default: runs/DATA)")
     seed: int = _option(0, "seed of everything random")
@@ -73,21 +76,23 @@ class RunConfig:
     sql_workers: int = _option(2, "processes that run SQL")
     sql_timeout: float = _option(5.0, "seconds a query may take")
     threads: int = _option(0, "CPU threads of PyTorch; 0: PyTorch's choice")
+    verbose: int = _option(0, "print a coloured group every so many steps; 0: never, without a number: 10", alone=10)
     tensorboard: bool = _option(False, "also write TensorBoard events (needs tensorboard)")
     resume: bool = _option(False, "continue the run in the output folder from its newest checkpoint")
 
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig)
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
-TINY_DEFAULTS = {"steps": 240, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
+TINY_DEFAULTS = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
                  "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
-                 "max_completion_tokens": 80, "save_every": 120, "eval_every": 40, "cold_start_steps": 300,
+                 "max_completion_tokens": 80, "save_every": 100, "eval_every": 40, "cold_start_steps": 300,
                  "cold_start_lr": 3e-3, "prompt_loss": 0.3,
-                 "memory_min_words": 5, "memory_min_columns": 1}  # the demo's traces are short
+                 **SHORT_TRACES}
 PRETRAINED_DEFAULTS = {"cold_start_steps": 0}
 MATCHES = {"bird": lambda predicted, gold, sql: bird_match(predicted, gold),
            "spider": lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql))}
-MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "eval_every", "save_every", "sql_workers", "tensorboard")
+MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "eval_every", "save_every", "sql_workers", "tensorboard",
+                        "verbose")
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def main() -> int:
     if run.threads:
         torch.set_num_threads(run.threads)
     data = load_splits(run.data, run.data_dir, run.split, traces=run.traces, seed=run.seed,
-                       dev_size=run.eval_questions, test_size=run.test_questions)
+                       world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
     folder = RunFolder(run.output, s.as_dict(), resume=run.resume, may_change=MAY_CHANGE_ON_RESUME)
     for note in data.notes:
         print(note)
@@ -160,7 +165,7 @@ class Trainer:
         self.step, self.best, self.before = 0, -1.0, {}
         self.stop_requested = False
         self.events = tensorboard_writer(folder.path) if s.run.tensorboard else None
-        if not checkpoints:
+        if not checkpoints and not s.run.start:
             self._cold_start()
         self.reference = Reference(self.policy.model) if s.grpo.kl_coef else None
         self.scorer = self._make_scorer(resumed=bool(checkpoints))
@@ -190,7 +195,8 @@ class Trainer:
         self.save()
         if not self.stop_requested and self.test_sets:
             self.compare()
-        print(f"report: {report.write_report(self.folder.path)}")
+        if self.step:
+            print(f"report: {report.write_report(self.folder.path)}")
         if self.stop_requested:
             print(f"stopped after step {self.step}; continue with --resume --output {run.output}")
             return 130
@@ -221,7 +227,7 @@ class Trainer:
 
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        with self.autocast():
+        with self.autocast(), show.watch_tokens(policy, groups, advantages, s.grpo) as watched:
             stats = policy_update(policy.model, self.optimizer, groups, batches, advantages, ref_logps, s.grpo)
         clock.lap("update")
 
@@ -235,7 +241,10 @@ class Trainer:
         if self.events:
             for name, value in metrics.items():
                 self.events.add_scalar(name, value, self.step)
-        self.folder.log("rollouts", rollout_records(self.step, examples, groups, breakdowns, advantages))
+        records = rollout_records(self.step, examples, groups, breakdowns, advantages, watched)
+        self.folder.log("rollouts", records)
+        if s.run.verbose and self.step % s.run.verbose == 0:
+            tqdm.write(show.group_text(records[next(iter(watched))], colour=show.wants_colour(sys.stdout)))
         return metrics
 
     # ------------------------------------------------------------------------------------------- a step's verbs
@@ -289,12 +298,14 @@ class Trainer:
         run = self.s.run
         if checkpoints:
             return load_policy(str(checkpoints[-1][1]), device=self.device)
-        if run.model != "tiny":
+        if run.start:
+            policy = load_policy(run.start, device=self.device, lora_rank=run.lora_rank)
+        elif run.model != "tiny":
             policy = load_policy(run.model, device=self.device, lora_rank=run.lora_rank)
         else:
             writer = PromptBuilder(self.data.databases, None, self.s.prompts)
             texts = [writer.text(e) for e in self.data.train]
-            texts += [completion_text(e.trace, e.gold_sqls[0]) for e in self.traced]
+            texts += [taught_text(e) for e in self.traced]
             policy = build_tiny(texts, seed=run.seed)
             policy.model.to(self.device)
         needed = 6 * sum(p.numel() * p.element_size() for p in policy.model.parameters())
@@ -336,7 +347,7 @@ class Trainer:
         if not s.sft.cold_start_steps or not self.traced:
             return
         encoded, _ = self.builder.encode_all(self.traced)
-        pairs = [(torch.tensor(ids), torch.tensor(tokenizer.encode(completion_text(e.trace, e.gold_sqls[0]),
+        pairs = [(torch.tensor(ids), torch.tensor(tokenizer.encode(taught_text(e),
                   add_special_tokens=False) + [tokenizer.eos_token_id])) for e, ids in encoded]
         loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast)
         print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
@@ -349,7 +360,7 @@ class Trainer:
             frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
         memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
         if memory is not None and not resumed:
-            memory.add_many([(example.db_id, example.trace) for example in self.traced])
+            memory.add_many([(e.db_id, e.trace) for e in self.traced if not e.trace_sql])
             print(f"memory: {len(memory)} of {len(self.traced)} traces passed the gate {dict(memory.rejections)}")
         user = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],

@@ -23,7 +23,11 @@ def shared_data() -> Path:
 @pytest.fixture
 def tiny_db(tmp_path) -> Path:
     """A small music database: singers, and the concerts that point to them."""
-    path = tmp_path / "music.sqlite"
+    return tiny_database(tmp_path / "music.sqlite")
+
+
+def tiny_database(path: Path) -> Path:
+    """Makes the music database at a place of one's own."""
     connection = sqlite3.connect(path)
     connection.executescript("""
         CREATE TABLE singer (singer_id INTEGER PRIMARY KEY, name TEXT, country TEXT, age INT, HomeTown TEXT);

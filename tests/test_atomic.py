@@ -128,6 +128,7 @@ DIFFERENT = [
     ("SELECT name FROM singer", "SELECT * FROM singer"),
     ("SELECT count(*) FROM singer", "SELECT count(name) FROM singer"),
     ("SELECT count(*) FROM singer", "SELECT * FROM singer"),
+    ("SELECT singer.* FROM singer JOIN song", "SELECT song.* FROM singer JOIN song"),
     ("SELECT count(name) FROM singer", "SELECT count(DISTINCT name) FROM singer"),
     ("SELECT max(age) FROM singer", "SELECT min(age) FROM singer"),
     ("SELECT a.name FROM singer a LEFT JOIN song b ON a.singer_id = b.singer_id",
@@ -353,6 +354,16 @@ def test_sqlite_grammar(sql, music):
 def test_what_is_not_one_select_has_no_operations(sql):
     assert atomic_operations(sql) == frozenset()
     assert atomic_reward(sql, sql) == 0.0 == atomic_reward(sql, "SELECT 1")
+
+
+def test_any_two_queries_score_the_same_both_ways_and_one_only_with_the_same_operations():
+    queries = [sql for pair in EQUIVALENT + WITH_SCHEMA + DIFFERENT for sql in pair] + GRAMMAR + NOT_SQL
+    rng = random.Random(0)
+    for _ in range(3000):
+        left, right = rng.choice(queries), rng.choice(queries)
+        operations, score = atomic_operations(left, SCHEMA), atomic_reward(left, right, SCHEMA)
+        assert 0 <= score <= 1 and score == atomic_reward(right, left, SCHEMA)
+        assert (score == 1) == (bool(operations) and operations == atomic_operations(right, SCHEMA)), (left, right)
 
 
 def test_operations_read_well():

@@ -14,7 +14,7 @@ from little_policy import LESSONS, little_policy_folder
 
 import answers
 import evaluate
-from answers import NO_CANDIDATE, Examination, Progress, verified_trace
+from answers import NO_CANDIDATE, Examination, Progress, verified_traces
 from data import Example, UserError, load_splits
 from evaluate import (
     EvaluateConfig,
@@ -183,7 +183,7 @@ def test_a_record_by_hand(tiny_db):
     assert record["answers"]["greedy"]["status"] == "format"
     assert record["samples"] == {"correct": {"bird": 2, "spider": 2}, "groups": 2, "truncated": 1,
                                  "tokens": 70, "statuses": {"error": 1, "ok": 5, "truncated": 1}}
-    assert record["trace"]["sql"] == right and record["trace"]["trace"] == "think"  # `same` has no reasoning
+    assert [(one["sql"], one["trace"]) for one in record["traces"]] == [(right, "think")]  # `same` has no reasoning
     assert json.loads(json.dumps(record)) == record and record["seconds"]["sql"] > 0
 
 
@@ -193,10 +193,14 @@ def test_verified_traces_need_a_gold_with_rows(tiny_db):
         return score, Execution("ok")
 
     one = [candidate("SELECT 1")]
-    assert verified_trace(GOLD, one, {"SELECT 1": verdict("ok", bird=True, spider=True)})["sql"] == "SELECT 1"
-    assert verified_trace(GOLD, one, {"SELECT 1": verdict("empty", bird=True, spider=True)}) is None
-    assert verified_trace(GOLD, one, {"SELECT 1": verdict("ok", bird=True, spider=False)}) is None
-    assert verified_trace(GOLD, [NO_CANDIDATE], {"": verdict("ok", bird=True)}) is None
+    right = {"SELECT 1": verdict("ok", bird=True, spider=True), "SELECT 1.0": verdict("ok", bird=True, spider=True)}
+    assert [trace["sql"] for trace in verified_traces(GOLD, one, right)] == ["SELECT 1"]
+    several = [*one, candidate("SELECT 1.0", -0.5), *one, candidate("SELECT 1", -2.0, "more")]
+    assert [(trace["sql"], trace["trace"]) for trace in verified_traces(GOLD, several, right)] == [
+        ("SELECT 1.0", "think"), ("SELECT 1", "think"), ("SELECT 1", "more")]  # the likeliest first, each once
+    assert verified_traces(GOLD, one, {"SELECT 1": verdict("empty", bird=True, spider=True)}) == []
+    assert verified_traces(GOLD, one, {"SELECT 1": verdict("ok", bird=True, spider=False)}) == []
+    assert verified_traces(GOLD, [NO_CANDIDATE], {"": verdict("ok", bird=True)}) == []
 
 
 def test_progress_without_a_file_and_with_nonsense(tmp_path):

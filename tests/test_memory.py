@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import time
 import zlib
 from dataclasses import replace
 
@@ -54,6 +55,14 @@ def test_empty_memory_one_trace_and_all_of_one_database():
     assert filled(("a", "east")).similarity("b", "both") == pytest.approx(np.sqrt(0.5))
     assert filled(("a", "nothing")).similarity("b", "east") == 0.0
     assert filled(("a", "east"), ("a", "west")).similarity("b", "north") == 0.0  # the centroid is the origin
+
+
+def test_the_nearest_traces_come_with_the_similarity():
+    memory = filled(("a", "east"), ("b", "north"), ("b", "west"), top_k=2)
+    similarity, nearest = memory.compare([("c", "both"), ("c", "east")], count=1)[0]
+    assert similarity == memory.similarity("c", "both")
+    assert nearest == [{"db_id": "a", "thought": "east", "similarity": pytest.approx(np.sqrt(0.5))}]
+    assert memory.compare([("c", "both")])[0][1] == [] and filled().compare([("c", "both")], 1) == [(0.0, [])]
 
 
 def test_similarity_does_not_depend_on_order_and_stays_within_one():
@@ -125,6 +134,21 @@ def test_growing_past_the_first_buffer():
         memory.add(f"db{i}", str(i))
     assert len(memory) == 300 and memory.similarity("x", "123") == pytest.approx(1.0)
     assert memory.neighbours("x", "123", 1)[0]["thought"] == "123"
+
+
+def test_ten_thousand_traces_are_added_to_and_asked_at_200_a_second():
+    """Processor seconds, so that other processes do not decide; bench/rewards.py gives the whole figures."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(10_200, 384)).astype(np.float32)
+    memory = TraceMemory(lambda texts: vectors[[int(text) for text in texts]], 384, gate=OPEN)
+    traces = [(f"db{i % 50}", str(i)) for i in range(len(vectors))]
+    memory.add_many(traces[:10_000])
+    for number, call in ((10_000, memory.add), (10_100, memory.similarity)):
+        begin = time.process_time()
+        for pair in traces[number:number + 100]:
+            call(*pair)
+        assert 100 / (time.process_time() - begin) > 200
+    assert len(memory) == 10_100
 
 
 def test_save_and_load_are_exact(tmp_path):

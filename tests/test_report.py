@@ -3,11 +3,8 @@
 import base64
 import hashlib
 import json
-import os
 import random
 import re
-import select
-import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from chromium import CHROMIUM, Browser
 
 import report
 from data import UserError
@@ -99,7 +97,7 @@ def test_the_page_has_settings_curves_and_groups(run):
     assert "At zero in every step: clip fractions." in text  # said in words instead of drawn
     assert block(page, "index") == {
         "steps": [1, 2, 3], "tiers": ["easy", "hard"],
-        "groups": [[[1, 3, False, 0], [0, 3, True, 1], [3, 3, False, 0]]] * 3,
+        "groups": [[[1, 3, False, 0, False], [0, 3, True, 1, False], [3, 3, False, 0, False]]] * 3,
         "scales": {"total": 6.0, "format": 1.0, "execution": 2.0, "memory": 0.5}}  # atomic was never above 0
     first = block(page, "step-2")[0]
     assert first["question"] == "question of step 2?" and len(first["completions"]) == 3
@@ -289,8 +287,13 @@ def long_run(folder, steps=1000, groups=16, size=8):
     return folder
 
 
-def test_a_run_of_1000_steps_fits(tmp_path):
-    page = report.write_report(long_run(tmp_path / "run"))
+@pytest.fixture(scope="module")
+def thousand_steps(tmp_path_factory):
+    return report.write_report(long_run(tmp_path_factory.mktemp("long") / "run"))
+
+
+def test_a_run_of_1000_steps_fits(thousand_steps):
+    page = thousand_steps
     assert page.stat().st_size < 20_000_000
     assert block(page, "index")["steps"] == list(range(1, 1001))
     assert len(block(page, "step-777")) == 16
@@ -372,106 +375,6 @@ def test_durations(seconds, text):
 
 
 # -------------------------------------------------------------------------------------- in a real browser
-
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CHROMIUM = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-CHROMIUM_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-                  "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe")
-
-
-class Browser:
-    """A headless Chromium, spoken to through pipes: JSON messages, NUL between (Chrome DevTools Protocol)."""
-
-    def __init__(self, profile):
-        commands, self.outgoing = os.pipe()
-        self.incoming, replies = os.pipe()
-        redirect = f'exec "$@" 3<&{commands} 4>&{replies}'  # Chromium reads from 3 and writes to 4
-        self.process = subprocess.Popen(
-            ["bash", "-c", redirect, "chromium", CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(commands, replies), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
-        os.close(commands)
-        os.close(replies)
-        self.unread, self.count, self.session, self.events = b"", 0, None, []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait(20)
-        os.close(self.outgoing)
-        os.close(self.incoming)
-
-    def _receive(self):
-        while b"\0" not in self.unread:
-            assert select.select([self.incoming], [], [], 60)[0], "Chromium does not answer"
-            arrived = os.read(self.incoming, 1 << 16)
-            assert arrived, "Chromium has gone"
-            self.unread += arrived
-        message, self.unread = self.unread.split(b"\0", 1)
-        return json.loads(message)
-
-    def call(self, method, **params):
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
-        os.write(self.outgoing, json.dumps(message).encode() + b"\0")
-        while (answer := self._receive()).get("id") != self.count:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def evaluate(self, expression):
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def wait_for(self, expression):
-        end = time.monotonic() + 60
-        while not self.evaluate(expression):
-            assert time.monotonic() < end, f"never true: {expression}"
-            time.sleep(0.02)
-
-    def open(self, page, place=""):
-        self.call("Page.navigate", url="about:blank")
-        self.call("Page.navigate", url=page.as_uri() + place)
-        self.wait_for("document.readyState === 'complete' && document.querySelector('#group > *') !== null")
-
-    def press(self, key):
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else "")
-
-    def click(self, selector):
-        self.evaluate(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
-        box = self.evaluate(f"document.querySelector({selector!r}).getBoundingClientRect().toJSON()")
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def choose(self, name, value):
-        self.evaluate(f"(() => {{ const menu = document.getElementById({name!r}); menu.value = {value!r};"
-                      "menu.dispatchEvent(new Event('change')); })()")
-
-    def place(self):
-        """(step, question) that the inspector shows."""
-        return (self.evaluate("document.getElementById('step').selectedOptions[0].text"),
-                self.evaluate("document.getElementById('place').textContent"))
-
-    def wait_for_place(self, *place):
-        self.wait_for(f"document.getElementById('step').selectedOptions[0].text === '{place[0]}' && "
-                      f"document.getElementById('place').textContent.startsWith('question {place[1]} ')")
-
-    def complaints(self):
-        """Errors, console messages, and requests for anything but the page."""
-        bad = [event for event in self.events if event.get("method") in (
-            "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")]
-        requests = [event["params"]["request"]["url"] for event in self.events
-                    if event.get("method") == "Network.requestWillBeSent"]
-        return bad + [url for url in requests if not url.startswith(("file://", "about:"))]
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
@@ -564,4 +467,38 @@ def test_chromium_dark_and_on_a_phone(run, browser):
     columns = browser.evaluate("getComputedStyle(document.querySelector('.group')).gridTemplateColumns")
     assert len(columns.split()) == 1
     browser.call("Emulation.clearDeviceMetricsOverride")
+    assert browser.complaints() == []
+
+
+def test_chromium_opens_1000_steps_in_under_3_seconds(thousand_steps, browser):
+    start = time.monotonic()
+    browser.open(thousand_steps)
+    browser.wait_for_place(1000, 1)
+    assert time.monotonic() - start < 3
+    browser.choose("step", "499")  # its block is unpacked only now
+    browser.wait_for_place(500, 1)
+    assert browser.evaluate("document.querySelectorAll('article').length") == 8
+    assert browser.complaints() == []
+
+
+def test_chromium_shows_operations_neighbours_ratios_and_row_counts(tmp_path, browser):
+    wrong = completion(sql="SELECT age FROM singer", total=1.5, advantage=-1.0, columns=["age"], rows=[[n] for n in range(5)],
+                       row_count=12, neighbours=[{"db_id": "shop", "thought": "filter the rows", "similarity": 0.625}],
+                       tokens_text=["SELECT", " age", " <b>"], ratios=[1.0, 0.9, 1.02])
+    right = completion(correct=True, total=3.0, advantage=1.0, tokens_text=["SELECT", " name"], ratios=[1.05, 1.1])
+    groups = [group(1, [completion(), completion(total=1.0)]), group(1, [wrong, right])]
+    browser.open(report.write_report(write_run(tmp_path / "run", [metrics_of(1)], groups)))
+    browser.wait_for_place(1, 2)  # opens at the group whose tokens are shaded
+    card = "document.querySelector('article').textContent"
+    text = browser.evaluate(card)
+    for said in ("advantage −1.00", "= from singer", "− select singer.name", "+ select singer.age", "0.625 shop filter the rows",
+                 "5 of 12 rows", "from 0.900 to 1.020"):
+        assert said in text, said
+    shades = ("[...document.querySelectorAll('article:nth-child(1) .token')].map((token) => [token.textContent, "
+              "token.style.getPropertyValue('--tone'), token.style.getPropertyValue('--strength')].join())")
+    assert browser.evaluate(shades) == ["SELECT,var(--s0),0%", " age,var(--s1),60%", " <b>,var(--s0),26%"]
+    browser.press("k")
+    browser.wait_for_place(1, 1)
+    browser.choose("outcome", "ratios")
+    browser.wait_for_place(1, 2)
     assert browser.complaints() == []

@@ -1,0 +1,466 @@
+"""Ablations: the same training with one thing changed at a time, over several seeds.
+
+    python ablate.py --grid rewards --seeds 5                          # five sets of rewards, 25 runs
+    python ablate.py --grid loss --seeds 3 --world hard --steps 60     # any flag of train.py holds for all runs
+    python ablate.py --vary group_size=4,8 --vary loss=grpo,dapo       # your own grid: every combination
+    python ablate.py --vary "rewards=format,execution;format,execution=2" --jobs 2
+
+  (1) start     one cold start a seed, the same for all runs of that seed, so that runs can be compared in pairs
+  (2) train     every cell of the grid from there, at most --jobs runs at once
+  (3) measure   the best policy of each run answers held-out questions, once greedily and --samples times by sampling
+  (4) compare   mean over seeds, and the mean difference to the baseline (the first cell) on the same seed, both with
+                95 % t-intervals over seeds
+
+Written to --output: ablation.json (everything measured), table.md, curves.svg, and a run's folder for each run, whose
+checkpoints and rollouts are deleted once it is measured (--keep keeps them). The same command given again skips what
+is finished and continues what is not.
+
+Measures of a run
+  accuracy        greedy execution accuracy of its best policy on held-out questions; also by difficulty
+  area            area under the curve of its accuracy on dev, divided by its length
+  flat groups     share of groups whose completions all earned the same, over the run; all wrong: none was correct
+  reward spread   standard deviation of the rewards of a group, mean over the run
+  does not run    share of sampled answers without SQL that runs
+  result groups   different results among the --samples answers to a question
+  collapse        1 when the last accuracy on dev is more than 5 points below its best, else 0
+  seconds         of its steps, evaluations not counted
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, fields
+from html import escape
+from itertools import product
+from pathlib import Path
+from statistics import fmean, stdev
+
+from tqdm import tqdm
+
+import train
+from data import PromptConfig, UserError, parse_json, read_text, run_main
+from options import flag_of
+from runs import RunFolder, write_whole
+from sft import SFTConfig
+
+ROOT = Path(__file__).resolve().parent
+BOTH = "format,execution,atomic=0.5,memory=0.5"
+GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the baseline
+    "rewards": {
+        "execution": {"rewards": "format,execution"},
+        "+ atomic": {"rewards": "format,execution,atomic=0.5"},
+        "+ memory": {"rewards": "format,execution,memory=0.5"},
+        "+ both": {"rewards": BOTH},
+        "+ both + result": {"rewards": BOTH + ",result=0.5"}},
+    "loss": {f"{loss} {kind}": {"loss": loss, "kl_estimator": kind, "kl_coef": "0.02"}
+             for loss in ("grpo", "dapo", "dr_grpo", "gspo") for kind in ("k1", "k2", "k3")},
+    "kl": {f"kl {weight}": {"kl_coef": weight} for weight in ("0", "0.01", "0.04", "0.1")},
+    "group-size": {f"{B} x {G}": {"prompts_per_step": B, "group_size": G}  # the same number of completions
+                   for B, G in (("32", "8"), ("128", "2"), ("64", "4"), ("16", "16"), ("8", "32"))},
+    "advantage-scale": {scale: {"advantage_scale": scale} for scale in ("none", "group", "batch")},
+    "embedder": {name: {"rewards": BOTH, "embedder": name} for name in ("hash", "policy")},
+}
+RESERVED = ("seed", "output", "resume", "start")  # flags of train.py that are set here
+# What shapes the cold start cannot differ between runs that share it.
+OF_THE_START = {"model", "lora_rank", "data", "data_dir", "split", "world", "traces",
+                *(field.name for config in (SFTConfig, PromptConfig) for field in fields(config))}
+SHOWN = ("accuracy", "area", "flat groups", "all wrong", "reward spread", "does not run", "result groups", "collapse",
+         "seconds")
+PLAIN = ("reward spread", "result groups", "seconds")  # not shares, so not shown in per cent
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+               2.120, 2.110, 2.101, 2.093)  # 97.5 % of Student's t for 1, 2, ... degrees of freedom
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a cell of the grid on a seed, or the start of a seed."""
+
+    cell: str
+    seed: int
+    folder: Path
+    flags: tuple[str, ...]
+    settings: train.Settings
+
+    @property
+    def trained(self) -> bool:
+        return (self.folder / "measures.json").exists() or (self.cell == "start" and bool(self.checkpoints()))
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("checkpoints/step-*"), key=lambda folder: int(folder.name.split("-")[1]))
+
+    def policy(self) -> Path:
+        """What is measured: the best policy by dev, or the last where there is no dev."""
+        best = self.folder / "best"
+        return best if best.exists() else self.checkpoints()[-1]
+
+
+def cells_of(grid: str | None, vary: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Every combination of the named grid and of each --vary: name -> flags."""
+    dimensions = [GRIDS[grid]] if grid else []
+    for text in vary:
+        name, _, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        split = [value.strip() for value in values.split(";" if ";" in values else ",") if value.strip()]
+        if not name or not split:
+            raise UserError(f"--vary {text!r} is not of the form flag=a,b,c")
+        if name in OF_THE_START or name in RESERVED:
+            raise UserError(f"--vary {name} cannot be: the runs of a seed share their start, and {name} belongs to it")
+        dimensions.append({f"{name}={value}": {name: value} for value in split})
+    if not dimensions:
+        raise UserError(f"give --grid NAME (one of {', '.join(GRIDS)}) or --vary flag=a,b,c")
+    cells = {}
+    for combination in product(*(dimension.items() for dimension in dimensions)):
+        cells[", ".join(name for name, _ in combination)] = {k: v for _, part in combination for k, v in part.items()}
+    return cells
+
+
+def as_flags(values: Mapping[str, str]) -> list[str]:
+    """{"kl_coef": "0"} to ["--kl-coef", "0"]; true and false are switches."""
+    flags = []
+    for name, value in values.items():
+        name = name.replace("_", "-")
+        flags += {"true": [f"--{name}"], "false": [f"--no-{name}"]}.get(value, [f"--{name}", value])
+    return flags
+
+
+def plan(given: argparse.Namespace, common: Sequence[str]) -> tuple[list[Run], list[Run]]:
+    """The starts and the runs, seed by seed; what is wrong with their flags is said here, before any work."""
+    threads = ["--threads", str(max(1, (os.cpu_count() or 1) // given.jobs))]
+    cells = cells_of(given.grid, given.vary)
+    folders = {name: re.sub(r"[^\w.=+-]+", "-", name).strip("-") for name in cells}
+    if len(set(folders.values())) < len(cells):
+        raise UserError("two cells of the grid would share a folder; give their values other names")
+
+    def make(cell: str, seed: int, folder: str, *more: str) -> Run:
+        path = given.output / f"seed-{seed}" / folder
+        flags = (*threads, *common, "--seed", str(seed), "--output", str(path), "--test-questions", "0", *more)
+        return Run(cell, seed, path, flags, train.parse_settings(list(flags)))
+
+    starts = [make("start", seed, "start", "--steps", "0", "--eval-every", "0") for seed in range(given.seeds)]
+    runs = [make(cell, start.seed, folders[cell], "--start", str(start.folder / "checkpoints" / "step-0"),
+                 *as_flags(cells[cell])) for start in starts for cell in cells]
+    for run in starts + runs:
+        if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
+            RunFolder(run.folder, run.settings.as_dict(), resume=True, may_change=train.MAY_CHANGE_ON_RESUME)
+    return starts, runs
+
+
+# ------------------------------------------------------------------------------------------------- the work
+
+class Stopped(Exception):
+    """The run was interrupted; it can be continued."""
+
+
+class Workers:
+    """Runs the project's scripts as processes that `stop` can end in good order."""
+
+    def __init__(self):
+        self.processes, self.lock, self.stopping = set(), threading.Lock(), False
+
+    def call(self, script: str, arguments: Sequence[str], log: Path) -> None:
+        """Runs a script, its output appended to `log`. Raises UserError when it fails."""
+        with open(log, "a", encoding="utf-8") as file, self.lock:
+            if self.stopping:
+                raise Stopped
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / script), *arguments], stdout=file, stderr=subprocess.STDOUT,
+                env=os.environ | {"TQDM_MININTERVAL": "30"}, start_new_session=True)  # Ctrl-C is passed on by `stop`
+            self.processes.add(process)
+        status = process.wait()
+        self.processes.discard(process)
+        if self.stopping:
+            raise Stopped
+        if status:
+            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
+            raise UserError(f"{script} failed ({last.strip()}); see {log}")
+
+    def stop(self) -> None:
+        """Lets every process finish its step and save."""
+        with self.lock:
+            self.stopping = True
+            for process in self.processes:
+                process.send_signal(signal.SIGINT)
+
+
+def perform(run: Run, given: argparse.Namespace, workers: Workers) -> dict:
+    """Trains and measures a run, or what is left of it to do; returns its measures."""
+    file, how = run.folder / "measures.json", [given.samples, given.questions]
+    if file.exists():
+        stored = parse_json(read_text(file), file)
+        if stored["how"] == how:
+            return stored["measures"]
+    log = run.folder.parent / f"{run.folder.name}.log"
+    if not run.trained:
+        if not run.checkpoints():  # killed before its first checkpoint: nothing to continue
+            shutil.rmtree(run.folder, ignore_errors=True)
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        workers.call("train.py", [*run.flags, *(["--resume"] if run.checkpoints() else [])], log)
+    evaluation = run.folder / "evaluation.json"
+    workers.call("evaluate.py", evaluation_flags(run, given, evaluation), log)
+    measures = measures_of(run, json.loads(evaluation.read_text()))
+    write_whole(file, json.dumps({"how": how, "measures": measures}, indent=1) + "\n")
+    if not given.keep and run.cell != "start":
+        for folder in ("checkpoints", "gold_cache") if (run.folder / "best").exists() else ("gold_cache",):
+            shutil.rmtree(run.folder / folder, ignore_errors=True)
+        (run.folder / "rollouts.jsonl").unlink(missing_ok=True)
+    return measures
+
+
+def evaluation_flags(run: Run, given: argparse.Namespace, evaluation: Path) -> list[str]:
+    """evaluate.py's command line for a run: greedy answers count, and --samples at temperature 1 for the rest."""
+    s = run.settings
+    values = {"model": run.policy(), "data": s.run.data, "split": "test" if s.run.data == "demo" else "dev",
+              "world": s.run.world, "seed": s.run.seed, "match": s.run.match, "threads": s.run.threads, "vote": "none",
+              "samples": given.samples, "temperature": 1.0, "limit": given.questions, "json": evaluation,
+              "max_completion_tokens": s.grpo.max_completion_tokens, "workers": s.run.sql_workers,
+              "timeout": s.run.sql_timeout, "gold_cache": given.output / "gold_cache"}
+    flags = as_flags({name: str(value) for name, value in values.items()})
+    for field in fields(s.prompts):
+        flags += [flag_of(field), str(getattr(s.prompts, field.name))]
+    flags += ["--data-dir", s.run.data_dir] if s.run.data_dir else []
+    return flags + (["--lenient-format"] if s.rewards.lenient_format else [])
+
+
+# ----------------------------------------------------------------------------------------------- measures
+
+def measures_of(run: Run, evaluation: dict) -> dict:
+    """The measures of a finished run, and its curve of dev accuracy as [[step, accuracy], ...]."""
+    match = run.settings.run.match
+    measures = {"accuracy": evaluation["execution_accuracy"][match]}
+    measures |= {f"accuracy, {level}": part["execution_accuracy"][match]
+                 for level, part in evaluation["by_difficulty"].items()}
+    measures |= {"voted accuracy": evaluation["answers"]["value-aware"]["execution_accuracy"][match],
+                 "result groups": evaluation["result_groups"],
+                 "does not run": 1 - evaluation["sample_statuses"].get("ok", 0.0)}
+    file = run.folder / "metrics.jsonl"
+    steps = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return measures | (training_measures(steps) if steps else {})
+
+
+def training_measures(steps: Sequence[dict]) -> dict:
+    """What the lines of metrics.jsonl say about a run."""
+    measures = {"flat groups": fmean(step["flat_groups"] for step in steps),
+                "all wrong": fmean(step["all_wrong_groups"] for step in steps),
+                "reward spread": fmean(step["reward_std"] for step in steps),
+                "seconds": sum(value for step in steps for name, value in step.items()
+                               if name.startswith("seconds/") and name.count("/") == 1)}
+    curve = [[step["step"], step["dev_accuracy"]] for step in steps if "dev_accuracy" in step]
+    if curve:
+        best, last = max(accuracy for _, accuracy in curve), curve[-1][1]
+        measures |= {"area": area_under(curve), "best on dev": best, "last on dev": last,
+                     "collapse": float(best - last > 0.05 + 1e-9), "curve": curve}
+    return measures
+
+
+def area_under(curve: Sequence[Sequence[float]]) -> float:
+    """The area under [(x, y), ...], joined by straight lines, divided by the width; of one point its y."""
+    width = curve[-1][0] - curve[0][0]
+    if not width:
+        return curve[0][1]
+    return sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in zip(curve, curve[1:], strict=False)) / width
+
+
+def mean_interval(values: Sequence[float]) -> dict:
+    """The mean and its 95 % t-interval; None for the interval of a single value."""
+    mean, n = fmean(values), len(values)
+    if n < 2:
+        return {"mean": mean, "interval": None}
+    half = (T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 1.96 + 2.45 / (n - 1)) * stdev(values) / math.sqrt(n)
+    return {"mean": mean, "interval": [mean - half, mean + half]}
+
+
+def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
+    """For each cell every measure over its seeds, and its paired difference to the baseline on the same seeds."""
+    summary = {}
+    for cell, runs in results.items():
+        base, part = results.get(baseline, {}), {}
+        for name in dict.fromkeys(name for measures in runs.values() for name in measures if name != "curve"):
+            values = {seed: measures[name] for seed, measures in runs.items() if name in measures}
+            part[name] = mean_interval(list(values.values()))
+            pairs = [value - base[seed][name] for seed, value in values.items() if name in base.get(seed, {})]
+            if pairs and cell != baseline:
+                part[name]["difference"] = mean_interval(pairs)
+        curves = [dict(map(tuple, measures["curve"])) for measures in runs.values() if "curve" in measures]
+        shared = sorted(set.intersection(*map(set, curves))) if curves else []
+        summary[cell] = {"seeds": len(runs), "measures": part,
+                         "curve": [[step, mean_interval([curve[step] for curve in curves])] for step in shared]}
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------- output
+
+def table(summary: dict, baseline: str) -> str:
+    """Markdown: the measures of every cell, then its differences to the baseline."""
+    def cell_text(name: str, value: dict | None, sign: str = "") -> str:
+        if value is None:
+            return ""
+        scale, digits = (1, 0 if name == "seconds" else 2) if name in PLAIN else (100, 1)
+        text = f"{scale * value['mean']:{sign}.{digits}f}"
+        if value["interval"] is None:
+            return text
+        low, high = (scale * bound for bound in value["interval"])
+        return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    def heading(columns: Sequence[str]) -> list[str]:
+        shown = [name if name in PLAIN else f"{name}, %" for name in columns]
+        return [f"| | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(columns)}"]
+
+    tiers = list(dict.fromkeys(name for part in summary.values() for name in part["measures"] if ", " in name))
+    lines = []
+    for title, columns in (("Mean over seeds [95 % interval]", SHOWN), ("By difficulty", tiers)):
+        lines += [f"{title}:", "", *heading(columns)]
+        lines += [f"| {cell} | {part['seeds']} | "
+                  + " | ".join(cell_text(name, part["measures"].get(name)) for name in columns) + " |"
+                  for cell, part in summary.items()] + [""]
+    lines += [f"Difference to `{baseline}` on the same seeds [95 % interval]:", "", *heading((*SHOWN, *tiers))]
+    lines += [f"| {cell} | {part['seeds']} | " + " | ".join(
+        cell_text(name, part["measures"].get(name, {}).get("difference"), "+") for name in (*SHOWN, *tiers)) + " |"
+        for cell, part in summary.items() if cell not in (baseline, "start")]
+    return "\n".join(lines) + "\n"
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # safe for colour-blind eyes
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 48, 190, 16, 40
+
+
+def draw_curves(summary: dict) -> str:
+    """SVG: accuracy on dev over the steps, a line a cell, the band its 95 % interval over seeds."""
+    curves = {cell: part["curve"] for cell, part in summary.items() if part["curve"]}
+    points = [(step, *(value["interval"] or (value["mean"],) * 2))
+              for curve in curves.values() for step, value in curve]
+    if not points:
+        return ""
+    last = max(step for step, _, _ in points)
+    low = max(0.0, math.floor(10 * min(low for _, low, _ in points)) / 10)
+    high = min(1.0, math.ceil(10 * max(high for _, _, high in points)) / 10)
+
+    def x(step: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * step / last, 1)
+
+    def y(share: float) -> float:
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - min(max(share, low), high)) / ((high - low) or 1), 1)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+             f'font-size="12"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
+    for tick in range(round(10 * low), round(10 * high) + 1):
+        parts.append(f'<path d="M{LEFT},{y(tick / 10)}H{WIDTH - RIGHT}" stroke="#ddd"/><text x="{LEFT - 6}" '
+                     f'y="{y(tick / 10) + 4}" text-anchor="end">{10 * tick} %</text>')
+    for step in sorted({0, *(step for step, _, _ in points)}):
+        parts.append(f'<text x="{x(step)}" y="{HEIGHT - 22}" text-anchor="middle">{step}</text>')
+    parts.append(f'<text x="{x(last / 2)}" y="{HEIGHT - 4}" text-anchor="middle">GRPO step; accuracy on dev, mean and '
+                 '95 % interval over seeds</text>')
+    for number, (cell, curve) in enumerate(curves.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        dashes = f' stroke-dasharray="{6 * (number // len(COLOURS))},3"' if number >= len(COLOURS) else ""
+        band = [(x(step), y(value["interval"][side])) for side, order in ((0, curve), (1, curve[::-1]))
+                for step, value in order if value["interval"]]
+        line = [(x(step), y(value["mean"])) for step, value in curve]
+        if band:
+            parts.append(f'<polygon points="{joined(band)}" fill="{colour}" opacity="0.12"/>')
+        parts.append(f'<polyline points="{joined(line)}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
+        parts.append(f'<path d="M{WIDTH - RIGHT + 12},{TOP + 10 + 20 * number}h24" stroke="{colour}" stroke-width="2"'
+                     f'{dashes}/><text x="{WIDTH - RIGHT + 42}" y="{TOP + 14 + 20 * number}">{escape(cell)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def joined(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x},{y}" for x, y in points)
+
+
+def write_results(given: argparse.Namespace, results: Mapping[str, Mapping[int, dict]], baseline: str) -> str:
+    """ablation.json, table.md and curves.svg of what is finished so far; returns the table."""
+    given.output.mkdir(parents=True, exist_ok=True)
+    summary = summarise(results, baseline)
+    content = {"command": given.command, "baseline": baseline, "summary": summary, "runs": results}
+    text = table(summary, baseline)
+    for name, part in (("ablation.json", json.dumps(content, indent=1) + "\n"), ("table.md", text),
+                       ("curves.svg", draw_curves(summary))):
+        write_whole(given.output / name, part)
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own flags, and those that go to train.py."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, epilog="Every other flag goes to train.py, for all runs.")
+    parser.add_argument("--grid", choices=list(GRIDS), help="a named grid")
+    parser.add_argument("--vary", action="append", default=[], metavar="FLAG=A,B,C",
+                        help="values of a flag of train.py; with ; between them where they have commas")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the CPU's cores (default: 1)")
+    parser.add_argument("--samples", type=int, default=30, help="sampled answers a question, measuring (default: 30)")
+    parser.add_argument("--questions", type=int, default=200,
+                        help="held-out questions, the first so many; 0: all (default: 200)")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints and rollouts of finished runs")
+    parser.add_argument("--output", type=Path, help="folder of the ablation (default: runs/ablation-GRID)")
+    given, common = parser.parse_known_args(arguments)
+    for name, lowest in (("seeds", 1), ("jobs", 1), ("samples", 2), ("questions", 0)):
+        if getattr(given, name) < lowest:
+            raise UserError(f"--{name} must be at least {lowest}")
+    for flag in common:
+        if flag.split("=")[0] in [f"--{name}" for name in RESERVED]:
+            raise UserError(f"{flag} is set by ablate.py for each run (see --seeds and --output)")
+    given.output = given.output or Path("runs") / f"ablation-{given.grid or 'own'}"
+    given.command = " ".join(["ablate.py", *arguments])
+    return given, common
+
+
+def main() -> int:
+    """Run the grid."""
+    given, common = parse_arguments(sys.argv[1:])
+    starts, runs = plan(given, common)
+    baseline, failures = runs[0].cell, 0
+    results = {run.cell: {} for run in starts + runs}  # {cell: {seed: measures}}
+    workers = Workers()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ThreadPoolExecutor(given.jobs) as pool, tqdm(total=len(starts + runs), desc="ablation", unit="run") as bar:
+        try:
+            for phase in (starts, runs):
+                waiting = {pool.submit(perform, run, given, workers): run for run in phase}
+                for done in as_completed(waiting):
+                    run, error = waiting[done], done.exception()
+                    failures += error is not None
+                    bar.update()
+                    bar.write(progress_line(run, error, {} if error else done.result()))
+                    if error is None:
+                        results[run.cell][run.seed] = done.result()
+                if failures and phase is starts:
+                    raise UserError("without its cold start a seed has no runs")
+        except BaseException:
+            workers.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            text = write_results(given, {cell: runs for cell, runs in results.items() if runs}, baseline)
+    print(text)
+    print(f"{given.output / 'ablation.json'}, table.md, curves.svg")
+    return 1 if failures else 0
+
+
+def progress_line(run: Run, error: BaseException | None, measures: dict) -> str:
+    """What became of a run, on one line."""
+    head = f"seed {run.seed}  {run.cell:<20}"
+    if isinstance(error, UserError):
+        return f"{head}  {error}"
+    if error is not None:
+        raise error
+    seconds = f"  {measures['seconds']:.0f} s" if "seconds" in measures else ""
+    return f"{head}  accuracy {100 * measures['accuracy']:.1f} %{seconds}"
+
+
+if __name__ == "__main__":
+    run_main(main)

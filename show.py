@@ -1,0 +1,140 @@
+"""Shows a group in the terminal: what was asked, and what each completion earned.
+
+    python show.py runs/demo                       # the newest logged group in which some are right and some wrong
+    python show.py runs/demo --step 40 --question 3
+    python train.py --verbose 10                   # the same every 10 steps while a run goes on
+
+Colours go to terminals only, and nowhere when NO_COLOR is set. Completions are untrusted: characters that do not print,
+such as those that steer a terminal, are written out as ‹U+001B›.
+
+`watch_tokens` is here because only people look at its numbers: how an update changed the probability of each token.
+"""
+
+import argparse
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import fill
+
+import torch
+
+from data import UserError, run_main
+from grpo import completion_logprobs, dropout_off, pack_group
+from report import RolloutLog, visible
+
+WIDTH = 80
+COLOURS = {"good": "32", "bad": "31", "soft": "2", "strong": "1"}
+
+
+# ---------------------------------------------------------------------------------------- a group in the terminal
+
+def group_text(group: dict, *, colour: bool, thoughts: bool = False) -> str:
+    """A record of rollouts.jsonl for a terminal of 80 columns, the best completions first, equal ones once."""
+    paint = painter(colour)
+    completions = group["completions"]
+    right = f"{sum(c['correct'] for c in completions)} of {len(completions)} right"
+    place = one_line(" · ".join(filter(None, (f"step {group['step']}", group["db_id"], group["difficulty"]))))
+    names = [name for name in completions[0]["rewards"] if name != "total"
+             and (name in ("format", "execution") or any(c["rewards"][name] for c in completions))]
+    parts = [paint("strong", f"{place:<{WIDTH - len(right)}}{right}"), fill(one_line(group["question"]), WIDTH),
+             paint("soft", fill(f"gold: {one_line(group['gold_sqls'][0])}", WIDTH, subsequent_indent="      ")),
+             paint("soft", f"{'':>3} {'advantage':>9} {'reward':>7}" + "".join(f" {name:>9}" for name in names))]
+    alike = {}
+    for completion in sorted(completions, key=lambda c: -c["rewards"]["total"]):
+        alike.setdefault(completion["text"], []).append(completion)
+    for same in alike.values():
+        parts.append(completion_lines(same[0], len(same), names, paint, thoughts))
+    return "\n".join(parts)
+
+
+def completion_lines(completion: dict, count: int, names: list[str], paint, thoughts: bool) -> str:
+    """Rewards and advantage in one line, below it the SQL and why it earned no more."""
+    advantage, rewards = completion["advantage"], completion["rewards"]
+    tone = "good" if advantage > 0 else "bad" if advantage < 0 else "soft"
+    times = f"{count}×" if count > 1 else ""
+    numbers = "".join(f" {rewards[name]:>9.2f}" for name in names)
+    verdict = "another result" if completion["status"] == "ok" else one_line(completion["status"])
+    head = f"{times:>3} {advantage:>+9.2f} {rewards['total']:>7.2f}{numbers}  "
+    body = [completion["thought"] if thoughts else "", completion["sql"] or completion["text"], completion["error"]]
+    return "\n".join([paint(tone, head + ("right" if completion["correct"] else verdict)),
+                      *(fill(one_line(text), WIDTH, initial_indent="    ", subsequent_indent="      ", max_lines=3,
+                             placeholder=" …") for text in body if text)])
+
+
+def one_line(text: str) -> str:
+    """Untrusted text as one line that cannot steer a terminal."""
+    return visible(" ".join(str(text).split()))
+
+
+def painter(colour: bool):
+    """A function (tone, text) -> text, which colours or does not."""
+    return (lambda tone, text: f"\033[{COLOURS[tone]}m{text}\033[0m") if colour else (lambda tone, text: text)
+
+
+def wants_colour(stream) -> bool:
+    """True on a terminal that shows colours, unless NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+# ------------------------------------------------------------------------------------ what an update did to tokens
+
+@contextmanager
+def watch_tokens(policy, groups, advantages, config):
+    """Around `policy_update`: how it changed the probability of each token of one group, the one with most to learn.
+
+    Yields a dict that holds afterwards {index of the group: a dict a completion: `tokens_text`, and `ratios`, which are
+    eq. (2) after the step's last update}. Costs two forward passes of that group.
+    """
+    chosen = int((advantages.amax(1) - advantages.amin(1)).argmax())
+    prompt, completions = groups[chosen].prompt, groups[chosen].completions
+    size = config.micro_batch or len(completions)
+    parts = [pack_group(prompt, completions[i:i + size]) for i in range(0, len(completions), size)]
+    found, before = {}, _logps(policy.model, parts, config)
+    yield found
+    after = _logps(policy.model, parts, config)
+    found[chosen] = [{"tokens_text": [policy.tokenizer.decode([token]) for token in tokens.tolist()],
+                      "ratios": [round(ratio, 4) for ratio in (new - old).exp().tolist()]}
+                     for tokens, new, old in zip(completions, after, before, strict=True)]
+
+
+@torch.no_grad()
+def _logps(model, parts, config) -> list[torch.Tensor]:
+    """Log-probabilities [C_i] of each completion in some packed rows."""
+    with dropout_off(model):
+        rows = [(completion_logprobs(model, packed, config.temperature)[0].float().cpu(), packed) for packed in parts]
+    return [row[:len(c)] for logps, packed in rows for row, c in zip(logps, packed.completions, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+def find_group(folder: Path, step: int | None, question: int | None) -> dict:
+    """A logged group; by default the newest that has right and wrong completions, or just the newest."""
+    log = RolloutLog(folder / "rollouts.jsonl")
+    if not log.steps:
+        raise UserError(f"{folder} has no rollouts.jsonl with a finished step")
+    if step is not None and step not in log.places:
+        raise UserError(f"{folder} has no step {step}; it has {log.steps[0]} to {log.steps[-1]}")
+    groups = log.read(log.steps[-1] if step is None else step)
+    if question is not None:
+        if not 1 <= question <= len(groups):
+            raise UserError(f"that step has questions 1 to {len(groups)}, not {question}")
+        return groups[question - 1]
+    mixed = [group for group in groups if len({c["correct"] for c in group["completions"]}) == 2]
+    return (mixed or groups)[0]
+
+
+def main() -> None:
+    """Show one group of a run."""
+    parser = argparse.ArgumentParser(description="Show a group of a run in the terminal.")
+    parser.add_argument("run", type=Path, help="folder of the run, such as runs/demo")
+    parser.add_argument("--step", type=int, help="its step (default: the newest)")
+    parser.add_argument("--question", type=int, help="its number in the step, from 1")
+    parser.add_argument("--thoughts", action="store_true", help="also the reasoning")
+    given = parser.parse_args()
+    group = find_group(given.run, given.step, given.question)
+    print(group_text(group, colour=wants_colour(sys.stdout), thoughts=given.thoughts))
+
+
+if __name__ == "__main__":
+    run_main(main)

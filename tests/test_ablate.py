@@ -1,0 +1,271 @@
+"""ablate.py: grids, measures and intervals by hand, and a small ablation that is run, continued and compared."""
+
+import json
+import sys
+import time
+import xml.etree.ElementTree as ET
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from little_policy import LESSONS, little_policy_folder
+
+import ablate
+import demo_world
+import evaluate
+import train
+from data import UserError
+
+# ---- the grid
+
+
+def test_every_named_grid_is_one_that_train_accepts(tmp_path):
+    for name, cells in ablate.GRIDS.items():
+        assert list(ablate.cells_of(name, [])) == list(cells) and len(cells) > 1
+        for flags in cells.values():
+            train.parse_settings([*ablate.as_flags(flags), "--output", str(tmp_path)])
+    assert len(ablate.GRIDS["rewards"]) == 5 and len(ablate.GRIDS["loss"]) == 4 * 3
+    completions = {int(f["prompts_per_step"]) * int(f["group_size"]) for f in ablate.GRIDS["group-size"].values()}
+    assert len(completions) == 1
+
+
+def test_combinations():
+    cells = ablate.cells_of("advantage-scale", ["group-size=4,8", "rewards=format,execution;format"])
+    assert len(cells) == 3 * 2 * 2
+    assert cells["group, group_size=8, rewards=format"] == {"advantage_scale": "group", "group_size": "8", "rewards": "format"}
+    assert ablate.as_flags({"lr_decay": "true", "lenient_format": "false", "kl_coef": "0"}) == [
+        "--lr-decay", "--no-lenient-format", "--kl-coef", "0"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "give --grid NAME"), (["--vary", "lr"], "not of the form"), (["--vary", "=1"], "not of the form"),
+    (["--vary", "cold_start_steps=1,2"], "belongs to it"), (["--vary", "world=default,hard"], "belongs to it"),
+    (["--grid", "kl", "--seeds", "0"], "--seeds must be at least 1"), (["--grid", "kl", "--seed", "1"], "is set by"),
+    (["--grid", "kl", "--output", "x", "--resume"], "is set by"), (["--vary", "data=a,b"], "belongs to it"),
+    (["--grid", "kl", "--group-size", "1"], "group_size is 1"), (["--vary", "rewards=format;exec"], "no reward 'exec'"),
+    (["--vary", "rewards=format,execution;format-execution"], "share a folder")])
+def test_bad_command_lines_are_refused_before_any_work(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablate, "perform", None)
+    with pytest.raises(UserError, match=words):
+        ablate.plan(*ablate.parse_arguments(arguments))
+    assert not list(tmp_path.iterdir())
+
+
+# ---- measures, by hand
+
+
+def test_intervals_are_students_t():
+    assert ablate.mean_interval([0.5]) == {"mean": 0.5, "interval": None}
+    found = ablate.mean_interval([1.0, 2.0, 3.0])  # deviation 1, so 4.303 / sqrt(3)
+    assert found["mean"] == 2.0 and found["interval"] == pytest.approx([2 - 2.4843, 2 + 2.4843], abs=1e-4)
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(2000):
+        low, high = ablate.mean_interval(rng.normal(size=5).tolist())["interval"]
+        hits += low <= 0 <= high
+    assert 0.935 < hits / 2000 < 0.965
+    many = ablate.mean_interval([0.0, 1.0] * 15)["interval"]  # 30 values: t = 2.045
+    assert many[1] - 0.5 == pytest.approx(2.045 * np.std([0.0, 1.0] * 15, ddof=1) / np.sqrt(30), rel=0.002)
+
+
+def test_area_under_a_curve():
+    assert ablate.area_under([[10, 0.4]]) == 0.4
+    assert ablate.area_under([[0, 0.0], [10, 1.0]]) == pytest.approx(0.5)
+    assert ablate.area_under([[0, 0.2], [10, 0.4], [40, 0.4]]) == pytest.approx((10 * 0.3 + 30 * 0.4) / 40)
+
+
+def test_what_the_metrics_say():
+    def step(number, **more):
+        return {"step": number, "flat_groups": 0.25 * number, "all_wrong_groups": 0.5, "reward_std": 0.1 * number,
+                "seconds/rollout": 1.0, "seconds/update": 2.0, "seconds/rewards": 0.5, "seconds/rewards/atomic": 0.4, **more}
+
+    found = ablate.training_measures([step(1), step(2, dev_accuracy=0.5), step(3, dev_accuracy=0.44)])
+    assert found["flat groups"] == pytest.approx(0.5) and found["reward spread"] == pytest.approx(0.2)
+    assert found["all wrong"] == 0.5 and found["seconds"] == pytest.approx(10.5)  # parts of a part count once
+    assert found["curve"] == [[2, 0.5], [3, 0.44]] and found["area"] == pytest.approx(0.47)
+    assert (found["best on dev"], found["last on dev"], found["collapse"]) == (0.5, 0.44, 1.0)
+    kept = ablate.training_measures([step(1, dev_accuracy=0.55), step(2, dev_accuracy=0.50)])
+    assert kept["collapse"] == 0.0  # five points are not more than five
+    assert "collapse" not in ablate.training_measures([step(1)])
+
+
+def test_differences_are_paired_by_seed():
+    results = {"base": {0: {"accuracy": 0.1}, 1: {"accuracy": 0.5}, 2: {"accuracy": 0.3}},
+               "other": {0: {"accuracy": 0.2, "curve": [[1, 0.2], [2, 0.4]]},
+                         2: {"accuracy": 0.42, "curve": [[1, 0.4], [2, 0.6], [3, 0.9]]}}}
+    summary = ablate.summarise(results, "base")
+    found = summary["other"]["measures"]["accuracy"]
+    assert summary["other"]["seeds"] == 2 and found["mean"] == pytest.approx(0.31)
+    assert found["difference"]["mean"] == pytest.approx(0.11)  # of seeds 0 and 2
+    assert found["difference"]["interval"] == pytest.approx([0.11 - 12.706 * 0.01, 0.11 + 12.706 * 0.01])
+    assert "difference" not in summary["base"]["measures"]["accuracy"]
+    assert [step for step, _ in summary["other"]["curve"]] == [1, 2]  # where every seed has one
+    text = ablate.table(summary, "base")
+    assert "| other | 2 | 31.0 [-108.8, 170.8] |" in text and "+11.0 [-16.1, 23.7]".replace("-16.1", "-1.7") in text
+
+
+def test_the_plot_is_one_picture_with_a_line_and_a_band_a_cell():
+    def curve(*means):
+        return [[10 * i, {"mean": m, "interval": [m - 0.1, m + 0.1]}] for i, m in enumerate(means, 1)]
+
+    summary = {f"cell <{i}>": {"curve": curve(0.3, 0.4, 0.5 + i / 50)} for i in range(9)} | {
+        "start": {"curve": []}, "alone": {"curve": [[10, {"mean": 0.2, "interval": None}]]}}
+    picture = ET.fromstring(ablate.draw_curves(summary))
+    tags = [element.tag.rpartition("}")[2] for element in picture]
+    assert tags.count("polyline") == 10 and tags.count("polygon") == 9
+    points = [tuple(map(float, p.split(","))) for e in picture if "points" in e.attrib for p in e.get("points").split()]
+    assert all(ablate.LEFT <= x <= ablate.WIDTH - ablate.RIGHT and ablate.TOP <= y <= ablate.HEIGHT - ablate.BOTTOM
+               for x, y in points)
+    assert ablate.draw_curves({"start": {"curve": []}}) == ""
+
+
+# ---- a small ablation
+
+
+@pytest.fixture
+def small(tmp_path, tiny_db, monkeypatch):
+    """Runs an ablation of two cells on two seeds in this process; returns (arguments, scripts called so far)."""
+    records = [{"id": f"q{i}", "question": LESSONS[i % 6][0], "db_id": "music", "sql": LESSONS[i % 6][1],
+                "difficulty": ["low", "high"][i % 2]} for i in range(40)]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    arguments = ["--vary", "rewards=format,execution;format,execution,atomic", "--seeds", 2, "--samples", 3, "--questions", 6,
+                 "--model", little_policy_folder(tiny_db), "--data", tmp_path / "own.json", "--steps", 2, "--lr", 1e-4,
+                 "--prompts-per-step", 2, "--group-size", 3, "--max-completion-tokens", 40, "--prompt-style", "compact",
+                 "--eval-every", 1, "--save-every", 1, "--sql-workers", 1, "--kl-coef", 0, "--threads", 1,
+                 "--output", tmp_path / "out"]
+    called = []
+
+    def call(self, script, flags, log):
+        called.append((script, Path(log).stem, "--resume" in flags))
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        assert not {"train.py": train.main, "evaluate.py": evaluate.main}[script]()
+
+    monkeypatch.setattr(ablate.Workers, "call", call)
+    monkeypatch.setattr(train, "stop_signals", lambda trainer: nullcontext())  # signals belong to the main thread
+    return list(map(str, arguments)), called
+
+
+def run_ablation(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *arguments])
+    status = ablate.main()
+    out = Path(arguments[arguments.index("--output") + 1])
+    return status, json.loads((out / "ablation.json").read_text())
+
+
+def without_times(content):
+    return json.dumps({cell: {seed: {k: v for k, v in measures.items() if k != "seconds"} for seed, measures in runs.items()}
+                       for cell, runs in content["runs"].items()})
+
+
+def test_an_ablation_is_run_skipped_continued_and_checked(small, tmp_path, monkeypatch, capsys):
+    arguments, called = small
+    status, content = run_ablation(monkeypatch, arguments)
+    printed, out = capsys.readouterr(), tmp_path / "out"
+    names = ["rewards=format,execution", "rewards=format,execution,atomic"]
+    assert status == 0 and list(content["runs"]) == ["start", *names] and content["baseline"] == names[0]
+    assert [script for script, _, _ in called] == ["train.py", "evaluate.py"] * 6
+    assert printed.err.count("accuracy") + printed.out.count("  accuracy ") >= 6  # a line a run
+    for seed in ("0", "1"):
+        for cell, folder in zip(names, ("rewards=format-execution", "rewards=format-execution-atomic"), strict=True):
+            measures, path = content["runs"][cell][seed], out / f"seed-{seed}" / folder
+            lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+            evaluation = json.loads((path / "evaluation.json").read_text())
+            assert len(lines) == 2 and measures["flat groups"] == pytest.approx(np.mean([x["flat_groups"] for x in lines]))
+            assert measures["accuracy"] == evaluation["answers"]["greedy"]["execution_accuracy"]["bird"] > 0
+            assert 0 <= measures["does not run"] < 1 and 0 < measures["result groups"] <= 3
+            assert measures["curve"] == [[x["step"], x["dev_accuracy"]] for x in lines]
+            assert not (path / "checkpoints").exists() and (path / "best" / "config.json").exists()
+    spreads = [[content["runs"][cell][seed]["reward spread"] for seed in "01"] for cell in names]
+    assert spreads[0] != spreads[1] or not any(spreads[0])  # the rewards do differ
+    assert (out / "table.md").read_text() in printed.out and ET.fromstring((out / "curves.svg").read_text()) is not None
+
+    called.clear()  # the same again: nothing is left to do
+    assert without_times(run_ablation(monkeypatch, arguments)[1]) == without_times(content) and called == []
+
+    lost = out / "seed-1" / "rewards=format-execution"  # a run that was killed before it was measured
+    (lost / "measures.json").unlink()
+    kept = run_ablation(monkeypatch, [*arguments, "--keep"])[1]
+    assert without_times(kept) == without_times(content)
+    assert called == [("train.py", "rewards=format-execution", False), ("evaluate.py", "rewards=format-execution", False)]
+    called.clear()
+    (lost / "measures.json").unlink()  # and one that was killed after a checkpoint
+    (lost / "evaluation.json").unlink()
+    assert without_times(run_ablation(monkeypatch, arguments)[1]) == without_times(content)
+    assert called == [("train.py", "rewards=format-execution", True), ("evaluate.py", "rewards=format-execution", False)]
+
+    called.clear()  # another number of samples is measured anew, not trained anew
+    again = run_ablation(monkeypatch, [*arguments, "--samples", "2", "--seeds", "1"])[1]
+    assert {script for script, _, _ in called} == {"evaluate.py"} and len(called) == 3
+    assert again["runs"][names[0]]["0"]["curve"] == content["runs"][names[0]]["0"]["curve"]
+    with pytest.raises(UserError, match="was started with lr = 0.0001, not 0.1"):
+        run_ablation(monkeypatch, [*arguments, "--lr", "0.1"])
+
+
+def test_a_shared_start_gives_what_a_cold_start_of_its_own_gives(small, tmp_path, monkeypatch):
+    flags = ["--data", str(tmp_path / "own.json"), "--cold-start-steps", "3", "--cold-start-batch", "4", "--steps", "2",
+             "--prompts-per-step", "2", "--group-size", "2", "--max-completion-tokens", "8", "--eval-every", "0",
+             "--test-questions", "0", "--sql-workers", "1", "--threads", "1"]
+
+    def trained(name, *more):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--output", str(tmp_path / name), *more])
+        assert train.main() == 0
+        return tmp_path / name / "checkpoints"
+
+    whole, start = trained("whole"), trained("start", "--steps", "0")
+    shared = trained("shared", "--start", str(start / "step-0"))
+    for step in ("step-0", "step-2"):
+        assert (whole / step / "model.safetensors").read_bytes() == (shared / step / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(small, tmp_path, monkeypatch, capsys):
+    arguments, _ = small
+    real = ablate.Workers.call
+
+    def call(self, script, flags, log):
+        if "atomic" in log.stem and "seed-1" in str(log):
+            raise UserError(f"train.py failed (out of memory); see {log}")
+        real(self, script, flags, log)
+
+    monkeypatch.setattr(ablate.Workers, "call", call)
+    status, content = run_ablation(monkeypatch, arguments)
+    printed = capsys.readouterr()
+    assert status == 1 and "failed (out of memory); see" in printed.out + printed.err
+    assert [len(content["runs"][cell]) for cell in content["runs"]] == [2, 2, 1]
+
+
+def test_processes_are_called_stopped_and_their_last_words_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    (tmp_path / "good.py").write_text("import sys; print('hello', *sys.argv[1:])")
+    (tmp_path / "bad.py").write_text("print('error: no luck'); raise SystemExit(2)")
+    (tmp_path / "slow.py").write_text("import time, sys\ntry: print('up', flush=True); time.sleep(60)\n"
+                                      "except KeyboardInterrupt: print('saved'); sys.exit(130)")
+    workers, log = ablate.Workers(), tmp_path / "log"
+    workers.call("good.py", ["a"], log)
+    assert log.read_text() == "hello a\n" and not workers.processes
+    with pytest.raises(UserError, match=r"bad.py failed \(error: no luck\); see"):
+        workers.call("bad.py", [], log)
+    with ablate.ThreadPoolExecutor(1) as pool:
+        future = pool.submit(workers.call, "slow.py", [], tmp_path / "slow.log")
+        end = time.monotonic() + 20
+        while "up" not in ((tmp_path / "slow.log").read_text() if (tmp_path / "slow.log").exists() else ""):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        workers.stop()
+        assert isinstance(future.exception(20), ablate.Stopped)
+    assert (tmp_path / "slow.log").read_text() == "up\nsaved\n"
+    with pytest.raises(ablate.Stopped):
+        workers.call("good.py", [], log)
+
+
+# ---- the hard world
+
+
+def test_the_hard_world_differs_in_its_traces_only(tmp_path):
+    for split in demo_world.SPLITS:
+        (records, databases), (hard, same) = (demo_world.load(split, tmp_path, world=world) for world in ("default", "hard"))
+        assert databases == same and (records == hard) == (split != "cold")
+    upper = [record for record in demo_world.load("cold", tmp_path, world="hard")[0] if record["difficulty"] != "simple"]
+    assert len(upper) == sum(demo_world.WORLDS["hard"]["cold"][tier] for tier in demo_world.TIERS[1:]) <= 120
+    with pytest.raises(ValueError, match="no demo world 'easy'; choose one of default, hard"):
+        demo_world.load("cold", tmp_path, world="easy")
