@@ -3,10 +3,12 @@
     runs/NAME/config.json  metrics.jsonl  rollouts.jsonl  checkpoints/step-N/  best/  report.html
 
 A checkpoint is written into a temporary folder, flushed to disk and renamed, so a kill at any instant leaves the
-last good one. Logs are appended a line at a time; resuming cuts them back to the step of the checkpoint.
+last good one. checksums.json in it names every file's SHA-256; resuming skips a checkpoint that does not match. Logs
+are appended a line at a time; resuming cuts them back to the step of the checkpoint.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -23,6 +25,9 @@ from rewards import COMPONENTS
 from schema import UserError
 
 TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
+
+
+CHECKSUMS = "checksums.json"
 
 
 class RunFolder:
@@ -93,15 +98,55 @@ class RunFolder:
             torch.save(state, folder / "trainer.pt")
             if memory is not None:
                 memory.save(folder / "memory.npz")
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+            (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
         replace_folder(self.path / "checkpoints" / f"step-{step}", fill)
         for old, folder in self.checkpoints()[:-keep]:
             if old:
                 shutil.rmtree(folder)
 
+    def newest_whole(self) -> tuple[int, Path] | None:
+        """(step, folder) of the newest checkpoint that is whole; None where there is none at all.
+
+        Damaged newer ones are renamed to damaged-step-N, so that nothing is lost and their place is free.
+        Raises UserError: there are checkpoints, but none is whole.
+        """
+        found = self.checkpoints()
+        for step, folder in reversed(found):
+            problem = damage(folder)
+            if problem is None:
+                return step, folder
+            print(f"skipped {folder}: {problem}")
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        if found:
+            raise UserError(f"{self.path} has no whole checkpoint left to resume; start another --output")
+        return None
+
     def save_best(self, policy) -> None:
         """Replaces best/ by this policy."""
         replace_folder(self.path / "best", policy.save_merged)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, by its checksums; None when it is whole."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text())
+        wrong = [name for name, known in sums.items() if checksum(folder / name) != known]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{CHECKSUMS} cannot be read ({type(error).__name__})"
+    return f"{wrong[0]} is not what was written" if wrong else None
 
 
 def load_state(folder: Path) -> dict:

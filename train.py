@@ -37,6 +37,7 @@ from grpo import (
     reference_logprobs,
     sample_groups,
 )
+from guards import GuardConfig, Guards, Heartbeat
 from policy import Policy, Reference, build_tiny, free_space, load_policy
 from rewards import MemoryGate, RewardConfig, RewardItem, RewardScorer, build_memory, load_reward_module
 from runs import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer, write_whole
@@ -78,10 +79,11 @@ class RunConfig:
     threads: int = _option(0, "CPU threads of PyTorch; 0: PyTorch's choice")
     verbose: int = _option(0, "print a coloured group every so many steps; 0: never, without a number: 10", alone=10)
     tensorboard: bool = _option(False, "also write TensorBoard events (needs tensorboard)")
+    keep: int = _option(2, "newest checkpoints that are kept, besides the start")
     resume: bool = _option(False, "continue the run in the output folder from its newest checkpoint")
 
 
-CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig)
+CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
 TINY_DEFAULTS = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
                  "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
@@ -92,7 +94,7 @@ PRETRAINED_DEFAULTS = {"cold_start_steps": 0}
 MATCHES = {"bird": lambda predicted, gold, sql: bird_match(predicted, gold),
            "spider": lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql))}
 MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "eval_every", "save_every", "sql_workers", "tensorboard",
-                        "verbose")
+                        "verbose", "keep", "max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Settings:
     gate: MemoryGate
     sft: SFTConfig
     prompts: PromptConfig
+    guards: GuardConfig
 
     def as_dict(self) -> dict:
         """Every setting by name, as written to config.json."""
@@ -124,7 +127,8 @@ def parse_settings(arguments: list[str]) -> Settings:
         settings = Settings(*(options.build(config, values) for config in CONFIGS))
     except ValueError as error:
         raise UserError(str(error)) from error
-    for name, lowest in (("steps", 0), ("prompts_per_step", 1), ("cold_start_steps", 0), ("sql_workers", 1)):
+    for name, lowest in (("steps", 0), ("prompts_per_step", 1), ("cold_start_steps", 0), ("sql_workers", 1),
+                         ("keep", 1)):
         if settings.as_dict()[name] < lowest:
             raise UserError(f"--{name.replace('_', '-')} must be at least {lowest}")
     return settings
@@ -156,24 +160,25 @@ class Trainer:
     def __init__(self, s: Settings, data: Splits, folder: RunFolder, executor: SQLExecutor):
         self.s, self.data, self.folder, self.executor = s, data, folder, executor
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        checkpoints = folder.checkpoints() if s.run.resume else []
-        self.policy = self._load_policy(checkpoints)
+        checkpoint = folder.newest_whole() if s.run.resume else None
+        self.policy = self._load_policy(checkpoint)
         self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
         self.train_set = self._usable(data.train, "training")
         self.dev_set = self._usable(data.dev, "dev")
         self.test_sets = {name: self._usable(examples, name) for name, examples in data.tests.items()}
         self.step, self.best, self.before = 0, -1.0, {}
         self.stop_requested = False
+        self.guards, self.heartbeat = Guards(s.guards), Heartbeat()
         self.events = tensorboard_writer(folder.path) if s.run.tensorboard else None
-        if not checkpoints and not s.run.start:
+        if not checkpoint and not s.run.start:
             self._cold_start()
         self.reference = Reference(self.policy.model) if s.grpo.kl_coef else None
-        self.scorer = self._make_scorer(resumed=bool(checkpoints))
+        self.scorer = self._make_scorer(resumed=bool(checkpoint))
         parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=s.run.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                            fused=self.device == "cuda")
-        if checkpoints:
-            self._resume(*checkpoints[-1])
+        if checkpoint:
+            self._resume(*checkpoint)
 
     def train(self) -> int:
         """Runs the remaining steps; returns the exit status."""
@@ -182,11 +187,13 @@ class Trainer:
             self.before = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         if self.step == 0:
             self.save()  # the start: step 0 is the reference
-        bar = tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True)
+        bar = tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True,
+                   disable=None)  # None: only on a terminal; elsewhere there is a line a minute
         with stop_signals(self), bar:
             while self.step < run.steps and not self.stop_requested:
                 self.step += 1
                 metrics = self.take_step()
+                self.watch(metrics)
                 bar.update()
                 bar.set_postfix(reward=f"{metrics['reward']:.2f}", acc=f"{metrics['execution_accuracy']:.2f}",
                                 kl=f"{metrics.get('kl', 0.0):.3f}", dev=f"{self.best:.2f}")
@@ -201,6 +208,16 @@ class Trainer:
             print(f"stopped after step {self.step}; continue with --resume --output {run.output}")
             return 130
         return 0
+
+    def watch(self, metrics: dict) -> None:
+        """Heartbeat and guards. Raises UserError: too many steps in a row without a finite gradient."""
+        self.heartbeat.beat(metrics, self.s.run.steps)
+        for warning in self.guards.watch(metrics):
+            tqdm.write(warning)
+        if self.guards.must_stop:
+            raise UserError(f"the last {self.guards.skipped} steps had no finite gradient, so the run stops at step "
+                            f"{self.step}; their groups are in {self.folder.path / 'rollouts.jsonl'}: start another "
+                            "--output with a lower --lr, or --resume from the last checkpoint")
 
     def take_step(self) -> dict:
         """One GRPO step: sample → score → advantages → update → log."""
@@ -294,10 +311,10 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------- preparation
 
-    def _load_policy(self, checkpoints) -> Policy:
+    def _load_policy(self, checkpoint: tuple[int, Path] | None) -> Policy:
         run = self.s.run
-        if checkpoints:
-            return load_policy(str(checkpoints[-1][1]), device=self.device)
+        if checkpoint:
+            return load_policy(str(checkpoint[1]), device=self.device)
         if run.start:
             policy = load_policy(run.start, device=self.device, lora_rank=run.lora_rank)
         elif run.model != "tiny":
@@ -373,7 +390,7 @@ class Trainer:
         if any(step == self.step for step, _ in self.folder.checkpoints()):
             return
         state = {"step": self.step, "best": self.best, "before": self.before, "optimizer": self.optimizer.state_dict()}
-        self.folder.save_checkpoint(self.step, self.policy, state, self.scorer.memory)
+        self.folder.save_checkpoint(self.step, self.policy, state, self.scorer.memory, keep=self.s.run.keep)
 
     def _resume(self, step: int, checkpoint: Path) -> None:
         """Takes up the state of a checkpoint; the reference is the policy of step 0."""

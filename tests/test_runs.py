@@ -74,6 +74,39 @@ def test_leftovers_of_a_kill_are_removed_and_old_checkpoints_go(tmp_path):
             load_state(newest)
 
 
+def test_resuming_skips_damaged_checkpoints_and_says_why(tmp_path, capsys):
+    folder = RunFolder(tmp_path, {}, resume=False)
+
+    class Nothing:
+        def save(self, path):
+            (path / "model").write_text("weights")
+            (path / "adapter").mkdir()
+            (path / "adapter" / "weights").write_text("more")
+
+    assert folder.newest_whole() is None
+    for step in range(7):
+        folder.save_checkpoint(step, Nothing(), {"step": step}, keep=9)
+    at = lambda step: tmp_path / "checkpoints" / f"step-{step}"  # noqa: E731
+    (at(6) / "model").write_text("Weights")  # flipped
+    (at(5) / "trainer.pt").write_bytes((at(5) / "trainer.pt").read_bytes()[:-1])  # truncated
+    (at(4) / "adapter" / "weights").unlink()  # missing
+    (at(3) / runs.CHECKSUMS).write_text("[1")  # damaged itself
+    (at(2) / runs.CHECKSUMS).unlink()  # foreign
+    assert folder.newest_whole() == (1, at(1))
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 5 and all(line.startswith("skipped ") for line in told)
+    for line, why in zip(told, ("model is not what was written", "trainer.pt is not what was written",
+                                "weights is missing", "checksums.json cannot be read", "checksums.json is missing"),
+                         strict=True):
+        assert line.endswith(why) or why in line
+    assert [step for step, _ in folder.checkpoints()] == [0, 1]
+    assert (tmp_path / "checkpoints" / "damaged-step-6" / "model").read_text() == "Weights"  # nothing is lost
+    for step in (0, 1):
+        (at(step) / "model").unlink()
+    with pytest.raises(UserError, match="no whole checkpoint left"):
+        folder.newest_whole()
+
+
 def test_peak_memory_is_in_mebibytes():
     assert 10 < runs.peak_memory_mb() < 100_000
 

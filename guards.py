@@ -1,0 +1,74 @@
+"""Guards: what tells a run that is left alone over night that something has gone wrong.
+
+Updates whose gradients are not finite are skipped by `grpo.policy_update`; here they are counted, and the run stops
+after `--max-skipped` in a row. Signs of a policy that no longer learns are warned of once, with what to try.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Guards."""
+
+    max_skipped: int = field(default=3, metadata={"help": "stop after so many steps in a row with no finite gradient"})
+    warn_flat_steps: int = field(default=10, metadata={"help": "warn when all groups are flat for so many steps"})
+    warn_kl: float = field(default=1.0, metadata={"help": "warn when the KL to the reference is above, nats a token"})
+    warn_truncated: float = field(default=0.5, metadata={"help": "warn when this share of completions is truncated"})
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above zero")
+
+
+class Guards:
+    """Watches the metrics of the steps; a new process that resumes a run starts counting again."""
+
+    def __init__(self, config: GuardConfig):
+        self.config = config
+        self.skipped = self.flat = 0  # steps in a row
+        self.warned: set[str] = set()
+
+    def watch(self, metrics: dict) -> list[str]:
+        """Takes a step's line of metrics.jsonl; the warnings to print now, each kind once a run."""
+        config = self.config
+        self.skipped = self.skipped + 1 if metrics.get("skipped_updates") else 0
+        self.flat = self.flat + 1 if metrics["flat_groups"] == 1 else 0
+        signs = {
+            "flat": self.flat >= config.warn_flat_steps
+            and f"all groups were flat for {self.flat} steps, so nothing is learned: try a higher --temperature or "
+                "--group-size, easier questions, or a longer cold start",
+            "kl": metrics.get("kl", 0.0) > config.warn_kl
+            and f"the KL to the reference is {metrics.get('kl', 0.0):.2f} nats a token: try a lower --lr or a higher "
+                "--kl-coef",
+            "truncated": metrics["truncated"] > config.warn_truncated
+            and f"{metrics['truncated']:.0%} of the completions were truncated: try a higher --max-completion-tokens "
+                "or a longer cold start"}
+        new = {kind: text for kind, text in signs.items() if text and kind not in self.warned}
+        self.warned |= new.keys()
+        return [f"warning, step {metrics['step']}: {text}" for text in new.values()]
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether too many steps in a row had no finite gradient."""
+        return self.skipped >= self.config.max_skipped
+
+
+class Heartbeat:
+    """A line a minute where no terminal shows the progress bar."""
+
+    def __init__(self, seconds: float = 60.0, stream=None):
+        self.seconds, self.stream = seconds, stream or sys.stdout
+        self.last = time.monotonic()
+
+    def beat(self, metrics: dict, steps: int) -> None:
+        """Prints where the run is, when the last line is long enough ago."""
+        if self.stream.isatty() or time.monotonic() - self.last < self.seconds:
+            return
+        self.last = time.monotonic()
+        seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/") and name.count("/") == 1)
+        print(f"step {metrics['step']} of {steps}: reward {metrics['reward']:.2f}, accuracy of the samples "
+              f"{metrics['execution_accuracy']:.2f}, {seconds:.1f} s a step", file=self.stream, flush=True)
