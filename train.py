@@ -377,8 +377,9 @@ class Trainer:
             frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
         memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
         if memory is not None and not resumed:
-            memory.add_many([(e.db_id, e.trace) for e in self.traced if not e.trace_sql])
-            print(f"memory: {len(memory)} of {len(self.traced)} traces passed the gate {dict(memory.rejections)}")
+            verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
+            memory.add_many(verified)
+            print(f"memory: {len(memory)} of {len(verified)} verified traces passed the gate {dict(memory.rejections)}")
         user = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
                             user_reward=user)
