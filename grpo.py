@@ -32,8 +32,8 @@ from decoding import start_decoding
 from packing import PackedGroup, completion_logprobs, dropout_off, pack_group, padded_logprobs, token_logprobs
 
 __all__ = ["GRPOConfig", "Group", "PackedGroup", "completion_logprobs", "dropout_off", "flat_groups",
-           "group_advantages", "kl_estimate", "loss_normalizer", "pack_group", "packed_batches", "padded_logprobs",
-           "policy_loss", "policy_update", "reference_logprobs", "sample_groups", "token_logprobs"]
+           "group_advantages", "kl_estimate", "loss_normalizer", "overlong_penalty", "pack_group", "packed_batches",
+           "padded_logprobs", "policy_loss", "policy_update", "reference_logprobs", "sample_groups", "token_logprobs"]
 
 
 def _setting(default, text: str, choices: tuple | None = None, at_least: float | None = None):
@@ -58,7 +58,10 @@ class GRPOConfig:
     micro_batch: int = _setting(0, "completions per packed forward; 0: the whole group", at_least=0)
     rollout_batch: int = _setting(256, "completions decoded side by side", at_least=1)
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this global norm", at_least=0)
-    overlong: str = _setting("keep", "truncated completions: keep or mask in the loss (DAPO)", ("keep", "mask"))
+    overlong: str = _setting("keep", "truncated completions: keep, mask in the loss, or penalise long ones (DAPO)",
+                             ("keep", "mask", "penalise"))
+    overlong_buffer: int = _setting(0, "tokens before the limit in which the penalty grows; 0: a fifth of it",
+                                    at_least=0)
 
     def __post_init__(self):
         for setting in fields(self):
@@ -168,6 +171,15 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     elif scale == "batch" and not flat.all():
         advantages = advantages / rewards.std()
     return advantages.masked_fill(flat, 0.0)
+
+
+def overlong_penalty(lengths: Tensor, config: GRPOConfig) -> Tensor:
+    """DAPO's soft punishment of length (arXiv 2503.14476, eq. 13), to be added to the reward. [B, G] -> [B, G]
+
+    0 up to `max_completion_tokens - overlong_buffer` tokens, then falling linearly to -1 at the limit.
+    """
+    buffer = min(config.overlong_buffer or config.max_completion_tokens // 5 or 1, config.max_completion_tokens)
+    return ((config.max_completion_tokens - buffer - lengths) / buffer).clamp(-1, 0)
 
 
 def flat_groups(rewards: Tensor) -> Tensor:

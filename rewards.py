@@ -115,6 +115,14 @@ class RewardConfig:
         """The weight of each component, 0 where it is switched off."""
         return parse_rewards(self.rewards, self.shape(1.0))
 
+    @property
+    def margin(self) -> float:
+        """How far the lowest reward of a correct completion lies above the highest of a wrong one."""
+        weights = self.weights
+        if not weights["execution"]:
+            return 0.0
+        return weights["execution"] - weights["user"] - weights["atomic"] * self.shape(1.0)
+
     def shape(self, j: float) -> float:
         """φ(j) of these settings."""
         return shape_atomic(j, self.atomic_lambda, self.atomic_beta, self.atomic_gamma)

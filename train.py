@@ -32,6 +32,7 @@ from data import PromptBuilder, PromptConfig, Splits, UserError, load_splits, re
 from grpo import (
     GRPOConfig,
     group_advantages,
+    overlong_penalty,
     packed_batches,
     policy_update,
     reference_logprobs,
@@ -65,6 +66,8 @@ class RunConfig:
     seed: int = _option(0, "seed of everything random")
     steps: int = _option(300, "GRPO steps")
     prompts_per_step: int = _option(8, "questions per step (B); B times G completions are sampled")
+    dynamic_sampling: int = _option(0, "at most so many extra rollouts a step, in the place of questions whose "
+                                       "completions are all right or all wrong (DAPO)")
     lr: float = _option(1e-6, "peak learning rate of GRPO")
     lr_warmup: int = _option(10, "steps of linear warm-up")
     lr_decay: bool = _option(False, "let the learning rate fall linearly to a tenth at the last step")
@@ -128,9 +131,11 @@ def parse_settings(arguments: list[str]) -> Settings:
     except ValueError as error:
         raise UserError(str(error)) from error
     for name, lowest in (("steps", 0), ("prompts_per_step", 1), ("cold_start_steps", 0), ("sql_workers", 1),
-                         ("keep", 1)):
+                         ("keep", 1), ("dynamic_sampling", 0)):
         if settings.as_dict()[name] < lowest:
             raise UserError(f"--{name.replace('_', '-')} must be at least {lowest}")
+    if settings.grpo.overlong == "penalise" and not settings.rewards.margin:
+        raise UserError("--overlong penalise needs the execution reward, which keeps correct completions ahead")
     return settings
 
 
@@ -166,7 +171,7 @@ class Trainer:
         self.train_set = self._usable(data.train, "training")
         self.dev_set = self._usable(data.dev, "dev")
         self.test_sets = {name: self._usable(examples, name) for name, examples in data.tests.items()}
-        self.step, self.best, self.before = 0, -1.0, {}
+        self.step, self.drawn, self.best, self.before = 0, 0, -1.0, {}  # drawn: questions used so far
         self.stop_requested = False
         self.guards, self.heartbeat = Guards(s.guards), Heartbeat()
         self.events = tensorboard_writer(folder.path) if s.run.tensorboard else None
@@ -222,19 +227,14 @@ class Trainer:
     def take_step(self) -> dict:
         """One GRPO step: sample → score → advantages → update → log."""
         s, policy, clock = self.s, self.policy, Stopwatch()
-        questions = self.next_questions()
-        prompts = [torch.tensor(ids) for _, ids in questions]
-        examples = [example for example, _ in questions]
-        generator = torch.Generator(policy.device).manual_seed(s.run.seed * 1_000_003 + self.step)
-        with self.autocast():
-            groups = sample_groups(policy.model, prompts, s.grpo, eos_ids=policy.eos_ids, generator=generator)
-        clock.lap("rollout")
-
-        breakdowns = self.score(examples, groups)  # [B][G]
+        examples, groups, breakdowns = self.rollout(clock)  # [B], [B], [B][G]
         rewards = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
-        clock.lap("rewards")  # the seconds of each component are in scorer.seconds
-
+        if s.grpo.overlong == "penalise":  # half the margin, so that a correct completion still outranks a wrong one
+            lengths = torch.tensor([[float(len(c)) for c in group.completions] for group in groups])
+            rewards = rewards + 0.5 * s.rewards.margin * overlong_penalty(lengths, s.grpo)
         advantages = group_advantages(rewards, s.grpo.advantage_scale)  # [B, G]
+        if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
+            advantages[[not teaches(row) for row in breakdowns]] = 0.0
         batches = packed_batches(groups, s.grpo)
         ref_logps = None
         if self.reference:
@@ -250,7 +250,7 @@ class Trainer:
 
         extra = {f"seconds/rewards/{name}": value for name, value in self.scorer.seconds.items()}
         extra |= {"lr": self.learning_rate(), "memory_size": len(self.scorer.memory or ()),
-                 "sql_worker_restarts": self.executor.worker_restarts}
+                 "sql_worker_restarts": self.executor.worker_restarts, "questions_drawn": self.drawn}
         if self.dev_set and s.run.eval_every and (self.step % s.run.eval_every == 0 or self.step == s.run.steps):
             extra["dev_accuracy"] = self.evaluate_dev()
         metrics = step_metrics(self.step, groups, breakdowns, advantages, stats, clock.laps, extra)
@@ -266,10 +266,38 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- a step's verbs
 
+    def rollout(self, clock: "Stopwatch") -> tuple[list, list, list]:
+        """B examples with their groups and the groups' RewardBreakdowns.
+
+        With --dynamic-sampling, questions whose completions are all right or all wrong give way to fresh ones while
+        extra rollouts are left; what is still missing then is filled up with the last of them.
+        """
+        s, policy = self.s, self.policy
+        generator = torch.Generator(policy.device).manual_seed(s.run.seed * 1_000_003 + self.step)
+        kept, others, B = [], [], s.run.prompts_per_step
+        for _ in range(1 + s.run.dynamic_sampling):
+            questions = self.next_questions()
+            prompts = [torch.tensor(ids) for _, ids in questions]
+            examples = [example for example, _ in questions]
+            with self.autocast():
+                groups = sample_groups(policy.model, prompts, s.grpo, eos_ids=policy.eos_ids, generator=generator)
+            clock.lap("rollout")
+            scored = list(zip(examples, groups, self.score(examples, groups), strict=True))
+            clock.lap("rewards")  # the seconds of each component are in scorer.seconds
+            if not s.run.dynamic_sampling:
+                return tuple(map(list, zip(*scored, strict=True)))
+            kept += [item for item in scored if teaches(item[2])]
+            others += [item for item in scored if not teaches(item[2])]
+            if len(kept) >= B:
+                break
+        chosen = kept[:B] + others[len(others) - max(0, B - len(kept)):]
+        return tuple(map(list, zip(*chosen, strict=True)))
+
     def next_questions(self) -> list:
-        """The B (example, prompt ids) of this step: a fresh order each epoch, a function of seed and step alone."""
+        """The next B (example, prompt ids): a fresh order each epoch, a function of seed and `drawn` alone."""
         count, B = len(self.train_set), self.s.run.prompts_per_step
-        chosen = range((self.step - 1) * B, self.step * B)
+        chosen = range(self.drawn, self.drawn + B)
+        self.drawn += B
         orders = {epoch: random.Random(f"{self.s.run.seed}/{epoch}").sample(range(count), count)
                   for epoch in {n // count for n in chosen}}
         return [self.train_set[orders[n // count][n % count]] for n in chosen]
@@ -390,13 +418,15 @@ class Trainer:
         """A checkpoint from which `--resume` continues bit for bit (on CPU)."""
         if any(step == self.step for step, _ in self.folder.checkpoints()):
             return
-        state = {"step": self.step, "best": self.best, "before": self.before, "optimizer": self.optimizer.state_dict()}
+        state = {"step": self.step, "drawn": self.drawn, "best": self.best, "before": self.before,
+                 "optimizer": self.optimizer.state_dict()}
         self.folder.save_checkpoint(self.step, self.policy, state, self.scorer.memory, keep=self.s.run.keep)
 
     def _resume(self, step: int, checkpoint: Path) -> None:
         """Takes up the state of a checkpoint; the reference is the policy of step 0."""
         state = load_state(checkpoint)
-        self.step, self.best, self.before = state["step"], state["best"], state["before"]
+        self.step, self.drawn = state["step"], state["drawn"]
+        self.best, self.before = state["best"], state["before"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.reference:
             start = self.folder.checkpoints()[0][1]
@@ -436,6 +466,11 @@ def before_after_table(before: dict, after: dict, match: str) -> str:
     return "\n".join(lines)
 
 
+def teaches(breakdowns: list) -> bool:
+    """Whether some completions of a group are right and some wrong."""
+    return 0 < sum(b.correct for b in breakdowns) < len(breakdowns)
+
+
 class Stopwatch:
     """Seconds of each phase of a step."""
 
@@ -447,7 +482,7 @@ class Stopwatch:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.laps[name], self._start = now - self._start, now
+        self.laps[name], self._start = self.laps.get(name, 0.0) + now - self._start, now
 
 
 @contextmanager

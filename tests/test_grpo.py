@@ -355,6 +355,15 @@ def test_a18_entropy_is_that_of_the_distribution():
         assert (row[len(completion):] == 0).all()
 
 
+def test_the_length_penalty_has_dapos_values():
+    config = GRPOConfig(max_completion_tokens=100, overlong="penalise", overlong_buffer=40)
+    lengths = torch.tensor([[1.0, 60.0, 70.0], [80.0, 90.0, 100.0]])
+    torch.testing.assert_close(grpo.overlong_penalty(lengths, config),
+                               torch.tensor([[0.0, 0.0, -0.25], [-0.5, -0.75, -1.0]]))
+    fifth = grpo.overlong_penalty(lengths, GRPOConfig(max_completion_tokens=100))
+    torch.testing.assert_close(fifth, torch.tensor([[0.0, 0.0, 0.0], [0.0, -0.5, -1.0]]))
+
+
 def test_overlong_completions_can_be_masked_out():
     model = make_model()
     config = GRPOConfig(group_size=8, max_completion_tokens=4, kl_coef=0.0, overlong="mask", max_grad_norm=1e9)

@@ -340,3 +340,9 @@ def test_thoughts_are_embedded_while_sql_runs(executor):
     subject = RewardScorer(RewardConfig(), Watched(), {"towns": SCHEMA}, TraceMemory(embed, 512, gate=OPEN),
                            match=lambda predicted, gold, sql: bird_match(predicted, gold))
     assert subject.score([item(GOLD)])[0].correct and set(subject.seconds) == {"execution", "atomic", "memory"}
+
+
+def test_the_margin_is_how_far_correct_lies_above_wrong():
+    config = RewardConfig(rewards="format,execution=2,atomic=0.5,memory")
+    assert config.margin == pytest.approx(2 - 0.5 * config.shape(1.0))
+    assert RewardConfig(rewards="format,atomic").margin == 0.0

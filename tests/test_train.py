@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -204,12 +205,55 @@ def test_too_little_disk_is_refused_before_anything_is_written(monkeypatch, tmp_
         train.main()
 
 
-def test_question_order_is_fresh_each_epoch_and_a_function_of_the_step():
+def test_question_order_is_fresh_each_epoch_and_goes_on_from_where_it_was():
     trainer = object.__new__(train.Trainer)
     trainer.s = train.parse_settings(["--prompts-per-step", "3", "--output", "x"])
-    trainer.train_set = list(range(7))
-    drawn = []
-    for trainer.step in range(1, 8):
-        drawn += trainer.next_questions()
+    trainer.train_set, trainer.drawn = list(range(7)), 0
+    drawn = [question for _ in range(7) for question in trainer.next_questions()]
     epochs = [drawn[i:i + 7] for i in range(0, 21, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
+
+
+class Scored:
+    """A group's scores, as far as sampling looks at them."""
+
+    def __init__(self, correct, total):
+        self.correct, self.total = correct, total
+
+
+def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_reward(monkeypatch):
+    right, wrong = Scored(True, 4.0), [Scored(False, 1.0 + i) for i in range(3)]
+    rows = {0: [right, wrong[0]], 1: [wrong[0], wrong[1]], 2: [right, right], 3: [wrong[2], right], 4: [wrong[1], right]}
+    trainer = object.__new__(train.Trainer)
+    trainer.policy = type("Policy", (), {"device": "cpu", "model": None, "eos_ids": ()})
+    trainer.device, trainer.step = "cpu", 1
+    trainer.score = lambda examples, groups: [rows[example] for example in examples]
+    monkeypatch.setattr(train, "sample_groups", lambda model, prompts, *_, **__: [f"group {int(p[0])}" for p in prompts])
+
+    def rolled(extra, questions, B=2):
+        trainer.s = train.parse_settings(["--prompts-per-step", str(B), "--dynamic-sampling", str(extra), "--output", "x"])
+        batches = iter([questions[i:i + B] for i in range(0, len(questions), B)])
+        trainer.next_questions = lambda: [(q, [q]) for q in next(batches)]
+        examples, groups, breakdowns = trainer.rollout(train.Stopwatch())
+        assert groups == [f"group {q}" for q in examples] and breakdowns == [rows[q] for q in examples]
+        return examples
+
+    assert rolled(0, [1, 2]) == [1, 2]  # off: whatever came
+    assert rolled(5, [0, 1, 2, 3]) == [0, 3]  # all wrong but unequal in reward (1), all right (2): replaced
+    assert rolled(5, [1, 2, 0, 3, 4, 4]) == [0, 3]  # no more rollouts than needed
+    assert rolled(1, [1, 2, 0, 2]) == [0, 2]  # not enough: filled up, to be given advantage 0
+    assert [train.teaches(rows[q]) for q in rows] == [True, False, False, True, True]
+
+
+def test_a_run_with_dynamic_sampling_and_a_length_penalty_resumes_bit_for_bit(tmp_path):
+    flags = [*SHORT, "--steps", 2, "--save-every", 1, "--dynamic-sampling", 2, "--overlong", "penalise",
+             "--rewards", "format,execution"]
+    run(*flags, "--output", tmp_path / "whole")
+    run(*flags, "--output", tmp_path / "half")
+    half = tmp_path / "half"
+    shutil.rmtree(half / "checkpoints" / "step-2")
+    run(*flags, "--output", half, "--resume")
+    one, two = (without_times(lines(folder / "metrics.jsonl")) for folder in (tmp_path / "whole", half))
+    assert one == two and one[0]["questions_drawn"] == 6  # nothing is right yet: all extra rollouts are used
+    text = run(*flags[:-1], "format,atomic", "--output", tmp_path / "other", check=2)
+    assert "needs the execution reward" in text
