@@ -50,6 +50,7 @@ class Plan:
     threads: int = 2
     device: str = "cpu"  # or cuda, then with float32 weights and bf16 arithmetic
     lora_rank: int = 0  # 0: all weights are trained
+    checkpointing: bool = False  # of gradients
     seed: int = 0
 
     def prompts(self, vocabulary: int) -> list[list[int]]:
@@ -63,6 +64,10 @@ class Plan:
         lengths = [low + round((high - low) * i / (self.group - 1)) for i in range(self.group)]
         random.Random(self.seed).shuffle(lengths)
         return lengths
+
+
+class Failed(SystemExit):
+    """A worker ended with an error; the message has the end of its error output."""
 
 
 class Clock:
@@ -140,19 +145,25 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
     start = copying if padded else decoding.start_decoding
     forced = mock.patch.object(grpo, "start_decoding", lambda *given: ForcedDecoder(start(*given), lengths))
     forward = grpo.padded_logprobs if padded else grpo.completion_logprobs
-    autocast = torch.autocast(plan.device, torch.bfloat16, enabled=plan.device == "cuda")
+
+    def phase(name):  # as train.py does: bf16 arithmetic on a GPU, of weights as they are now
+        stack = contextlib.ExitStack()
+        stack.enter_context(clock(name))
+        stack.enter_context(torch.autocast(plan.device, torch.bfloat16, enabled=plan.device == "cuda"))
+        return stack
+
     rewards = torch.tensor([[reward_of(i) for i in range(plan.group)]])
-    with autocast, mock.patch.object(grpo, "completion_logprobs", forward):
+    with mock.patch.object(grpo, "completion_logprobs", forward):
         for prompt in plan.prompts(model.config.vocab_size):
             clock.steps.append({})
             with clock("step"):
-                with clock("rollout"), forced:
+                with phase("rollout"), forced:
                     groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END],
                                                 generator=generator)
                 batches = grpo.packed_batches(groups, config)
-                with clock("reference"), reference.active() as frozen:
+                with phase("reference"), reference.active() as frozen:
                     ref_logps = grpo.reference_logprobs(frozen, batches, config)
-                with clock("update"):
+                with phase("update"):
                     advantages = grpo.group_advantages(rewards)
                     grpo.policy_update(model, optimizer, groups, batches, advantages, ref_logps, config)
             sampled.append(sum(map(len, groups[0].completions)))
@@ -219,8 +230,8 @@ def trl_config(folder: str, plan: Plan):
         output_dir=f"{folder}/trl", per_device_train_batch_size=plan.group, num_generations=plan.group,
         steps_per_generation=1, num_iterations=1, gradient_accumulation_steps=1, max_steps=plan.steps,
         max_completion_length=plan.completion, beta=plan.kl_coef, loss_type="grpo", temperature=1.0,
-        gradient_checkpointing=False, bf16=plan.device == "cuda", use_cpu=plan.device == "cpu", use_vllm=False,
-        learning_rate=1e-6, shuffle_dataset=False, seed=plan.seed, save_strategy="no", report_to="none",
+        gradient_checkpointing=plan.checkpointing, bf16=plan.device == "cuda", use_cpu=plan.device == "cpu",
+        use_vllm=False, learning_rate=1e-6, shuffle_dataset=False, seed=plan.seed, save_strategy="no", report_to="none",
         logging_steps=10**6, disable_tqdm=True, model_init_kwargs={"dtype": "float32"})
 
 
@@ -253,16 +264,22 @@ def word_tokenizer(folder: str):
 # ---- processes
 
 
-def save_model(folder: str, settings: str) -> None:
+def build_model(settings: dict):
     """A Qwen2 with random weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**settings, max_position_embeddings=32_768, bos_token_id=None,
+                                        eos_token_id=END, pad_token_id=PAD))
+
+
+def save_model(folder: str, settings: str) -> None:
+    """A Qwen2 with random weights, as a checkpoint."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**json.loads(settings), max_position_embeddings=32_768, bos_token_id=None,
-                                 eos_token_id=END, pad_token_id=PAD)).save_pretrained(folder)
+    build_model(json.loads(settings)).save_pretrained(folder)
 
 
 def peak_mb() -> float:
@@ -290,9 +307,12 @@ def run_worker(side: str, folder: str, plan: Plan) -> dict:
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(plan.device)
         model = policy._add_lora(model, plan.lora_rank) if plan.lora_rank else model
+        if plan.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         tokens = our_steps(model, plan, clock, padded=side == "padded")
-    gpu = torch.cuda.max_memory_allocated() / 2**20 if plan.device == "cuda" else None
-    return {"steps": clock.steps, "tokens": tokens, "imported_mb": imported, "peak_mb": peak_mb(), "gpu_mb": gpu}
+    gpu = {"gpu_mb": torch.cuda.max_memory_allocated() / 2**20, "gpu": torch.cuda.get_device_name()} \
+        if plan.device == "cuda" else {}
+    return {"steps": clock.steps, "tokens": tokens, "imported_mb": imported, "peak_mb": peak_mb(), **gpu}
 
 
 def make_model(folder: str, settings: dict) -> None:
@@ -301,13 +321,13 @@ def make_model(folder: str, settings: dict) -> None:
 
 
 def measure(side: str, folder: str, plan: Plan, python: str = sys.executable) -> dict:
-    """`run_worker` in a fresh process. Raises SystemExit, with the end of its error output, when it fails."""
+    """`run_worker` in a fresh process. Raises Failed when that fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(plan.threads), "HF_HUB_OFFLINE": "1",
                                 "TOKENIZERS_PARALLELISM": "false"}
     command = [python, __file__, side, folder, json.dumps(dataclasses.asdict(plan))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        sys.exit(f"the process of {side} failed:\n{done.stderr[-3000:]}")
+        raise Failed(f"the process of {side} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

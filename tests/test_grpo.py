@@ -1,5 +1,6 @@
 """grpo.py against naive versions, hand-computed values and exact enumeration. Row names (A1 …) follow the README."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -194,6 +196,29 @@ def test_a15_left_padding_and_what_stands_in_it_change_nothing():
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     one, two = (model(x, attention_mask=mask, position_ids=position).logits[:, -1] for x in (ids, noise))
     torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_a16_under_bf16_the_first_ratio_is_one_and_later_updates_see_the_new_weights(monkeypatch, micro_batch):
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, updates_per_rollout=2, micro_batch=micro_batch)
+    model, seen, loss = make_model(dtype=torch.float32), [], grpo.policy_loss
+    monkeypatch.setattr(grpo, "policy_loss", lambda logp, *rest: (seen.append(logp.detach()), loss(logp, *rest))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        groups = sampled_groups(model, config)
+        stats = _apply(model, groups, _advantages(4), config, lr=0.5)
+    assert all(logp.dtype == torch.float32 for logp in seen) and 0 < stats["sampler_gap"] < 0.05
+    assert attention._verdicts[model] == {"shared prompts": True, "packed rows in blocks": True}
+
+    once, batches = make_model(dtype=torch.float32), grpo.packed_batches(groups, config)
+    first, second = seen[:len(batches)], seen[len(batches):]
+    for expected in (first, second):  # each update's log-probabilities are those of the weights it starts from
+        with torch.autocast("cpu", torch.bfloat16), grpo.dropout_off(once):
+            fresh = [grpo.completion_logprobs(once, packed, 1.0)[0].detach() for _, _, packed in batches]
+        assert all(torch.equal(a, b) for a, b in zip(fresh, expected, strict=True))
+        with torch.autocast("cpu", torch.bfloat16):
+            stats = _apply(once, groups, _advantages(4), dataclasses.replace(config, updates_per_rollout=1), lr=0.5)
+        assert expected is second or stats["ratio_mean"] == stats["ratio_max"] == 1.0
+    assert not torch.equal(first[0], second[0])
 
 
 def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(monkeypatch):
@@ -526,22 +551,60 @@ def test_pack_group_layout():
             grpo.pack_group(*bad)
 
 
-def test_a23_chunked_lm_head_has_the_naive_values_and_gradients(monkeypatch):
+class LargestLogits(TorchDispatchMode):
+    """Remembers the most rows of V columns that any operation made, backward included."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.V, self.rows = V, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == self.V:
+            self.rows = max(self.rows, out.numel() // self.V)
+        return out
+
+
+class OtherLinear(torch.nn.Linear):
+    """An lm_head that is not plainly linear, as far as its type tells."""
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("kind", [torch.nn.Linear, OtherLinear])
+def test_a23_chunked_lm_head_has_the_naive_values_and_gradients(monkeypatch, kind, trained):
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50, bias=False).double()
-    hidden, targets = torch.randn(33, 8, dtype=torch.float64, requires_grad=True), torch.randint(50, (33,))
+    head = kind(3, 50, bias=False).double().requires_grad_(trained)  # frozen, as under LoRA, or not
+    hidden, targets = torch.randn(33, 3, dtype=torch.float64, requires_grad=True), torch.randint(50, (33,))
     weights = torch.randn(33, dtype=torch.float64)
-    naive = F.log_softmax(head(hidden) / 0.9, -1).gather(-1, targets[:, None])[:, 0]
-    expected = torch.autograd.grad((naive * weights).sum(), [hidden, head.weight])
-    largest = []
-    forward = type(head).forward
-    monkeypatch.setattr(type(head), "forward", lambda self, x: (largest.append(len(x)), forward(self, x))[1])
+    inputs = [hidden, head.weight] if trained else [hidden]
+    z = head(hidden) / 0.9
+    naive = F.log_softmax(z, -1).gather(-1, targets[:, None])[:, 0]
+    expected = torch.autograd.grad((naive * weights).sum(), inputs)
     monkeypatch.setattr(packing, "LOGIT_CHUNK_ELEMENTS", 50 * 4)
-    logp, _ = grpo.token_logprobs(head, hidden, targets, 0.9)
+    with LargestLogits(50) as largest:
+        logp, entropy = grpo.token_logprobs(head, hidden, targets, 0.9)
+        found = torch.autograd.grad((logp * weights).sum(), inputs)
+    assert largest.rows == 4
     torch.testing.assert_close(logp, naive, rtol=1e-12, atol=0)
-    for one, two in zip(torch.autograd.grad((logp * weights).sum(), [hidden, head.weight]), expected, strict=True):
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=z).entropy(), rtol=1e-12, atol=0)
+    for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-13)
-    assert max(largest) == 4
+
+
+def test_a23_chunked_lm_head_under_bf16_autocast(monkeypatch):
+    """Products in bf16, everything else in float32: as close to float32 as the unchunked head, gradients included."""
+    torch.manual_seed(0)
+    head, targets = torch.nn.Linear(16, 50, bias=False), torch.randint(50, (33,))
+    hidden, weights = torch.randn(33, 16, requires_grad=True), torch.randn(33)
+    results = []
+    for elements, bf16 in ((50 * 4, True), (10**9, True), (10**9, False)):
+        monkeypatch.setattr(packing, "LOGIT_CHUNK_ELEMENTS", elements)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logp, _ = grpo.token_logprobs(head, hidden, targets, 0.9)
+        assert logp.dtype == torch.float32
+        results.append((logp.detach(), *torch.autograd.grad((logp * weights).sum(), [hidden, head.weight])))
+    for chunked, whole, exact in zip(*results, strict=True):
+        assert (chunked - exact).norm() < 1.5 * (whole - exact).norm() + 1e-6 < 0.02 * exact.norm()
 
 
 def test_a23_the_update_runs_lm_head_on_completion_positions_only(monkeypatch):
