@@ -47,7 +47,7 @@ class Plan:
     steps: int = 4  # the first of them warms up and is not counted
     shortest: float = 0.5  # of `completion`: the length of a group's shortest completion
     kl_coef: float = 0.04
-    threads: int = 2
+    threads: int = 2  # 0: the libraries' choice
     device: str = "cpu"  # or cuda, then with float32 weights and bf16 arithmetic
     lora_rank: int = 0  # 0: all weights are trained
     checkpointing: bool = False  # of gradients
@@ -136,7 +136,7 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=plan.device == "cuda")
     generator = torch.Generator(plan.device).manual_seed(plan.seed)
-    reference, sampled = Reference(model), []
+    reference, sampled = Reference(model) if plan.kl_coef else None, []
     lengths = torch.tensor(plan.lengths(), device=plan.device)
 
     def copying(model, prompts, G, tokens):  # each completion reads its own copy of the prompt
@@ -161,8 +161,10 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
                     groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END],
                                                 generator=generator)
                 batches = grpo.packed_batches(groups, config)
-                with phase("reference"), reference.active() as frozen:
-                    ref_logps = grpo.reference_logprobs(frozen, batches, config)
+                ref_logps = None
+                if reference:
+                    with phase("reference"), reference.active() as frozen:
+                        ref_logps = grpo.reference_logprobs(frozen, batches, config)
                 with phase("update"):
                     advantages = grpo.group_advantages(rewards)
                     grpo.policy_update(model, optimizer, groups, batches, advantages, ref_logps, config)
@@ -300,7 +302,8 @@ def run_worker(side: str, folder: str, plan: Plan) -> dict:
     else:
         sys.path.insert(0, str(ROOT))
         import policy
-    torch.set_num_threads(plan.threads)
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
     clock, imported = Clock(plan.device), peak_mb()
     if side == "trl":
         tokens = trl_steps(folder, plan, clock)
@@ -322,8 +325,9 @@ def make_model(folder: str, settings: dict) -> None:
 
 def measure(side: str, folder: str, plan: Plan, python: str = sys.executable) -> dict:
     """`run_worker` in a fresh process. Raises Failed when that fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(plan.threads), "HF_HUB_OFFLINE": "1",
-                                "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if plan.threads:
+        environment["OMP_NUM_THREADS"] = str(plan.threads)
     command = [python, __file__, side, folder, json.dumps(dataclasses.asdict(plan))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -331,9 +335,9 @@ def measure(side: str, folder: str, plan: Plan, python: str = sys.executable) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def has_trl(python: str) -> bool:
-    """Whether that python can import trl."""
-    return subprocess.run([python, "-c", "import trl"], capture_output=True).returncode == 0
+def can_import(python: str, module: str) -> bool:
+    """Whether that python has a module."""
+    return subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode == 0
 
 
 if __name__ == "__main__":

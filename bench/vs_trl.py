@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--trl-python", default=sys.executable, help="python that has TRL (default: this one)")
     options = vars(parser.parse_args())
     python = options.pop("trl_python")
-    if not steps.has_trl(python):
+    if not steps.can_import(python, "trl"):
         sys.exit(steps.MISSING.format(python=python, script="vs_trl.py"))
     plan = Plan(**options)
     with tempfile.TemporaryDirectory() as folder:

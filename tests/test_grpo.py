@@ -369,6 +369,32 @@ def test_a10_weight_of_a_token_in_each_loss(loss, short, long):
     torch.testing.assert_close(logp.grad, expected)
 
 
+@pytest.mark.parametrize("loss, expected", [
+    ("grpo", (-1.28 + 0.5 * (1 - math.log(2)) + (1.6 + 2.2 + 0.5 * (math.log(2) - 0.5)) / 2) / 2),
+    ("dapo", (-1.28 + 0.5 * (1 - math.log(2)) + 1.6 + 2.2 + 0.5 * (math.log(2) - 0.5)) / 3),
+    ("dr_grpo", (-1.28 + 0.5 * (1 - math.log(2)) + 1.6 + 2.2 + 0.5 * (math.log(2) - 0.5)) / (2 * 4)),
+    ("gspo", (-1.28 + 0.5 * (1 - math.log(2)) + (1.6 + 1.6 + 0.5 * (math.log(2) - 0.5)) / 2) / 2)])
+def test_each_loss_has_the_value_computed_by_hand(loss, expected):
+    """A = 1, ratio 1.5, clipped at 1.28; A = -2, ratios 0.5, clipped at 0.8, and 1.1 (gspo: both 0.55 ** 0.5)."""
+    config = GRPOConfig(loss=loss, clip_low=0.2, clip_high=0.28, kl_coef=0.5, max_completion_tokens=4)
+    logp = torch.tensor([[1.5, 7.0], [0.5, 1.1]], dtype=torch.float64).log()  # 7 is padding
+    ref = logp + torch.tensor([[2.0, 9.0], [1.0, 0.5]], dtype=torch.float64).log()  # k3: 1 - ln 2, 0, ln 2 - 1/2
+    mask = torch.tensor([[True, False], [True, True]])
+    value, stats = grpo.policy_loss(logp, torch.zeros(2, 2).double(), ref, torch.tensor([1.0, -2.0]), mask, config)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    assert stats["kl"] == pytest.approx(0.5 / 3) and stats["clip_fraction_high"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("kind, expected", [("k1", (-math.log(2), math.log(4))),
+                                            ("k2", (math.log(2) ** 2 / 2, math.log(4) ** 2 / 2)),
+                                            ("k3", (1 - math.log(2), math.log(4) - 0.75))])
+def test_each_kl_estimator_has_the_value_computed_by_hand(kind, expected):
+    """Where the reference finds the token twice as likely as the policy, and a quarter as likely."""
+    logp = torch.tensor([0.25, 0.5], dtype=torch.float64).log()
+    ref = torch.tensor([0.5, 0.125], dtype=torch.float64).log()
+    assert grpo.kl_estimate(logp, ref, kind).tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def test_gspo_clips_whole_sequences_by_their_geometric_mean_ratio():
     config = GRPOConfig(loss="gspo", kl_coef=0.0, clip_low=0.1, clip_high=0.1)
     logp = torch.tensor([[0.3, 0.1], [0.02, 0.04]], dtype=torch.float64, requires_grad=True)
@@ -651,9 +677,10 @@ def test_a11_the_gradient_does_not_depend_on_micro_batches_or_order(loss):
         torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-13)
 
 
-def test_a12_first_update_is_reinforce_with_baseline():
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+def test_a12_first_update_is_reinforce_with_baseline(loss):
     model = make_model()
-    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, max_grad_norm=1e9)
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, max_grad_norm=1e9, loss=loss)
     groups, stats = _update(model, config, lr=0)
     ours = gradients(model)
     assert stats["ratio_mean"] == 1.0 and stats["ratio_max"] == 1.0
@@ -663,7 +690,9 @@ def test_a12_first_update_is_reinforce_with_baseline():
         for completion, A in zip(group.completions, row, strict=True):
             z = model(torch.cat([group.prompt, completion])[None]).logits[0, len(group.prompt) - 1:-1]
             logp = F.log_softmax(z, -1).gather(-1, completion[:, None])[:, 0]
-            (-A * logp.mean() / 8).backward()
+            tokens = sum(len(c) for group in groups for c in group.completions)
+            weight = {"dapo": 1 / tokens, "dr_grpo": 1 / (8 * 5)}.get(loss, 1 / (8 * len(completion)))
+            (-A * logp.sum() * weight).backward()
     torch.testing.assert_close(ours, gradients(model), rtol=1e-9, atol=1e-12)
 
 
@@ -678,6 +707,47 @@ def test_a13_several_updates_reuse_one_rollout(monkeypatch):
     stats = _apply(model, groups, _advantages(4), config, lr=0.5)
     assert len(olds) == 6 and all(torch.equal(olds[i], olds[i % 2]) for i in range(6))
     assert stats["ratio_max"] > 1.0 and stats["approx_kl"] > 0.0
+
+
+def _token_logprobs(model, group, completion):
+    z = model(torch.cat([group.prompt, completion])[None]).logits[0, len(group.prompt) - 1:-1]
+    return F.log_softmax(z, -1).gather(-1, completion[:, None])[:, 0]
+
+
+def _written_out(logps, olds, refs, advantages, config):
+    """Eq. (2) to (5), a completion at a time."""
+    losses = []
+    for logp, old, ref, A in zip(logps, olds, refs, advantages, strict=True):
+        ratio = (logp - old).mean().exp().expand_as(logp) if config.loss == "gspo" else (logp - old).exp()
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        kl = (ref - logp).exp() - (ref - logp) - 1
+        losses.append(-torch.minimum(ratio * A, clipped * A) + config.kl_coef * kl)
+    if config.loss in ("dapo", "dr_grpo"):
+        constant = len(losses) * config.max_completion_tokens
+        return torch.cat(losses).sum() / (len(torch.cat(losses)) if config.loss == "dapo" else constant)
+    return sum(tokens.mean() for tokens in losses) / len(losses)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+def test_two_updates_on_one_rollout_equal_the_equations_written_out(loss):
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.1, updates_per_rollout=2, clip_low=0.02,
+                        clip_high=0.03, loss=loss, max_grad_norm=1e9, micro_batch=3)
+    model, naive, reference = make_model(), make_model(), make_model(seed=1)
+    groups, advantages = sampled_groups(model, config), _advantages(4)
+    stats = _apply(model, groups, advantages, config, 0.3, reference)
+    assert stats["clip_fraction_low"] + stats["clip_fraction_high"] > 0.1
+
+    rows, olds = [(group, completion) for group in groups for completion in group.completions], None
+    refs = [_token_logprobs(reference, *row).detach() for row in rows]
+    optimizer = torch.optim.SGD(naive.parameters(), lr=0.3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        logps = [_token_logprobs(naive, *row) for row in rows]
+        olds = olds or [logp.detach() for logp in logps]
+        _written_out(logps, olds, refs, advantages.flatten(), config).backward()
+        optimizer.step()
+    for one, two in zip(model.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
 def test_updates_that_are_not_finite_are_skipped_and_counted():
