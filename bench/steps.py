@@ -135,7 +135,7 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
     config = grpo.GRPOConfig(group_size=plan.group, max_completion_tokens=plan.completion, kl_coef=plan.kl_coef)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=plan.device == "cuda")
-    generator = torch.Generator(plan.device).manual_seed(plan.seed)
+    torch.manual_seed(plan.seed)
     reference, sampled = Reference(model) if plan.kl_coef else None, []
     lengths = torch.tensor(plan.lengths(), device=plan.device)
 
@@ -158,8 +158,7 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
             clock.steps.append({})
             with clock("step"):
                 with phase("rollout"), forced:
-                    groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END],
-                                                generator=generator)
+                    groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END])
                 batches = grpo.packed_batches(groups, config)
                 ref_logps = None
                 if reference:
