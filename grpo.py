@@ -88,7 +88,7 @@ class Group:
 @torch.no_grad()
 def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_ids: Sequence[int],
                   group_size: int | None = None, temperature: float | None = None,
-                  generator: torch.Generator | None = None) -> list[Group]:
+                  seeds: Sequence[int] | None = None) -> list[Group]:
     """Samples a group of completions for each prompt, in prompt order.
 
     Args:
@@ -96,30 +96,41 @@ def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_i
         prompts: 1-D LongTensors of unequal length.
         eos_ids: the tokens that end a completion.
         group_size, temperature: override the config's (for evaluation: 1 and, greedily, 0 are allowed here).
-        generator: source of randomness, on the model's device.
+        seeds: one a prompt. What is drawn for a prompt depends on its seed alone, not on the other prompts, so a batch
+            can be split over processes; None: seeds from PyTorch's global generator.
     """
     G = config.group_size if group_size is None else group_size
     temperature = config.temperature if temperature is None else temperature
     per_batch = max(1, config.rollout_batch // G)
+    seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
     groups = []
     with dropout_off(model):
         for start in range(0, len(prompts), per_batch):
-            batch = list(prompts[start:start + per_batch])
-            groups += _sample_batch(model, batch, G, temperature, config.max_completion_tokens, eos_ids, generator)
+            batch = slice(start, start + per_batch)
+            uniform = _uniform_numbers(seeds[batch], G, config.max_completion_tokens)
+            groups += _sample_batch(model, list(prompts[batch]), uniform, temperature, eos_ids)
     return groups
 
 
-def _sample_batch(model, prompts, G, temperature, max_tokens, eos_ids, generator) -> list[Group]:
+def _uniform_numbers(seeds: Sequence[int], G: int, max_tokens: int) -> Tensor:
+    """The random number behind every token that may be sampled, the same on every device. -> [B, G, max_tokens]"""
+    return torch.stack([torch.rand(G, max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                        for seed in seeds])
+
+
+def _sample_batch(model, prompts, uniform, temperature, eos_ids) -> list[Group]:
+    _, G, max_tokens = uniform.shape
     decoder = start_decoding(model, prompts, G, max_tokens)  # one prefill serves the G completions
     logits, device = decoder.logits, decoder.logits.device
     N, eos = len(prompts) * G, torch.tensor(list(eos_ids), device=device)
+    uniform = uniform.reshape(N, max_tokens).to(device)
     tokens = torch.zeros(N, max_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(N, max_tokens, device=device)
     lengths = torch.zeros(N, dtype=torch.long, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
     rows = torch.arange(N, device=device)  # the completions still growing
     for t in range(max_tokens):
-        token, logp = sample_token(logits, temperature, generator)  # [n] each
+        token, logp = sample_token(logits, temperature, uniform[rows, t])  # [n] each
         tokens[rows, t], logps[rows, t], lengths[rows] = token, logp, t + 1
         ended[rows] = torch.isin(token, eos)
         growing = (~ended[rows]).nonzero()[:, 0]
@@ -135,15 +146,17 @@ def _sample_batch(model, prompts, G, temperature, max_tokens, eos_ids, generator
                   [not ended[i] for i in members]) for prompt, members in groups]
 
 
-def sample_token(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
-    """Draws a token a row from softmax(logits / temperature); 0 is greedy. [N, V] -> tokens [N], logps [N]."""
+def sample_token(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws a token a row from softmax(logits / temperature); 0 is greedy. [N, V] -> tokens [N], logps [N].
+
+    uniform: [N], float64 in [0, 1), the randomness.
+    """
     logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if not temperature:
         token = logp.argmax(-1, keepdim=True)
-    else:  # the first token at which the distribution function passes a uniform number: one draw a row, not V
+    else:  # the first token at which the distribution function passes the uniform number: one draw a row, not V
         cdf = logp.exp().double().cumsum(-1)
-        uniform = torch.rand(len(logp), 1, generator=generator, device=logp.device, dtype=torch.float64)
-        token = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp(max=logp.shape[1] - 1)
+        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=logp.shape[1] - 1)
     return token[:, 0], logp.gather(-1, token)[:, 0]
 
 

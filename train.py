@@ -273,14 +273,14 @@ class Trainer:
         extra rollouts are left; what is still missing then is filled up with the last of them.
         """
         s, policy = self.s, self.policy
-        generator = torch.Generator(policy.device).manual_seed(s.run.seed * 1_000_003 + self.step)
         kept, others, B = [], [], s.run.prompts_per_step
         for _ in range(1 + s.run.dynamic_sampling):
+            seeds = [s.run.seed * 1_000_003 + self.drawn + i for i in range(B)]  # by a question's turn in the run
             questions = self.next_questions()
             prompts = [torch.tensor(ids) for _, ids in questions]
             examples = [example for example, _ in questions]
             with self.autocast():
-                groups = sample_groups(policy.model, prompts, s.grpo, eos_ids=policy.eos_ids, generator=generator)
+                groups = sample_groups(policy.model, prompts, s.grpo, eos_ids=policy.eos_ids, seeds=seeds)
             clock.lap("rollout")
             scored = list(zip(examples, groups, self.score(examples, groups), strict=True))
             clock.lap("rewards")  # the seconds of each component are in scorer.seconds

@@ -36,9 +36,8 @@ def build_model(width: int, layers: int, vocabulary: int):
 def generate(model, prompt, n: int, temperature: float, tokens: int) -> None:
     """n completions of exactly so many tokens from one prompt."""
     config = GRPOConfig(max_completion_tokens=tokens, rollout_batch=n)
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     group, = sample_groups(model, [prompt], config, eos_ids=(-1,), group_size=n, temperature=temperature,
-                           generator=generator)
+                           seeds=[0])
     assert [len(completion) for completion in group.completions] == [tokens] * n
 
 

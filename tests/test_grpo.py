@@ -5,6 +5,7 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,8 +59,7 @@ def a_group(lengths=(3, 1, 5, 4), prompt_length=6, seed=0):
 
 def sampled_groups(model, config, prompts=2, seed=0, eos_ids=(EOS,)):
     ids = [a_group(prompt_length=4 + i, seed=seed + i)[0] for i in range(prompts)]
-    generator = torch.Generator().manual_seed(seed)
-    return grpo.sample_groups(model, ids, config, eos_ids=eos_ids, generator=generator)
+    return grpo.sample_groups(model, ids, config, eos_ids=eos_ids, seeds=range(1000 * seed, 1000 * seed + prompts))
 
 
 def gradients(model):
@@ -220,9 +220,26 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     assert sizes[0] == 1 and sizes[1:] == [n for n in longer_than if n]
 
 
+def test_what_is_drawn_for_a_prompt_depends_on_its_seed_alone():
+    model, config = make_model(), GRPOConfig(group_size=4, max_completion_tokens=6)
+    prompts, seeds = [a_group(prompt_length=3 + i, seed=i)[0] for i in range(5)], [7, 8, 9, 7, 8]
+
+    def texts(chosen, batch=256):
+        groups = grpo.sample_groups(model, [prompts[i] for i in chosen], replace(config, rollout_batch=batch),
+                                    eos_ids=[EOS], seeds=[seeds[i] for i in chosen])
+        return [[c.tolist() for c in group.completions] for group in groups]
+
+    together = texts(range(5))
+    assert together == texts(range(5), batch=8) == texts([0, 1]) + texts([2, 3, 4])
+    assert together == [texts([i])[0] for i in range(5)]
+    assert len({str(c) for c in together[0]}) > 1  # completions of a group differ
+    seeds[0] += 1
+    assert texts([0]) != [together[0]]
+
+
 def test_a21_sampling_is_plain_temperature_sampling():
     logits = torch.tensor([[2.0, 0.0, -3.0]]).repeat(200_000, 1)
-    token, logp = grpo.sample_token(logits, 1.5, torch.Generator().manual_seed(0))
+    token, logp = grpo.sample_token(logits, 1.5, torch.rand(len(logits), generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     share = torch.bincount(token, minlength=3) / len(token)
     torch.testing.assert_close(share, torch.softmax(logits[0] / 1.5, -1), atol=4e-3, rtol=0)
     assert share[2] > 0  # nothing is cut off
@@ -630,8 +647,7 @@ def test_a22_monte_carlo_gradient_converges_to_the_exact_policy_gradient():
     G = 20_000
     config = GRPOConfig(group_size=G, max_completion_tokens=2, kl_coef=0.0, advantage_scale="none", loss="dr_grpo",
                         max_grad_norm=1e9, rollout_batch=G)
-    generator = torch.Generator().manual_seed(0)
-    group = grpo.sample_groups(model, [prompt], config, eos_ids=[], generator=generator)[0]
+    group = grpo.sample_groups(model, [prompt], config, eos_ids=[], seeds=[0])[0]
     rewards = torch.tensor([[value[tuple(c.tolist())] for c in group.completions]], dtype=torch.float64)
     advantages = grpo.group_advantages(rewards, "none")
     # Equal sequences share a row: a row's weight is its summed advantage, so the packed row stays short.

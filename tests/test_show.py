@@ -87,8 +87,7 @@ def test_the_command_shows_the_newest_mixed_group_or_the_one_asked_for(tmp_path)
 def test_watched_ratios_are_those_of_the_update(micro_batch):
     policy = build_tiny(["a b c d e f g"] * 3, seed=0, vocab_size=300, width=16, layers=1)
     config = GRPOConfig(group_size=4, max_completion_tokens=5, micro_batch=micro_batch)
-    generator = torch.Generator().manual_seed(0)
-    groups = sample_groups(policy.model, [torch.tensor([1, 2, 3])] * 2, config, eos_ids=policy.eos_ids, generator=generator)
+    groups = sample_groups(policy.model, [torch.tensor([1, 2, 3])] * 2, config, eos_ids=policy.eos_ids, seeds=[0, 1])
     advantages = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, -1.0]])
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.5)
     with show.watch_tokens(policy, groups, advantages, config) as watched:

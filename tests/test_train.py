@@ -226,7 +226,7 @@ def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_rewar
     rows = {0: [right, wrong[0]], 1: [wrong[0], wrong[1]], 2: [right, right], 3: [wrong[2], right], 4: [wrong[1], right]}
     trainer = object.__new__(train.Trainer)
     trainer.policy = type("Policy", (), {"device": "cpu", "model": None, "eos_ids": ()})
-    trainer.device, trainer.step = "cpu", 1
+    trainer.device, trainer.step, trainer.drawn = "cpu", 1, 0
     trainer.score = lambda examples, groups: [rows[example] for example in examples]
     monkeypatch.setattr(train, "sample_groups", lambda model, prompts, *_, **__: [f"group {int(p[0])}" for p in prompts])
 
