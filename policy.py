@@ -130,6 +130,8 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_missing_model(name, source, error)) from error
     model.to(device)
+    for weight in model.parameters():  # those of a file lie anywhere in memory, and products of matrices depend on
+        weight.data = weight.data.clone()  # where their rows start, in the last digit: a resumed run would differ
     if lora_rank:
         model = _add_lora(model, lora_rank)
     return Policy(model, tokenizer, _eos_ids(model, tokenizer))
