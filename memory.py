@@ -110,23 +110,26 @@ class TraceMemory:
 
     def add(self, db_id: str, thought: str, columns: Iterable[str] | None = None) -> bool:
         """Stores the thought of a correct completion if the gate lets it in; counts rejections by reason."""
-        known = self.columns.get(db_id) if columns is None else lower_case(columns)
-        reason = self.gate.rejection(thought, known)
-        if reason is None:
-            vector = self._embed([thought])[0]
-            if len(self) and float((self._vectors[:len(self)] @ vector).max()) >= self.gate.memory_max_cosine:
-                reason = "duplicate"
-        if reason is not None:
-            self.rejections[reason] += 1
-            return False
-        self._append(db_id, thought, vector)
-        return True
+        return self.add_many([(db_id, thought)], columns)[0]
 
-    def add_many(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """`add` of (db_id, thought) pairs one after the other, embedded in one batch."""
-        self.prepare(thought for db_id, thought in pairs
-                     if self.gate.rejection(thought, self.columns.get(db_id)) is None)
-        return [self.add(db_id, thought) for db_id, thought in pairs]
+    def add_many(self, pairs: Sequence[tuple[str, str]], columns: Iterable[str] | None = None) -> list[bool]:
+        """`add` of (db_id, thought) pairs one after the other, embedded and compared in batches."""
+        reasons = [self.gate.rejection(thought, self.columns.get(db_id) if columns is None else lower_case(columns))
+                   for db_id, thought in pairs]
+        passed = [i for i, reason in enumerate(reasons) if reason is None]
+        for start in range(0, len(passed), BLOCK):
+            block = passed[start:start + BLOCK]
+            vectors = self._embed([pairs[i][1] for i in block])  # [n, dim]
+            nearest = (vectors @ self._vectors[:len(self)].T).max(1, initial=-1.0)  # [n], among the stored ones
+            within = vectors @ vectors.T  # [n, n]
+            for row, i in enumerate(block):
+                if nearest[row] >= self.gate.memory_max_cosine:
+                    reasons[i] = "duplicate"
+                else:
+                    self._append(*pairs[i], vectors[row])
+                    np.maximum(nearest, within[row], out=nearest)
+        self.rejections.update(reason for reason in reasons if reason is not None)
+        return [reason is None for reason in reasons]
 
     def prepare(self, thoughts: Iterable[str]) -> None:
         """Embeds thoughts ahead, in one batch, for `similarities` and `add` to find."""

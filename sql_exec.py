@@ -208,9 +208,12 @@ class _Runner:
             header = file.read(100)
         if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
             raise sqlite3.DatabaseError(f"{path} is not an SQLite database")
-        # A WAL database that nobody has open: without `immutable`, SQLite would create files beside it.
-        alone = header[18] == 2 and not Path(f"{path}-wal").exists()
-        uri += "?mode=ro&immutable=1" if alone else "?mode=ro"
+        uri += "?mode=ro"
+        log, index = Path(f"{path}-wal"), Path(f"{path}-shm")
+        if header[18] == 2 and not (log.exists() and index.exists()):  # WAL, and nobody has it open
+            if log.exists() and log.stat().st_size:
+                raise sqlite3.DatabaseError(f"{path} has a write-ahead log: open and close it once with sqlite3")
+            uri += "&immutable=1"  # else SQLite would create files beside it
         patience = min(1.0, self.timeout / 2)  # seconds to wait for a writer's lock
         connection = sqlite3.connect(uri, patience, uri=True, isolation_level=None, cached_statements=0)
         connection.execute("PRAGMA query_only = ON")

@@ -188,6 +188,28 @@ def test_a_wal_database_is_read_with_its_writer_and_without_leaving_files(hasty,
     assert [path.name for path in tiny_db.parent.iterdir()] == [tiny_db.name]
 
 
+def test_a_wal_database_copied_with_its_log_is_an_error_that_leaves_no_files(hasty, tiny_db, tmp_path):
+    """Reading the log takes an index file beside it, which a read-only worker must not create."""
+    writer = sqlite3.connect(tiny_db, isolation_level=None)
+    writer.execute("PRAGMA journal_mode = WAL")
+    writer.execute("INSERT INTO singer (name) VALUES ('Di')")
+    (tmp_path / "copy").mkdir()
+    copy = tmp_path / "copy" / "music.sqlite"
+    copy.write_bytes(tiny_db.read_bytes())
+    log = Path(f"{copy}-wal")
+    log.write_bytes(Path(f"{tiny_db}-wal").read_bytes())
+    writer.close()
+    hasty.add_database("copy", copy)
+    execution = hasty.run("copy", "SELECT count(*) FROM singer")
+    assert execution.status == "error" and "write-ahead log" in execution.error
+    assert sorted(path.name for path in copy.parent.iterdir()) == [copy.name, log.name]
+    sqlite3.connect(copy).execute("SELECT count(*) FROM singer").connection.close()  # as the sentence advises
+    assert hasty.run("copy", "SELECT count(*) FROM singer").rows == [(4,)]
+    copy.write_bytes(copy.read_bytes())
+    log.write_bytes(b"")  # an empty log says nothing
+    assert hasty.run("copy", "SELECT count(*) FROM singer").rows == [(4,)]
+
+
 def test_virtual_tables_can_be_read(executor, tiny_db):
     connection = sqlite3.connect(tiny_db)
     for kind in ("fts4", "fts5"):
