@@ -134,7 +134,7 @@ def _sample_batch(model, prompts, uniform, temperature, eos_ids) -> list[Group]:
     N, eos = len(prompts) * G, torch.tensor(list(eos_ids), device=device)
     uniform = uniform.reshape(N, max_tokens).to(device)
     tokens = torch.zeros(N, max_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(N, max_tokens, device=device)
+    logps = torch.zeros(N, max_tokens, dtype=torch.float32, device=device)
     lengths = torch.zeros(N, dtype=torch.long, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
     rows = torch.arange(N, device=device)  # the completions still growing
