@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-trl clean
 
 demo: $(VENV)/.run  ## cold start, GRPO with all four rewards, held-out accuracy before and after
 	$(BIN)/python train.py $(ARGS)
@@ -14,7 +14,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
 bench: $(VENV)/.dev
-	for script in sql rewards evaluate; do $(BIN)/python bench/$$script.py || exit 1; done
+	for script in sql rewards evaluate memory scaling; do $(BIN)/python bench/$$script.py || exit 1; done
+
+bench-trl: $(VENV)/.dev  ## a step beside TRL's, which gets an environment of its own
+	test -x $(VENV)-trl/bin/python || $(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/python -m pip install --quiet -r bench/requirements.txt
+	$(BIN)/python bench/vs_trl.py --trl-python $(VENV)-trl/bin/python $(ARGS)
 
 $(VENV)/.run: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

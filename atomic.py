@@ -32,11 +32,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 from sqlparse import lexer
 from sqlparse import tokens as T
 
 MAX_LENGTH = 5_000  # characters; longer SQL counts as unparsable, which bounds the time of every input
+MAX_TOKENS = 3_000  # with those of white space; more count as unparsable, for each takes time however short it is
 MAX_DEPTH = 60  # nested parentheses, subqueries and operators; deeper SQL counts as unparsable
 MAX_SOURCES = 64  # tables in one FROM, as in SQLite
 MAX_TEXT = 160  # a subquery in an expression is written out up to here, then hashed, or nesting blows it up
@@ -144,7 +146,10 @@ def split_tokens(sql: str) -> list[str]:
     `` `x `` (cannot be one); a string keeps its quotes; all the rest stands for itself.
     """
     words = []
-    for kind, text in lexer.tokenize(sql.translate(HIDE)):
+    tokens = list(islice(lexer.tokenize(sql.translate(HIDE)), MAX_TOKENS + 1))
+    if len(tokens) > MAX_TOKENS:
+        raise Unparsable("too many tokens")
+    for kind, text in tokens:
         first = text[0]
         if first.isspace() or (kind in T.Comment and first != "#"):
             continue

@@ -183,14 +183,17 @@ _verdicts: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model ->
 def is_exact(model, way: str, gap: Callable[[], float], instead: str) -> bool:
     """Whether a fast way of computing gives this model's results; found out once, and a warning says if not.
 
-    gap: computes a small case both ways and returns the largest difference of a log-probability.
+    gap: computes a small case both ways and returns the largest difference of a log-probability. Autocast is off
+        meanwhile, as its rounding would hide what is looked for.
     """
     verdicts = _verdicts.setdefault(model, {})
     if way not in verdicts:
         verdicts[way] = True  # so that `gap` takes it
-        tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(next(model.parameters()).dtype, 0.3)
+        weight = next(model.parameters())
+        tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(weight.dtype, 0.3)
         try:
-            difference = gap()
+            with torch.autocast(weight.device.type, enabled=False):
+                difference = gap()
             reason = "" if difference <= tolerance else f"log-probabilities differ by {difference:.2g}"
         except (TypeError, ValueError, AttributeError, ImportError, NotImplementedError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}"

@@ -17,6 +17,7 @@ Expected layouts
 """
 
 import json
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -61,15 +62,19 @@ class Dataset:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's main: a UserError is one line on stderr and exit status 2, Ctrl-C is 130."""
+    """Run a script's main: a UserError is one line on stderr and exit status 2, Ctrl-C 130, a closed pipe 141."""
     try:
         status = main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
+        sys.exit(141)  # as a shell says of a program that the pipe's signal ended
     sys.exit(status or 0)
 
 

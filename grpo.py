@@ -361,6 +361,7 @@ def policy_update(model, optimizer, groups: Sequence[Group], batches, advantages
             grad_norm = getattr(grad_norm, "full_tensor", lambda norm=grad_norm: norm)().item()  # of all shards
             if math.isfinite(grad_norm):
                 optimizer.step()
+                torch.clear_autocast_cache()  # under autocast it would lend the next update the weights of before
             else:
                 skipped += 1
     totals["loss"] = loss_sum

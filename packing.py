@@ -146,6 +146,8 @@ def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float)
     chunk = max(1, LOGIT_CHUNK_ELEMENTS // lm_head.weight.shape[0])
     if len(hidden) <= chunk:
         return _chunk_logprobs(lm_head, hidden, targets, temperature)
+    if type(lm_head) is torch.nn.Linear and lm_head.bias is None:
+        return _ChunkedLogprobs.apply(lm_head.weight, hidden, targets, temperature, chunk)
     pieces = [checkpoint(_chunk_logprobs, lm_head, h, y, temperature, use_reentrant=False)
               for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
     logp, entropy = zip(*pieces, strict=True)
@@ -154,6 +156,37 @@ def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float)
 
 def _chunk_logprobs(lm_head, hidden, targets, temperature):
     return _gather_logprobs(lm_head(hidden), targets, temperature)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """`token_logprobs` for a plain linear lm_head. One gradient of its weight is added to in place, chunk by chunk,
+    where autograd would hold several, each as large as the weight."""
+
+    @staticmethod
+    def forward(ctx, weight, hidden, targets, temperature, chunk):
+        pieces = [_gather_logprobs(F.linear(h, weight), y, temperature)
+                  for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
+        logp, entropy = map(torch.cat, zip(*pieces, strict=True))
+        ctx.save_for_backward(weight, hidden, targets)
+        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, F.linear(hidden[:1], weight[:1]).dtype  # autocast's
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        weight, hidden, targets = ctx.saved_tensors
+        w, to_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[0] else None
+        for h, y, g, out in zip(*(x.split(ctx.chunk) for x in (hidden, targets, grad, to_hidden)), strict=True):
+            h = h.to(ctx.dtype)
+            p = (F.linear(h, w).to(grad.dtype) / ctx.temperature).softmax(-1)
+            d = p.mul_(-g[:, None]).scatter_add_(1, y[:, None], g[:, None]).div_(ctx.temperature)  # of the logits
+            d = d.to(ctx.dtype)
+            out.copy_(d @ w)
+            if to_weight is not None:
+                to_weight.addmm_(d.T, h) if weight.dtype == ctx.dtype else to_weight.add_(d.T @ h)
+        return to_weight, to_hidden, None, None, None
 
 
 def _gather_logprobs(logits, targets, temperature):  # [..., V], [...] -> [...], [...]

@@ -178,6 +178,9 @@ def _missing_model(name: str, source: str, error: Exception) -> str:
     if Path(source).exists():
         return f"cannot load the model in {source}: {reason}"
     known = ", ".join(["tiny", *ALIASES])
+    if source.count("/") > 1 or source.startswith((".", "~")):  # no hub id looks like this
+        return (f"there is no model in {source}: `python train.py` writes one to runs/demo/best, or choose one of "
+                f"{known}")
     return (f"model '{name}' is neither a local folder nor reachable on the Hugging Face hub ({source}): get it with "
             f"`hf download {source}` while online, give a folder, or choose one of {known}")
 

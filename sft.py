@@ -78,7 +78,7 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
     losses = []
     model.train()
     with tqdm(_batches(len(pairs), config.cold_start_batch, steps, seed), desc="cold start", unit="step",
-              dynamic_ncols=True, disable=quiet) as bar:
+              dynamic_ncols=True, disable=quiet or None) as bar:  # None: only on a terminal
         for step, batch in enumerate(bar, 1):
             # linear warm-up, then cosine decay
             rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))

@@ -400,9 +400,14 @@ class Trainer:
     @cached_property
     def traced(self) -> list:
         """Examples with a verified trace; the tiny policy, which knows nothing, also learns from template traces."""
-        if self.data.traced or self.s.run.model != "tiny":
-            return self.data.traced
-        return [replace(e, trace=template_trace(e.gold_sqls[0], self.schemas[e.db_id])) for e in self.data.train]
+        traced = self.data.traced
+        if not traced and self.s.run.model == "tiny":
+            traced = [replace(e, trace=template_trace(e.gold_sqls[0], self.schemas[e.db_id])) for e in self.data.train]
+        golds = self.executor.run_gold([(e.db_id, e.gold_sqls[0]) for e in traced])
+        kept = [e for e, gold in zip(traced, golds, strict=True) if gold.status == "ok"]
+        if len(kept) < len(traced):
+            print(f"left out {len(traced) - len(kept)} of {len(traced)} traces: their gold SQL fails")
+        return kept
 
     def _usable(self, examples: list, name: str) -> list:
         """(example, prompt ids) of the questions whose gold SQL runs and whose prompt fits; says what was left out."""

@@ -516,6 +516,12 @@ def test_nothing_grows_without_bound(number):
     assert sum(map(len, atomic_operations(sql))) < 5_000_000
 
 
+def test_a_long_query_is_fine_but_not_one_of_countless_tokens():
+    longest = "SELECT " + ", ".join(f"column_{k} + {k}" for k in range(250)) + " FROM singer"
+    assert 4_000 < len(longest) <= atomic.MAX_LENGTH and atomic_reward(longest, longest) == 1.0
+    assert atomic_operations("SELECT " + "a," * 1_400 + "a") and not atomic_operations("SELECT " + "a," * 1_600 + "a")
+
+
 def test_reasonable_nesting_is_fine():
     assert atomic_reward("SELECT " + "(" * 40 + "1" + ")" * 40, "SELECT 1") == 1.0
     nested = "SELECT a FROM t0"

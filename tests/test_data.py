@@ -184,6 +184,14 @@ def test_run_main(body, status, printed):
     assert (done.returncode, done.stderr) == (status, printed)
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])  # a pipe takes the first at once, and notices at the end
+def test_a_reader_that_has_seen_enough_is_no_error(lines):
+    code = f"import data, time\ndef main():\n    time.sleep(0.3)\n    print('text\\n' * {lines})\ndata.run_main(main)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.close()
+        assert child.stderr.read() == b"" and child.wait() == 141
+
+
 # ---------------------------------------------------------------------------------------------- schema
 
 def test_read_schema(tiny_db):

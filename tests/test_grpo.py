@@ -1,5 +1,6 @@
 """grpo.py against naive versions, hand-computed values and exact enumeration. Row names (A1 …) follow the README."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -196,6 +198,29 @@ def test_a15_left_padding_and_what_stands_in_it_change_nothing():
     torch.testing.assert_close(one, two)
 
 
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_a16_under_bf16_the_first_ratio_is_one_and_later_updates_see_the_new_weights(monkeypatch, micro_batch):
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, updates_per_rollout=2, micro_batch=micro_batch)
+    model, seen, loss = make_model(dtype=torch.float32), [], grpo.policy_loss
+    monkeypatch.setattr(grpo, "policy_loss", lambda logp, *rest: (seen.append(logp.detach()), loss(logp, *rest))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        groups = sampled_groups(model, config)
+        stats = _apply(model, groups, _advantages(4), config, lr=0.5)
+    assert all(logp.dtype == torch.float32 for logp in seen) and 0 < stats["sampler_gap"] < 0.05
+    assert attention._verdicts[model] == {"shared prompts": True, "packed rows in blocks": True}
+
+    once, batches = make_model(dtype=torch.float32), grpo.packed_batches(groups, config)
+    first, second = seen[:len(batches)], seen[len(batches):]
+    for expected in (first, second):  # each update's log-probabilities are those of the weights it starts from
+        with torch.autocast("cpu", torch.bfloat16), grpo.dropout_off(once):
+            fresh = [grpo.completion_logprobs(once, packed, 1.0)[0].detach() for _, _, packed in batches]
+        assert all(torch.equal(a, b) for a, b in zip(fresh, expected, strict=True))
+        with torch.autocast("cpu", torch.bfloat16):
+            stats = _apply(once, groups, _advantages(4), dataclasses.replace(config, updates_per_rollout=1), lr=0.5)
+        assert expected is second or stats["ratio_mean"] == stats["ratio_max"] == 1.0
+    assert not torch.equal(first[0], second[0])
+
+
 def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(monkeypatch):
     model = make_model()
     model.gradient_checkpointing_enable()
@@ -342,6 +367,32 @@ def test_a10_weight_of_a_token_in_each_loss(loss, short, long):
     grpo.policy_loss(logp, logp.detach(), None, torch.ones(2), mask, config)[0].backward()
     expected = -torch.stack([F.one_hot(torch.tensor(0), 10) * short, torch.full((10,), long)]).double()
     torch.testing.assert_close(logp.grad, expected)
+
+
+@pytest.mark.parametrize("loss, expected", [
+    ("grpo", (-1.28 + 0.5 * (1 - math.log(2)) + (1.6 + 2.2 + 0.5 * (math.log(2) - 0.5)) / 2) / 2),
+    ("dapo", (-1.28 + 0.5 * (1 - math.log(2)) + 1.6 + 2.2 + 0.5 * (math.log(2) - 0.5)) / 3),
+    ("dr_grpo", (-1.28 + 0.5 * (1 - math.log(2)) + 1.6 + 2.2 + 0.5 * (math.log(2) - 0.5)) / (2 * 4)),
+    ("gspo", (-1.28 + 0.5 * (1 - math.log(2)) + (1.6 + 1.6 + 0.5 * (math.log(2) - 0.5)) / 2) / 2)])
+def test_each_loss_has_the_value_computed_by_hand(loss, expected):
+    """A = 1, ratio 1.5, clipped at 1.28; A = -2, ratios 0.5, clipped at 0.8, and 1.1 (gspo: both 0.55 ** 0.5)."""
+    config = GRPOConfig(loss=loss, clip_low=0.2, clip_high=0.28, kl_coef=0.5, max_completion_tokens=4)
+    logp = torch.tensor([[1.5, 7.0], [0.5, 1.1]], dtype=torch.float64).log()  # 7 is padding
+    ref = logp + torch.tensor([[2.0, 9.0], [1.0, 0.5]], dtype=torch.float64).log()  # k3: 1 - ln 2, 0, ln 2 - 1/2
+    mask = torch.tensor([[True, False], [True, True]])
+    value, stats = grpo.policy_loss(logp, torch.zeros(2, 2).double(), ref, torch.tensor([1.0, -2.0]), mask, config)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    assert stats["kl"] == pytest.approx(0.5 / 3) and stats["clip_fraction_high"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("kind, expected", [("k1", (-math.log(2), math.log(4))),
+                                            ("k2", (math.log(2) ** 2 / 2, math.log(4) ** 2 / 2)),
+                                            ("k3", (1 - math.log(2), math.log(4) - 0.75))])
+def test_each_kl_estimator_has_the_value_computed_by_hand(kind, expected):
+    """Where the reference finds the token twice as likely as the policy, and a quarter as likely."""
+    logp = torch.tensor([0.25, 0.5], dtype=torch.float64).log()
+    ref = torch.tensor([0.5, 0.125], dtype=torch.float64).log()
+    assert grpo.kl_estimate(logp, ref, kind).tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_gspo_clips_whole_sequences_by_their_geometric_mean_ratio():
@@ -526,22 +577,60 @@ def test_pack_group_layout():
             grpo.pack_group(*bad)
 
 
-def test_a23_chunked_lm_head_has_the_naive_values_and_gradients(monkeypatch):
+class LargestLogits(TorchDispatchMode):
+    """Remembers the most rows of V columns that any operation made, backward included."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.V, self.rows = V, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == self.V:
+            self.rows = max(self.rows, out.numel() // self.V)
+        return out
+
+
+class OtherLinear(torch.nn.Linear):
+    """An lm_head that is not plainly linear, as far as its type tells."""
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("kind", [torch.nn.Linear, OtherLinear])
+def test_a23_chunked_lm_head_has_the_naive_values_and_gradients(monkeypatch, kind, trained):
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50, bias=False).double()
-    hidden, targets = torch.randn(33, 8, dtype=torch.float64, requires_grad=True), torch.randint(50, (33,))
+    head = kind(3, 50, bias=False).double().requires_grad_(trained)  # frozen, as under LoRA, or not
+    hidden, targets = torch.randn(33, 3, dtype=torch.float64, requires_grad=True), torch.randint(50, (33,))
     weights = torch.randn(33, dtype=torch.float64)
-    naive = F.log_softmax(head(hidden) / 0.9, -1).gather(-1, targets[:, None])[:, 0]
-    expected = torch.autograd.grad((naive * weights).sum(), [hidden, head.weight])
-    largest = []
-    forward = type(head).forward
-    monkeypatch.setattr(type(head), "forward", lambda self, x: (largest.append(len(x)), forward(self, x))[1])
+    inputs = [hidden, head.weight] if trained else [hidden]
+    z = head(hidden) / 0.9
+    naive = F.log_softmax(z, -1).gather(-1, targets[:, None])[:, 0]
+    expected = torch.autograd.grad((naive * weights).sum(), inputs)
     monkeypatch.setattr(packing, "LOGIT_CHUNK_ELEMENTS", 50 * 4)
-    logp, _ = grpo.token_logprobs(head, hidden, targets, 0.9)
+    with LargestLogits(50) as largest:
+        logp, entropy = grpo.token_logprobs(head, hidden, targets, 0.9)
+        found = torch.autograd.grad((logp * weights).sum(), inputs)
+    assert largest.rows == 4
     torch.testing.assert_close(logp, naive, rtol=1e-12, atol=0)
-    for one, two in zip(torch.autograd.grad((logp * weights).sum(), [hidden, head.weight]), expected, strict=True):
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=z).entropy(), rtol=1e-12, atol=0)
+    for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-13)
-    assert max(largest) == 4
+
+
+def test_a23_chunked_lm_head_under_bf16_autocast(monkeypatch):
+    """Products in bf16, everything else in float32: as close to float32 as the unchunked head, gradients included."""
+    torch.manual_seed(0)
+    head, targets = torch.nn.Linear(16, 50, bias=False), torch.randint(50, (33,))
+    hidden, weights = torch.randn(33, 16, requires_grad=True), torch.randn(33)
+    results = []
+    for elements, bf16 in ((50 * 4, True), (10**9, True), (10**9, False)):
+        monkeypatch.setattr(packing, "LOGIT_CHUNK_ELEMENTS", elements)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logp, _ = grpo.token_logprobs(head, hidden, targets, 0.9)
+        assert logp.dtype == torch.float32
+        results.append((logp.detach(), *torch.autograd.grad((logp * weights).sum(), [hidden, head.weight])))
+    for chunked, whole, exact in zip(*results, strict=True):
+        assert (chunked - exact).norm() < 1.5 * (whole - exact).norm() + 1e-6 < 0.02 * exact.norm()
 
 
 def test_a23_the_update_runs_lm_head_on_completion_positions_only(monkeypatch):
@@ -588,9 +677,10 @@ def test_a11_the_gradient_does_not_depend_on_micro_batches_or_order(loss):
         torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-13)
 
 
-def test_a12_first_update_is_reinforce_with_baseline():
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+def test_a12_first_update_is_reinforce_with_baseline(loss):
     model = make_model()
-    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, max_grad_norm=1e9)
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, max_grad_norm=1e9, loss=loss)
     groups, stats = _update(model, config, lr=0)
     ours = gradients(model)
     assert stats["ratio_mean"] == 1.0 and stats["ratio_max"] == 1.0
@@ -600,7 +690,9 @@ def test_a12_first_update_is_reinforce_with_baseline():
         for completion, A in zip(group.completions, row, strict=True):
             z = model(torch.cat([group.prompt, completion])[None]).logits[0, len(group.prompt) - 1:-1]
             logp = F.log_softmax(z, -1).gather(-1, completion[:, None])[:, 0]
-            (-A * logp.mean() / 8).backward()
+            tokens = sum(len(c) for group in groups for c in group.completions)
+            weight = {"dapo": 1 / tokens, "dr_grpo": 1 / (8 * 5)}.get(loss, 1 / (8 * len(completion)))
+            (-A * logp.sum() * weight).backward()
     torch.testing.assert_close(ours, gradients(model), rtol=1e-9, atol=1e-12)
 
 
@@ -615,6 +707,47 @@ def test_a13_several_updates_reuse_one_rollout(monkeypatch):
     stats = _apply(model, groups, _advantages(4), config, lr=0.5)
     assert len(olds) == 6 and all(torch.equal(olds[i], olds[i % 2]) for i in range(6))
     assert stats["ratio_max"] > 1.0 and stats["approx_kl"] > 0.0
+
+
+def _token_logprobs(model, group, completion):
+    z = model(torch.cat([group.prompt, completion])[None]).logits[0, len(group.prompt) - 1:-1]
+    return F.log_softmax(z, -1).gather(-1, completion[:, None])[:, 0]
+
+
+def _written_out(logps, olds, refs, advantages, config):
+    """Eq. (2) to (5), a completion at a time."""
+    losses = []
+    for logp, old, ref, A in zip(logps, olds, refs, advantages, strict=True):
+        ratio = (logp - old).mean().exp().expand_as(logp) if config.loss == "gspo" else (logp - old).exp()
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        kl = (ref - logp).exp() - (ref - logp) - 1
+        losses.append(-torch.minimum(ratio * A, clipped * A) + config.kl_coef * kl)
+    if config.loss in ("dapo", "dr_grpo"):
+        constant = len(losses) * config.max_completion_tokens
+        return torch.cat(losses).sum() / (len(torch.cat(losses)) if config.loss == "dapo" else constant)
+    return sum(tokens.mean() for tokens in losses) / len(losses)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+def test_two_updates_on_one_rollout_equal_the_equations_written_out(loss):
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.1, updates_per_rollout=2, clip_low=0.02,
+                        clip_high=0.03, loss=loss, max_grad_norm=1e9, micro_batch=3)
+    model, naive, reference = make_model(), make_model(), make_model(seed=1)
+    groups, advantages = sampled_groups(model, config), _advantages(4)
+    stats = _apply(model, groups, advantages, config, 0.3, reference)
+    assert stats["clip_fraction_low"] + stats["clip_fraction_high"] > 0.1
+
+    rows, olds = [(group, completion) for group in groups for completion in group.completions], None
+    refs = [_token_logprobs(reference, *row).detach() for row in rows]
+    optimizer = torch.optim.SGD(naive.parameters(), lr=0.3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        logps = [_token_logprobs(naive, *row) for row in rows]
+        olds = olds or [logp.detach() for logp in logps]
+        _written_out(logps, olds, refs, advantages.flatten(), config).backward()
+        optimizer.step()
+    for one, two in zip(model.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
 def test_updates_that_are_not_finite_are_skipped_and_counted():

@@ -119,6 +119,20 @@ def test_add_many_is_add_in_order_with_one_embedding():
     assert memory.add_many([]) == [] and memory.similarities([]) == []
 
 
+def test_add_many_in_blocks_keeps_what_a_plain_search_would_keep():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(900, 6))  # of so few dimensions that many are near one another
+    unit_vectors, kept = vectors / np.linalg.norm(vectors, axis=1, keepdims=True), []
+    for i in range(900):
+        if not kept or (unit_vectors[kept] @ unit_vectors[i]).max() < 0.9:
+            kept.append(i)
+    memory = TraceMemory(lambda texts: vectors[[int(t) for t in texts]], 6, gate=replace(OPEN, memory_max_cosine=0.9))
+    traces = [("db", str(i)) for i in range(900)]
+    added = memory.add_many(traces[:700]) + memory.add_many(traces[700:])
+    assert [i for i in range(900) if added[i]] == kept and memory.thoughts == [str(i) for i in kept]
+    assert 100 < len(kept) < 700 and memory.rejections == {"duplicate": 900 - len(kept)}
+
+
 def test_duplicates_are_rejected_and_counted():
     memory = TraceMemory(HashEmbedder(), 512)
     assert memory.add("a", THOUGHT) and not memory.add("b", THOUGHT + " now")

@@ -59,8 +59,11 @@ def test_every_end_token_of_the_checkpoint_ends_a_completion(tiny, tmp_path):
 
 def test_missing_and_broken_models_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(policies, "_hub_answers", lambda: False)
-    for name in ("qwen2.5-3b", "nobody/nothing", str(tmp_path / "absent")):
+    for name in ("qwen2.5-3b", "nobody/nothing"):
         with pytest.raises(UserError, match="neither a local folder nor reachable"):
+            load_policy(name)
+    for name in ("runs/demo/best", str(tmp_path / "absent"), "./absent"):
+        with pytest.raises(UserError, match=f"there is no model in {name}: `python train.py` writes one"):
             load_policy(name)
     with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-3B-Instruct"):
         load_policy("qwen2.5-3b")

@@ -174,6 +174,16 @@ def test_rooms_that_stand_alone_import_their_parts_only(room, parts):
         assert set(imports) & ours <= parts, name
 
 
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("docs/*.py")]),
+                         ids=lambda path: path.name)
+def test_d_nothing_is_tied_to_one_machine(path):
+    """No address but this machine's own, no home folder, no killing of processes by name."""
+    source = path.read_text()
+    addresses = set(re.findall(r"\b\d{1,3}(?:\.\d{1,3}){3}\b", source))
+    assert addresses <= {"127.0.0.1"}
+    assert not re.search(r"/(?:home|Users|root|mnt|workspace)/\w|pkill|killall", source)
+
+
 def test_the_reward_of_ones_own_runs(tmp_path):
     source = re.search(r"```python\n(def reward\(.*?)```", README, re.DOTALL)[1]
     assert len(source.strip().splitlines()) <= 10

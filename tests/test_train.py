@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -152,6 +153,23 @@ def test_a_local_chat_checkpoint_on_ones_own_data(chat_checkpoint, tmp_path):
                  "--output", folder)
     assert "1 of" in output and "left out" in output and "error" in output
     assert len(lines(folder / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("empty_gold, kept", [("keep", 18), ("drop", 9)])
+def test_b4_golds_that_fail_leave_training_and_are_counted(tmp_path, tiny_db, monkeypatch, capsys, empty_gold, kept):
+    endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c"
+    golds = ["SELECT name FROM singer", "SELECT name FROM singer WHERE age > 99", "SELECT nothing", endless]
+    records = [{"question": f"q{i}?", "db_id": "music", "split": "train", "sql": golds[i // 9 if i < 27 else 3]}
+               for i in range(28)]
+    (tmp_path / "mine.json").write_text(json.dumps(records))
+    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "--data", str(tmp_path / "mine.json"), "--steps", "0",
+                                      "--sql-timeout", "0.5", "--eval-questions", "0", "--cold-start-steps", "0",
+                                      "--empty-gold", empty_gold, "--output", str(tmp_path / "run")])
+    assert train.main() == 0
+    printed = capsys.readouterr().out
+    counts, left_out = re.search(r"training golds: (\{.*\}); (\d+) of 28 questions left out", printed).groups()
+    assert json.loads(counts.replace("'", '"')) == {"ok": 9, "empty": 9, "error": 9, "timeout": 1}
+    assert int(left_out) == 28 - kept and "left out 10 of 28 traces: their gold SQL fails" in printed
 
 
 def test_a_lora_run(chat_checkpoint, tmp_path):

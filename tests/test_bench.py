@@ -1,0 +1,60 @@
+"""The benches of a step measure what they say: same lengths on every side, and no logits beyond a chunk."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.append(str(BENCH))  # behind the root, whose memory.py has the same name
+import scaling  # noqa: E402
+import steps  # noqa: E402
+
+
+def bench(script, *arguments):
+    return subprocess.run([sys.executable, BENCH / script, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_side_samples_the_lengths_of_the_plan(padded):
+    plan = steps.Plan(prompt=9, completion=8, group=4, steps=2)
+    assert sorted(plan.lengths()) == [4, 5, 7, 8]
+    model, clock = steps.build_model(scaling.model_settings(64, 1)), steps.Clock("cpu")
+    assert steps.our_steps(model, plan, clock, padded) == [24, 24]
+    for step in clock.steps:
+        assert step["rollout"] + step["reference"] + step["update"] <= step["step"]
+
+
+def test_an_end_is_impossible_before_its_time_and_certain_then():
+    logits = torch.randn(3, 5)
+    shares = steps.force_end(logits, torch.tensor([2, 1, 0])).softmax(-1)
+    torch.testing.assert_close(shares[0, 1:], logits[0, 1:].softmax(-1))
+    assert shares[0, steps.END] == 0 and shares[1:, steps.END].tolist() == [1, 1]
+
+
+def test_the_slope_is_that_of_the_line():
+    assert scaling.slope([1, 2, 4], [5.0, 7.0, 11.0]) == pytest.approx(2.0)
+
+
+def test_the_loss_over_a_large_vocabulary_takes_a_fraction_of_the_naive_memory():
+    sizes = ["--tokens", 1200, "--vocabulary", 60_000, "--width", 8, "--threads", 1]
+    chunked, naive = (json.loads(bench("memory.py", "--worker", way, *sizes).stdout) for way in ("chunked", "naive"))
+    logits = 1200 * 60_000 * 4 / 2**20  # megabytes
+    assert chunked["added_mb"] < logits < 2 * logits < naive["added_mb"]
+    assert chunked["norm"] == pytest.approx(naive["norm"], rel=1e-4)
+
+
+@pytest.mark.skipif(find_spec("trl") is not None, reason="trl is there")
+def test_without_trl_the_bench_says_what_to_install():
+    done = bench("vs_trl.py")
+    assert done.returncode == 1 and "pip install -r bench/requirements.txt" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_bench_says_so_in_one_sentence():
+    done = bench("gpu.py")
+    assert done.returncode == 1 and "needs a CUDA GPU" in done.stderr and len(done.stderr.splitlines()) == 1
