@@ -21,7 +21,7 @@ What is left out: rewards, files, logging, arguments. Importing this file needs 
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -29,11 +29,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decoding import start_decoding
-from packing import PackedGroup, completion_logprobs, dropout_off, pack_group, padded_logprobs, token_logprobs
+from packing import (
+    PackedGroup,
+    completion_logprobs,
+    direct_logprobs,
+    dropout_off,
+    pack_group,
+    padded_logprobs,
+    token_logprobs,
+)
 
-__all__ = ["GRPOConfig", "Group", "PackedGroup", "completion_logprobs", "dropout_off", "flat_groups",
-           "group_advantages", "kl_estimate", "loss_normalizer", "overlong_penalty", "pack_group", "packed_batches",
-           "padded_logprobs", "policy_loss", "policy_update", "reference_logprobs", "sample_groups", "token_logprobs"]
+__all__ = ["GRPOConfig", "Group", "PackedGroup", "Share", "completion_logprobs", "direct_logprobs", "dropout_off",
+           "flat_groups", "group_advantages", "kl_estimate", "loss_normalizer", "overlong_penalty", "pack_group",
+           "packed_batches", "padded_logprobs", "policy_loss", "policy_update", "reference_logprobs", "sample_groups",
+           "token_logprobs"]
 
 
 def _setting(default, text: str, choices: tuple | None = None, at_least: float | None = None):
@@ -125,7 +134,7 @@ def _sample_batch(model, prompts, uniform, temperature, eos_ids) -> list[Group]:
     N, eos = len(prompts) * G, torch.tensor(list(eos_ids), device=device)
     uniform = uniform.reshape(N, max_tokens).to(device)
     tokens = torch.zeros(N, max_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(N, max_tokens, device=device)
+    logps = torch.zeros(N, max_tokens, dtype=torch.float32, device=device)
     lengths = torch.zeros(N, dtype=torch.long, device=device)
     ended = torch.zeros(N, dtype=torch.bool, device=device)
     rows = torch.arange(N, device=device)  # the completions still growing
@@ -273,6 +282,24 @@ def _statistics(ratio, log_ratio, A, mask, config, kl, entropy) -> dict[str, flo
 # ---- update
 
 
+@dataclass(frozen=True)
+class Share:
+    """What this process does of an update that several compute together (distributed.py); by default all of it."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[object], list] = lambda value: [value]  # the value of each process, in their order
+    sum_gradients: Callable = lambda model: None  # over the processes
+
+    def of(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The part of this process; no part is longer than another by more than one."""
+        return numbers[self.rank::self.size]
+
+
+ALONE = Share()
+NOTHING = pack_group(torch.zeros(1, dtype=torch.long), [torch.zeros(1, dtype=torch.long)])  # a pass that weighs 0
+
+
 def packed_batches(groups: Sequence[Group], config: GRPOConfig) -> list[tuple[int, slice, PackedGroup]]:
     """The micro-batches of a rollout: (index of the group, its completions in this one, packed row)."""
     size = config.micro_batch or max(len(group.completions) for group in groups)
@@ -282,15 +309,19 @@ def packed_batches(groups: Sequence[Group], config: GRPOConfig) -> list[tuple[in
 
 
 @torch.no_grad()
-def reference_logprobs(model, batches, config: GRPOConfig) -> list[Tensor]:
-    """Log-probabilities [n, T] of the reference for every micro-batch of `packed_batches`."""
+def reference_logprobs(model, batches, config: GRPOConfig, share: Share = ALONE) -> dict[int, Tensor]:
+    """Log-probabilities [n, T] of the reference for the micro-batches of `packed_batches`, by number."""
     with dropout_off(model):
-        return [completion_logprobs(model, packed, config.temperature)[0] for _, _, packed in batches]
+        return {n: completion_logprobs(model, batches[n][2], config.temperature)[0]
+                for n in share.of(range(len(batches)))}
 
 
 def policy_update(model, optimizer, groups: Sequence[Group], batches, advantages: Tensor,
-                  ref_logps: list[Tensor] | None, config: GRPOConfig) -> dict[str, float]:
+                  ref_logps: dict[int, Tensor] | None, config: GRPOConfig,
+                  share: Share = ALONE) -> dict[str, float]:
     """`updates_per_rollout` optimizer steps on one rollout, which is never sampled again.
+
+    Several processes give it the same rollout, and each computes its share of the micro-batches.
 
     Args:
         batches: from `packed_batches(groups, config)`.
@@ -305,12 +336,13 @@ def policy_update(model, optimizer, groups: Sequence[Group], batches, advantages
     normalizer = sum(loss_normalizer(mask, config) for mask in masks)  # of the whole batch
     old_logps, totals, ratio_max, skipped = {}, Counter(), 0.0, 0
     # Without a KL term a group of equal rewards has no gradient at all, so its forward pass is saved.
-    useful = [n for n, (i, rows, _) in enumerate(batches) if ref_logps or advantages[i, rows].any()] or [0]
+    useful = [n for n, (i, rows, _) in enumerate(batches) if ref_logps is not None or advantages[i, rows].any()] or [0]
+    mine = share.of(useful)
     with dropout_off(model):
         for update in range(config.updates_per_rollout):
             optimizer.zero_grad(set_to_none=True)
             loss_sum = 0.0
-            for n in useful:
+            for n in mine:
                 i, rows, packed = batches[n]
                 logp, entropy = completion_logprobs(model, packed, config.temperature)  # [n, T]
                 if update == 0:  # on policy: this is the old policy, so the ratio is exactly 1
@@ -322,15 +354,35 @@ def policy_update(model, optimizer, groups: Sequence[Group], batches, advantages
                 loss_sum += loss.item()
                 ratio_max = max(ratio_max, stats.pop("ratio_max"))
                 totals.update({name: value * int(masks[n].sum()) for name, value in stats.items()})
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+            if len(mine) < math.ceil(len(useful) / share.size):  # as many passes as other processes make
+                (0 * completion_logprobs(model, NOTHING, config.temperature)[0]).sum().backward()
+            share.sum_gradients(model)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            grad_norm = getattr(grad_norm, "full_tensor", lambda norm=grad_norm: norm)().item()  # of all shards
             if math.isfinite(grad_norm):
                 optimizer.step()
                 torch.clear_autocast_cache()  # under autocast it would lend the next update the weights of before
             else:
                 skipped += 1
+    totals["loss"] = loss_sum
+    totals["sampler_gap"] = sum(_sampler_gap(groups, batches[n], old_logps[n]) for n in mine)
+    totals, ratio_max = _over_processes(share, totals, ratio_max)
     tokens = max(1, config.updates_per_rollout * sum(int(masks[n].sum()) for n in useful))
-    gaps = [(old_logps[n].cpu()[batches[n][2].mask] - torch.cat(groups[batches[n][0]].logps[batches[n][1]])).abs()
-            for n in useful]
-    return {name: value / tokens for name, value in totals.items()} | {
-        "ratio_max": ratio_max, "loss": loss_sum, "grad_norm": grad_norm, "skipped_updates": skipped,
-        "sampler_gap": torch.cat(gaps).mean().item()}
+    seen = sum(int(batches[n][2].mask.sum()) for n in useful)
+    return {"loss": totals.pop("loss"), "sampler_gap": totals.pop("sampler_gap") / seen, "ratio_max": ratio_max,
+            "grad_norm": grad_norm, "skipped_updates": skipped} | {
+        name: value / tokens for name, value in totals.items()}
+
+
+def _sampler_gap(groups: Sequence[Group], batch, old_logp: Tensor) -> float:
+    """Sum over a micro-batch's tokens of |log-probability of the sampler − training|."""
+    i, rows, packed = batch
+    return (old_logp.cpu()[packed.mask] - torch.cat(groups[i].logps[rows])).abs().sum().item()
+
+
+def _over_processes(share: Share, totals: Counter, largest: float) -> tuple[Counter, float]:
+    """Sums and the maximum over all processes."""
+    sums, parts = Counter(), share.gather((totals, largest))
+    for part, _ in parts:
+        sums.update(part)
+    return sums, max(other for _, other in parts)

@@ -135,6 +135,15 @@ class TraceMemory:
         """Embeds thoughts ahead, in one batch, for `similarities` and `add` to find."""
         self._embed(list(thoughts))
 
+    def exchange(self, thoughts: Iterable[str], gather: Callable[[dict], list[dict]]) -> None:
+        """Between the processes of a run: of recent embeddings, all keep those of these thoughts and of each other's.
+
+        So none embeds what another has, all add the same vectors, and a resumed run finds in all what one has saved.
+        """
+        own = list(dict.fromkeys(thoughts))
+        parts = gather(dict(zip(own, self._embed(own), strict=True)))
+        self._recent = OrderedDict((text, vector) for part in reversed(parts) for text, vector in part.items())
+
     def _append(self, db_id: str, thought: str, vector: np.ndarray) -> None:
         if len(self) == len(self._vectors):
             self._vectors = np.concatenate([self._vectors, np.zeros_like(self._vectors)])

@@ -96,6 +96,12 @@ def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple
     -> logp [G, T] with gradient, entropy [G, T] without; padding 0; float32 or wider. A model that cannot run a
     packed row (found by comparing both ways on first use) takes the padded way instead, with a warning.
     """
+    hooked = getattr(model, "hooked_logprobs", None)  # of a model that is sharded over processes (distributed.py)
+    return hooked(packed, temperature) if hooked else direct_logprobs(model, packed, temperature)
+
+
+def direct_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
+    """`completion_logprobs` of a model that is here as a whole."""
     ways = {"packed rows in blocks": "a mask over the whole row", "packed rows": "padded rows"}
     reach = len(packed.prompt) + packed.mask.shape[1]
     for way, instead in ways.items() if window_allows(model, reach) else ():

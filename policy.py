@@ -44,6 +44,7 @@ class Policy:
     model: torch.nn.Module
     tokenizer: object
     eos_ids: tuple[int, ...]
+    weights: dict[str, torch.Tensor] | None = None  # what is saved of a model that is sharded over processes
 
     @property
     def device(self) -> torch.device:
@@ -56,12 +57,13 @@ class Policy:
     def save(self, folder: str | Path) -> None:
         """Writes model and tokenizer so that plain transformers (and vLLM) load them."""
         _quiet()
-        self.model.save_pretrained(folder)  # of a LoRA policy: the adapters, which `load_policy` puts on their base
+        # Of a LoRA policy: the adapters, which `load_policy` puts on their base.
+        self.model.save_pretrained(folder, state_dict=self.weights)
         self.tokenizer.save_pretrained(folder)
 
     def save_merged(self, folder: str | Path) -> None:
         """As `save`, with LoRA adapters merged into the weights."""
-        if not hasattr(self.model, "merge_and_unload"):
+        if not hasattr(self.model, "merge_and_unload") or self.weights:  # sharded adapters stay as they are
             return self.save(folder)
         Policy(copy.deepcopy(self.model).merge_and_unload(), self.tokenizer, self.eos_ids).save(folder)
 
@@ -130,6 +132,8 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_missing_model(name, source, error)) from error
     model.to(device)
+    for weight in model.parameters():  # those of a file lie anywhere in memory, and products of matrices depend on
+        weight.data = weight.data.clone()  # where their rows start, in the last digit: a resumed run would differ
     if lora_rank:
         model = _add_lora(model, lora_rank)
     return Policy(model, tokenizer, _eos_ids(model, tokenizer))

@@ -217,8 +217,8 @@ class RewardScorer:
             if self.weights[name] and needed is None:
                 raise ValueError(f"the {name} reward has a weight, but there is nothing to compute it with")
 
-    def score(self, items: Sequence[RewardItem]) -> list[RewardBreakdown]:
-        """One RewardBreakdown a completion, in order; then the memory learns thoughts of the correct ones.
+    def score(self, items: Sequence[RewardItem], remember: bool = True) -> list[RewardBreakdown]:
+        """One RewardBreakdown a completion, in order; then the memory learns thoughts of the correct ones (`remember`).
 
         SQL runs in the executor's processes while a thread here embeds the thoughts, so the parts of
         `seconds` can add up to more than the call took.
@@ -241,11 +241,16 @@ class RewardScorer:
                  "result": self._result(executions, golds, correct, wrong),
                  "schema": self._schema(items, parsed, correct, wrong),
                  "user": self._user(items, parsed, executions, shaped)}
-        if self.weights["memory"]:
-            with self._clock("memory"):  # only now, so that the order within a step makes no difference
-                self.memory.add_many([(items[i].db_id, parsed[i][0]) for i in sorted(correct)])
+        if remember:  # only now, so that the order within a step makes no difference
+            self.remember([(items[i].db_id, parsed[i][0]) for i in sorted(correct)])
         return [self._breakdown(i, item, parsed[i], executions.get(i), i in correct, parts, neighbours.get(i, ()))
                 for i, item in enumerate(items)]
+
+    def remember(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Shows the memory the (db_id, thought) of correct completions."""
+        if self.weights["memory"]:
+            with self._clock("memory"):
+                self.memory.add_many(pairs)
 
     def _breakdown(self, i, item, pair, execution, is_correct, parts, neighbours) -> RewardBreakdown:
         if pair is None:

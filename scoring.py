@@ -59,12 +59,14 @@ class ExampleScore:
 def score_predictions(examples: Sequence[Example], sqls: Sequence[str], executor: SQLExecutor,
                       matches: Sequence[str] = MATCHES, keep_distinct: bool = False,
                       progress: bool = False,
-                      suite: dict[str, list[str]] | None = None) -> list[ExampleScore]:
+                      suite: dict[str, list[str]] | None = None,
+                      levels: list[str] | None = None) -> list[ExampleScore]:
     """Score one SQL a question, in order; a question with several golds is right when any of them matches.
 
     suite: for a db_id the further databases, known to the executor, on which both must agree as well.
+    levels: of `difficulty_levels`, where the examples are a part of more.
     """
-    levels = difficulty_levels(examples)
+    levels = levels or difficulty_levels(examples)
     scores = []
     starts = range(0, len(examples), BATCH)
     for start in tqdm(starts, desc="scoring", unit="batch", disable=None if progress else True, leave=False):

@@ -69,7 +69,7 @@ def taught_text(example) -> str:
 
 
 def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig, *, seed: int,
-               autocast: Callable = nullcontext) -> float:
+               autocast: Callable = nullcontext, quiet: bool = False) -> float:
     """Trains on (prompt [P], completion [C] with EOS) pairs; returns the loss of the last tenth, nats a token."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.cold_start_lr,
                                   betas=(0.9, 0.98), weight_decay=0.01)
@@ -78,7 +78,7 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
     losses = []
     model.train()
     with tqdm(_batches(len(pairs), config.cold_start_batch, steps, seed), desc="cold start", unit="step",
-              dynamic_ncols=True, disable=None) as bar:  # None: only on a terminal
+              dynamic_ncols=True, disable=quiet or None) as bar:  # None: only on a terminal
         for step, batch in enumerate(bar, 1):
             # linear warm-up, then cosine decay
             rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))

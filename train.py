@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import distributed
 import evaluate
 import options
 import report
@@ -83,6 +84,8 @@ class RunConfig:
     verbose: int = _option(0, "print a coloured group every so many steps; 0: never, without a number: 10", alone=10)
     tensorboard: bool = _option(False, "also write TensorBoard events (needs tensorboard)")
     keep: int = _option(2, "newest checkpoints that are kept, besides the start")
+    sharding: str = _option("auto", "spread parameters, gradients and optimizer state over processes (FSDP2); auto: on "
+                                    "GPUs, without --lora-rank", choices=("auto", "on", "off"))
     resume: bool = _option(False, "continue the run in the output folder from its newest checkpoint")
 
 
@@ -96,8 +99,8 @@ TINY_DEFAULTS = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "p
 PRETRAINED_DEFAULTS = {"cold_start_steps": 0}
 MATCHES = {"bird": lambda predicted, gold, sql: bird_match(predicted, gold),
            "spider": lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql))}
-MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "eval_every", "save_every", "sql_workers", "tensorboard",
-                        "verbose", "keep", "max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated")
+MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "sharding", "eval_every", "save_every", "sql_workers",
+                        "tensorboard", "verbose", "keep", "max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated")
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,17 @@ def main() -> int:
     run = s.run
     if run.threads:
         torch.set_num_threads(run.threads)
+    with distributed.joined():
+        return run_all(s)
+
+
+def run_all(s: Settings) -> int:
+    """The run, in each process that takes part in it; returns the exit status."""
+    run = s.run
     data = load_splits(run.data, run.data_dir, run.split, traces=run.traces, seed=run.seed,
                        world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
-    folder = RunFolder(run.output, s.as_dict(), resume=run.resume, may_change=MAY_CHANGE_ON_RESUME)
+    folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
+                                                   may_change=MAY_CHANGE_ON_RESUME))
     for note in data.notes:
         print(note)
     with SQLExecutor(data.databases, workers=run.sql_workers, timeout=run.sql_timeout,
@@ -154,7 +165,8 @@ def main() -> int:
         try:
             trainer = Trainer(s, data, folder, executor)
         except UserError:
-            folder.discard_new()
+            if distributed.is_main():
+                folder.discard_new()
             raise
         return trainer.train()
 
@@ -165,20 +177,23 @@ class Trainer:
     def __init__(self, s: Settings, data: Splits, folder: RunFolder, executor: SQLExecutor):
         self.s, self.data, self.folder, self.executor = s, data, folder, executor
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        checkpoint = folder.newest_whole() if s.run.resume else None
+        checkpoint = distributed.on_main(folder.newest_whole) if s.run.resume else None
         self.policy = self._load_policy(checkpoint)
         self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
         self.train_set = self._usable(data.train, "training")
         self.dev_set = self._usable(data.dev, "dev")
         self.test_sets = {name: self._usable(examples, name) for name, examples in data.tests.items()}
         self.step, self.drawn, self.best, self.before = 0, 0, -1.0, {}  # drawn: questions used so far
-        self.stop_requested = False
+        self.stop_requested = self.stopping = False  # by a signal to this process; agreed by all of them
         self.guards, self.heartbeat = Guards(s.guards), Heartbeat()
-        self.events = tensorboard_writer(folder.path) if s.run.tensorboard else None
+        self.events = tensorboard_writer(folder.path) if s.run.tensorboard and distributed.is_main() else None
         if not checkpoint and not s.run.start:
             self._cold_start()
+        distributed.copy_from_main(self.policy.model)
         self.reference = Reference(self.policy.model) if s.grpo.kl_coef else None
         self.scorer = self._make_scorer(resumed=bool(checkpoint))
+        if self._wants_sharding():
+            distributed.shard(self.policy.model)
         parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=s.run.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                            fused=self.device == "cuda")
@@ -193,9 +208,9 @@ class Trainer:
         if self.step == 0:
             self.save()  # the start: step 0 is the reference
         bar = tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True,
-                   disable=None)  # None: only on a terminal; elsewhere there is a line a minute
+                   disable=None if distributed.is_main() else True)  # None: only on a terminal, else a line a minute
         with stop_signals(self), bar:
-            while self.step < run.steps and not self.stop_requested:
+            while self.step < run.steps and not self.stopping:
                 self.step += 1
                 metrics = self.take_step()
                 self.watch(metrics)
@@ -204,12 +219,13 @@ class Trainer:
                                 kl=f"{metrics.get('kl', 0.0):.3f}", dev=f"{self.best:.2f}")
                 if run.save_every and self.step % run.save_every == 0:
                     self.save()
+                self.stopping = any(distributed.gather(self.stop_requested))
         self.save()
-        if not self.stop_requested and self.test_sets:
+        if not self.stopping and self.test_sets:
             self.compare()
-        if self.step:
+        if self.step and distributed.is_main():
             print(f"report: {report.write_report(self.folder.path)}")
-        if self.stop_requested:
+        if self.stopping:
             print(f"stopped after step {self.step}; continue with --resume --output {run.output}")
             return 130
         return 0
@@ -235,25 +251,32 @@ class Trainer:
         advantages = group_advantages(rewards, s.grpo.advantage_scale)  # [B, G]
         if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
             advantages[[not teaches(row) for row in breakdowns]] = 0.0
-        batches = packed_batches(groups, s.grpo)
+        batches, share = packed_batches(groups, s.grpo), distributed.share()
         ref_logps = None
         if self.reference:
             with self.autocast(), self.reference.active() as model:
-                ref_logps = reference_logprobs(model, batches, s.grpo)
+                ref_logps = reference_logprobs(model, batches, s.grpo, share)
         clock.lap("reference")
 
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         with self.autocast(), show.watch_tokens(policy, groups, advantages, s.grpo) as watched:
-            stats = policy_update(policy.model, self.optimizer, groups, batches, advantages, ref_logps, s.grpo)
+            stats = policy_update(policy.model, self.optimizer, groups, batches, advantages, ref_logps, s.grpo, share)
         clock.lap("update")
+        return self.log(examples, groups, breakdowns, advantages, stats, watched, clock)
 
+    def log(self, examples, groups, breakdowns, advantages, stats: dict, watched: dict, clock: "Stopwatch") -> dict:
+        """Writes what became of a step, its accuracy on dev included; returns its line of metrics."""
+        s = self.s
         extra = {f"seconds/rewards/{name}": value for name, value in self.scorer.seconds.items()}
         extra |= {"lr": self.learning_rate(), "memory_size": len(self.scorer.memory or ()),
-                 "sql_worker_restarts": self.executor.worker_restarts, "questions_drawn": self.drawn}
+                 "sql_worker_restarts": sum(distributed.gather(self.executor.worker_restarts)),
+                 "questions_drawn": self.drawn}
         if self.dev_set and s.run.eval_every and (self.step % s.run.eval_every == 0 or self.step == s.run.steps):
             extra["dev_accuracy"] = self.evaluate_dev()
         metrics = step_metrics(self.step, groups, breakdowns, advantages, stats, clock.laps, extra)
+        if not distributed.is_main():
+            return metrics
         self.folder.log("metrics", [metrics])
         if self.events:
             for name, value in metrics.items():
@@ -267,7 +290,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------- a step's verbs
 
     def rollout(self, clock: "Stopwatch") -> tuple[list, list, list]:
-        """B examples with their groups and the groups' RewardBreakdowns.
+        """B examples with their groups and the groups' RewardBreakdowns; each process samples and scores a part.
 
         With --dynamic-sampling, questions whose completions are all right or all wrong give way to fresh ones while
         extra rollouts are left; what is still missing then is filled up with the last of them.
@@ -277,12 +300,13 @@ class Trainer:
         for _ in range(1 + s.run.dynamic_sampling):
             seeds = [s.run.seed * 1_000_003 + self.drawn + i for i in range(B)]  # by a question's turn in the run
             questions = self.next_questions()
-            prompts = [torch.tensor(ids) for _, ids in questions]
-            examples = [example for example, _ in questions]
-            with self.autocast():
-                groups = sample_groups(policy.model, prompts, s.grpo, eos_ids=policy.eos_ids, seeds=seeds)
+            mine = distributed.part(B)
+            prompts = [torch.tensor(ids) for _, ids in questions[mine]]
+            examples = [example for example, _ in questions[mine]]
+            with self.autocast(), distributed.whole(policy.model):
+                groups = sample_groups(policy.model, prompts, s.grpo, eos_ids=policy.eos_ids, seeds=seeds[mine])
             clock.lap("rollout")
-            scored = list(zip(examples, groups, self.score(examples, groups), strict=True))
+            scored = self.score(examples, groups)
             clock.lap("rewards")  # the seconds of each component are in scorer.seconds
             if not s.run.dynamic_sampling:
                 return tuple(map(list, zip(*scored, strict=True)))
@@ -302,13 +326,18 @@ class Trainer:
                   for epoch in {n // count for n in chosen}}
         return [self.train_set[orders[n // count][n % count]] for n in chosen]
 
-    def score(self, examples, groups) -> list[list]:
-        """RewardBreakdowns of every group's completions."""
+    def score(self, examples, groups) -> list[tuple]:
+        """(example, group, RewardBreakdowns of its completions) for the groups of all processes; each scores its."""
         G = self.s.grpo.group_size
         items = [RewardItem(example.db_id, example.gold_sqls, self.policy.decode(completion), example.question)
                  for example, group in zip(examples, groups, strict=True) for completion in group.completions]
-        breakdowns = self.scorer.score(items)
-        return [breakdowns[i:i + G] for i in range(0, len(breakdowns), G)]
+        breakdowns = self.scorer.score(items, remember=False)
+        rows = [breakdowns[i:i + G] for i in range(0, len(breakdowns), G)]
+        scored = distributed.merge(list(zip(examples, groups, rows, strict=True)))
+        if self.scorer.memory is not None and distributed.size() > 1:
+            self.scorer.memory.exchange((b.thought for b in breakdowns if b.status != "format"), distributed.gather)
+        self.scorer.remember([(example.db_id, b.thought) for example, _, row in scored for b in row if b.correct])
+        return scored
 
     def learning_rate(self) -> float:
         """Linear warm-up, then constant or a linear fall to a tenth."""
@@ -324,17 +353,21 @@ class Trainer:
 
     def evaluate(self, questions: list, name: str) -> dict:
         """Greedy execution accuracy on (example, prompt ids) pairs, as `evaluate.summarise` gives it."""
-        with self.autocast():
-            sqls = evaluate.greedy_sqls(self.policy, [ids for _, ids in questions], self.s.grpo.max_completion_tokens)
-        scores = evaluate.score_predictions([example for example, _ in questions], sqls, self.executor)
-        return evaluate.summarise(scores)
+        examples, mine = [example for example, _ in questions], distributed.part(len(questions))
+        with self.autocast(), distributed.whole(self.policy.model):
+            sqls = evaluate.greedy_sqls(self.policy, [ids for _, ids in questions[mine]],
+                                        self.s.grpo.max_completion_tokens)
+        scores = evaluate.score_predictions(examples[mine], sqls, self.executor,
+                                            levels=evaluate.difficulty_levels(examples)[mine])
+        return evaluate.summarise(distributed.merge(scores))
 
     def evaluate_dev(self) -> float:
         """Accuracy on dev, the mean over tiers where there are tiers; a new best policy is kept in best/."""
         accuracy = self.evaluate(self.dev_set, "dev")["mean_over_difficulties"][self.s.run.match]
         if accuracy > self.best:
             self.best = accuracy
-            self.folder.save_best(self.policy)
+            policy = self.savable_policy()
+            distributed.on_main(lambda: self.folder.save_best(policy))
         return accuracy
 
     # --------------------------------------------------------------------------------------------- preparation
@@ -378,19 +411,24 @@ class Trainer:
 
     def _usable(self, examples: list, name: str) -> list:
         """(example, prompt ids) of the questions whose gold SQL runs and whose prompt fits; says what was left out."""
-        golds = self.executor.run_gold([(e.db_id, e.gold_sqls[0]) for e in examples])
-        statuses = Counter(gold.status if gold.status != "ok" or gold.rows else "empty" for gold in golds)
-        unwanted = {"empty"} if self.s.run.empty_gold == "drop" and name == "training" else set()
-        kept = [e for e, gold in zip(examples, golds, strict=True)
-                if gold.status == "ok" and (gold.rows or "empty" not in unwanted)]
-        if statuses.keys() - {"ok"}:
-            print(f"{name} golds: {dict(statuses)}; {len(examples) - len(kept)} of {len(examples)} questions left out")
+        golds = self.executor.run_gold([(e.db_id, e.gold_sqls[0]) for e in examples[distributed.part(len(examples))]])
+        golds = distributed.merge([gold.status if gold.status != "ok" or gold.rows else "empty" for gold in golds])
+        wanted = {"ok"} if self.s.run.empty_gold == "drop" and name == "training" else {"ok", "empty"}
+        kept = [e for e, status in zip(examples, golds, strict=True) if status in wanted]
+        if set(golds) - {"ok"}:
+            left_out = len(examples) - len(kept)
+            print(f"{name} golds: {dict(Counter(golds))}; {left_out} of {len(examples)} questions left out")
         encoded, notes = self.builder.encode_all(kept)
         for note in notes:
             print(f"{name}: {note}")
         if not encoded and name == "training":
             raise UserError("no training question is usable: every gold SQL fails or every prompt is too long")
         return encoded
+
+    def _wants_sharding(self) -> bool:
+        run, several = self.s.run, distributed.size() > 1
+        return several and (run.sharding == "on" or run.sharding == "auto" and self.device == "cuda"
+                            and not hasattr(self.policy.model, "disable_adapter"))
 
     def _cold_start(self) -> None:
         s, tokenizer = self.s, self.policy.tokenizer
@@ -399,7 +437,8 @@ class Trainer:
         encoded, _ = self.builder.encode_all(self.traced)
         pairs = [(torch.tensor(ids), torch.tensor(tokenizer.encode(taught_text(e),
                   add_special_tokens=False) + [tokenizer.eos_token_id])) for e, ids in encoded]
-        loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast)
+        loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast,
+                          quiet=not distributed.is_main())
         print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
 
     def _make_scorer(self, resumed: bool) -> RewardScorer:
@@ -421,24 +460,31 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint from which `--resume` continues bit for bit (on CPU)."""
-        if any(step == self.step for step, _ in self.folder.checkpoints()):
+        if distributed.on_main(lambda: any(step == self.step for step, _ in self.folder.checkpoints())):
             return
         state = {"step": self.step, "drawn": self.drawn, "best": self.best, "before": self.before,
-                 "optimizer": self.optimizer.state_dict()}
-        self.folder.save_checkpoint(self.step, self.policy, state, self.scorer.memory, keep=self.s.run.keep)
+                 "optimizer": distributed.whole_state(self.optimizer)}
+        policy = self.savable_policy()
+        distributed.on_main(lambda: self.folder.save_checkpoint(self.step, policy, state, self.scorer.memory,
+                                                                keep=self.s.run.keep))
+
+    def savable_policy(self) -> Policy:
+        """The policy; of a sharded one with its weights put together."""
+        return replace(self.policy, weights=distributed.whole_weights(self.policy.model))
 
     def _resume(self, step: int, checkpoint: Path) -> None:
         """Takes up the state of a checkpoint; the reference is the policy of step 0."""
         state = load_state(checkpoint)
         self.step, self.drawn = state["step"], state["drawn"]
         self.best, self.before = state["best"], state["before"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        distributed.load_whole_state(self.optimizer, state["optimizer"])
         if self.reference:
             start = self.folder.checkpoints()[0][1]
             self.reference = Reference(load_policy(str(start), device=self.device).model)
         if self.scorer.memory is not None:
             self.scorer.memory.load(checkpoint / "memory.npz")
-        self.folder.cut_logs(step)
+        if distributed.is_main():
+            self.folder.cut_logs(step)
         print(f"resuming from {checkpoint}")
 
     def compare(self) -> None:
@@ -447,6 +493,8 @@ class Trainer:
         if self.s.run.eval_every and self.dev_set and best.exists():
             self.policy = load_policy(str(best), device=self.device)
         after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
+        if not distributed.is_main():
+            return
         print(before_after_table(self.before, after, self.s.run.match))
         write_whole(self.folder.path / "result.json", json.dumps({"before": self.before, "after": after}, indent=1))
         print(f"policy: {best if best.exists() else self.folder.checkpoints()[-1][1]}")
@@ -495,7 +543,7 @@ def stop_signals(trainer: Trainer):
     """Ctrl-C or SIGTERM lets the step finish and its checkpoint be written; a second one stops at once."""
 
     def request(number, frame):
-        if trainer.stop_requested:
+        if trainer.stop_requested and distributed.size() == 1:  # torchrun passes Ctrl-C on, which then comes twice
             raise KeyboardInterrupt
         trainer.stop_requested = True
 

@@ -245,7 +245,7 @@ def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_rewar
     trainer = object.__new__(train.Trainer)
     trainer.policy = type("Policy", (), {"device": "cpu", "model": None, "eos_ids": ()})
     trainer.device, trainer.step, trainer.drawn = "cpu", 1, 0
-    trainer.score = lambda examples, groups: [rows[example] for example in examples]
+    trainer.score = lambda examples, groups: [(e, group, rows[e]) for e, group in zip(examples, groups, strict=True)]
     monkeypatch.setattr(train, "sample_groups", lambda model, prompts, *_, **__: [f"group {int(p[0])}" for p in prompts])
 
     def rolled(extra, questions, B=2):
