@@ -129,7 +129,8 @@ class SharedPrompts:
             self.mask = self.mask[prompts]
             self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
         t = self.length
-        self.completions = [pair and tuple(self._with_room(x[rows, :, :t]) for x in pair) for pair in self.completions]
+        for layer, pair in enumerate(self.completions):  # one after the other, so that only one is there twice
+            self.completions[layer] = pair and tuple(self._with_room(x[rows, :, :t]) for x in pair)
         self._number()
 
     def _number(self) -> None:
@@ -188,7 +189,10 @@ def is_exact(model, way: str, gap: Callable[[], float], instead: str) -> bool:
     verdicts = _verdicts.setdefault(model, {})
     if way not in verdicts:
         verdicts[way] = True  # so that `gap` takes it
-        tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(next(model.parameters()).dtype, 0.3)
+        weight = next(model.parameters())
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(dtype, 0.3)
         try:
             difference = gap()
             reason = "" if difference <= tolerance else f"log-probabilities differ by {difference:.2g}"

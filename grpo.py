@@ -312,6 +312,7 @@ def policy_update(model, optimizer, groups: Sequence[Group], batches, advantages
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             if math.isfinite(grad_norm):
                 optimizer.step()
+                torch.clear_autocast_cache()  # it holds 16-bit copies of the weights as they were
             else:
                 skipped += 1
     tokens = max(1, config.updates_per_rollout * sum(int(masks[n].sum()) for n in useful))
