@@ -36,9 +36,9 @@ def of_size(parameters: int, lora: bool) -> dict:
     return values | ({"lr": LORA_LR * values["lr"]} if lora else {})
 
 
-def of_model(name: str, config: dict | None, lora: bool) -> dict:
-    """Defaults of a model; config: its config.json, not needed for `tiny`."""
-    if name == "tiny":
+def of_model(config: dict | None, lora: bool) -> dict:
+    """Defaults of a model by its config.json; None: those of `tiny`."""
+    if config is None:
         return TINY_DEFAULTS
     try:
         return PRETRAINED_DEFAULTS | of_size(Shape.of(config).parameters(), lora)
@@ -49,6 +49,6 @@ def of_model(name: str, config: dict | None, lora: bool) -> dict:
 def of_run(folder: str) -> dict:
     """The settings of the run in a folder; none where there is no readable one, which opening it will tell."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        return dict(json.loads((Path(folder) / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
         return {}

@@ -237,7 +237,7 @@ def checkpoint_activations(model) -> None:
     """Gradient checkpointing: a layer's activations are computed again in backward instead of being kept."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
     options = {"use_reentrant": False}
-    if hasattr(causal, "activation_checkpointing_enable"):  # the older name is deprecated since transformers 5.2x
+    if hasattr(causal, "activation_checkpointing_enable"):  # the older name is deprecated in transformers 5.23
         causal.activation_checkpointing_enable(options)
     else:
         causal.gradient_checkpointing_enable(options)

@@ -132,17 +132,18 @@ class Settings:
 
 def parse_settings(arguments: list[str]) -> Settings:
     """Command line to settings; flags left out take the default of defaults.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="tiny and pretrained models have defaults of their own: see defaults.py")
     for config in CONFIGS:
         options.add_arguments(parser, config)
     given = vars(parser.parse_args(arguments))
-    values = {"output": f"runs/{Path(given.get('data', 'demo')).stem}"} | given
-    stored = of_run(values["output"]) if values.get("resume") else {}
-    if not stored:
-        model, rank = values.get("model", "tiny"), values.get("lora_rank", 0)
-        stored = of_model(model, None if model == "tiny" else config_of(model), rank > 0)
-        stored = stored | RECIPES.get(values.get("recipe"), {})
-    values = stored | values
+    given = {"output": f"runs/{Path(given.get('data', 'demo')).stem}"} | given
+    defaults = of_run(given["output"]) if given.get("resume") else {}
+    if not defaults:
+        model = given.get("model", "tiny")
+        config = None if model == "tiny" else config_of(given.get("start", model))
+        defaults = of_model(config, lora=given.get("lora_rank", 0) > 0) | RECIPES.get(given.get("recipe"), {})
+    values = defaults | given
     try:
         settings = Settings(*(options.build(config, values) for config in CONFIGS))
     except ValueError as error:
@@ -162,8 +163,8 @@ def main() -> int:
     if run.plan:
         print(plan.text(run.model, *planned(s), run.plan * 1e9 if run.plan > 0 else memory_here()))
         return 0
-    if run.model != "tiny":
-        require_model(run.model)  # before the data, which can take minutes
+    if run.model != "tiny" and not run.resume:
+        require_model(run.start or run.model)  # before the data, which can take minutes
     print(f"{run.model}: {s.grpo.group_size} completions a question, {run.prompts_per_step} questions a step, learning "
           f"rate {run.lr:g}, gradient checkpointing {'on' if run.gradient_checkpointing else 'off'}"
           + (f", recipe {run.recipe}" if run.recipe != "none" else ""))
@@ -491,7 +492,7 @@ class Trainer:
         if self.reference and not self.reference.adapters:
             start = self.folder.checkpoints()[0][1]
             away = "cpu" if self.s.run.reference_device == "cpu" else self.device
-            self.reference = Reference(load_policy(str(start), device=away).model, away)
+            self.reference = Reference(load_policy(str(start), device=away).model)
         if self.scorer.memory is not None:
             self.scorer.memory.load(checkpoint / "memory.npz")
         self.folder.cut_logs(step)
