@@ -129,7 +129,8 @@ class SharedPrompts:
             self.mask = self.mask[prompts]
             self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
         t = self.length
-        self.completions = [pair and tuple(self._with_room(x[rows, :, :t]) for x in pair) for pair in self.completions]
+        for layer, pair in enumerate(self.completions):  # one after the other, so that only one is there twice
+            self.completions[layer] = pair and tuple(self._with_room(x[rows, :, :t]) for x in pair)
         self._number()
 
     def _number(self) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from data import UserError
+from plan import PUBLISHED
 
 ALIASES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -122,11 +123,8 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
     source = ALIASES.get(name, name)
     if (Path(source) / "adapter_config.json").is_file():
         return _load_adapters(Path(source), device, dtype)
-    if Path(source).exists() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"{source} is not a model folder: it has no config.json")
+    require_model(name)
     try:
-        if not Path(source).exists() and not _is_cached(source) and not _hub_answers():
-            raise OSError("the hub cannot be reached")
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
@@ -150,19 +148,57 @@ def _load_adapters(folder: Path, device: str, dtype: torch.dtype) -> Policy:
     return Policy(PeftModel.from_pretrained(base.model, str(folder), is_trainable=True), base.tokenizer, base.eos_ids)
 
 
-def _is_cached(source: str) -> bool:
-    """Whether the hub's local cache has the checkpoint's configuration."""
+def require_model(name: str) -> None:
+    """Raises UserError, within seconds, when a checkpoint is neither here nor can be fetched."""
+    source = ALIASES.get(name, name)
+    if Path(source).exists():
+        if not any((Path(source) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+            raise UserError(f"{source} is not a model folder: it has no config.json")
+    elif not _cached_config(source) and not _hub_answers():
+        raise UserError(_missing_model(name, source, OSError("the hub cannot be reached")))
+
+
+def config_of(name: str) -> dict:
+    """The config.json of a checkpoint; of Qwen2.5 known here, else of its folder, the hub's cache or the hub.
+
+    Raises UserError: it is not there or not readable.
+    """
+    source = ALIASES.get(name, name)
+    size = re.search(r"-(0\.5|1\.5|3|7)b(?:-|$)", name.lower()) if source in ALIASES.values() else None
+    if size:
+        return PUBLISHED[f"{size[1]}b"]
+    require_model(name)
+    try:
+        if (Path(source) / "adapter_config.json").is_file():
+            return config_of(json.loads((Path(source) / "adapter_config.json").read_text())["base_model_name_or_path"])
+        if Path(source).exists():
+            file = Path(source) / "config.json"
+        else:
+            from huggingface_hub import hf_hub_download
+            file = _cached_config(source) or hf_hub_download(source, "config.json")
+        return json.loads(Path(file).read_text())
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_missing_model(name, source, error)) from error
+
+
+def _cached_config(source: str) -> str | None:
+    """The checkpoint's config.json in the hub's local cache."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return isinstance(try_to_load_from_cache(source, "config.json"), str)
+        found = try_to_load_from_cache(source, "config.json")
     except HFValidationError:  # not even the form of a hub id
-        return False
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _hub_answers(seconds: float = 3.0) -> bool:
     """Whether a connection to the hub opens soon; its own client would try again for a minute."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return False
     if urllib.request.getproxies():
         return True
     endpoint = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
@@ -204,18 +240,51 @@ def _add_lora(model, rank: int):
                                             task_type="CAUSAL_LM"))
 
 
-class Reference:
-    """The frozen policy that the KL penalty pulls towards: a copy, or the same model with its adapters off."""
+def checkpoint_activations(model) -> None:
+    """Gradient checkpointing: a layer's activations are computed again in backward instead of being kept."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
+    options = {"use_reentrant": False}
+    if hasattr(causal, "activation_checkpointing_enable"):  # the older name is deprecated in transformers 5.23
+        causal.activation_checkpointing_enable(options)
+    else:
+        causal.gradient_checkpointing_enable(options)
 
-    def __init__(self, model):
+
+class Reference:
+    """The frozen policy that the KL penalty pulls towards: a copy, or the same model with its adapters off.
+
+    A copy may be kept on the CPU (`device`), from where it is lent to the GPU for its pass; bit for bit the same.
+    """
+
+    def __init__(self, model, device: str | None = None):
         self.adapters = hasattr(model, "disable_adapter")
-        self.model = model if self.adapters else copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = model if self.adapters else _frozen_copy(model, device)
 
     @contextlib.contextmanager
-    def active(self):
-        """Yields the model with the reference's weights in force."""
-        with self.model.disable_adapter() if self.adapters else contextlib.nullcontext():
+    def active(self, device: str | None = None):
+        """Yields the model with the reference's weights in force, on this device while it is used."""
+        if self.adapters:
+            with self.model.disable_adapter():
+                yield self.model
+            return
+        at_home = [(tensor, tensor.data) for tensor in (*self.model.parameters(), *self.model.buffers())]
+        try:
+            for tensor, data in at_home:
+                tensor.data = data.to(device or data.device)
             yield self.model
+        finally:
+            for tensor, data in at_home:
+                tensor.data = data
+
+
+def _frozen_copy(model, device: str | None):
+    """A copy that is not trained; made on the CPU where the GPU has no room for a second model."""
+    if device is None or device == str(next(model.parameters()).device):
+        return copy.deepcopy(model).requires_grad_(False).eval()
+    home = next(model.parameters()).device
+    frozen = copy.deepcopy(model.to(device)).requires_grad_(False).eval()
+    model.to(home)  # in place: an optimizer made earlier still holds these parameters
+    return frozen
 
 
 def free_space(folder: Path) -> int:

@@ -408,6 +408,7 @@ class SQLExecutor:
         self.cache = None if cache is None else Path(cache)
         self.worker_count = max(1, workers)
         self.worker_restarts = 0  # workers killed, or found dead, and replaced
+        self._failed_starts = 0  # in a row
         self._workers: list[_Worker] = []
         self._tried_again: set[int] = set()  # queries of this call whose first worker died at once
         self._digests: dict[str, str | None] = {}  # content hash of a database file
@@ -520,6 +521,7 @@ class SQLExecutor:
                 worker.heard = time.monotonic()
                 if not worker.ready:  # its hello: from now on the deadline is that of a statement
                     worker.ready, worker.limit = True, self.settings["timeout"] + GRACE
+                    self._failed_starts = 0
                     continue
                 number, leaving, status, error, seconds, columns, rows = _from_json(answer)
                 if number != worker.sent[0] or status not in STATUSES:
@@ -532,9 +534,11 @@ class SQLExecutor:
         overdue = bool(worker.sent) and silent > worker.limit
         if alive and not overdue and not leaving:
             return
-        if not worker.ready:
-            raise RuntimeError("an SQL worker failed to start; its standard error says why")
-        if not alive and silent < GRACE and worker.sent and worker.sent[0] not in self._tried_again:
+        if not worker.ready:  # once or twice it may have been killed from outside
+            self._failed_starts += 1
+            if self._failed_starts >= 3:
+                raise RuntimeError("SQL workers failed to start; their standard error says why")
+        elif not alive and silent < GRACE and worker.sent and worker.sent[0] not in self._tried_again:
             self._tried_again.add(worker.sent[0])  # it may have been dying before it read the query: try once more
         elif worker.sent and not leaving:  # the first in line is the one it was running
             late = f"no result within {self.settings['timeout']:g} s"

@@ -3,6 +3,7 @@
     python train.py                                        # the demo: no download, under 8 minutes on 2 CPU cores
     python train.py --model qwen2.5-3b --data bird --data-dir BIRD
     python train.py --data spider --data-dir SPIDER --steps 20 --output runs/spider
+    python train.py --plan --model qwen2.5-3b --lora-rank 16   # what memory it will need; loads nothing
 
 The story of a run is `main`, top to bottom: load, cold start, then for each step
 sample → score → advantages → update → log → save, and at the end held-out accuracy before and after.
@@ -27,9 +28,11 @@ from tqdm import tqdm
 import distributed
 import evaluate
 import options
+import plan
 import report
 import show
 from data import PromptBuilder, PromptConfig, Splits, UserError, load_splits, read_schema, run_main, schema_columns
+from defaults import PRETRAINED_DEFAULTS, RECIPES, SIZE_DEFAULTS, TINY_DEFAULTS, of_model, of_run  # noqa: F401
 from grpo import (
     GRPOConfig,
     group_advantages,
@@ -40,10 +43,19 @@ from grpo import (
     sample_groups,
 )
 from guards import GuardConfig, Guards, Heartbeat
-from policy import Policy, Reference, build_tiny, free_space, load_policy
+from policy import (
+    Policy,
+    Reference,
+    build_tiny,
+    checkpoint_activations,
+    config_of,
+    free_space,
+    load_policy,
+    require_model,
+)
 from rewards import MemoryGate, RewardConfig, RewardItem, RewardScorer, build_memory, load_reward_module
 from runs import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer, write_whole
-from sft import SHORT_TRACES, SFTConfig, cold_start, taught_text, template_trace
+from sft import SFTConfig, cold_start, taught_text, template_trace
 from sql_exec import SQLExecutor, bird_match, gold_is_ordered, spider_match
 
 
@@ -57,6 +69,13 @@ class RunConfig:
 
     model: str = _option("tiny", "tiny, an alias of the README's table, a Hugging Face id or a local folder")
     lora_rank: int = _option(0, "train adapters of this rank instead of all weights (needs peft)")
+    gradient_checkpointing: bool = _option(False, "keep a layer's input only and compute the layer again in backward")
+    reference_device: str = _option("policy", "where the KL's reference waits: beside the policy, or on the CPU, from "
+                                              "where it is moved for its pass", choices=("policy", "cpu"))
+    recipe: str = _option("none", "other defaults: finer-sql are the paper's (arXiv 2605.03465)",
+                          choices=("none", *RECIPES))
+    plan: float = _option(0.0, "print what memory the run will need and stop; with a number: on a card of so many GB",
+                          alone=-1.0)
     data: str = _option("demo", "demo, spider, bird, or your own .json or .jsonl")
     data_dir: str | None = _option(None, "folder of the data and its databases")
     split: str = _option("train", "questions to train on")
@@ -90,17 +109,11 @@ class RunConfig:
 
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
-# The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
-TINY_DEFAULTS = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
-                 "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
-                 "max_completion_tokens": 80, "save_every": 100, "eval_every": 40, "cold_start_steps": 300,
-                 "cold_start_lr": 3e-3, "prompt_loss": 0.3,
-                 **SHORT_TRACES}
-PRETRAINED_DEFAULTS = {"cold_start_steps": 0}
 MATCHES = {"bird": lambda predicted, gold, sql: bird_match(predicted, gold),
            "spider": lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql))}
 MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "sharding", "eval_every", "save_every", "sql_workers",
-                        "tensorboard", "verbose", "keep", "max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated")
+                        "tensorboard", "verbose", "keep", "max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated",
+                        "reference_device", "gradient_checkpointing", "plan")
 
 
 @dataclass(frozen=True)
@@ -121,14 +134,19 @@ class Settings:
 
 
 def parse_settings(arguments: list[str]) -> Settings:
-    """Command line to settings; flags left out take the default of the kind of model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line to settings; flags left out take the default of defaults.py."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="tiny and pretrained models have defaults of their own: see defaults.py")
     for config in CONFIGS:
         options.add_arguments(parser, config)
     given = vars(parser.parse_args(arguments))
-    defaults = TINY_DEFAULTS if given.get("model", "tiny") == "tiny" else PRETRAINED_DEFAULTS
-    data = given.get("data", "demo")
-    values = {"output": f"runs/{Path(data).stem}"} | defaults | given
+    given = {"output": f"runs/{Path(given.get('data', 'demo')).stem}"} | given
+    defaults = of_run(given["output"]) if given.get("resume") else {}
+    if not defaults:
+        model = given.get("model", "tiny")
+        config = None if model == "tiny" else config_of(given.get("start", model))
+        defaults = of_model(config, lora=given.get("lora_rank", 0) > 0) | RECIPES.get(given.get("recipe"), {})
+    values = defaults | given
     try:
         settings = Settings(*(options.build(config, values) for config in CONFIGS))
     except ValueError as error:
@@ -145,6 +163,11 @@ def parse_settings(arguments: list[str]) -> Settings:
 def main() -> int:
     s = parse_settings(sys.argv[1:])
     run = s.run
+    if run.plan:
+        print(plan.text(run.model, *planned(s), run.plan * 1e9 if run.plan > 0 else memory_here()))
+        return 0
+    if run.model != "tiny" and not run.resume:
+        require_model(run.start or run.model)  # before the data, which can take minutes
     if run.threads:
         torch.set_num_threads(run.threads)
     with distributed.joined():
@@ -154,6 +177,9 @@ def main() -> int:
 def run_all(s: Settings) -> int:
     """The run, in each process that takes part in it; returns the exit status."""
     run = s.run
+    print(f"{run.model}: {s.grpo.group_size} completions a question, {run.prompts_per_step} questions a step, learning "
+          f"rate {run.lr:g}, gradient checkpointing {'on' if run.gradient_checkpointing else 'off'}"
+          + (f", recipe {run.recipe}" if run.recipe != "none" else ""))
     data = load_splits(run.data, run.data_dir, run.split, traces=run.traces, seed=run.seed,
                        world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
@@ -169,6 +195,28 @@ def run_all(s: Settings) -> int:
                 folder.discard_new()
             raise
         return trainer.train()
+
+
+def planned(s: Settings) -> tuple[plan.Shape, plan.Work]:
+    """The model and the work that `--plan` reckons with. Raises UserError: its architecture is not known there."""
+    run = s.run
+    try:
+        shape = plan.Shape.of(plan.TINY if run.model == "tiny" else config_of(run.model))
+    except ValueError as error:
+        raise UserError(f"cannot plan for {run.model}: {error}") from error
+    return shape, plan.Work(
+        prompt=s.prompts.max_prompt_tokens, completion=s.grpo.max_completion_tokens, group=s.grpo.group_size,
+        prompts=run.prompts_per_step, micro_batch=s.grpo.micro_batch, rollout_batch=s.grpo.rollout_batch,
+        reference=s.grpo.kl_coef > 0, reference_on_cpu=run.reference_device == "cpu", lora_rank=run.lora_rank,
+        checkpointing=run.gradient_checkpointing, gpu=run.plan > 0 or torch.cuda.is_available(),
+        frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)
+
+
+def memory_here() -> float:
+    """Bytes of the GPU where there is one, else of this machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return plan.machine_memory()
 
 
 class Trainer:
@@ -190,7 +238,8 @@ class Trainer:
         if not checkpoint and not s.run.start:
             self._cold_start()
         distributed.copy_from_main(self.policy.model)
-        self.reference = Reference(self.policy.model) if s.grpo.kl_coef else None
+        away = "cpu" if s.run.reference_device == "cpu" else None
+        self.reference = Reference(self.policy.model, away) if s.grpo.kl_coef else None
         self.scorer = self._make_scorer(resumed=bool(checkpoint))
         if self._wants_sharding():
             distributed.shard(self.policy.model)
@@ -254,14 +303,15 @@ class Trainer:
         batches, share = packed_batches(groups, s.grpo), distributed.share()
         ref_logps = None
         if self.reference:
-            with self.autocast(), self.reference.active() as model:
+            with self.autocast(cache=False), self.reference.active(self.device) as model:
                 ref_logps = reference_logprobs(model, batches, s.grpo, share)
         clock.lap("reference")
 
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        with self.autocast(), show.watch_tokens(policy, groups, advantages, s.grpo) as watched:
+        with self.autocast(cache=False), show.watch_tokens(policy, groups, advantages, s.grpo) as watched:
             stats = policy_update(policy.model, self.optimizer, groups, batches, advantages, ref_logps, s.grpo, share)
+        self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
         clock.lap("update")
         return self.log(examples, groups, breakdowns, advantages, stats, watched, clock)
 
@@ -345,9 +395,14 @@ class Trainer:
         rate = min(1.0, self.step / max(run.lr_warmup, 1))
         return run.lr * rate * (1 - 0.9 * self.step / max(run.steps, 1) if run.lr_decay else 1.0)
 
-    def autocast(self):
-        """bf16 arithmetic on a GPU, full precision elsewhere; master weights stay float32."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()
+    def autocast(self, cache: bool = True):
+        """bf16 arithmetic on a GPU, full precision elsewhere; master weights stay float32.
+
+        With `cache` the bf16 copies of the weights are kept, for sampling; while weights change they must not be.
+        """
+        if self.device != "cuda":
+            return nullcontext()
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=cache)
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
@@ -374,23 +429,29 @@ class Trainer:
 
     def _load_policy(self, checkpoint: tuple[int, Path] | None) -> Policy:
         run = self.s.run
-        if checkpoint:
-            return load_policy(str(checkpoint[1]), device=self.device)
-        if run.start:
-            policy = load_policy(run.start, device=self.device, lora_rank=run.lora_rank)
-        elif run.model != "tiny":
-            policy = load_policy(run.model, device=self.device, lora_rank=run.lora_rank)
+        if checkpoint or run.start or run.model != "tiny":
+            source = str(checkpoint[1]) if checkpoint else run.start or run.model
+            policy = load_policy(source, device=self.device, lora_rank=0 if checkpoint else run.lora_rank,
+                                 dtype=self.base_dtype)
         else:
             writer = PromptBuilder(self.data.databases, None, self.s.prompts)
             texts = [writer.text(e) for e in self.data.train]
             texts += [taught_text(e) for e in self.traced]
             policy = build_tiny(texts, seed=run.seed)
             policy.model.to(self.device)
-        needed = 6 * sum(p.numel() * p.element_size() for p in policy.model.parameters())
-        if free_space(self.folder.path) < needed:
+        if run.gradient_checkpointing:
+            checkpoint_activations(policy.model)
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in policy.model.parameters()]
+        needed = plan.disk(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained), run.keep)
+        if not checkpoint and free_space(self.folder.path) < needed:
             raise UserError(f"{self.folder.path} is on a disk with {free_space(self.folder.path) / 1e9:.1f} GB free, "
                             f"but checkpoints of this model need about {needed / 1e9:.1f} GB; choose another --output")
         return policy
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of the weights: float32, but bf16 on a GPU where only adapters, themselves float32, are trained."""
+        return torch.bfloat16 if self.s.run.lora_rank and self.device == "cuda" else torch.float32
 
     @cached_property
     def schemas(self) -> dict:
@@ -478,9 +539,10 @@ class Trainer:
         self.step, self.drawn = state["step"], state["drawn"]
         self.best, self.before = state["best"], state["before"]
         distributed.load_whole_state(self.optimizer, state["optimizer"])
-        if self.reference:
+        if self.reference and not self.reference.adapters:
             start = self.folder.checkpoints()[0][1]
-            self.reference = Reference(load_policy(str(start), device=self.device).model)
+            away = "cpu" if self.s.run.reference_device == "cpu" else self.device
+            self.reference = Reference(load_policy(str(start), device=away).model)
         if self.scorer.memory is not None:
             self.scorer.memory.load(checkpoint / "memory.npz")
         if distributed.is_main():
@@ -491,7 +553,7 @@ class Trainer:
         """Prints the held-out accuracy of the best policy by dev beside that of the start."""
         best = self.folder.path / "best"
         if self.s.run.eval_every and self.dev_set and best.exists():
-            self.policy = load_policy(str(best), device=self.device)
+            self.policy = load_policy(str(best), device=self.device, dtype=self.base_dtype)
         after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         if not distributed.is_main():
             return

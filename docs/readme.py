@@ -42,6 +42,7 @@ def flag_table(program: str) -> str:
     """A table of every flag of a program, a section a dataclass."""
     module = importlib.import_module(program)
     tiny, pretrained = getattr(module, "TINY_DEFAULTS", {}), getattr(module, "PRETRAINED_DEFAULTS", {})
+    by_size = {name for values in getattr(module, "SIZE_DEFAULTS", {}).values() for name in values}
     lines = ["| flag | default | what it is |", "|---|---|---|"]
     for group in parser_of(program)._action_groups:
         actions = [action for action in group._group_actions if action.dest != "help"]
@@ -51,6 +52,9 @@ def flag_table(program: str) -> str:
             text, default = re.fullmatch(r"(.*?)(?: \(default: (.*)\))?", action.help.replace("%%", "%")).groups()
             default = pretrained.get(action.dest, default)
             cell = "CPU cores" if (program, action.dest) in CORES else f"`{default}`" if default is not None else ""
+            if action.dest in by_size:
+                cell, default = "[by size](#large-models)", tiny.get(action.dest, default)
+                cell += f" / `{default}`"
             if str(tiny.get(action.dest, default)) != str(default):
                 cell += f" / `{tiny[action.dest]}`"
             name = " ".join(filter(None, (", ".join(action.option_strings), values_of(action))))

@@ -433,6 +433,21 @@ def test_a_worker_that_talks_nonsense_is_replaced(tiny_db, monkeypatch, babble):
         assert executor.run("music", "SELECT 1").rows == [(1,)]
 
 
+def test_a_worker_killed_while_it_starts_costs_no_query(tiny_db, monkeypatch):
+    start, killed = sql_exec._Worker.__init__, []
+
+    def dying(worker, settings):
+        start(worker, settings)
+        if len(killed) < 2:
+            killed.append(worker.process.pid)
+            worker.process.kill()
+
+    monkeypatch.setattr(sql_exec._Worker, "__init__", dying)
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        assert executor.run("music", "SELECT 1").rows == [(1,)]
+        assert executor.worker_restarts == len(killed) == 2
+
+
 def test_a_worker_that_cannot_start_is_a_clear_failure(tiny_db, monkeypatch):
     monkeypatch.setattr(sql_exec, "_WORKER_CODE", "raise SystemExit(3)")
     with SQLExecutor({"music": tiny_db}) as executor, pytest.raises(RuntimeError, match="failed to start"):

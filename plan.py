@@ -1,0 +1,271 @@
+"""What memory a run will need, from the model's configuration alone.
+
+    python train.py --plan --model qwen2.5-3b --lora-rank 16       # is this machine large enough?
+    python train.py --plan 24 --model qwen2.5-3b --lora-rank 16    # is a card of 24 GB?
+
+A step has moments that need different things, so there is a column for each: while sampling there are keys and values,
+while updating there are gradients and activations. The peak is the largest column. It is reckoned for the longest
+prompts and completions that the flags allow, and for the code as it is here: packing.py, attention.py, decoding.py.
+Arithmetic only: this file imports nothing of the project, and bench/plan.py compares it with what is measured.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+CHUNK = 2**24  # elements of logits (packing.py) and of repeated keys (attention.py) that exist at once
+LIBRARIES = 0.45e9  # bytes of Python with torch and transformers on a CPU, and of a CUDA context on a GPU
+SLACK = 0.4  # of what comes and goes: the C library's heap, for blocks under 32 MiB, does not give everything back
+SHARE = 0.95  # of a card or machine that may be planned for
+
+
+def _qwen(width: int, inner: int, layers: int, heads: int, kv_heads: int = 2, vocabulary: int = 151936,
+          tied: bool = True) -> dict:
+    return {"model_type": "qwen2", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+            "tie_word_embeddings": tied}
+
+
+# What config.json of Qwen2.5 and Qwen2.5-Coder, base and Instruct, says on the hub.
+PUBLISHED = {"0.5b": _qwen(896, 4864, 24, 14), "1.5b": _qwen(1536, 8960, 28, 12), "3b": _qwen(2048, 11008, 36, 16),
+             "7b": _qwen(3584, 18944, 28, 28, 4, 152064, tied=False)}
+TINY = _qwen(128, 384, 4, 4, vocabulary=1402)  # of policy.build_tiny, at most
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder of the Llama family."""
+
+    vocabulary: int  # V
+    width: int  # D
+    inner: int  # I, of the MLP
+    layers: int
+    heads: int  # H
+    kv_heads: int  # Hk
+    head: int  # d
+    tied: bool  # lm_head is the embedding
+    biases: int  # elements of all biases and head norms of a layer
+
+    @classmethod
+    def of(cls, config: Mapping) -> "Shape":
+        """From a config.json. Raises ValueError: another architecture, or a size is missing."""
+        kind = config.get("model_type")
+        if kind not in ("qwen2", "qwen3", "llama", "mistral"):
+            raise ValueError(f"its model_type is {kind}; only qwen2, qwen3, llama and mistral can be planned")
+        try:
+            D, inner, H = (config[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads"))
+            V, layers = config["vocab_size"], config["num_hidden_layers"]
+        except KeyError as error:
+            raise ValueError(f"its config.json has no {error.args[0]}") from error
+        Hk = config.get("num_key_value_heads") or H
+        d = config.get("head_dim") or D // H
+        inputs = (H + 2 * Hk) * d  # biases of q, k, v
+        biases = {"qwen2": inputs, "qwen3": 2 * d}.get(kind, 0)  # qwen3: norms of q and k
+        if kind in ("qwen3", "llama") and config.get("attention_bias"):
+            biases += inputs + D
+        if kind == "llama" and config.get("mlp_bias"):
+            biases += 2 * inner + D
+        return cls(V, D, inner, layers, H, Hk, d, bool(config.get("tie_word_embeddings")), biases)
+
+    def linears(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the linear maps of a layer: q, k, v, o, gate, up, down."""
+        D, inner, q, kv = self.width, self.inner, self.heads * self.head, self.kv_heads * self.head
+        return [(D, q), (D, kv), (D, kv), (q, D), (D, inner), (D, inner), (inner, D)]
+
+    def parameters(self) -> int:
+        """Of the whole model; tied embeddings count once."""
+        layer = sum(i * o for i, o in self.linears()) + self.biases + 2 * self.width
+        return self.layers * layer + self.width + self.vocabulary * self.width * (1 if self.tied else 2)
+
+    def adapters(self, rank: int) -> int:
+        """Of LoRA adapters on all linear maps of all layers."""
+        return self.layers * rank * sum(i + o for i, o in self.linears())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does, as far as memory minds."""
+
+    prompt: int  # tokens, P
+    completion: int  # tokens, T
+    group: int  # completions a question, G
+    prompts: int  # questions a step, B
+    micro_batch: int  # completions a packed row; 0: the whole group
+    rollout_batch: int  # completions decoded side by side
+    reference: bool  # there is a KL penalty
+    reference_on_cpu: bool
+    lora_rank: int
+    checkpointing: bool
+    gpu: bool
+    frozen_copy: bool = False  # a copy of the first policy embeds the memory's traces
+
+
+Phases = dict[str, dict[str, float]]  # {moment: {what: bytes}}
+
+
+def phases(shape: Shape, work: Work) -> Phases:
+    """Bytes of everything at each moment of a step; the peak is the largest sum."""
+    weights = shape.parameters()
+    trained = shape.adapters(work.lora_rank) if work.lora_rank else weights
+    stored = 2 if work.gpu and work.lora_rank else 4  # a base that is not trained is bf16 on a GPU
+    always = {"parameters": weights * stored + (4 * trained if work.lora_rank else 0), "optimizer": 8 * trained}
+    copy = work.reference and not work.lora_rank
+    if work.frozen_copy:
+        always["memory's embedder"] = weights * stored
+    reference = {"reference": 4 * weights} if copy else {}
+    on_device = {} if work.reference_on_cpu and work.gpu else reference
+    found = {"sampling": always | on_device | sampling(shape, work)}
+    if work.reference:
+        found["reference"] = always | reference | forward(shape, work)
+    found["update"] = always | on_device | {"gradients": 4 * trained} | update(shape, work)
+    on_heap = not work.gpu and 4 * row_tokens(work) * shape.inner < 2**25
+    for parts in found.values():
+        passing = sum(parts.get(name, 0) for name in ("gradients", "KV cache", "activations", "logits chunk"))
+        parts["allocator"] = SLACK * passing if on_heap else 0
+        parts["CUDA context" if work.gpu else "Python and libraries"] = LIBRARIES
+    return found
+
+
+def sampling(shape: Shape, work: Work) -> dict[str, float]:
+    """Keys and values, the passing activations of a prefill or a token, and the logits that are drawn from."""
+    width, H, kv = shape.width, shape.heads, shape.kv_heads * shape.head
+    number = 2 if work.gpu else 4  # bytes
+    together = min(work.prompts, max(1, work.rollout_batch // work.group))  # prompts
+    rows = together * work.group
+    key_value = 4 + 2 if work.gpu and not work.lora_rank else 2 * number  # with float32 embeddings keys are float32
+    kept = (together * work.prompt + rows * work.completion) * kv * shape.layers * key_value
+    prefill = together * work.prompt * (3 * shape.inner + 6 * width) * number + together * work.prompt**2
+    token = 4 * rows * H * (work.prompt + work.completion) * number  # scores of attention
+    copies = 2 * shape.parameters() if work.gpu and not work.lora_rank else 0  # autocast keeps bf16 weights
+    return {"KV cache": kept, "bf16 weights": copies, "activations": max(prefill, token),
+            "logits chunk": rows * shape.vocabulary * (20 + number)}
+
+
+def forward(shape: Shape, work: Work) -> dict[str, float]:
+    """A packed row without gradients."""
+    number, row = 2 if work.gpu else 4, row_tokens(work)
+    blocks = 2 * blocks_of(shape, work) * number
+    return {"activations": row * (3 * shape.inner + 6 * shape.width) * number + blocks,
+            "logits chunk": 4 * 4 * logits_of(shape, work)}
+
+
+def update(shape: Shape, work: Work) -> dict[str, float]:
+    """A packed row with gradients: what is kept for backward, and what backward adds at its worst moment."""
+    number, row = 2 if work.gpu else 4, row_tokens(work)
+    layer = layer_bytes(shape, work)
+    between = row * shape.width * (2 if work.gpu and work.lora_rank else 4)  # a layer's input
+    kept = shape.layers * between + layer if work.checkpointing else shape.layers * layer
+    kept += 4 * row * shape.width * number  # around the last norm
+    passing = row * (3 * shape.inner + 2 * shape.width) * 4 + 4 * blocks_of(shape, work) * number  # backward of a layer
+    head = 0 if work.lora_rank else 2 * 4 * shape.vocabulary * shape.width  # gradient of lm_head, before it is added
+    casts = 2 * shape.parameters() if work.gpu and not work.lora_rank and not work.checkpointing else 0
+    return {"bf16 weights": casts, "activations": kept + max(0, passing - head),
+            "logits chunk": 4 * 4 * logits_of(shape, work) + head}
+
+
+def row_tokens(work: Work) -> int:
+    """Of a packed row: a prompt and its completions."""
+    return work.prompt + (work.micro_batch or work.group) * work.completion
+
+
+def logits_of(shape: Shape, work: Work) -> int:
+    """Elements of logits that exist at once."""
+    return min(max(CHUNK, shape.vocabulary), (work.micro_batch or work.group) * work.completion * shape.vocabulary)
+
+
+def blocks_of(shape: Shape, work: Work) -> int:
+    """Elements of a prompt's keys, repeated for some completions."""
+    one = shape.heads * (work.prompt + work.completion) * shape.head
+    return max(one, min(CHUNK, (work.micro_batch or work.group) * one))
+
+
+def layer_bytes(shape: Shape, work: Work) -> int:
+    """What a layer keeps for its backward, for a packed row."""
+    G, P, T, row = work.micro_batch or work.group, work.prompt, work.completion, row_tokens(work)
+    D, q = shape.width, shape.heads * shape.head
+    number = 2 if work.gpu else 4
+    norms = (2 if work.lora_rank else 4) * D * 4  # their inputs, and unless frozen the normalised; float32
+    inputs = (5 if work.gpu else 2) * D * number + q * number  # of q, k, v, gate, up and o: autocast casts for each
+    mlp = 4 * shape.inner * number
+    attention = 3 * q * row * number + q * P * number  # query, repeated key, value; the prompt's output
+    blocks = G * (P + T) * q
+    if blocks <= CHUNK:  # else they are made again (attention.PackedLayout)
+        attention += 2 * (blocks + G * T * q) * number
+    elif work.gpu and not work.lora_rank:
+        attention += 2 * q * row * 2  # float32 query and key
+    return row * (norms + inputs + mlp) + attention
+
+
+def peak(found: Phases) -> tuple[str, float]:
+    """(the moment that needs most, its bytes)"""
+    return max(((moment, sum(parts.values())) for moment, parts in found.items()), key=lambda pair: pair[1])
+
+
+def disk(weights: int, trained: int, keep: int) -> int:
+    """Bytes of a run's checkpoints at their most: the start, `keep` and one being written, best/ twice.
+
+    weights: bytes of the model, trained: those of what is trained, all of it or adapters.
+    """
+    return trained * (1 + 3 * (keep + 1)) + 2 * weights
+
+
+# ---------------------------------------------------------------------------------------------------------- to read
+
+def table(found: Phases) -> str:
+    """Gigabytes, a line each, a column a moment."""
+    names = list(dict.fromkeys(name for parts in found.values() for name, size in parts.items() if size))
+    order = ["parameters", "gradients", "optimizer", "reference", "memory's embedder", "bf16 weights", "KV cache",
+             "activations", "logits chunk", "allocator", "CUDA context", "Python and libraries"]
+    lines = [f"{'GB':<22}" + "".join(f"{moment:>11}" for moment in found)]
+    for name in sorted(names, key=order.index):
+        lines.append(f"{name:<22}" + "".join(f"{parts[name] / 1e9:>11.2f}" if parts.get(name) else f"{'-':>11}"
+                                             for parts in found.values()))
+    totals = "".join(f"{sum(parts.values()) / 1e9:>11.2f}" for parts in found.values())
+    return "\n".join([*lines, f"{'total':<22}{totals}"])
+
+
+def smaller(shape: Shape, work: Work, limit: float) -> list[str]:
+    """Flags with which it would fit, of those that cost little before those that cost more; empty where none do."""
+    part = max(1, (work.micro_batch or work.group) // 4)
+    changes = {f"--rollout-batch {max(work.group, work.rollout_batch // 4)}":
+               {"rollout_batch": max(work.group, work.rollout_batch // 4)},
+               "--gradient-checkpointing": {"checkpointing": True}, f"--micro-batch {part}": {"micro_batch": part},
+               "--reference-device cpu": {"reference_on_cpu": True},
+               "--lora-rank 16": {"lora_rank": work.lora_rank or 16}}
+
+    def fits(flags: list[str]) -> bool:
+        changed = replace(work, **{name: value for flag in flags for name, value in changes[flag].items()})
+        return peak(phases(shape, changed))[1] <= limit
+
+    flags = next((list(changes)[:n] for n in range(1, len(changes) + 1) if fits(list(changes)[:n])), [])
+    for flag in list(flags):  # those that turn out not to be needed
+        if fits([other for other in flags if other != flag]):
+            flags.remove(flag)
+    return flags
+
+
+def text(name: str, shape: Shape, work: Work, limit: float) -> str:
+    """What `train.py --plan` prints, for a card or machine with so many bytes."""
+    found = phases(shape, work)
+    moment, need = peak(found)
+    place = "a card" if work.gpu else "this machine's memory"
+    trained = f", {shape.adapters(work.lora_rank) / 1e6:.1f} M of adapters trained" if work.lora_rank else ""
+    lines = [f"{name}: {shape.parameters() / 1e6:,.1f} M parameters{trained}",
+             f"prompts of {work.prompt} and completions of {work.completion} tokens, the longest allowed; {work.group} "
+             f"completions a question; gradient checkpointing {'on' if work.checkpointing else 'off'}", "",
+             table(found), ""]
+    verdict = f"peak: {need / 1e9:.1f} GB, in {moment}; {place} of {limit / 1e9:.1f} GB"
+    if need <= SHARE * limit:
+        return "\n".join([*lines, f"{verdict}: it fits"])
+    flags = smaller(shape, work, SHARE * limit)
+    advice = f"it would fit with {' '.join(flags)}" if flags else "no flag makes it fit: take a smaller model"
+    return "\n".join([*lines, f"{verdict}: it does not fit; {advice}"])
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or less where a container is limited."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(text)) if text.isdigit() else total

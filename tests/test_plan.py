@@ -1,0 +1,235 @@
+"""plan.py and defaults.py: what a run needs and what it does by default, from the model's configuration alone."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import attention
+import defaults
+import grpo
+import plan
+import policy as policies
+import train
+from data import UserError
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2}
+MODELS = [(Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+          (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+          (Qwen2ForCausalLM, Qwen2Config, {"num_key_value_heads": 1}),
+          (LlamaForCausalLM, LlamaConfig, {}),
+          (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+          (LlamaForCausalLM, LlamaConfig, {"head_dim": 24}),
+          (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "attention_bias": True}),
+          (MistralForCausalLM, MistralConfig, {})]
+WORK = plan.Work(prompt=200, completion=40, group=8, prompts=4, micro_batch=0, rollout_batch=256, reference=True,
+                 reference_on_cpu=False, lora_rank=0, checkpointing=False, gpu=False)
+
+
+def saved_config(model, folder):
+    """The config.json that transformers writes for a model."""
+    model.config.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind, config, changes", MODELS)
+def test_parameters_are_counted_exactly(kind, config, changes, tmp_path):
+    model = kind(config(**SMALL | changes))
+    shape = plan.Shape.of(saved_config(model, tmp_path))
+    assert shape.parameters() == sum(p.numel() for p in model.parameters())
+
+
+def test_adapters_are_counted_exactly(tmp_path):
+    pytest.importorskip("peft", reason="peft is optional")
+    model = Qwen2ForCausalLM(Qwen2Config(**SMALL))
+    shape = plan.Shape.of(saved_config(model, tmp_path))
+    adapted = policies._add_lora(model, 4)
+    assert shape.adapters(4) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_the_published_models_have_the_published_numbers_of_parameters():
+    counts = {size: plan.Shape.of(config).parameters() for size, config in plan.PUBLISHED.items()}
+    assert counts == {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "3b": 3_085_938_688, "7b": 7_615_616_512}
+    for name, source in policies.ALIASES.items():
+        size = next(size for size in counts if f"-{size}" in name)
+        assert policies.config_of(name) == policies.config_of(source) == plan.PUBLISHED[size]
+
+
+def test_the_tiny_policy_is_not_larger_than_planned():
+    built = policies.build_tiny([f"SELECT {n} FROM t{n} WHERE a > {7 * n}" for n in range(10, 999)], seed=0)
+    assert sum(p.numel() for p in built.model.parameters()) <= plan.Shape.of(plan.TINY).parameters() <= 1.1e6
+
+
+@pytest.mark.parametrize("changes", [{}, {"gpu": True}, {"gpu": True, "lora_rank": 8}, {"checkpointing": True},
+                                     {"gpu": True, "reference_on_cpu": True}, {"reference": False, "frozen_copy": True}])
+def test_totals_are_the_sums_of_their_lines(changes):
+    shape = plan.Shape.of(plan.PUBLISHED["3b"])
+    found = plan.phases(shape, plan.replace(WORK, **changes))
+    lines = plan.table(found).splitlines()
+    rows = {line[:22].strip(): line[22:].split() for line in lines}
+    for column, (moment, parts) in enumerate(found.items()):
+        shown = sum(float(cells[column]) for name, cells in rows.items() if name not in ("GB", "total") and cells[column] != "-")
+        assert rows["GB"][column] == moment
+        assert shown == pytest.approx(float(rows["total"][column]), abs=0.005 * len(rows))
+        assert sum(parts.values()) / 1e9 == pytest.approx(float(rows["total"][column]), abs=0.006)
+    assert plan.peak(found)[1] == max(sum(parts.values()) for parts in found.values())
+
+
+def kept_for_backward(layers, width=128, autocast=False, lora=0, checkpointing=False):
+    """Bytes that autograd keeps of a packed row, weights and their casts left out."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=300, hidden_size=width, intermediate_size=320, num_hidden_layers=layers,
+                                         num_attention_heads=4, num_key_value_heads=2))
+    model = policies._add_lora(model.bfloat16() if autocast else model, lora) if lora else model
+    if checkpointing:
+        policies.checkpoint_activations(model)
+    packed = grpo.pack_group(torch.arange(WORK.prompt), [torch.arange(WORK.completion)] * WORK.group)
+    weights = {p.numel() for p in model.parameters() if p.dim() == 2}
+    kept = {}
+
+    def note(tensor):
+        if tensor.dim() != 2 or tensor.numel() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    arithmetic = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if autocast else contextlib.nullcontext()
+    with arithmetic, grpo.dropout_off(model):
+        with torch.no_grad():
+            grpo.completion_logprobs(model, packed, 1.0)  # looks once whether packing is exact
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            grpo.completion_logprobs(model, packed, 1.0)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("autocast, lora", [(False, 0), (True, 0), (False, 4), (True, 4)])
+@pytest.mark.parametrize("chunk", [2**24, 2**17])  # the latter: attention is computed again in backward
+def test_what_a_layer_keeps_for_backward(autocast, lora, chunk, monkeypatch):
+    """Autocast on the CPU stands for that on a GPU: the same tensors are kept."""
+    if lora:
+        pytest.importorskip("peft", reason="peft is optional")
+    monkeypatch.setattr(attention, "EXPANDED_ELEMENTS", chunk)
+    monkeypatch.setattr(plan, "CHUNK", chunk)
+    counted = kept_for_backward(3, autocast=autocast, lora=lora) - kept_for_backward(2, autocast=autocast, lora=lora)
+    shape = plan.Shape(300, 128, 320, 2, 4, 2, 32, True, 0)
+    assert plan.layer_bytes(shape, plan.replace(WORK, gpu=autocast, lora_rank=lora)) == pytest.approx(counted, rel=0.06)
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_only():
+    counted = kept_for_backward(4, checkpointing=True) - kept_for_backward(2, checkpointing=True)
+    assert counted == pytest.approx(2 * plan.row_tokens(WORK) * 128 * 4, rel=0.02)
+
+
+@pytest.mark.parametrize("limit", [24, 40, 80])
+def test_the_flags_that_are_advised_make_it_fit_and_none_is_idle(limit):
+    shape = plan.Shape.of(plan.PUBLISHED["3b"])
+    work = plan.replace(WORK, prompt=2048, completion=512, group=32, gpu=True)
+    given = {"--gradient-checkpointing": {"checkpointing": True}, "--reference-device": {"reference_on_cpu": True},
+             "--micro-batch": {"micro_batch": 8}, "--rollout-batch": {"rollout_batch": 64}, "--lora-rank": {"lora_rank": 16}}
+    flags = plan.smaller(shape, work, limit * 1e9)
+    assert flags
+
+    def need(flags):
+        changed = {name: value for flag in flags for name, value in given[flag.split()[0]].items()}
+        return plan.peak(plan.phases(shape, plan.replace(work, **changed)))[1]
+
+    assert need(flags) <= limit * 1e9 < min(need([other for other in flags if other != flag]) for flag in flags)
+    assert plan.smaller(shape, work, 1e9) == []
+
+
+def test_plan_prints_and_writes_nothing(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "train.py", "--plan", "24", "--model", "qwen2.5-3b", "--output", str(folder)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    full, lora = (subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
+                  for more in ((), ("--lora-rank", "16")))
+    assert full.returncode == lora.returncode == 0 and not folder.exists() and not full.stderr + lora.stderr
+    assert "24.0 GB: it fits" in lora.stdout and "does not fit; it would fit with --lora-rank 16" in full.stdout
+    for name in ("parameters", "gradients", "optimizer", "KV cache", "activations", "logits chunk", "total"):
+        assert re.search(rf"^{name} ", lora.stdout, re.MULTILINE), name
+
+
+def test_a_model_that_cannot_be_planned_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="its model_type is gpt2"):
+        train.planned(train.parse_settings(["--plan", "--model", str(tmp_path)]))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
+    with pytest.raises(UserError, match="has no intermediate_size"):
+        train.planned(train.parse_settings(["--plan", "--model", str(tmp_path)]))
+    monkeypatch.setattr(policies, "_hub_answers", lambda: False)
+    with pytest.raises(UserError, match="hf download nobody/nothing"):
+        train.parse_settings(["--plan", "--model", "nobody/nothing"])
+
+
+@pytest.mark.parametrize("more", [(), ("--lora-rank", "16")])
+def test_a_missing_model_is_told_before_data_is_read_or_a_folder_written(tmp_path, monkeypatch, more):
+    monkeypatch.setattr(policies, "_hub_answers", lambda: False)
+    monkeypatch.setattr(train, "load_splits", lambda *_, **__: pytest.fail("data was read"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "qwen2.5-3b", "--output", str(tmp_path / "run"), *more])
+    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-3B-Instruct"):
+        train.main()
+    assert not (tmp_path / "run").exists()
+
+
+# ---- defaults
+
+
+def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
+    by_size = {name: train.parse_settings(["--model", name]) for name in ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b")}
+    small, middle, large = by_size.values()
+    assert small.grpo.group_size > middle.grpo.group_size and small.run.lr > middle.run.lr > large.run.lr
+    assert [s.run.gradient_checkpointing for s in by_size.values()] == [False, True, True]
+    lora = train.parse_settings(["--model", "qwen2.5-3b", "--lora-rank", "16"])
+    assert lora.run.lr == 10 * middle.run.lr
+    given = train.parse_settings(["--model", "qwen2.5-3b", "--lr", "3e-5", "--group-size", "4", "--no-gradient-checkpointing"])
+    assert (given.run.lr, given.grpo.group_size, given.run.gradient_checkpointing) == (3e-5, 4, False)
+    assert train.parse_settings([]).run.lr == defaults.TINY_DEFAULTS["lr"]
+
+
+def test_the_readme_shows_the_defaults_by_size():
+    rows = re.findall(r"^\| (?:up to \d B|more) \| (\d+) \| (\d+) \| (\S+) \((\S+)\) \| (on|off) \|$",
+                      (ROOT / "README.md").read_text(), re.MULTILINE)
+    shown = [{"group_size": int(G), "prompts_per_step": int(B), "lr": float(lr), "gradient_checkpointing": on == "on"}
+             for G, B, lr, _, on in rows]
+    assert shown == list(defaults.SIZE_DEFAULTS.values())
+    loras = [defaults.of_size(int(size), True)["lr"] for size in (1e9, 4e9, 9e9)]
+    assert [float(lora) for *_, lora, _ in rows] == pytest.approx(loras)
+
+
+def test_an_unknown_architecture_takes_the_general_defaults(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert train.parse_settings(["--model", str(tmp_path)]).run.lr == train.RunConfig.lr
+
+
+@pytest.mark.parametrize("model", ["tiny", "qwen2.5-3b"])
+def test_the_recipe_of_the_paper(model):
+    s = train.parse_settings(["--model", model, "--recipe", "finer-sql"])
+    assert (s.grpo.group_size, s.run.lr, s.grpo.kl_coef, s.grpo.temperature) == (32, 8e-6, 0.04, 1.0)
+    assert (s.rewards.memory_top_k, s.rewards.atomic_lambda, s.rewards.atomic_beta, s.rewards.atomic_gamma) == (20, 0.05, 0.79, 0.2)
+    assert set(s.rewards.weights.values()) <= {0.0, 1.0} and s.as_dict()["recipe"] == "finer-sql"
+    given = train.parse_settings(["--model", model, "--recipe", "finer-sql", "--group-size", "4", "--kl-coef", "0"])
+    assert (given.grpo.group_size, given.grpo.kl_coef, given.run.lr) == (4, 0.0, 8e-6)
+
+
+def test_resuming_needs_no_flag_but_the_folder(tmp_path):
+    first = train.parse_settings(["--model", "qwen2.5-3b", "--lr", "3e-5", "--output", str(tmp_path)])
+    (tmp_path / "config.json").write_text(json.dumps(first.as_dict()))
+    again = train.parse_settings(["--resume", "--output", str(tmp_path)]).as_dict()
+    assert again == first.as_dict() | {"resume": True}

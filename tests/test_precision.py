@@ -1,0 +1,138 @@
+"""Precision and memory: autocast, gradient checkpointing, the reference elsewhere, adapters merged."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo
+from policy import Reference, build_tiny, checkpoint_activations, load_policy
+
+TEXTS = ["table singer ; keep age > 350 ; count rows", "SELECT COUNT(*) FROM singer WHERE age > 350"] * 4
+CONFIG = grpo.GRPOConfig(group_size=4, max_completion_tokens=8, kl_coef=0.0)
+ADVANTAGES = torch.tensor([[1.0, -1.0, 0.5, -0.5]])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return build_tiny(TEXTS, seed=0, vocab_size=320, width=32, layers=2)
+
+
+def sampled(policy, seed=0):
+    prompt = torch.tensor(policy.tokenizer.encode(TEXTS[0]))
+    return grpo.sample_groups(policy.model, [prompt], CONFIG, eos_ids=policy.eos_ids,
+                              generator=torch.Generator().manual_seed(seed))
+
+
+def updated(model, groups, config=CONFIG):
+    """A copy of the model after policy_update, and its statistics."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    stats = grpo.policy_update(model, optimizer, groups, grpo.packed_batches(groups, config), ADVANTAGES, None, config)
+    return model, stats
+
+
+def test_autocast_never_computes_with_weights_of_before_an_update(tiny):
+    """It keeps 16-bit copies of the weights; the second update of a rollout must not see those of the first."""
+    groups, config, ends = sampled(tiny), grpo.GRPOConfig(**vars(CONFIG) | {"updates_per_rollout": 3}), []
+    for cache in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            ends.append(updated(tiny.model, groups, config))
+    (one, stats), (two, expected) = ends
+    assert stats == expected and stats["ratio_max"] > 1.01
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_autocast_keeps_the_fast_ways_of_sampling_and_updating(tiny):
+    """Their self-check compares 16-bit arithmetic then, though the weights are float32."""
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error", UserWarning)
+        fresh = build_tiny(TEXTS, seed=1, vocab_size=320, width=64, layers=4)
+        updated(fresh.model, sampled(fresh))
+
+
+def test_gradient_checkpointing_changes_no_weight_and_uses_no_deprecated_call(tiny):
+    groups = sampled(tiny)
+    plain, _ = updated(tiny.model, groups)
+    model = copy.deepcopy(tiny.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        checkpoint_activations(model)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    again, _ = updated(model, groups)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters(), strict=True))
+
+
+def test_gradient_checkpointing_before_the_call_was_renamed():
+    class Older:
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+            self.options = gradient_checkpointing_kwargs
+
+    model = Older()
+    checkpoint_activations(model)
+    assert model.options == {"use_reentrant": False}
+
+
+def test_a_reference_elsewhere_is_lent_for_its_pass_and_comes_back(tiny):
+    """A dtype stands for a GPU, as `Tensor.to` takes either."""
+    reference, away = Reference(tiny.model, "cpu"), torch.float64
+    before = [(p.data_ptr(), p.clone()) for p in reference.model.parameters()]
+    batches = grpo.packed_batches(sampled(tiny), CONFIG)
+    with reference.active() as model:
+        expected = grpo.reference_logprobs(model, batches, CONFIG)[0]
+    with reference.active(away) as model:
+        assert {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} == {away}
+        assert model.lm_head.weight is model.model.embed_tokens.weight  # still tied
+        torch.testing.assert_close(grpo.reference_logprobs(model, batches, CONFIG)[0].float(), expected)
+    with pytest.raises(ZeroDivisionError), reference.active(away):
+        1 / 0  # noqa: B018
+    for parameter, (place, value) in zip(reference.model.parameters(), before, strict=True):
+        assert parameter.data_ptr() == place and torch.equal(parameter, value)
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny, tmp_path_factory):
+    pytest.importorskip("peft", reason="peft is optional")
+    folder = tmp_path_factory.mktemp("base")
+    tiny.save(folder)
+    policy = load_policy(str(folder), lora_rank=4)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return policy
+
+
+def test_a_merged_policy_loads_with_plain_transformers_and_says_the_same(adapted, tiny, tmp_path):
+    adapted.save_merged(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    prompt = torch.tensor([tiny.tokenizer.encode(TEXTS[0])])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    theirs = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1]:]
+    greedy = [grpo.sample_groups(one.model, [prompt[0]], grpo.GRPOConfig(max_completion_tokens=12), eos_ids=one.eos_ids,
+                                 group_size=1, temperature=0.0)[0].completions[0] for one in (adapted, tiny)]
+    assert tokenizer.decode(greedy[0]) == tokenizer.decode(theirs)
+    assert greedy[0].tolist() != greedy[1].tolist()  # the adapters speak
+
+
+def test_adapters_on_a_bf16_base_are_float32(adapted, tmp_path):
+    adapted.save(tmp_path)
+    for policy in (load_policy(str(tmp_path), dtype=torch.bfloat16),
+                   load_policy(adapted.model.peft_config["default"].base_model_name_or_path, lora_rank=4, dtype=torch.bfloat16)):
+        kinds = {(p.requires_grad, p.dtype) for p in policy.model.parameters()}
+        assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_gradient_checkpointing_of_adapters_changes_nothing(adapted):
+    groups = sampled(adapted)
+    plain, _ = updated(adapted.model, groups)
+    model = copy.deepcopy(adapted.model)
+    checkpoint_activations(model)
+    again, _ = updated(model, groups)
+    moved = 0
+    for a, b, start in zip(plain.parameters(), again.parameters(), adapted.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        moved += not torch.equal(a, start)
+    assert moved > 10
