@@ -46,10 +46,10 @@ from statistics import fmean, stdev
 
 from tqdm import tqdm
 
-import train
 from data import PromptConfig, UserError, parse_json, read_text, run_main
 from options import flag_of
 from runs import RunFolder, write_whole
+from settings import MAY_CHANGE_ON_RESUME, Settings, parse_settings
 from sft import SFTConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -90,7 +90,7 @@ class Run:
     seed: int
     folder: Path
     flags: tuple[str, ...]
-    settings: train.Settings
+    settings: Settings
 
     @property
     def trained(self) -> bool:
@@ -146,14 +146,14 @@ def plan(given: argparse.Namespace, common: Sequence[str]) -> tuple[list[Run], l
     def make(cell: str, seed: int, folder: str, *more: str) -> Run:
         path = given.output / f"seed-{seed}" / folder
         flags = (*threads, *common, "--seed", str(seed), "--output", str(path), "--test-questions", "0", *more)
-        return Run(cell, seed, path, flags, train.parse_settings(list(flags)))
+        return Run(cell, seed, path, flags, parse_settings(list(flags)))
 
     starts = [make("start", seed, "start", "--steps", "0", "--eval-every", "0") for seed in range(given.seeds)]
     runs = [make(cell, start.seed, folders[cell], "--start", str(start.folder / "checkpoints" / "step-0"),
                  *as_flags(cells[cell])) for start in starts for cell in cells]
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
-            RunFolder(run.folder, run.settings.as_dict(), resume=True, may_change=train.MAY_CHANGE_ON_RESUME)
+            RunFolder(run.folder, run.settings.as_dict(), resume=True, may_change=MAY_CHANGE_ON_RESUME)
     return starts, runs
 
 

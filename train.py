@@ -9,7 +9,6 @@ The story of a run is `main`, top to bottom: load, cold start, then for each ste
 sample → score → advantages → update → log → save, and at the end held-out accuracy before and after.
 """
 
-import argparse
 import copy
 import json
 import random
@@ -18,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,14 +26,11 @@ from tqdm import tqdm
 
 import distributed
 import evaluate
-import options
 import plan
 import report
 import show
-from data import PromptBuilder, PromptConfig, Splits, UserError, load_splits, read_schema, run_main, schema_columns
-from defaults import PRETRAINED_DEFAULTS, RECIPES, SIZE_DEFAULTS, TINY_DEFAULTS, of_model, of_run  # noqa: F401
+from data import PromptBuilder, Splits, UserError, load_splits, read_schema, run_main, schema_columns
 from grpo import (
-    GRPOConfig,
     group_advantages,
     overlong_penalty,
     packed_batches,
@@ -42,126 +38,28 @@ from grpo import (
     reference_logprobs,
     sample_groups,
 )
-from guards import GuardConfig, Guards, Heartbeat
+from guards import Guards, Heartbeat
 from policy import (
     Policy,
     Reference,
     build_tiny,
     checkpoint_activations,
-    config_of,
     free_space,
     load_policy,
     require_model,
 )
-from rewards import MemoryGate, RewardConfig, RewardItem, RewardScorer, build_memory, load_reward_module
+from rewards import RewardItem, RewardScorer, build_memory, load_reward_module
 from runs import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer, write_whole
-from sft import SFTConfig, cold_start, taught_text, template_trace
+from settings import MAY_CHANGE_ON_RESUME, Settings, memory_here, parse_settings, planned
+from sft import cold_start, taught_text, template_trace
 from sql_exec import SQLExecutor, bird_match, gold_is_ordered, spider_match
 
-
-def _option(default, text: str, **metadata):
-    return field(default=default, metadata={"help": text, **metadata})
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The run."""
-
-    model: str = _option("tiny", "tiny, an alias of the README's table, a Hugging Face id or a local folder")
-    lora_rank: int = _option(0, "train adapters of this rank instead of all weights (needs peft)")
-    gradient_checkpointing: bool = _option(False, "keep a layer's input only and compute the layer again in backward")
-    reference_device: str = _option("policy", "where the KL's reference waits: beside the policy, or on the CPU, from "
-                                              "where it is moved for its pass", choices=("policy", "cpu"))
-    recipe: str = _option("none", "other defaults: finer-sql are the paper's (arXiv 2605.03465)",
-                          choices=("none", *RECIPES))
-    plan: float = _option(0.0, "print what memory the run will need and stop; with a number: on a card of so many GB",
-                          alone=-1.0)
-    data: str = _option("demo", "demo, spider, bird, or your own .json or .jsonl")
-    data_dir: str | None = _option(None, "folder of the data and its databases")
-    split: str = _option("train", "questions to train on")
-    world: str = _option("default", "of the demo: default, or hard (few upper-tier traces)")
-    start: str | None = _option(None, "begin with this checkpoint of an earlier run of --model, without a cold start")
-    traces: str | None = _option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory")
-    output: str | None = _option(None, "folder of the run (default: runs/DATA)")
-    seed: int = _option(0, "seed of everything random")
-    steps: int = _option(300, "GRPO steps")
-    prompts_per_step: int = _option(8, "questions per step (B); B times G completions are sampled")
-    dynamic_sampling: int = _option(0, "at most so many extra rollouts a step, in the place of questions whose "
-                                       "completions are all right or all wrong (DAPO)")
-    lr: float = _option(1e-6, "peak learning rate of GRPO")
-    lr_warmup: int = _option(10, "steps of linear warm-up")
-    lr_decay: bool = _option(False, "let the learning rate fall linearly to a tenth at the last step")
-    eval_every: int = _option(50, "steps between greedy evaluations on held-back questions; 0: never")
-    eval_questions: int = _option(200, "at most this many questions in such an evaluation")
-    test_questions: int = _option(1000, "at most this many questions in the evaluations before and after; 0: none")
-    save_every: int = _option(50, "steps between checkpoints; 0: only at the end")
-    match: str = _option("bird", "when a result counts as the gold result", choices=("bird", "spider"))
-    empty_gold: str = _option("keep", "questions whose gold result has no rows", choices=("keep", "drop"))
-    sql_workers: int = _option(2, "processes that run SQL")
-    sql_timeout: float = _option(5.0, "seconds a query may take")
-    threads: int = _option(0, "CPU threads of PyTorch; 0: PyTorch's choice")
-    verbose: int = _option(0, "print a coloured group every so many steps; 0: never, without a number: 10", alone=10)
-    tensorboard: bool = _option(False, "also write TensorBoard events (needs tensorboard)")
-    keep: int = _option(2, "newest checkpoints that are kept, besides the start")
-    sharding: str = _option("auto", "spread parameters, gradients and optimizer state over processes (FSDP2); auto: on "
-                                    "GPUs, without --lora-rank", choices=("auto", "on", "off"))
-    resume: bool = _option(False, "continue the run in the output folder from its newest checkpoint")
-
-
-CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
 MATCHES = {"bird": lambda predicted, gold, sql: bird_match(predicted, gold),
            "spider": lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql))}
-MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "sharding", "eval_every", "save_every", "sql_workers",
-                        "tensorboard", "verbose", "keep", "max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated",
-                        "reference_device", "gradient_checkpointing", "plan")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All settings of a run, one frozen dataclass a concern."""
-
-    run: RunConfig
-    grpo: GRPOConfig
-    rewards: RewardConfig
-    gate: MemoryGate
-    sft: SFTConfig
-    prompts: PromptConfig
-    guards: GuardConfig
-
-    def as_dict(self) -> dict:
-        """Every setting by name, as written to config.json."""
-        return {name: value for part in vars(self).values() for name, value in vars(part).items()}
-
-
-def parse_settings(arguments: list[str]) -> Settings:
-    """Command line to settings; flags left out take the default of defaults.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="tiny and pretrained models have defaults of their own: see defaults.py")
-    for config in CONFIGS:
-        options.add_arguments(parser, config)
-    given = vars(parser.parse_args(arguments))
-    given = {"output": f"runs/{Path(given.get('data', 'demo')).stem}"} | given
-    defaults = of_run(given["output"]) if given.get("resume") else {}
-    if not defaults:
-        model = given.get("model", "tiny")
-        config = None if model == "tiny" else config_of(given.get("start", model))
-        defaults = of_model(config, lora=given.get("lora_rank", 0) > 0) | RECIPES.get(given.get("recipe"), {})
-    values = defaults | given
-    try:
-        settings = Settings(*(options.build(config, values) for config in CONFIGS))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for name, lowest in (("steps", 0), ("prompts_per_step", 1), ("cold_start_steps", 0), ("sql_workers", 1),
-                         ("keep", 1), ("dynamic_sampling", 0)):
-        if settings.as_dict()[name] < lowest:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {lowest}")
-    if settings.grpo.overlong == "penalise" and not settings.rewards.margin:
-        raise UserError("--overlong penalise needs the execution reward, which keeps correct completions ahead")
-    return settings
 
 
 def main() -> int:
-    s = parse_settings(sys.argv[1:])
+    s = parse_settings(sys.argv[1:], __doc__)
     run = s.run
     if run.plan:
         print(plan.text(run.model, *planned(s), run.plan * 1e9 if run.plan > 0 else memory_here()))
@@ -195,28 +93,6 @@ def run_all(s: Settings) -> int:
                 folder.discard_new()
             raise
         return trainer.train()
-
-
-def planned(s: Settings) -> tuple[plan.Shape, plan.Work]:
-    """The model and the work that `--plan` reckons with. Raises UserError: its architecture is not known there."""
-    run = s.run
-    try:
-        shape = plan.Shape.of(plan.TINY if run.model == "tiny" else config_of(run.model))
-    except ValueError as error:
-        raise UserError(f"cannot plan for {run.model}: {error}") from error
-    return shape, plan.Work(
-        prompt=s.prompts.max_prompt_tokens, completion=s.grpo.max_completion_tokens, group=s.grpo.group_size,
-        prompts=run.prompts_per_step, micro_batch=s.grpo.micro_batch, rollout_batch=s.grpo.rollout_batch,
-        reference=s.grpo.kl_coef > 0, reference_on_cpu=run.reference_device == "cpu", lora_rank=run.lora_rank,
-        checkpointing=run.gradient_checkpointing, gpu=run.plan > 0 or torch.cuda.is_available(),
-        frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)
-
-
-def memory_here() -> float:
-    """Bytes of the GPU where there is one, else of this machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return plan.machine_memory()
 
 
 class Trainer:

@@ -15,6 +15,8 @@ from unittest import mock
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 sys.path.insert(0, str(README.parent))
+import settings  # noqa: E402
+
 PROGRAMS = {  # program: what else its first line says
     "train": "where the tiny policy has another default it is given after a slash",
     "evaluate": "", "ask": "", "sft": "mining of traces", "ablate": "", "report": "", "show": ""}
@@ -40,9 +42,10 @@ def parser_of(program: str) -> argparse.ArgumentParser:
 
 def flag_table(program: str) -> str:
     """A table of every flag of a program, a section a dataclass."""
-    module = importlib.import_module(program)
-    tiny, pretrained = getattr(module, "TINY_DEFAULTS", {}), getattr(module, "PRETRAINED_DEFAULTS", {})
-    by_size = {name for values in getattr(module, "SIZE_DEFAULTS", {}).values() for name in values}
+    tiny, pretrained, by_size = {}, {}, {}
+    if program == "train":
+        tiny, pretrained = settings.TINY_DEFAULTS, settings.PRETRAINED_DEFAULTS
+        by_size = {name for values in settings.SIZE_DEFAULTS.values() for name in values}
     lines = ["| flag | default | what it is |", "|---|---|---|"]
     for group in parser_of(program)._action_groups:
         actions = [action for action in group._group_actions if action.dest != "help"]

@@ -1,4 +1,4 @@
-"""plan.py and defaults.py: what a run needs and what it does by default, from the model's configuration alone."""
+"""plan.py and settings.py: what a run needs and what it does by default, from the model's configuration alone."""
 
 import contextlib
 import json
@@ -22,10 +22,10 @@ from transformers import (
 )
 
 import attention
-import defaults
 import grpo
 import plan
 import policy as policies
+import settings
 import train
 from data import UserError
 
@@ -200,7 +200,7 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
     assert lora.run.lr == 10 * middle.run.lr
     given = train.parse_settings(["--model", "qwen2.5-3b", "--lr", "3e-5", "--group-size", "4", "--no-gradient-checkpointing"])
     assert (given.run.lr, given.grpo.group_size, given.run.gradient_checkpointing) == (3e-5, 4, False)
-    assert train.parse_settings([]).run.lr == defaults.TINY_DEFAULTS["lr"]
+    assert train.parse_settings([]).run.lr == settings.TINY_DEFAULTS["lr"]
 
 
 def test_the_readme_shows_the_defaults_by_size():
@@ -208,14 +208,14 @@ def test_the_readme_shows_the_defaults_by_size():
                       (ROOT / "README.md").read_text(), re.MULTILINE)
     shown = [{"group_size": int(G), "prompts_per_step": int(B), "lr": float(lr), "gradient_checkpointing": on == "on"}
              for G, B, lr, _, on in rows]
-    assert shown == list(defaults.SIZE_DEFAULTS.values())
-    loras = [defaults.of_size(int(size), True)["lr"] for size in (1e9, 4e9, 9e9)]
+    assert shown == list(settings.SIZE_DEFAULTS.values())
+    loras = [settings.of_size(int(size), True)["lr"] for size in (1e9, 4e9, 9e9)]
     assert [float(lora) for *_, lora, _ in rows] == pytest.approx(loras)
 
 
 def test_an_unknown_architecture_takes_the_general_defaults(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    assert train.parse_settings(["--model", str(tmp_path)]).run.lr == train.RunConfig.lr
+    assert train.parse_settings(["--model", str(tmp_path)]).run.lr == settings.RunConfig.lr
 
 
 @pytest.mark.parametrize("model", ["tiny", "qwen2.5-3b"])
