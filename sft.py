@@ -44,6 +44,7 @@ from scoring import MATCHES
 from sql_exec import SQLExecutor
 from voting import load_for_sampling
 
+PASS_TOKENS, PASS_LOGITS = 2**14, 2**27  # of a forward pass of the cold start, at most; 2**27 are 512 MiB in float32
 SHORT_TRACES = {"memory_min_words": 5, "memory_min_columns": 1}  # the gate for the demo, whose traces are short
 
 
@@ -84,17 +85,50 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
             rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))
             for group in optimizer.param_groups:
                 group["lr"] = config.cold_start_lr * rate
-            with autocast():
-                loss, prompt_loss = supervised_losses(model, [pairs[i] for i in batch], config.prompt_loss > 0)
             optimizer.zero_grad(set_to_none=True)
-            (loss + config.prompt_loss * prompt_loss).backward()
+            losses.append(_backward(model, [pairs[i] for i in batch], config.prompt_loss, autocast))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
     model.eval()
     tail = losses[-max(1, len(losses) // 10):]
     return sum(tail) / len(tail)
+
+
+def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float, autocast: Callable) -> float:
+    """Adds the gradient of a batch's loss, in as many passes as its size asks for; returns its completion loss."""
+    def tokens(part):  # that carry a loss: of completions, of prompts
+        return sum(len(completion) for _, completion in part), sum(len(prompt) - 1 for prompt, _ in part)
+
+    total, loss = tokens(pairs), 0.0
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for part in passes(pairs, vocabulary, whole_rows=prompt_loss > 0):
+        share, prompt_share = (n / of if of else 0.0 for n, of in zip(tokens(part), total, strict=True))
+        with autocast():
+            of_completions, of_prompts = supervised_losses(model, part, prompt_loss > 0)
+        (share * of_completions + prompt_loss * prompt_share * of_prompts).backward()
+        loss += share * of_completions.item()
+    return loss
+
+
+def passes(pairs: Sequence[tuple[Tensor, Tensor]], vocabulary: int, whole_rows: bool) -> list[list]:
+    """Splits a batch so that no pass has too many tokens or logits, like lengths together; a small batch stays whole.
+
+    whole_rows: logits are wanted of prompts as well.
+    """
+    def fits(part) -> bool:
+        longest = max(len(prompt) + len(completion) for prompt, completion in part)
+        kept = longest if whole_rows else longest - min(len(prompt) for prompt, _ in part) + 1
+        return len(part) * longest <= PASS_TOKENS and len(part) * kept * vocabulary <= PASS_LOGITS
+
+    if fits(pairs):
+        return [list(pairs)]
+    parts: list[list] = [[]]
+    for pair in sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1])):
+        if parts[-1] and not fits([*parts[-1], pair]):
+            parts.append([])
+        parts[-1].append(pair)
+    return parts
 
 
 def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False):
@@ -109,11 +143,14 @@ def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompt
     position = torch.arange(L, device=device)
     prompt = torch.tensor([len(p) for p, _ in pairs], device=device)[:, None]
     total = torch.tensor([len(row) for row in rows], device=device)[:, None]
-    logits = model(input_ids=ids, attention_mask=(position < total).long(), use_cache=False).logits  # [N, L, V]
+    kept = L if with_prompts else L - int(prompt.min()) + 1  # the last K positions; what comes before predicts prompts
+    logits = model(input_ids=ids, attention_mask=(position < total).long(), use_cache=False,
+                   logits_to_keep=kept).logits  # [N, K, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def mean_over(wanted: Tensor) -> Tensor:
-        labels = ids.masked_fill(~wanted, -100)[:, 1:]
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        labels = ids.masked_fill(~wanted, -100)[:, L - kept + 1:]
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
 
     completion_loss = mean_over((position >= prompt) & (position < total))
     return completion_loss, mean_over(position < prompt) if with_prompts else completion_loss.new_zeros(())

@@ -1,6 +1,8 @@
 """policy.py and sft.py: the tiny policy, checkpoints, references, the cold start."""
 
 import builtins
+import contextlib
+import copy
 
 import pytest
 import torch
@@ -140,6 +142,24 @@ def test_supervised_losses_are_means_over_completion_and_prompt_tokens(tiny):
         terms[1].append(loss[:len(prompt) - 1])
     for value, parts in zip(ours, terms, strict=True):
         torch.testing.assert_close(value, torch.cat(parts).mean())
+
+
+@pytest.mark.parametrize("prompt_loss", [0.0, 0.3])
+@pytest.mark.parametrize("name, limit", [("PASS_TOKENS", 20), ("PASS_LOGITS", 20_000)])
+def test_a_batch_of_the_cold_start_in_several_passes_has_the_gradient_of_one(tiny, monkeypatch, prompt_loss, name, limit):
+    pairs, model = _pairs(tiny) * 2 + _pairs(tiny)[:1], copy.deepcopy(tiny.model).double().eval()
+    results = []
+    for several in (False, True):
+        if several:
+            monkeypatch.setattr(sft, name, limit)
+        parts = sft.passes(pairs, len(tiny.tokenizer), prompt_loss > 0)
+        assert (len(parts) > 1) is several
+        assert sorted(map(id, (pair for part in parts for pair in part))) == sorted(map(id, pairs))
+        model.zero_grad()
+        loss = sft._backward(model, pairs, prompt_loss, contextlib.nullcontext)
+        results.append((loss, torch.cat([weight.grad.flatten() for weight in model.parameters()])))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-9, atol=1e-14)
 
 
 def test_cold_start_learns_and_is_reproducible(tiny):
