@@ -148,7 +148,7 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
     defaults = of_run(given["output"]) if given.get("resume") else {}
     if not defaults:
         model = given.get("model", "tiny")
-        config = None if model == "tiny" else config_of(given.get("start", model))
+        config = None if model == "tiny" else config_of(model)
         defaults = of_model(config, lora=given.get("lora_rank", 0) > 0) | RECIPES.get(given.get("recipe"), {})
     values = defaults | given
     try:

@@ -69,7 +69,8 @@ def main() -> int:
     if run.threads:
         torch.set_num_threads(run.threads)
     with distributed.joined():
-        return run_all(s)
+        status = run_all(s)
+    return distributed.leave(status)
 
 
 def run_all(s: Settings) -> int:
@@ -148,6 +149,8 @@ class Trainer:
         self.save()
         if not self.stopping and self.test_sets:
             self.compare()
+        if self.events:
+            self.events.close()
         if self.step and distributed.is_main():
             print(f"report: {report.write_report(self.folder.path)}")
         if self.stopping:
@@ -382,7 +385,9 @@ class Trainer:
         s = self.s
         frozen = None
         if s.rewards.embedder == "policy":  # the policy of step 0, so that embeddings do not move as it learns
-            start = load_policy(str(self.folder.checkpoints()[0][1]), device=self.device) if resumed else self.policy
+            start = self.policy
+            if resumed:
+                start = load_policy(str(self.folder.checkpoints()[0][1]), device=self.device, dtype=self.base_dtype)
             frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
         memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
         if memory is not None and not resumed:
@@ -418,7 +423,7 @@ class Trainer:
         if self.reference and not self.reference.adapters:
             start = self.folder.checkpoints()[0][1]
             away = "cpu" if self.s.run.reference_device == "cpu" else self.device
-            self.reference = Reference(load_policy(str(start), device=away).model)
+            self.reference = Reference(load_policy(str(start), device=away, dtype=self.base_dtype).model)
         if self.scorer.memory is not None:
             self.scorer.memory.load(checkpoint / "memory.npz")
         if distributed.is_main():

@@ -4,7 +4,7 @@
 
 From the hidden states of a group's completions to the gradients of lm_head and of the hidden states: here in chunks
 whose logits are computed again for backward (`grpo.token_logprobs`), and the naive way, with all logits at once. Each
-runs in a fresh process. What is counted is how far the process's peak (ru_maxrss) rises above what it held before the
+runs in a fresh process. What is counted is how far the process's peak rises above what it held before the
 loss: lm_head, the hidden states, and room for both gradients. Prints a table in Markdown; the aim is at most 1 GB.
 """
 

@@ -3,8 +3,7 @@
     python bench/steps.py ours|padded|trl FOLDER PLAN      # what vs_trl.py, scaling.py and gpu.py start
 
 Each side runs in a process of its own, which writes one line of JSON: per step the seconds of every phase and the
-tokens sampled, and the process's memory. A process that starts others must not import torch, as on Linux its own
-memory would count in their peak.
+tokens sampled, and the process's memory.
 
 The model has random weights, so nothing in it says when to stop. Lengths are therefore given: while sampling, EOS is
 made impossible before a completion has its length, and certain there, on every side by the same function
@@ -19,6 +18,7 @@ import functools
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -285,6 +285,9 @@ def save_model(folder: str, settings: str) -> None:
 
 def peak_mb() -> float:
     """The most memory this process has held so far."""
+    status = Path("/proc/self/status")  # on Linux, where ru_maxrss also counts what the process that started it held
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
 

@@ -14,7 +14,7 @@ its own work from its own `train()`; its methods are only timed:
     step        the whole, up to the optimizer's step and its end
 
 The first step of each side warms up and is not counted. Prints a table in Markdown: medians of the other steps, how
-many times less is needed here, and the peak memory of each process (ru_maxrss), also without what its imports took.
+many times less is needed here, and the peak memory of each process, also without what its imports took.
 """
 
 import argparse

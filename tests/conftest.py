@@ -1,6 +1,10 @@
 """Fixtures that every test file shares."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import sqlite3
 import sys
 from pathlib import Path

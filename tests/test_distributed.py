@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_FLOAT64 = f"""
-import functools, sys
+import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
 torch.set_default_dtype(torch.float64)
-train.load_policy = functools.partial(train.load_policy, dtype=torch.float64)
+train.Trainer.base_dtype = torch.float64
 train.run_main(train.main)
 """
 FLAGS = shlex.split(

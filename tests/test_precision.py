@@ -23,7 +23,7 @@ def tiny():
 def sampled(policy, seed=0):
     prompt = torch.tensor(policy.tokenizer.encode(TEXTS[0]))
     return grpo.sample_groups(policy.model, [prompt], CONFIG, eos_ids=policy.eos_ids,
-                              generator=torch.Generator().manual_seed(seed))
+                              seeds=[seed])
 
 
 def updated(model, groups, config=CONFIG):

@@ -29,7 +29,7 @@ WALKTHROUGH = (ROOT / "docs" / "walkthrough.md").read_text()
 SMALLER = {  # appended to a command, so that it takes a second or two
     "train.py": "--cold-start-steps 2 --cold-start-batch 2 --steps 1 --prompts-per-step 2 --group-size 2 --eval-every 0 "
                 "--max-completion-tokens 12 --test-questions 0 --save-every 0 --threads 1 --sql-workers 1",
-    "evaluate.py": "--max-completion-tokens 16 --workers 1", "ask.py": "-n 30 --max-completion-tokens 24 --workers 1",
+    "evaluate.py": "--max-completion-tokens 16 --workers 1", "ask.py": "-n 100 --max-completion-tokens 24 --workers 1",
     "sft.py": "--max-completion-tokens 24 --workers 1 --memory-min-words 2 --memory-min-columns 0 --memory-min-density 0",
     "report.py": "", "show.py": "--step 1"}
 
