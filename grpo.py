@@ -357,13 +357,8 @@ def policy_update(model, optimizer, groups: Sequence[Group], batches, advantages
             if len(mine) < math.ceil(len(useful) / share.size):  # as many passes as other processes make
                 (0 * completion_logprobs(model, NOTHING, config.temperature)[0]).sum().backward()
             share.sum_gradients(model)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            grad_norm = getattr(grad_norm, "full_tensor", lambda norm=grad_norm: norm)().item()  # of all shards
-            if math.isfinite(grad_norm):
-                optimizer.step()
-                torch.clear_autocast_cache()  # under autocast it would lend the next update the weights of before
-            else:
-                skipped += 1
+            grad_norm = _clip_and_step(model, optimizer, config)
+            skipped += not math.isfinite(grad_norm)
     totals["loss"] = loss_sum
     totals["sampler_gap"] = sum(_sampler_gap(groups, batches[n], old_logps[n]) for n in mine)
     totals, ratio_max = _over_processes(share, totals, ratio_max)
@@ -372,6 +367,16 @@ def policy_update(model, optimizer, groups: Sequence[Group], batches, advantages
     return {"loss": totals.pop("loss"), "sampler_gap": totals.pop("sampler_gap") / seen, "ratio_max": ratio_max,
             "grad_norm": grad_norm, "skipped_updates": skipped} | {
         name: value / tokens for name, value in totals.items()}
+
+
+def _clip_and_step(model, optimizer, config: GRPOConfig) -> float:
+    """An optimizer step, unless the gradient is not finite; returns the gradient's norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # of all shards
+    if math.isfinite(norm):
+        optimizer.step()
+        torch.clear_autocast_cache()  # under autocast it would lend the next update the weights of before
+    return norm
 
 
 def _sampler_gap(groups: Sequence[Group], batch, old_logp: Tensor) -> float:
