@@ -36,12 +36,17 @@ def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attenti
     return layout.attend(module.layer_idx, query, key, value, options["scaling"]).transpose(1, 2), None
 
 
+def causal_lm(model):
+    """The transformers model itself, where peft has wrapped it in adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def enable(model) -> None:
     """Routes a model's attention through `grouped_attention`. Raises ValueError where it cannot be."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
+    causal = causal_lm(model)
     implementation = causal.config._attn_implementation
     if implementation not in (NAME, "sdpa"):
         raise ValueError(f"its attention is {implementation}, not sdpa")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention import PackedLayout, enable, is_exact, no_mask, window_allows
+from attention import PackedLayout, causal_lm, enable, is_exact, no_mask, window_allows
 
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
@@ -111,7 +111,7 @@ def direct_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Ten
 
 
 def _packed_logprobs(model, packed: PackedGroup, temperature: float, way: str) -> tuple[Tensor, Tensor]:
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
+    causal = causal_lm(model)
     backbone, lm_head = causal.get_decoder(), causal.get_output_embeddings()
     device, dtype = lm_head.weight.device, causal.get_input_embeddings().weight.dtype
     if torch.is_autocast_enabled(device.type):

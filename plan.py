@@ -10,6 +10,9 @@ Arithmetic only: this file imports nothing of the project, and bench/plan.py com
 """
 
 import os
+import re
+import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -269,3 +272,12 @@ def machine_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return min(total, int(text)) if text.isdigit() else total
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most so far."""
+    status = Path("/proc/self/status")  # on Linux, where ru_maxrss also counts what the process that started it held
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10  # bytes on macOS, KiB on Linux

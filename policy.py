@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from attention import causal_lm
 from data import UserError
 from plan import PUBLISHED
 
@@ -242,7 +243,7 @@ def _add_lora(model, rank: int):
 
 def checkpoint_activations(model) -> None:
     """Gradient checkpointing: a layer's activations are computed again in backward instead of being kept."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
+    causal = causal_lm(model)
     options = {"use_reentrant": False}
     if hasattr(causal, "activation_checkpointing_enable"):  # the older name is deprecated in transformers 5.23
         causal.activation_checkpointing_enable(options)

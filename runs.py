@@ -12,14 +12,13 @@ import hashlib
 import json
 import os
 import pickle
-import resource
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 
+import plan
 from grpo import flat_groups
 from rewards import COMPONENTS
 from schema import UserError
@@ -266,8 +265,7 @@ def peak_memory_mb() -> float:
     """The most memory held so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+    return plan.peak_memory() / 2**20
 
 
 def tensorboard_writer(folder: Path):
