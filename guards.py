@@ -64,11 +64,16 @@ class Heartbeat:
         self.seconds, self.stream = seconds, stream or sys.stdout
         self.last = time.monotonic()
 
-    def beat(self, metrics: dict, steps: int) -> None:
+    def beat(self, line: str) -> None:
         """Prints where the run is, when the last line is long enough ago."""
         if self.stream.isatty() or time.monotonic() - self.last < self.seconds:
             return
         self.last = time.monotonic()
-        seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/") and name.count("/") == 1)
-        print(f"step {metrics['step']} of {steps}: reward {metrics['reward']:.2f}, accuracy of the samples "
-              f"{metrics['execution_accuracy']:.2f}, {seconds:.1f} s a step", file=self.stream, flush=True)
+        print(line, file=self.stream, flush=True)
+
+
+def describe_step(metrics: dict, steps: int) -> str:
+    """A heartbeat's line on a step of so many."""
+    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/") and name.count("/") == 1)
+    return (f"step {metrics['step']} of {steps}: reward {metrics['reward']:.2f}, accuracy of the samples "
+            f"{metrics['execution_accuracy']:.2f}, {seconds:.1f} s a step")

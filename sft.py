@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from answers import Examination, Progress
 from data import PromptBuilder, PromptConfig, UserError, load_dataset, read_schema, run_main, schema_columns
+from guards import Heartbeat
 from memory import MemoryGate, TraceMemory
 from options import add_arguments, build
 from predictions import check_folder, json_lines
@@ -76,10 +77,10 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
                                   betas=(0.9, 0.98), weight_decay=0.01)
     steps = config.cold_start_steps
     warmup = max(1, min(50, steps // 10))
-    losses = []
+    losses, heartbeat = [], Heartbeat()
     model.train()
     with tqdm(_batches(len(pairs), config.cold_start_batch, steps, seed), desc="cold start", unit="step",
-              dynamic_ncols=True, disable=quiet or None) as bar:  # None: only on a terminal
+              dynamic_ncols=True, disable=quiet or None) as bar:  # None: only on a terminal, else a line a minute
         for step, batch in enumerate(bar, 1):
             # linear warm-up, then cosine decay
             rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))
@@ -90,6 +91,8 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            if not quiet:
+                heartbeat.beat(f"cold start, step {step} of {steps}: loss {losses[-1]:.3f}")
     model.eval()
     tail = losses[-max(1, len(losses) // 10):]
     return sum(tail) / len(tail)

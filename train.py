@@ -38,7 +38,7 @@ from grpo import (
     reference_logprobs,
     sample_groups,
 )
-from guards import Guards, Heartbeat
+from guards import Guards, Heartbeat, describe_step
 from policy import (
     Policy,
     Reference,
@@ -160,7 +160,7 @@ class Trainer:
 
     def watch(self, metrics: dict) -> None:
         """Heartbeat and guards. Raises UserError: too many steps in a row without a finite gradient."""
-        self.heartbeat.beat(metrics, self.s.run.steps)
+        self.heartbeat.beat(describe_step(metrics, self.s.run.steps))
         for warning in self.guards.watch(metrics):
             tqdm.write(warning)
         if self.guards.must_stop:

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from guards import GuardConfig, Guards, Heartbeat
+from guards import GuardConfig, Guards, Heartbeat, describe_step
 
 FINE = {"step": 1, "skipped_updates": 0, "flat_groups": 0.5, "truncated": 0.0, "kl": 0.01}
 
@@ -45,14 +45,14 @@ def test_a_guard_of_zero_is_refused(name):
 
 
 def test_a_heartbeat_is_printed_when_due_and_not_on_a_terminal():
-    metrics = FINE | {"reward": 2.5, "execution_accuracy": 0.25, "seconds/rollout": 1.0, "seconds/update": 0.5,
-                      "seconds/rewards/atomic": 9.0}
+    line = describe_step(FINE | {"reward": 2.5, "execution_accuracy": 0.25, "seconds/rollout": 1.0,
+                                 "seconds/update": 0.5, "seconds/rewards/atomic": 9.0}, 40)
     out = io.StringIO()
-    Heartbeat(0.0, out).beat(metrics, 40)
+    Heartbeat(0.0, out).beat(line)
     assert out.getvalue() == "step 1 of 40: reward 2.50, accuracy of the samples 0.25, 1.5 s a step\n"
-    Heartbeat(3600.0, out).beat(metrics, 40)
+    Heartbeat(3600.0, out).beat(line)
     assert out.getvalue().count("\n") == 1
     terminal = io.StringIO()
     terminal.isatty = lambda: True
-    Heartbeat(0.0, terminal).beat(metrics, 40)
+    Heartbeat(0.0, terminal).beat(line)
     assert terminal.getvalue() == ""
