@@ -426,7 +426,8 @@ def main() -> int:
     baseline, failures = runs[0].cell, 0
     results = {run.cell: {} for run in starts + runs}  # {cell: {seed: measures}}
     workers = Workers()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts us in the background has SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     with ThreadPoolExecutor(given.jobs) as pool, tqdm(total=len(starts + runs), desc="ablation", unit="run") as bar:
         try:
             for phase in (starts, runs):

@@ -9,7 +9,7 @@ held back ("unseen"). Questions come in four balanced tiers:
     nested   subqueries, INTERSECT, EXCEPT, UNION
 
 and in five splits. `cold` has the reasoning traces of a teacher whom nobody checked: many simple ones, which are right,
-and few of the upper tiers, in plain words, half of which end in a slip that is common in Text-to-SQL (a column too many
+and few of the upper tiers, in plain words, many of which end in a slip that is common in Text-to-SQL (a column too many
 or too few, a join where EXISTS is meant, AND for INTERSECT). A policy trained on it can copy names and values, but has
 the teacher's habits, and has not met the other words in which people ask (OTHER_WORDS). `train` has questions in all
 wordings and gold SQL, no traces: this is what GRPO learns from. `dev` chooses, `test` reports: their gold SQL occurs in
@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VARIETY = 0.4  # how often a word gives way to another one, outside `cold`
-SLIPS = 0.5  # how often the teacher of the upper tiers slips, in `cold`
 TIERS = ("simple", "group", "join", "nested")
 SPLITS = ("cold", "train", "dev", "test", "unseen")
 
@@ -39,9 +38,9 @@ SIZES = {
     "test": dict.fromkeys(TIERS, 100),
     "unseen": dict.fromkeys(TIERS, 30),
 }
-# `hard` leaves nearly no trace of the upper tiers: a cold-started policy is right on under a tenth of their questions,
-# so most groups of completions are all wrong. Databases and all other splits are the same.
-WORLDS = {"default": SIZES, "hard": SIZES | {"cold": {"simple": 1500, "group": 40, "join": 40, "nested": 40}}}
+# How often the teacher of the upper tiers slips, in `cold`; all else is the same. In `hard` a cold-started policy has
+# the teacher's habits: it is right on under a tenth of the upper tiers, and most groups of completions are all wrong.
+WORLDS = {"default": 0.5, "hard": 0.9}
 
 POOLS = {
     "person": "Ada Ben Cleo Dan Eva Finn Gina Hugo Ida Jack Kira Leo Mia Nora Omar Paul Rosa Sam Tara Ugo Vera Will "
@@ -494,12 +493,12 @@ def _split_of(db_id: str, sql: str) -> str:
     return "train" if share < 70 else "dev" if share < 82 else "test"
 
 
-def draw_questions(split: str, worlds: dict, connections: dict, seed: int, sizes: dict = SIZES) -> list[dict]:
-    """Draws sizes[split] records a tier, forms and databases in turn, no two with the same words."""
+def draw_questions(split: str, worlds: dict, connections: dict, seed: int, slips: float) -> list[dict]:
+    """Draws SIZES[split] records a tier, forms and databases in turn, no two with the same words."""
     rng = random.Random(f"{seed}/{split}")
     records, seen = [], set()
     for tier in TIERS:
-        wanted, drawn, attempt = sizes[split][tier], 0, 0
+        wanted, drawn, attempt = SIZES[split][tier], 0, 0
         while drawn < wanted:
             form = FORMS[tier][attempt % len(FORMS[tier])]
             db_id = list(worlds)[(attempt // len(FORMS[tier])) % len(worlds)]
@@ -517,7 +516,7 @@ def draw_questions(split: str, worlds: dict, connections: dict, seed: int, sizes
             drawn += 1
             record = {"id": f"{split}-{tier}-{drawn}", "db_id": db_id, "question": question, "sql": sql,
                       "difficulty": tier, "trace": trace if split == "cold" else "", "trace_sql": ""}
-            if split == "cold" and slip and rng.random() < SLIPS and _differs(connections[db_id], sql, slip[0]):
+            if split == "cold" and slip and rng.random() < slips and _differs(connections[db_id], sql, slip[0]):
                 record |= {"trace_sql": slip[0], "trace": slip[1]}
             records.append(record)
     rng.shuffle(records)

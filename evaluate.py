@@ -88,7 +88,7 @@ class EvaluateConfig:
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl")
     data_dir: str | None = option(None, "folder of the data and its databases")
     split: str = option("dev", "which questions")
-    world: str = option("default", "of the demo: default, or hard (few upper-tier traces)")
+    world: str = option("default", "of the demo: default, or hard (its teacher mostly slips)")
     limit: int = option(0, "only the first so many questions; 0: all")
     exclude: str | None = option(None, "file with a JSON list of question ids to leave out")
     samples: int = 1  # -n

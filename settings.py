@@ -85,7 +85,7 @@ class RunConfig:
     data: str = _option("demo", "demo, spider, bird, or your own .json or .jsonl")
     data_dir: str | None = _option(None, "folder of the data and its databases")
     split: str = _option("train", "questions to train on")
-    world: str = _option("default", "of the demo: default, or hard (few upper-tier traces)")
+    world: str = _option("default", "of the demo: default, or hard (its teacher mostly slips)")
     start: str | None = _option(None, "begin with this checkpoint of an earlier run of --model, without a cold start")
     traces: str | None = _option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory")
     output: str | None = _option(None, "folder of the run (default: runs/DATA)")

@@ -197,7 +197,7 @@ class MineConfig:
     data: str = field(default="demo", metadata={"help": "demo, spider, bird, or your own .json or .jsonl"})
     data_dir: str | None = field(default=None, metadata={"help": "folder of the data and its databases"})
     split: str = field(default="train", metadata={"help": "which questions"})
-    world: str = field(default="default", metadata={"help": "of the demo: default, or hard (few upper-tier traces)"})
+    world: str = field(default="default", metadata={"help": "of the demo: default, or hard (its teacher mostly slips)"})
     limit: int = field(default=0, metadata={"help": "only this many questions, drawn by the seed; 0: all"})
     samples: int = 8  # -n
     temperature: float = field(default=1.0, metadata={"help": "of sampling"})
