@@ -303,32 +303,37 @@ def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
 
 def table(summary: dict, baseline: str) -> str:
     """Markdown: the measures of every cell, then its differences to the baseline."""
-    def cell_text(name: str, value: dict | None, sign: str = "") -> str:
-        if value is None:
-            return ""
-        scale, digits = (1, 0 if name == "seconds" else 2) if name in PLAIN else (100, 1)
-        text = f"{scale * value['mean']:{sign}.{digits}f}"
-        if value["interval"] is None:
-            return text
-        low, high = (scale * bound for bound in value["interval"])
-        return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
-
-    def heading(columns: Sequence[str]) -> list[str]:
-        shown = [name if name in PLAIN else f"{name}, %" for name in columns]
-        return [f"| | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(columns)}"]
-
     tiers = list(dict.fromkeys(name for part in summary.values() for name in part["measures"] if ", " in name))
-    lines = []
-    for title, columns in (("Mean over seeds [95 % interval]", SHOWN), ("By difficulty", tiers)):
-        lines += [f"{title}:", "", *heading(columns)]
-        lines += [f"| {cell} | {part['seeds']} | "
-                  + " | ".join(cell_text(name, part["measures"].get(name)) for name in columns) + " |"
-                  for cell, part in summary.items()] + [""]
-    lines += [f"Difference to `{baseline}` on the same seeds [95 % interval]:", "", *heading((*SHOWN, *tiers))]
-    lines += [f"| {cell} | {part['seeds']} | " + " | ".join(
-        cell_text(name, part["measures"].get(name, {}).get("difference"), "+") for name in (*SHOWN, *tiers)) + " |"
-        for cell, part in summary.items() if cell not in (baseline, "start")]
+    others = {cell: part for cell, part in summary.items() if cell not in (baseline, "start")}
+    titles = {"Mean over seeds [95 % interval]": (summary, SHOWN, ()), "By difficulty": (summary, tiers, ()),
+              f"Difference to `{baseline}` on the same seeds [95 % interval]": (others, (), (*SHOWN, *tiers))}
+    return "\n".join(f"{title}:\n\n{rows(*what)}" for title, what in titles.items())
+
+
+def rows(summary: dict, means: Sequence[str], differences: Sequence[str]) -> str:
+    """Markdown: a row a cell, with the means of some measures and the differences to the baseline of some."""
+    columns = [(name, "mean") for name in means] + [(name, "difference") for name in differences]
+    signs = {"mean": "", "difference": "Δ " if means else ""}
+    shown = [signs[kind] + (name if name in PLAIN else f"{name}, %") for name, kind in columns]
+    lines = [f"| | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(columns)}"]
+    for cell, part in summary.items():
+        values = [part["measures"].get(name, {}) for name, _ in columns]
+        texts = [in_words(name, value) if kind == "mean" else in_words(name, value.get("difference"), "+")
+                 for (name, kind), value in zip(columns, values, strict=True)]
+        lines.append(f"| {cell} | {part['seeds']} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
+
+
+def in_words(name: str, value: dict | None, sign: str = "") -> str:
+    """A mean and its interval; a measure that is a share in per cent."""
+    if not value:
+        return ""
+    scale, digits = (1, 0 if name == "seconds" else 2) if name in PLAIN else (100, 1)
+    text = f"{scale * value['mean']:{sign}.{digits}f}"
+    if value["interval"] is None:
+        return text
+    low, high = (scale * bound for bound in value["interval"])
+    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # safe for colour-blind eyes
@@ -385,10 +390,19 @@ def write_results(given: argparse.Namespace, results: Mapping[str, Mapping[int, 
     summary = summarise(results, baseline)
     content = {"command": given.command, "baseline": baseline, "summary": summary, "runs": results}
     text = table(summary, baseline)
-    for name, part in (("ablation.json", json.dumps(content, indent=1) + "\n"), ("table.md", text),
+    for name, part in (("ablation.json", json.dumps(rounded(content)) + "\n"), ("table.md", text),
                        ("curves.svg", draw_curves(summary))):
         write_whole(given.output / name, part)
     return text
+
+
+def rounded(value):
+    """JSON with its numbers rounded to five decimals, far below what seeds differ by."""
+    if isinstance(value, Mapping):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(part) for part in value]
+    return round(value, 5) if isinstance(value, float) else value
 
 
 # ---------------------------------------------------------------------------------------------------- main
