@@ -61,13 +61,13 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
         "+ memory": {"rewards": "format,execution,memory=0.5"},
         "+ both": {"rewards": BOTH},
         "+ both + result": {"rewards": BOTH + ",result=0.5"}},
-    "signal": {  # how strong and how sharp the dense rewards are beside execution
+    "signal": {  # what makes the dense rewards stronger, or sharper
         "execution": {"rewards": "format,execution"},
         "+ both": {"rewards": BOTH},
         "+ both, over std": {"rewards": BOTH, "advantage_scale": "group"},
-        "+ both, halved": {"rewards": "format,execution,atomic=0.25,memory=0.25"},
         "+ both, linear atomic": {"rewards": "format,execution,atomic,memory=0.5", "atomic_beta": "0.8",
-                                  "atomic_gamma": "1"}},
+                                  "atomic_gamma": "1"},
+        "+ atomic + result": {"rewards": "format,execution,atomic=0.5,result=0.5"}},
     "loss": {f"{loss} {kind}": {"loss": loss, "kl_estimator": kind, "kl_coef": "0.02"}
              for loss in ("grpo", "dapo", "dr_grpo", "gspo") for kind in ("k1", "k2", "k3")},
     "kl": {f"kl {weight}": {"kl_coef": weight} for weight in ("0", "0.01", "0.04", "0.1")},

@@ -1,0 +1,85 @@
+"""What the dense rewards of a finished run said, read from its rollouts.jsonl (ablate.py keeps it with --keep):
+
+    python bench/dense.py runs/demo
+
+(1) spread    the standard deviation of each weighted reward within a group: of groups that are all wrong, where only
+              dense rewards can tell answers that run apart, and of groups with right and wrong completions;
+(2) memory    does closeness to verified reasoning mean correctness? How often the cosine ranks a right completion above
+              a wrong one of its group, right ones not being given their 1. The memory is built up again step by step;
+(3) results   in groups that are all wrong: how often atomic and memory rank two completions as the soft-F1 of their
+              results does (only of a run with the `result` reward).
+
+Of (2) and (3) 50 % is chance; ties count half.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from itertools import groupby, product
+from pathlib import Path
+from statistics import fmean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import options  # noqa: E402
+from data import load_dataset, read_schema, run_main, schema_columns  # noqa: E402
+from rewards import MemoryGate, RewardConfig, build_memory  # noqa: E402
+
+DENSE = ("atomic", "memory")
+
+
+def spread(groups: list[list[dict]], weights: dict[str, float]) -> dict[str, float]:
+    """Mean over groups of the standard deviation of each weighted reward."""
+    return {name: fmean(stdev(weight * c["rewards"][name] for c in group) for group in groups)
+            for name, weight in weights.items() if weight}
+
+
+def agreement(pairs: Iterable[tuple[float, float]]) -> float:
+    """Share of (higher, lower) pairs in which the first is the larger; ties count half."""
+    return fmean((a > b) + (a == b) / 2 for a, b in pairs)
+
+
+def memory_ranks(records: list[dict], config: dict) -> list[tuple[float, float]]:
+    """(cosine of a right completion, of a wrong one of its group), with the memory of the step before."""
+    databases = load_dataset(config["data"], config["data_dir"], split=config["split"], seed=config["seed"],
+                             world=config["world"]).databases
+    schemas = {db_id: schema_columns(read_schema(path)) for db_id, path in databases.items()}
+    memory = build_memory(options.build(RewardConfig, config), options.build(MemoryGate, config), schemas)
+    pairs = []
+    for _, groups in groupby(records, key=lambda record: record["step"]):
+        groups = list(groups)
+        for group in groups if len(memory) else ():
+            shaped = [c for c in group["completions"] if c["status"] != "format"]
+            cosines = memory.similarities([(group["db_id"], c["thought"]) for c in shaped])
+            right, wrong = ([value for value, c in zip(cosines, shaped, strict=True) if c["correct"] is kind]
+                            for kind in (True, False))
+            pairs += product(right, wrong)
+        memory.add_many([(group["db_id"], c["thought"])
+                         for group in groups for c in group["completions"] if c["correct"]])
+    return pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    folder = parser.parse_args().run
+    config = json.loads((folder / "config.json").read_text())
+    records = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    weights = options.build(RewardConfig, config).weights
+    groups = [record["completions"] for record in records]
+    wrong = [group for group in groups if not any(c["correct"] for c in group)]
+    mixed = [group for group in groups if any(c["correct"] for c in group) and not all(c["correct"] for c in group)]
+    print(f"{len(groups)} groups: {len(wrong)} all wrong, {len(mixed)} mixed")
+    for name, part in (("all wrong", wrong), ("mixed", mixed)):
+        print(f"(1) spread, {name:<10}", "  ".join(f"{k} {v:.3f}" for k, v in spread(part, weights).items()))
+    if weights["memory"]:
+        print(f"(2) memory ranks right above wrong in {100 * agreement(memory_ranks(records, config)):.1f} % of pairs")
+    for name in DENSE if weights["result"] else ():
+        pairs = [(a["rewards"][name], b["rewards"][name]) for group in wrong for a in group for b in group
+                 if a["rewards"]["result"] > b["rewards"]["result"] and "format" not in (a["status"], b["status"])]
+        print(f"(3) {name} agrees with soft-F1 in {100 * agreement(pairs):.1f} % of pairs")
+
+
+if __name__ == "__main__":
+    run_main(main)
