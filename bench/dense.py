@@ -13,7 +13,6 @@ Of (2) and (3) 50 % is chance; ties count half.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from itertools import groupby, product
@@ -23,7 +22,7 @@ from statistics import fmean, stdev
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import options  # noqa: E402
-from data import load_dataset, read_schema, run_main, schema_columns  # noqa: E402
+from data import UserError, load_dataset, parse_json, read_schema, read_text, run_main, schema_columns  # noqa: E402
 from rewards import MemoryGate, RewardConfig, build_memory  # noqa: E402
 
 DENSE = ("atomic", "memory")
@@ -60,25 +59,36 @@ def memory_ranks(records: list[dict], config: dict) -> list[tuple[float, float]]
     return pairs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run")
-    folder = parser.parse_args().run
-    config = json.loads((folder / "config.json").read_text())
-    records = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+def report(config: dict, records: list[dict]) -> list[str]:
+    """The lines that are printed; a figure of which there is nothing to compute is left out."""
     weights = options.build(RewardConfig, config).weights
     groups = [record["completions"] for record in records]
     wrong = [group for group in groups if not any(c["correct"] for c in group)]
     mixed = [group for group in groups if any(c["correct"] for c in group) and not all(c["correct"] for c in group)]
-    print(f"{len(groups)} groups: {len(wrong)} all wrong, {len(mixed)} mixed")
+    lines = [f"{len(groups)} groups: {len(wrong)} all wrong, {len(mixed)} mixed"]
     for name, part in (("all wrong", wrong), ("mixed", mixed)):
-        print(f"(1) spread, {name:<10}", "  ".join(f"{k} {v:.3f}" for k, v in spread(part, weights).items()))
-    if weights["memory"]:
-        print(f"(2) memory ranks right above wrong in {100 * agreement(memory_ranks(records, config)):.1f} % of pairs")
+        if part:
+            values = "  ".join(f"{reward} {value:.3f}" for reward, value in spread(part, weights).items())
+            lines.append(f"(1) spread, {name:<9}  {values}")
+    if weights["memory"] and (pairs := memory_ranks(records, config)):
+        lines.append(f"(2) memory ranks right above wrong in {100 * agreement(pairs):.1f} % of pairs")
     for name in DENSE if weights["result"] else ():
         pairs = [(a["rewards"][name], b["rewards"][name]) for group in wrong for a in group for b in group
                  if a["rewards"]["result"] > b["rewards"]["result"] and "format" not in (a["status"], b["status"])]
-        print(f"(3) {name} agrees with soft-F1 in {100 * agreement(pairs):.1f} % of pairs")
+        if weights[name] and pairs:
+            lines.append(f"(3) {name} agrees with soft-F1 in {100 * agreement(pairs):.1f} % of pairs")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    folder = parser.parse_args().run
+    config, rollouts = folder / "config.json", folder / "rollouts.jsonl"
+    settings = parse_json(read_text(config), config)
+    if settings["embedder"] == "policy":
+        raise UserError(f"{config}: the embedder is the run's own policy, which is not loaded here")
+    print(*report(settings, [parse_json(line, rollouts) for line in read_text(rollouts).splitlines()]), sep="\n")
 
 
 if __name__ == "__main__":

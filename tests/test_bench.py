@@ -1,4 +1,4 @@
-"""The benches of a step measure what they say: same lengths on every side, and no logits beyond a chunk."""
+"""The benches measure what they say: same lengths on every side, no logits beyond a chunk, what dense rewards say."""
 
 import json
 import subprocess
@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import demo_world
+from settings import parse_settings
+
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))  # behind the root, whose memory.py has the same name
+import dense  # noqa: E402
 import scaling  # noqa: E402
 import steps  # noqa: E402
 
@@ -58,3 +62,29 @@ def test_without_trl_the_bench_says_what_to_install():
 def test_without_a_gpu_the_bench_says_so_in_one_sentence():
     done = bench("gpu.py")
     assert done.returncode == 1 and "needs a CUDA GPU" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_what_the_dense_rewards_of_a_run_say(tmp_path):
+    records = demo_world.load("cold", tmp_path)[0]
+    first = next(record for record in records if record["difficulty"] == "group")
+    other = next(record for record in records if record["db_id"] != first["db_id"])
+
+    def completion(thought, correct, **rewards):
+        rewards = {"format": 1.0, "execution": 1.0 + correct, "atomic": 0.0, "memory": 0.0, "result": 0.0} | rewards
+        return {"thought": thought, "correct": correct, "status": "ok", "rewards": rewards}
+
+    groups = [(1, first, [completion(first["trace"], True), completion("wrong", False)]),
+              (2, other, [completion(first["trace"], True), completion("nothing like it", False)]),
+              (3, other, [completion("a", False, atomic=0.5, memory=0.2, result=0.9),
+                          completion("b", False, atomic=0.1, memory=0.2, result=0.3)])]
+    config = parse_settings(["--rewards", "format,execution,atomic=0.5,memory=0.5,result=0.5", "--data-dir", str(tmp_path)])
+    said = dense.report(config.as_dict(), [{"step": step, "db_id": record["db_id"], "completions": completions}
+                                           for step, record, completions in groups])
+    assert said == ["3 groups: 1 all wrong, 2 mixed",
+                    "(1) spread, all wrong  format 0.000  execution 0.000  atomic 0.141  memory 0.000  result 0.212",
+                    "(1) spread, mixed      format 0.000  execution 0.707  atomic 0.000  memory 0.000  result 0.000",
+                    "(2) memory ranks right above wrong in 100.0 % of pairs",  # of step 2: at step 1 it was empty
+                    "(3) atomic agrees with soft-F1 in 100.0 % of pairs",
+                    "(3) memory agrees with soft-F1 in 50.0 % of pairs"]
+    done = bench("dense.py", tmp_path)
+    assert done.returncode == 2 and "config.json" in done.stderr and "Traceback" not in done.stderr
