@@ -337,7 +337,7 @@ def in_words(name: str, value: dict | None, sign: str = "") -> str:
         return ""
     scale, digits = (1, 0 if name == "seconds" else 2) if name in PLAIN else (100, 1)
     text = f"{scale * value['mean']:{sign}.{digits}f}"
-    if value["interval"] is None:
+    if value["interval"] is None or name == "collapse":  # a count of few runs has no t-interval
         return text
     low, high = (scale * bound for bound in value["interval"])
     return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"

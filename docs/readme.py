@@ -1,20 +1,25 @@
-"""Brings the README up to date with the code: the tables of flags, and the line numbers of the equations.
+"""Brings README.md and ablations.md up to date: tables of flags and of ablations, line numbers of equations.
 
     python docs/readme.py
 
 Flags are made from the fields of dataclasses (options.py), so the parser that a program builds is the whole truth; the
-tables stand between `<!-- flags -->` and `<!-- /flags -->`. Equation n is where grpo.py says `# eq. (n)`.
+tables stand between `<!-- flags -->` and `<!-- /flags -->`. Equation n is where grpo.py says `# eq. (n)`. Between
+`<!-- ablation NAME: measure; Δ measure -->` and `<!-- /ablation -->` stand means and differences of ablation-NAME.json,
+the ablation.json that ablate.py wrote.
 """
 
 import argparse
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
 from unittest import mock
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+DOCS = Path(__file__).resolve().parent
+README, ABLATIONS = DOCS.parent / "README.md", DOCS / "ablations.md"
 sys.path.insert(0, str(README.parent))
+import ablate  # noqa: E402
 import settings  # noqa: E402
 
 PROGRAMS = {  # program: what else its first line says
@@ -95,8 +100,23 @@ def equation_lines() -> dict[int, int]:
     return found
 
 
+def ablation_table(name: str, columns: str) -> str:
+    """A row a cell of an ablation: the measures named in `a; b; Δ a`."""
+    summary = json.loads((DOCS / f"ablation-{name}.json").read_text())["summary"]
+    names = columns.split("; ")
+    differences = [name[2:] for name in names if name.startswith("Δ ")]
+    return ablate.rows(summary, [name for name in names if not name.startswith("Δ ")], differences)
+
+
+def with_ablations(text: str) -> str:
+    """A text whose tables of ablations say what was measured."""
+    return re.sub(r"(<!-- ablation (\w+): (.*?) -->\n).*?(<!-- /ablation -->)",
+                  lambda found: found[1] + ablation_table(found[2], found[3]) + found[4], text, flags=re.DOTALL)
+
+
 def up_to_date(text: str) -> str:
     """The README as it should be."""
+    text = with_ablations(text)
     lines = equation_lines()
     text = re.sub(r"\[eq\. \((\d)\)\]\(grpo\.py#L\d*\)",
                   lambda found: f"[eq. ({found[1]})](grpo.py#L{lines[int(found[1])]})", text)
@@ -107,3 +127,4 @@ def up_to_date(text: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(up_to_date(README.read_text()))
+    ABLATIONS.write_text(with_ablations(ABLATIONS.read_text()))

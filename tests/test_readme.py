@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from conftest import tiny_database
 from little_policy import LESSONS, little_policy_folder
 
+import ablate
 from data import UserError
 from grpo import GRPOConfig, group_advantages, policy_loss
 from rewards import load_reward_module
@@ -26,6 +28,7 @@ import readme  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 WALKTHROUGH = (ROOT / "docs" / "walkthrough.md").read_text()
+ABLATIONS = (ROOT / "docs" / "ablations.md").read_text()
 SMALLER = {  # appended to a command, so that it takes a second or two
     "train.py": "--cold-start-steps 2 --cold-start-batch 2 --steps 1 --prompts-per-step 2 --group-size 2 --eval-every 0 "
                 "--max-completion-tokens 12 --test-questions 0 --save-every 0 --threads 1 --sql-workers 1",
@@ -89,8 +92,26 @@ def test_grpo_stays_short():
     assert len((ROOT / "grpo.py").read_text().splitlines()) < 400
 
 
-def test_flags_and_line_numbers_are_up_to_date():
+def test_flags_line_numbers_and_measured_tables_are_up_to_date():
     assert readme.up_to_date(README) == README, "run: python docs/readme.py"
+    assert readme.with_ablations(ABLATIONS) == ABLATIONS, "run: python docs/readme.py"
+
+
+def test_ablations_are_those_of_the_commands_shown():
+    files = sorted((ROOT / "docs").glob("ablation-*.json"))
+    assert len(files) >= 4
+    for file in files:
+        content = json.loads(file.read_text())
+        assert f"python {content['command']}\n" in ABLATIONS, f"{file.name} was made by {content['command']}"
+        starts, runs = ablate.plan(*ablate.parse_arguments(content["command"].split()[1:]))
+        assert list(content["runs"]) == list(dict.fromkeys(run.cell for run in starts + runs))
+        assert all(set(content["runs"][run.cell]) >= {str(run.seed)} for run in runs)  # every run was finished
+        summary = ablate.rounded(ablate.summarise(content["runs"], content["baseline"]))
+        assert summary.keys() == content["summary"].keys()
+        for cell, part in summary.items():  # of rounded runs, hence within the rounding
+            for name, value in part["measures"].items():
+                assert value["mean"] == pytest.approx(content["summary"][cell]["measures"][name]["mean"], abs=2e-5)
+        assert ET.fromstring(file.with_suffix(".svg").read_text()) is not None and file.stat().st_size < 60_000
 
 
 def test_commands_of_every_program_are_found():
@@ -199,7 +220,7 @@ def test_the_reward_of_ones_own_runs(tmp_path):
 
 
 def test_links_pictures_and_named_tests_exist():
-    for text, folder in ((README, ROOT), (WALKTHROUGH, ROOT / "docs")):
+    for text, folder in ((README, ROOT), (WALKTHROUGH, ROOT / "docs"), (ABLATIONS, ROOT / "docs")):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (folder / target).exists(), target
     for anchor in re.findall(r"\]\(#([^)]+)\)", README):
