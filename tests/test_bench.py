@@ -83,7 +83,7 @@ def test_what_the_dense_rewards_of_a_run_say(tmp_path):
     assert said == ["3 groups: 1 all wrong, 2 mixed",
                     "(1) spread, all wrong  format 0.000  execution 0.000  atomic 0.141  memory 0.000  result 0.212",
                     "(1) spread, mixed      format 0.000  execution 0.707  atomic 0.000  memory 0.000  result 0.000",
-                    "(2) memory ranks right above wrong in 100.0 % of pairs",  # of step 2: at step 1 it was empty
+                    "(2) memory ranks right above wrong in 100.0 % of pairs",
                     "(3) atomic agrees with soft-F1 in 100.0 % of pairs",
                     "(3) memory agrees with soft-F1 in 50.0 % of pairs"]
     done = bench("dense.py", tmp_path)
