@@ -47,6 +47,7 @@ from statistics import fmean, stdev
 from tqdm import tqdm
 
 from data import PromptConfig, UserError, parse_json, read_text, run_main
+from guards import step_seconds
 from options import flag_of
 from runs import RunFolder, write_whole
 from settings import MAY_CHANGE_ON_RESUME, Settings, parse_settings
@@ -261,8 +262,7 @@ def training_measures(steps: Sequence[dict]) -> dict:
     measures = {"flat groups": fmean(step["flat_groups"] for step in steps),
                 "all wrong": fmean(step["all_wrong_groups"] for step in steps),
                 "reward spread": fmean(step["reward_std"] for step in steps),
-                "seconds": sum(value for step in steps for name, value in step.items()
-                               if name.startswith("seconds/") and name.count("/") == 1)}
+                "seconds": sum(map(step_seconds, steps))}
     curve = [[step["step"], step["dev_accuracy"]] for step in steps if "dev_accuracy" in step]
     if curve:
         best, last = max(accuracy for _, accuracy in curve), curve[-1][1]
@@ -319,14 +319,13 @@ def table(summary: dict, baseline: str) -> str:
 
 def rows(summary: dict, means: Sequence[str], differences: Sequence[str]) -> str:
     """Markdown: a row a cell, with the means of some measures and the differences to the baseline of some."""
-    columns = [(name, "mean") for name in means] + [(name, "difference") for name in differences]
-    signs = {"mean": "", "difference": "Δ " if means else ""}
-    shown = [signs[kind] + (name if name in PLAIN else f"{name}, %") for name, kind in columns]
-    lines = [f"| | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(columns)}"]
+    units = {name: name if name in PLAIN else f"{name}, %" for name in (*means, *differences)}
+    shown = [units[name] for name in means] + [("Δ " if means else "") + units[name] for name in differences]
+    lines = [f"| | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(shown)}"]
     for cell, part in summary.items():
-        values = [part["measures"].get(name, {}) for name, _ in columns]
-        texts = [in_words(name, value) if kind == "mean" else in_words(name, value.get("difference"), "+")
-                 for (name, kind), value in zip(columns, values, strict=True)]
+        measures = part["measures"]
+        texts = [in_words(name, measures.get(name)) for name in means]
+        texts += [in_words(name, measures.get(name, {}).get("difference"), "+") for name in differences]
         lines.append(f"| {cell} | {part['seeds']} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prompts import PromptBuilder, PromptConfig
-from schema import Schema, UserError, is_sqlite, read_schema, schema_columns, value_index
+from schema import Schema, UserError, columns_of, is_sqlite, read_schema, schema_columns, value_index
 
-__all__ = ["Dataset", "Example", "PromptBuilder", "PromptConfig", "Schema", "UserError",
-           "Splits", "load_dataset", "load_splits", "read_schema", "run_main", "schema_columns", "value_index"]
+__all__ = ["Dataset", "Example", "PromptBuilder", "PromptConfig", "Schema", "UserError", "Splits",
+           "columns_of", "load_dataset", "load_splits", "read_schema", "run_main", "schema_columns", "value_index"]
 
 SPIDER_FILES = {"train": ("train_spider.json", "train_others.json"), "dev": ("dev.json",),
                 "test": ("test.json",)}

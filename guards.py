@@ -74,6 +74,10 @@ class Heartbeat:
 
 def describe_step(metrics: dict, steps: int) -> str:
     """A heartbeat's line on a step of so many."""
-    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/") and name.count("/") == 1)
     return (f"step {metrics['step']} of {steps}: reward {metrics['reward']:.2f}, accuracy of the samples "
-            f"{metrics['execution_accuracy']:.2f}, {seconds:.1f} s a step")
+            f"{metrics['execution_accuracy']:.2f}, {step_seconds(metrics):.1f} s a step")
+
+
+def step_seconds(metrics: dict) -> float:
+    """Seconds of a step's phases, without evaluations; `seconds/rewards/atomic` and the like are parts of a phase."""
+    return sum(value for name, value in metrics.items() if name.startswith("seconds/") and name.count("/") == 1)

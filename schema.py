@@ -10,6 +10,7 @@ import os
 import re
 import sqlite3
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -159,6 +160,11 @@ def _read_schema(path: str, _version) -> Schema:
 def schema_columns(schema: Schema) -> dict[str, list[str]]:
     """The plain form that rewards take: {table: [column, ...]}."""
     return {table.name: [column.name for column in table.columns] for table in schema.tables}
+
+
+def columns_of(databases: Mapping[str, Path]) -> dict[str, dict[str, list[str]]]:
+    """`schema_columns` of every database, {db_id: {table: [column, ...]}}."""
+    return {db_id: schema_columns(read_schema(path)) for db_id, path in databases.items()}
 
 
 def _read_columns(connection, table):

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from answers import Examination, Progress
-from data import PromptBuilder, PromptConfig, UserError, load_dataset, read_schema, run_main, schema_columns
+from data import PromptBuilder, PromptConfig, UserError, columns_of, load_dataset, run_main
 from guards import Heartbeat
 from memory import MemoryGate, TraceMemory
 from options import add_arguments, build
@@ -240,7 +240,7 @@ def main() -> None:
     if 0 < config.limit < len(examples):
         examples = random.Random(config.seed).sample(examples, config.limit)
     policy = load_for_sampling(config.model, config.threads)
-    schemas = {db_id: schema_columns(read_schema(path)) for db_id, path in dataset.databases.items()}
+    schemas = columns_of(dataset.databases)
     try:
         memory = build_memory(RewardConfig(embedder=config.embedder), gate, schemas, policy.model.get_decoder(),
                               policy.tokenizer)

@@ -29,7 +29,7 @@ import evaluate
 import plan
 import report
 import show
-from data import PromptBuilder, Splits, UserError, load_splits, read_schema, run_main, schema_columns
+from data import PromptBuilder, Splits, UserError, columns_of, load_splits, run_main
 from grpo import (
     group_advantages,
     overlong_penalty,
@@ -335,7 +335,7 @@ class Trainer:
     @cached_property
     def schemas(self) -> dict:
         """{db_id: {table: [column, ...]}}, as the rewards take them."""
-        return {db_id: schema_columns(read_schema(path)) for db_id, path in self.data.databases.items()}
+        return columns_of(self.data.databases)
 
     @cached_property
     def traced(self) -> list:

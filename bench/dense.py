@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import options  # noqa: E402
-from data import UserError, load_splits, parse_json, read_schema, read_text, run_main, schema_columns  # noqa: E402
+from data import UserError, columns_of, load_splits, parse_json, read_text, run_main  # noqa: E402
 from rewards import MemoryGate, RewardConfig, build_memory  # noqa: E402
 
 DENSE = ("atomic", "memory")
@@ -43,8 +43,8 @@ def memory_ranks(records: list[dict], config: dict) -> list[tuple[float, float]]
     """(cosine of a right completion, of a wrong one of its group), with the memory of the step before."""
     data = load_splits(config["data"], config["data_dir"], config["split"], traces=config["traces"],
                        seed=config["seed"], world=config["world"])
-    schemas = {db_id: schema_columns(read_schema(path)) for db_id, path in data.databases.items()}
-    memory = build_memory(options.build(RewardConfig, config), options.build(MemoryGate, config), schemas)
+    memory = build_memory(options.build(RewardConfig, config), options.build(MemoryGate, config),
+                          columns_of(data.databases))
     memory.add_many([(example.db_id, example.trace) for example in data.traced if not example.trace_sql])
     pairs = []
     for _, groups in groupby(records, key=lambda record: record["step"]):
