@@ -46,10 +46,11 @@ from statistics import fmean, stdev
 
 from tqdm import tqdm
 
-from data import PromptConfig, UserError, parse_json, read_text, run_main
-from guards import step_seconds
-from options import flag_of
-from runs import RunFolder, write_whole
+from data import PromptConfig
+from running.errors import UserError, parse_json, read_text, run_main, write_whole
+from running.guards import step_seconds
+from running.options import flag_of
+from running.run_folder import RunFolder
 from settings import MAY_CHANGE_ON_RESUME, Settings, parse_settings
 from sft import SFTConfig
 

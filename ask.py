@@ -22,11 +22,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import Example, PromptBuilder, PromptConfig, Schema, UserError, read_schema, run_main
-from options import add_arguments, build
-from prompts import full_schema
+from data import Example, PromptBuilder, PromptConfig, Schema, read_schema
+from running.errors import UserError, run_main
+from running.options import add_arguments, build
+from scoring.voting import VOTES, Candidate, choose, load_for_sampling, rank_groups, sample_candidates
 from sql_exec import Execution, SQLExecutor
-from voting import VOTES, Candidate, choose, load_for_sampling, rank_groups, sample_candidates
+from text2sql.prompts import full_schema
 
 HISTORY = Path("~/.ask_history").expanduser()
 WIDEST_CELL = 40  # characters of a cell that a terminal shows
@@ -409,7 +410,7 @@ def main() -> int:
         raise UserError("the question is empty")
     with Asker(config, prompts) as asker:
         if given.serve is not None:
-            from ask_page import serve
+            from running.ask_page import serve
             serve(asker, given.serve)
         elif given.question is None:
             Session(asker).loop()

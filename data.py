@@ -16,19 +16,17 @@ Expected layouts
              folder unless given. Records with a `split` field belong to that split only, others to all.
 """
 
-import json
-import os
 import random
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prompts import PromptBuilder, PromptConfig
-from schema import Schema, UserError, columns_of, is_sqlite, read_schema, schema_columns, value_index
+from running.errors import UserError, parse_json, read_text
+from text2sql.example import Example
+from text2sql.prompts import PromptBuilder, PromptConfig
+from text2sql.schema import Schema, columns_of, is_sqlite, read_schema, schema_columns, value_index
 
 __all__ = ["Dataset", "Example", "PromptBuilder", "PromptConfig", "Schema", "UserError", "Splits",
-           "columns_of", "load_dataset", "load_splits", "read_schema", "run_main", "schema_columns", "value_index"]
+           "columns_of", "load_dataset", "load_splits", "read_schema", "schema_columns", "value_index"]
 
 SPIDER_FILES = {"train": ("train_spider.json", "train_others.json"), "dev": ("dev.json",),
                 "test": ("test.json",)}
@@ -41,19 +39,6 @@ BIRD_FILES = {  # split -> (where the official archives put its questions, its f
 
 
 @dataclass(frozen=True)
-class Example:
-    """One question. `gold_sqls[0]` is the official gold, the others are known to be equivalent."""
-    id: str
-    db_id: str
-    question: str
-    gold_sqls: tuple[str, ...]
-    evidence: str = ""
-    difficulty: str = ""
-    trace: str = ""
-    trace_sql: str = ""  # the SQL that the trace leads to, where an unverified teacher missed the gold one
-
-
-@dataclass(frozen=True)
 class Dataset:
     """Examples, the file of each database, and in words what was left out and why."""
     examples: list[Example]
@@ -61,28 +46,11 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's main: a UserError is one line on stderr and exit status 2, Ctrl-C 130, a closed pipe 141."""
-    try:
-        status = main()
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
-        sys.exit(141)  # as a shell says of a program that the pipe's signal ended
-    sys.exit(status or 0)
-
-
 def load_dataset(name: str, data_dir=None, split: str = "train", **demo_options) -> Dataset:
     """The examples of `demo`, `spider`, `bird` or a .json/.jsonl path; options (seed=, world=) go to the demo."""
     data_dir = Path(data_dir) if data_dir is not None else None
     if name == "demo":
-        import demo_world  # only the demo needs it
+        from text2sql import demo_world  # only the demo needs it
         try:
             records, databases = demo_world.load(split, data_dir, **demo_options)
         except ValueError as error:
@@ -270,26 +238,6 @@ def _read_records(file: Path) -> list:
     if not records:
         raise UserError(f"{file} holds no records")
     return records
-
-
-def read_text(file: Path) -> str:
-    """A text file; whatever hinders reading it is a UserError."""
-    try:
-        return Path(file).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start})") from error
-
-
-def parse_json(text: str, file, line: int | None = None):
-    """The JSON value of a file, or of one line of it; an error names the line."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {line or error.lineno}: broken JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise UserError(f"{file}: JSON nested too deeply") from error
 
 
 def _examples(records, source, first_id=0) -> list[Example]:

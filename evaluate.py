@@ -38,20 +38,12 @@ from textwrap import fill, shorten
 import numpy as np
 from tqdm import tqdm
 
-from answers import Examination, Progress, scores_of
-from data import (
-    Example,
-    PromptBuilder,
-    PromptConfig,
-    UserError,
-    load_dataset,
-    parse_json,
-    read_text,
-    run_main,
-)
-from options import add_arguments, build
-from predictions import check_folder, json_lines, load_predictions, save_predictions, write_text
-from scoring import (
+from data import Example, PromptBuilder, PromptConfig, load_dataset
+from running.errors import UserError, check_folder, json_lines, parse_json, read_text, run_main, write_text
+from running.options import add_arguments, build
+from scoring.answers import Examination, Progress, scores_of
+from scoring.predictions import load_predictions, save_predictions
+from scoring.verdicts import (
     MATCHES,
     ExampleScore,
     accuracies,
@@ -66,8 +58,8 @@ from scoring import (
     suite_databases,
     summarise,
 )
+from scoring.voting import VOTES, load_for_sampling, pass_at_k, sample_candidates
 from sql_exec import SQLExecutor, r_ves_reward
-from voting import VOTES, load_for_sampling, pass_at_k, sample_candidates
 
 __all__ = ["EvaluateConfig", "ExampleScore", "bootstrap_interval", "difficulty_levels", "greedy_sqls",
            "load_predictions", "print_table", "score_predictions", "scores_as_json", "summarise"]

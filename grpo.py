@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decoding import start_decoding
-from packing import (
+from engine.decoding import start_decoding
+from engine.packing import (
     PackedGroup,
     completion_logprobs,
     direct_logprobs,

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from attention import causal_lm
-from data import UserError
-from plan import PUBLISHED
+from engine.attention import causal_lm
+from engine.plan import PUBLISHED
+from running.errors import UserError
 
 ALIASES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",

@@ -28,17 +28,18 @@ import os
 import re
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import UserError, load_dataset, read_schema, run_main, schema_columns
-from prompts import full_schema
+from data import load_dataset, read_schema, schema_columns
 from rewards import atomic_operations
+from running.errors import UserError, run_main, visible
+from running.run_folder import RolloutLog, parse_record
 from sql_exec import SQLExecutor
+from text2sql.prompts import full_schema
 
-TEMPLATE = Path(__file__).with_name("report_template.html")
+TEMPLATE = Path(__file__).parent / "running" / "report_template.html"
 PAGE_BYTES = 18_000_000  # of rollouts in a page
 PROBED_STEPS = 8         # steps packed to learn how many fit
 GOLD_SECONDS = 20.0      # for gold queries whose results the run has not cached
@@ -100,48 +101,6 @@ def read_records(file: Path) -> Iterator[dict]:
     if file.is_file():
         with open(file, "rb") as lines:
             yield from filter(None, map(parse_record, lines))
-
-
-def parse_record(line: bytes) -> dict | None:
-    """The record of one line of a log, None when it is broken."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-class RolloutLog:
-    """Where each step's groups lie in rollouts.jsonl, so that a step can be read without the others."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        self.places: dict[int, list[int]] = defaultdict(list)  # step -> offsets of its lines
-        offset = 0
-        if file.is_file():
-            with open(file, "rb") as lines:
-                for line in lines:
-                    if (step := self._step_of(line)) is not None:
-                        self.places[step].append(offset)
-                    offset += len(line)
-        self.steps = sorted(self.places)
-
-    @staticmethod
-    def _step_of(line: bytes) -> int | None:
-        """The line's step; the usual line is not parsed for it."""
-        if (start := re.match(rb'\{"step": (\d+), ', line)) and line.endswith(b"}\n"):
-            return int(start[1])
-        record = parse_record(line)
-        return record and record["step"]
-
-    def read(self, step: int) -> list[dict]:
-        """The groups of a step."""
-        with open(self.file, "rb") as lines:
-            groups = []
-            for offset in self.places[step]:
-                lines.seek(offset)
-                groups.append(parse_record(lines.readline()))
-        return [group for group in groups if group]
 
 
 class World:
@@ -315,13 +274,6 @@ def presentable(value):
     if isinstance(value, list | tuple):
         return [presentable(item) for item in value]
     return f"x'{value.hex()}'" if isinstance(value, bytes) else value
-
-
-def visible(text: str) -> str:
-    """The text with every character that would not show itself written out: NUL becomes ‹U+0000›."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else f"‹U+{ord(c):04X}›" for c in text)
 
 
 def escape(value) -> str:

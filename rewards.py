@@ -33,8 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from atomic import atomic_operations, atomic_reward, names_in, shape_atomic
-from memory import SCOPES, MemoryGate, TraceMemory, make_embedder
+from text2sql.atomic import atomic_operations, atomic_reward, names_in, shape_atomic
+from text2sql.memory import SCOPES, MemoryGate, TraceMemory, make_embedder
 
 __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardItem", "RewardScorer", "TraceMemory",
            "atomic_operations", "atomic_reward", "build_memory", "load_reward_module", "make_embedder",

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-import options
-import plan
-from data import PromptConfig, UserError
+from data import PromptConfig
+from engine import plan
 from grpo import GRPOConfig
-from guards import GuardConfig
 from policy import config_of
 from rewards import MemoryGate, RewardConfig
+from running import options
+from running.errors import UserError
+from running.guards import GuardConfig
 from sft import SHORT_TRACES, SFTConfig
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.

@@ -33,17 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from answers import Examination, Progress
-from data import PromptBuilder, PromptConfig, UserError, columns_of, load_dataset, run_main
-from guards import Heartbeat
-from memory import MemoryGate, TraceMemory
-from options import add_arguments, build
-from predictions import check_folder, json_lines
+from data import PromptBuilder, PromptConfig, columns_of, load_dataset
 from rewards import RewardConfig, build_memory
-from runs import write_whole
-from scoring import MATCHES
+from running.errors import UserError, check_folder, json_lines, run_main, write_whole
+from running.guards import Heartbeat
+from running.options import add_arguments, build
+from scoring.answers import Examination, Progress
+from scoring.verdicts import MATCHES
+from scoring.voting import load_for_sampling
 from sql_exec import SQLExecutor
-from voting import load_for_sampling
+from text2sql.memory import MemoryGate, TraceMemory
 
 PASS_TOKENS, PASS_LOGITS = 2**14, 2**27  # of a forward pass of the cold start, at most; 2**27 are 512 MiB in float32
 SHORT_TRACES = {"memory_min_words": 5, "memory_min_columns": 1}  # the gate for the demo, whose traces are short

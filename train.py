@@ -24,12 +24,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import distributed
 import evaluate
-import plan
 import report
-import show
-from data import PromptBuilder, Splits, UserError, columns_of, load_splits, run_main
+from data import PromptBuilder, Splits, columns_of, load_splits
+from engine import distributed, plan
 from grpo import (
     group_advantages,
     overlong_penalty,
@@ -38,7 +36,6 @@ from grpo import (
     reference_logprobs,
     sample_groups,
 )
-from guards import Guards, Heartbeat, describe_step
 from policy import (
     Policy,
     Reference,
@@ -49,7 +46,10 @@ from policy import (
     require_model,
 )
 from rewards import RewardItem, RewardScorer, build_memory, load_reward_module
-from runs import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer, write_whole
+from running import show
+from running.errors import UserError, run_main, write_whole
+from running.guards import Guards, Heartbeat, describe_step
+from running.run_folder import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer
 from settings import MAY_CHANGE_ON_RESUME, Settings, memory_here, parse_settings, planned
 from sft import cold_start, taught_text, template_trace
 from sql_exec import SQLExecutor, bird_match, gold_is_ordered, spider_match

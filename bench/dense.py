@@ -21,9 +21,10 @@ from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import options  # noqa: E402
-from data import UserError, columns_of, load_splits, parse_json, read_text, run_main  # noqa: E402
+from data import columns_of, load_splits  # noqa: E402
 from rewards import MemoryGate, RewardConfig, build_memory  # noqa: E402
+from running import options  # noqa: E402
+from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
 
 DENSE = ("atomic", "memory")
 

@@ -128,8 +128,8 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
     """Runs the steps as train.py does; the tokens sampled in each."""
     import torch
 
-    import decoding
     import grpo
+    from engine import decoding
     from policy import Reference
 
     config = grpo.GRPOConfig(group_size=plan.group, max_completion_tokens=plan.completion, kl_coef=plan.kl_coef)

@@ -12,10 +12,10 @@ import pytest
 from little_policy import LESSONS, little_policy_folder
 
 import ablate
-import demo_world
 import evaluate
 import train
-from data import UserError
+from running.errors import UserError
+from text2sql import demo_world
 
 # ---- the grid
 

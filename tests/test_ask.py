@@ -19,9 +19,10 @@ from little_policy import little_policy_folder
 
 import ask
 from ask import AskConfig, Asker, Session, cell_text, print_reply, printable, table_lines
-from ask_page import make_server, serve
-from data import PromptConfig, UserError
-from voting import Candidate
+from data import PromptConfig
+from running.ask_page import make_server, serve
+from running.errors import UserError
+from scoring.voting import Candidate
 
 NAMES = "SELECT name FROM singer WHERE country = 'France'"
 SCRIPT = [  # what the model answers: (SQL, logprob)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import atomic
-from atomic import atomic_operations, atomic_reward, shape_atomic
+from text2sql import atomic
+from text2sql.atomic import atomic_operations, atomic_reward, shape_atomic
 
 SCHEMA = {"singer": ["singer_id", "name", "country", "age"], "song": ["song_id", "singer_id", "title", "sales", "year"],
           "friend": ["a_id", "b_id", "since"]}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import demo_world
 from settings import parse_settings
+from text2sql import demo_world
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))  # behind the root, whose memory.py has the same name

@@ -12,19 +12,10 @@ from conftest import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data import (
-    Dataset,
-    Example,
-    PromptBuilder,
-    PromptConfig,
-    UserError,
-    load_dataset,
-    read_schema,
-    schema_columns,
-    value_index,
-)
-from prompts import needed_columns, space_out
-from schema import Hint, quote_identifier
+from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset, read_schema, schema_columns, value_index
+from running.errors import UserError
+from text2sql.prompts import needed_columns, space_out
+from text2sql.schema import Hint, quote_identifier
 
 CHAT = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}")

@@ -181,8 +181,9 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 from test_grpo import make_model, sampled_groups
-import distributed, grpo
-from data import UserError, run_main
+import grpo
+from engine import distributed
+from running.errors import UserError, run_main
 
 def update(share, prompts, broken=False, **settings):
     model = make_model()

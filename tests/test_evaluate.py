@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from data import Example, UserError, load_dataset
+from data import Example, load_dataset
 from evaluate import (
     MATCHES,
     bootstrap_interval,
@@ -18,7 +18,8 @@ from evaluate import (
     scores_as_json,
     summarise,
 )
-from hardness import LEVELS, hardness, level
+from running.errors import UserError
+from scoring.hardness import LEVELS, hardness, level
 from sql_exec import SQLExecutor
 
 

@@ -12,10 +12,8 @@ import pytest
 from conftest import ROOT
 from little_policy import LESSONS, little_policy_folder
 
-import answers
 import evaluate
-from answers import NO_CANDIDATE, Examination, Progress, verified_traces
-from data import Example, UserError, load_splits
+from data import Example, load_splits
 from evaluate import (
     EvaluateConfig,
     PromptConfig,
@@ -25,10 +23,12 @@ from evaluate import (
     print_comparison,
     r_ves,
 )
-from predictions import one_line, save_predictions
-from scoring import ExampleScore, score_predictions, suite_databases
+from running.errors import UserError
+from scoring.answers import NO_CANDIDATE, Examination, Progress, verified_traces
+from scoring.predictions import one_line, save_predictions
+from scoring.verdicts import ExampleScore, answers, score_predictions, suite_databases
+from scoring.voting import Candidate
 from sql_exec import Execution, SQLExecutor
-from voting import Candidate
 
 QUESTIONS = 24
 

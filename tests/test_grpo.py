@@ -22,10 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
-import attention
-import decoding
 import grpo
-import packing
+from engine import attention, decoding, packing
 from grpo import GRPOConfig
 
 SMALL = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from guards import GuardConfig, Guards, Heartbeat, describe_step
+from running.guards import GuardConfig, Guards, Heartbeat, describe_step
 
 FINE = {"step": 1, "skipped_updates": 0, "flat_groups": 0.5, "truncated": 0.0, "kl": 0.01}
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from memory import HashEmbedder, MemoryGate, ModelEmbedder, TraceMemory, count_mentions, make_embedder
+from text2sql.memory import HashEmbedder, MemoryGate, ModelEmbedder, TraceMemory, count_mentions, make_embedder
 
 OPEN = MemoryGate(memory_min_words=1, memory_min_columns=0, memory_min_density=0.0, memory_max_cosine=2.0)
 VECTORS = {"east": [1, 0], "north": [0, 1], "both": [1, 1], "west": [-1, 0], "nothing": [0, 0], "": [0, -1]}

@@ -21,13 +21,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import attention
 import grpo
-import plan
 import policy as policies
 import settings
 import train
-from data import UserError
+from engine import attention, plan
+from running.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import grpo
 import policy as policies
 import sft
-from data import UserError
 from policy import Policy, Reference, build_tiny, load_policy
+from running.errors import UserError
 
 TEXTS = ["table singer ; keep age > 350 ; count rows", "SELECT COUNT(*) FROM singer WHERE age > 350",
          "singer ( singer_id , name , age )\nquestion : How many singers above 1250 ?\nanswer :\n"] * 4

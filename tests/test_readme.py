@@ -17,9 +17,9 @@ from conftest import tiny_database
 from little_policy import LESSONS, little_policy_folder
 
 import ablate
-from data import UserError
 from grpo import GRPOConfig, group_advantages, policy_loss
 from rewards import load_reward_module
+from running.errors import UserError
 from sql_exec import Execution
 
 ROOT = Path(__file__).resolve().parents[1]

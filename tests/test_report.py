@@ -15,7 +15,7 @@ import pytest
 from chromium import CHROMIUM, Browser
 
 import report
-from data import UserError
+from running.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = {

@@ -14,9 +14,9 @@ import pytest
 
 import rewards
 import sql_exec
-from memory import HashEmbedder, MemoryGate, TraceMemory
 from rewards import RewardConfig, RewardItem, RewardScorer, parse_completion, parse_rewards
 from sql_exec import SQLExecutor, bird_match
+from text2sql.memory import HashEmbedder, MemoryGate, TraceMemory
 
 SCHEMA = {"city": ["id", "name", "people"]}
 GOLD = "SELECT name FROM city WHERE people > 100"

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-import options
-import runs
-from data import UserError
-from runs import RunFolder, load_state, replace_folder
+from running import options
+from running import run_folder as runs
+from running.errors import UserError
+from running.run_folder import RunFolder, load_state, replace_folder
 
 
 def test_a_new_run_refuses_a_folder_with_anything_in_it(tmp_path):

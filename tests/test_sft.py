@@ -17,9 +17,10 @@ from little_policy import LESSONS, little_policy_folder
 
 import sft
 import train
-from data import UserError, load_splits
-from memory import HashEmbedder, MemoryGate, TraceMemory
+from data import load_splits
 from policy import build_tiny
+from running.errors import UserError
+from text2sql.memory import HashEmbedder, MemoryGate, TraceMemory
 
 OPEN_GATE = ["--memory-min-words", 1, "--memory-min-columns", 0, "--memory-min-density", 0]
 OPEN = MemoryGate(memory_min_words=1, memory_min_columns=0, memory_min_density=0.0, memory_max_cosine=2.0)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import show
 import train
-from data import UserError
 from grpo import GRPOConfig, packed_batches, policy_update, sample_groups
 from policy import build_tiny
+from running import show
+from running.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train
-from data import UserError
 from policy import build_tiny
+from running.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-step", "2", "--group-size", "2",

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from policy import build_tiny
-from sql_exec import Execution
-from voting import (
+from scoring.voting import (
     Candidate,
     choose,
     group_results,
@@ -18,6 +17,7 @@ from voting import (
     sample_candidates,
     says_something,
 )
+from sql_exec import Execution
 
 
 def ran(*rows):

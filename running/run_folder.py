@@ -12,16 +12,17 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 
-import plan
+from engine import plan
 from grpo import flat_groups
 from rewards import COMPONENTS
-from schema import UserError
+from running.errors import UserError, flush, write_whole
 
 TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 
@@ -164,16 +165,6 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new one, never a part."""
-    scratch = path.with_name(f".new-{path.name}")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-
-
 def replace_folder(target: Path, fill) -> None:
     """Fills a new folder, flushes it to disk and puts it in the place of `target`.
 
@@ -200,13 +191,48 @@ def replace_folder(target: Path, fill) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
-    """Forces a file's or folder's content onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+# ------------------------------------------------------------------------------------------ reading a run's logs
+
+class RolloutLog:
+    """Where each step's groups lie in rollouts.jsonl, so that a step can be read without the others."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.places: dict[int, list[int]] = defaultdict(list)  # step -> offsets of its lines
+        offset = 0
+        if file.is_file():
+            with open(file, "rb") as lines:
+                for line in lines:
+                    if (step := self._step_of(line)) is not None:
+                        self.places[step].append(offset)
+                    offset += len(line)
+        self.steps = sorted(self.places)
+
+    @staticmethod
+    def _step_of(line: bytes) -> int | None:
+        """The line's step; the usual line is not parsed for it."""
+        if (start := re.match(rb'\{"step": (\d+), ', line)) and line.endswith(b"}\n"):
+            return int(start[1])
+        record = parse_record(line)
+        return record and record["step"]
+
+    def read(self, step: int) -> list[dict]:
+        """The groups of a step."""
+        with open(self.file, "rb") as lines:
+            groups = []
+            for offset in self.places[step]:
+                lines.seek(offset)
+                groups.append(parse_record(lines.readline()))
+        return [group for group in groups if group]
+
+
+def parse_record(line: bytes) -> dict | None:
+    """The record of one line of a log, None when it is broken."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 # --------------------------------------------------------------------------------------------------- records

@@ -22,9 +22,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import plan  # noqa: E402
 import train  # noqa: E402
 from data import PromptBuilder, load_splits  # noqa: E402
+from engine import plan  # noqa: E402
 from policy import train_tokenizer  # noqa: E402
 
 SIZES = {"nothing": (64, 1, 512), "10 M": (256, 8, 8_000), "40 M": (512, 8, 16_000), "120 M": (768, 11, 32_000)}

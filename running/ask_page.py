@@ -9,12 +9,8 @@ import json
 import secrets
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
 
-from data import UserError
-
-if TYPE_CHECKING:
-    from ask import Asker
+from running.errors import UserError
 
 LARGEST_REQUEST = 20_000  # bytes
 
@@ -78,8 +74,8 @@ if (location.hash.length > 1) { field.value = decodeURIComponent(location.hash.s
 """
 
 
-def serve(asker: "Asker", port: int) -> None:
-    """Answer until Ctrl-C."""
+def serve(asker, port: int) -> None:
+    """Answer until Ctrl-C. `asker` is an `ask.Asker`."""
     try:
         server = make_server(asker, port)
     except (OSError, OverflowError) as error:
@@ -90,7 +86,7 @@ def serve(asker: "Asker", port: int) -> None:
         server.serve_forever()
 
 
-def make_server(asker: "Asker", port: int) -> ThreadingHTTPServer:
+def make_server(asker, port: int) -> ThreadingHTTPServer:
     """A server on 127.0.0.1, port 0 for any free one; `serve_forever` starts it."""
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True

@@ -20,24 +20,21 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from schema import (
+from running.errors import UserError
+from text2sql.example import Example
+from text2sql.schema import (
     STOP_WORDS,
     Column,
     Hint,
     Schema,
     Table,
-    UserError,
     quote_identifier,
     quote_value,
     read_schema,
     value_index,
     words,
 )
-
-if TYPE_CHECKING:
-    from data import Example
 
 SYSTEM = "You are an expert in SQLite. You answer questions about a database by writing one SQLite query."
 RULES = ("First reason step by step inside <think> and </think>. Then write exactly one SQLite query that "

@@ -8,13 +8,14 @@ Predictions are paired with the questions by id where the file has one, else by 
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sqlparse import lexer
 from sqlparse import tokens as T
 
-from data import Example, UserError, parse_json, read_text
+from running.errors import UserError, json_lines, parse_json, read_text, write_text
+from text2sql.example import Example
 
 BIRD_MARK = "\t----- bird -----\t"
 
@@ -117,20 +118,3 @@ def one_line(sql: str) -> str:
     return sql.strip()
 
 
-def json_lines(records: Iterable[dict]) -> str:
-    """One JSON record a line."""
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def check_folder(file) -> None:
-    """A file that cannot be written because its folder is missing: said before the work, not after."""
-    if not Path(file).absolute().parent.is_dir():
-        raise UserError(f"cannot write {file}: its folder does not exist")
-
-
-def write_text(file, text: str) -> None:
-    """Write a file; what hinders it is a UserError."""
-    try:
-        Path(file).write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from error

@@ -13,8 +13,7 @@ from textwrap import fill
 import numpy as np
 from tqdm import tqdm
 
-from data import Example
-from hardness import LEVELS, hardness
+from scoring.hardness import LEVELS, hardness
 from sql_exec import (
     Execution,
     SQLExecutor,
@@ -24,6 +23,7 @@ from sql_exec import (
     spider_match,
     spider_prepare,
 )
+from text2sql.example import Example
 
 MATCHES = ("bird", "spider")
 COMPARE = {  # (predicted rows, gold rows, gold SQL) -> credit

@@ -542,7 +542,7 @@ def load(split: str = "train", data_dir: str | Path | None = None, seed: int = 0
     if split not in SPLITS:
         raise ValueError(f"the demo world has no split '{split}'; choose one of {', '.join(SPLITS)}")
     worlds = {db_id: parse_tables(line) for db_id, line in (UNSEEN if split == "unseen" else SEEN).items()}
-    root = Path(data_dir or Path(__file__).parent / "demo_data") / f"seed-{seed}"
+    root = Path(data_dir or Path(__file__).parents[1] / "demo_data") / f"seed-{seed}"
     databases = {db_id: _ensure_database(root, db_id, tables, seed) for db_id, tables in worlds.items()}
     connections = {db_id: sqlite3.connect(path) for db_id, path in databases.items()}
     try:

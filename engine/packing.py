@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention import PackedLayout, causal_lm, enable, is_exact, no_mask, window_allows
+from engine.attention import PackedLayout, causal_lm, enable, is_exact, no_mask, window_allows
 
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import SharedPrompts, enable, is_exact, no_mask, window_allows
+from engine.attention import SharedPrompts, enable, is_exact, no_mask, window_allows
 
 
 def start_decoding(model, prompts: Sequence[Tensor], G: int, max_tokens: int) -> "CopyingDecoder":

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import Example, PromptBuilder, UserError, parse_json, read_text
-from predictions import write_text
-from scoring import ExampleScore, difficulty_levels, judge
+from data import PromptBuilder
+from running.errors import UserError, parse_json, read_text, write_text
+from scoring.verdicts import ExampleScore, difficulty_levels, judge
+from scoring.voting import VOTES, Candidate, choose, group_results, sample_candidates
 from sql_exec import SQLExecutor
-from voting import VOTES, Candidate, choose, group_results, sample_candidates
+from text2sql.example import Example
 
 QUESTIONS_AT_ONCE = 64  # questions a model answers side by side; an interruption loses at most these
 JUDGED_AT_ONCE = 64  # candidates whose results are held in memory at once

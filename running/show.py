@@ -19,9 +19,9 @@ from textwrap import fill
 
 import torch
 
-from data import UserError, run_main
 from grpo import completion_logprobs, dropout_off, pack_group
-from report import RolloutLog, visible
+from running.errors import UserError, run_main, visible
+from running.run_folder import RolloutLog
 
 WIDTH = 80
 COLOURS = {"good": "32", "bad": "31", "soft": "2", "strong": "1"}

@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote
 
+from running.errors import UserError
+
 SAMPLES_KEPT = 5           # sample values read per column; a prompt shows at most this many
 SAMPLE_ROWS = 10_000       # samples come from the first rows only, so a huge table costs nothing
 INDEX_ROWS = 200_000       # rows of a table the value index looks at
@@ -38,10 +40,6 @@ _STOP_WORDS = """a about after all also an and any are as at be been before betw
 RESERVED = frozenset(_RESERVED.split())
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 WORD = re.compile(r"\w+")
-
-
-class UserError(Exception):
-    """Bad input from the user; its text is one sentence, shown without a traceback."""
 
 
 @dataclass(frozen=True)

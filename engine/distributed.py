@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo import Share, direct_logprobs, pack_group
-from schema import UserError
+from running.errors import UserError
 
 # For a process that hangs. One that dies is noticed at once: torchrun ends the others, or their connections break.
 TIMEOUT = timedelta(minutes=30)

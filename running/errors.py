@@ -1,0 +1,96 @@
+"""What a user did wrong, in one sentence, and text files whose faults are told so.
+
+A script's `main` runs in `run_main`, which turns a `UserError` into one line on stderr and exit status 2.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Bad input from the user; its text is one sentence, shown without a traceback."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's main: a UserError is one line on stderr and exit status 2, Ctrl-C 130, a closed pipe 141."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
+        sys.exit(141)  # as a shell says of a program that the pipe's signal ended
+    sys.exit(status or 0)
+
+
+def read_text(file: Path) -> str:
+    """A text file; whatever hinders reading it is a UserError."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start})") from error
+
+
+def parse_json(text: str, file, line: int | None = None):
+    """The JSON value of a file, or of one line of it; an error names the line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {line or error.lineno}: broken JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: JSON nested too deeply") from error
+
+
+def json_lines(records: Iterable[dict]) -> str:
+    """One JSON record a line."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def write_text(file, text: str) -> None:
+    """Write a file; what hinders it is a UserError."""
+    try:
+        Path(file).write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new one, never a part."""
+    scratch = path.with_name(f".new-{path.name}")
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def flush(path: Path) -> None:
+    """Forces a file's or folder's content onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_folder(file) -> None:
+    """A file that cannot be written because its folder is missing: said before the work, not after."""
+    if not Path(file).absolute().parent.is_dir():
+        raise UserError(f"cannot write {file}: its folder does not exist")
+
+
+def visible(text: str) -> str:
+    """The text with every character that would not show itself written out: NUL becomes ‹U+0000›."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else f"‹U+{ord(c):04X}›" for c in text)
