@@ -13,6 +13,7 @@ nothing of the project write the same metadata by hand: `field(default=8, metada
 import argparse
 import dataclasses
 import math
+import operator
 import types
 import typing
 
@@ -32,11 +33,9 @@ def check(config) -> None:
             continue
         if not math.isfinite(value):
             raise ValueError(f"{flag_of(field)} is {value}; it must be a finite number")
-        for bound, holds, words in (("at_least", value >= meta.get("at_least", value), "at least"),
-                                    ("above", value > meta.get("above", value - 1), "above"),
-                                    ("at_most", value <= meta.get("at_most", value), "at most")):
-            if not holds:
-                raise ValueError(f"{flag_of(field)} is {value}; it must be {words} {meta[bound]}")
+        for bound, holds in (("at_least", operator.ge), ("above", operator.gt), ("at_most", operator.le)):
+            if bound in meta and not holds(value, meta[bound]):
+                raise ValueError(f"{flag_of(field)} is {value}; it must be {bound.replace('_', ' ')} {meta[bound]}")
 
 
 def flag_of(field: dataclasses.Field) -> str:
