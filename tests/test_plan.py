@@ -199,7 +199,7 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
     assert lora.run.lr == 10 * middle.run.lr
     given = train.parse_settings(["--model", "qwen2.5-3b", "--lr", "3e-5", "--group-size", "4", "--no-gradient-checkpointing"])
     assert (given.run.lr, given.grpo.group_size, given.run.gradient_checkpointing) == (3e-5, 4, False)
-    assert train.parse_settings([]).run.lr == settings.TINY_DEFAULTS["lr"]
+    assert train.parse_settings([]).run.lr == settings.TINY["lr"]
 
 
 def test_the_readme_shows_the_defaults_by_size():
