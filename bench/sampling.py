@@ -1,7 +1,7 @@
 """How much cheaper are n samples from one shared prefill than n separate greedy generations?
 
-    python bench/evaluate.py      # 30 samples, 1,000 prompt tokens, a small model
-    python bench/evaluate.py --width 256 --layers 4 --completion 32 --repeats 1
+    python bench/sampling.py      # 30 samples, 1,000 prompt tokens, a small model
+    python bench/sampling.py --width 256 --layers 4 --completion 32 --repeats 1
 
 Both sides write exactly the same number of tokens: no token ends a completion. The model has random weights,
 which cost as much as trained ones. Prints seconds (the median of the repeats) and their ratio; the aim is at

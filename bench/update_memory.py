@@ -1,6 +1,6 @@
 """How much memory does the loss over a large vocabulary take, here and the naive way?
 
-    python bench/memory.py      # 2,400 completion tokens, a vocabulary of 151,936, width 896 (Qwen2.5-0.5B), float32
+    python bench/update_memory.py      # 2,400 tokens, a vocabulary of 151,936, width 896 (Qwen2.5-0.5B), float32
 
 From the hidden states of a group's completions to the gradients of lm_head and of the hidden states: here in chunks
 whose logits are computed again for backward (`grpo.token_logprobs`), and the naive way, with all logits at once. Each

@@ -204,7 +204,7 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
 
 def test_the_readme_shows_the_defaults_by_size():
     rows = re.findall(r"^\| (?:up to \d B|more) \| (\d+) \| (\d+) \| (\S+) \((\S+)\) \| (on|off) \|$",
-                      (ROOT / "README.md").read_text(), re.MULTILINE)
+                      (ROOT / "docs" / "scale.md").read_text(), re.MULTILINE)
     shown = [{"group_size": int(G), "prompts_per_step": int(B), "lr": float(lr), "gradient_checkpointing": on == "on"}
              for G, B, lr, _, on in rows]
     assert shown == list(settings.SIZE_DEFAULTS.values())
