@@ -24,9 +24,10 @@ from evaluate import (
     r_ves,
 )
 from running.errors import UserError
+from scoring import answers
 from scoring.answers import NO_CANDIDATE, Examination, Progress, verified_traces
 from scoring.predictions import one_line, save_predictions
-from scoring.verdicts import ExampleScore, answers, score_predictions, suite_databases
+from scoring.verdicts import ExampleScore, score_predictions, suite_databases
 from scoring.voting import Candidate
 from sql_exec import Execution, SQLExecutor
 
