@@ -13,12 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import PromptBuilder
 from running.errors import UserError, parse_json, read_text, write_text
-from scoring.verdicts import ExampleScore, difficulty_levels, judge
+from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge
 from scoring.voting import VOTES, Candidate, choose, group_results, sample_candidates
 from sql_exec import SQLExecutor
 from text2sql.example import Example
+from text2sql.prompts import PromptBuilder
 
 QUESTIONS_AT_ONCE = 64  # questions a model answers side by side; an interruption loses at most these
 JUDGED_AT_ONCE = 64  # candidates whose results are held in memory at once
@@ -35,7 +35,7 @@ class Examination:
 
     def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, config, suite=None, traces: int = 1):
         self.policy, self.builder, self.config, self.traces = policy, builder, config, traces
-        self.how_to_judge = (executor, config.matches, config.keep_distinct, suite)
+        self.how_to_judge = (executor, comparisons_named(config.matches, config.keep_distinct), suite)
 
     def run(self, examples: Sequence[Example], progress: "Progress") -> list[dict]:
         """The records of all questions, in order. A batch's candidates depend on the settings alone."""
@@ -132,14 +132,14 @@ NO_CANDIDATE = Candidate("", "", "", -math.inf, 0, False)  # of a question whose
 
 
 def verified_traces(example: Example, candidates: Sequence[Candidate], verdicts: dict) -> list[dict]:
-    """The candidates that reason and are right by every comparison, the likeliest first and each once.
+    """The candidates that reason and are verified, the likeliest first and each once, as records for --traces.
 
-    They are records for the trainer's --traces. A gold result without rows verifies nothing: many wrong queries
-    return none.
+    Verified is what every comparison calls right, with the word `value` left in the SQL. A gold result without rows
+    verifies nothing: many wrong queries return none.
     """
     def verified(candidate):
         score = verdicts[candidate.sql][0]
-        return candidate.thought.strip() and score.gold_status == "ok" and all(score.correct.values())
+        return candidate.thought.strip() and score.gold_status == "ok" and score.verified
 
     right = sorted(filter(verified, candidates), key=lambda candidate: -candidate.logprob)
     answers = dict.fromkeys((candidate.thought.strip(), candidate.sql) for candidate in right)

@@ -190,7 +190,7 @@ def test_a_record_by_hand(tiny_db):
 
 def test_verified_traces_need_a_gold_with_rows(tiny_db):
     def verdict(gold_status, **correct):
-        score = ExampleScore("7", "music", "easy", "SELECT 1", "ok", gold_status, "", correct, 1.0)
+        score = ExampleScore("7", "music", "easy", "SELECT 1", "ok", gold_status, "", correct, 1.0, all(correct.values()))
         return score, Execution("ok")
 
     one = [candidate("SELECT 1")]
@@ -202,6 +202,21 @@ def test_verified_traces_need_a_gold_with_rows(tiny_db):
     assert verified_traces(GOLD, one, {"SELECT 1": verdict("empty", bird=True, spider=True)}) == []
     assert verified_traces(GOLD, one, {"SELECT 1": verdict("ok", bird=True, spider=False)}) == []
     assert verified_traces(GOLD, [NO_CANDIDATE], {"": verdict("ok", bird=True)}) == []
+
+
+def test_traces_keep_the_word_value(tiny_db):
+    """Spider's script turns `value` in predictions into 1: its score says wrong, yet the SQL is verified."""
+    gold = Example("7", "music", "q", ("SELECT name AS value FROM singer", "SELECT 'value of ' || name FROM singer"))
+    sqls = ["SELECT 'value of ' || name FROM singer", "SELECT 'valu' || 'e of ' || name FROM singer", "SELECT 'value'"]
+    for keep_distinct in (False, True):
+        config = EvaluateConfig(model="m", samples=3, greedy=False, keep_distinct=keep_distinct)
+        with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+            examination = Examination(None, None, executor, config, traces=9)
+            samples = [candidate(sql) for sql in sqls]
+            verdicts, = examination.verdicts([(gold, "easy", [], samples)])
+            record = examination.record(gold, [], samples, verdicts, {})
+        assert [verdicts[sql][0].correct["spider"] for sql in sqls] == [False, True, False]
+        assert sorted(trace["sql"] for trace in record["traces"]) == sorted(sqls[:2])
 
 
 def test_progress_without_a_file_and_with_nonsense(tmp_path):
