@@ -20,6 +20,7 @@ from evaluate import (
 )
 from running.errors import UserError
 from scoring.hardness import LEVELS, hardness, level
+from scoring.predictions import one_line, save_predictions
 from sql_exec import SQLExecutor
 
 
@@ -198,6 +199,85 @@ def test_prediction_file_oddities(tmp_path):
     (tmp_path / "p.json").write_text('{"717": null, "718": "SELECT 2", "719": "SELECT 3"}')
     sqls, sentence = load_predictions(tmp_path / "p.json", TWO)
     assert sqls == ["", "SELECT 2"] and "1 predictions are for other questions" in sentence
+
+
+@pytest.mark.parametrize("line, sql", [
+    ("SELECT 1\tmusic ", "SELECT 1"), ("SELECT 1\tMusic", "SELECT 1"), ("SELECT 1\t music\t", "SELECT 1"),
+    ("SELECT 1\tmusic\t0.93", "SELECT 1"), ("SELECT 1\t-3.5e-2", "SELECT 1"), ("SELECT a FROM t\t12", "SELECT a FROM t"),
+    ("SELECT count(*)\t0.5\tmusic", "SELECT count(*)"), ("SELECT a;\tnan\tMUSIC ", "SELECT a;"), ("\tmusic", ""),
+    ("SELECT a FROM t LIMIT\t5", "SELECT a FROM t LIMIT\t5"), ("SELECT a -\t0.5", "SELECT a -\t0.5"),
+    ("SELECT a,\t5", "SELECT a,\t5"), ("SELECT\t1\t0.5", "SELECT\t1"), ("SELECT a FROM\tmusic", "SELECT a FROM\tmusic"),
+    ("SELECT a FROM\tmusic\tmusic", "SELECT a FROM\tmusic"), ("SELECT 1\tof 2", "SELECT 1\tof 2"),
+    ("SELECT 1\t----- bird -----\tMUSIC \t0.5", "SELECT 1")])
+def test_what_follows_the_sql_after_a_tab_is_taken_off(tmp_path, line, sql):
+    two = [TWO[0], example("SELECT 2", "718", db_id="Film")]
+    (tmp_path / "p.sql").write_text(f"{line}\nSELECT 2\n")
+    assert load_predictions(tmp_path / "p.sql", two)[0] == [sql, "SELECT 2"]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": 718, "sql": "SELECT 2"}) + "\n"
+                                      + json.dumps({"id": 717, "sql": line}))
+    assert load_predictions(tmp_path / "p.jsonl", two)[0] == [sql, "SELECT 2"]
+
+
+def test_where_all_lines_end_with_a_db_id_a_broken_query_does_too(tmp_path):
+    (tmp_path / "p.sql").write_text("SELECT a FROM\tmusic\nSELECT 2\tfilm\n")
+    assert load_predictions(tmp_path / "p.sql", TWO)[0] == ["SELECT a FROM", "SELECT 2"]
+
+
+@pytest.mark.parametrize("field", ["question_id", "qid", "Question_ID", "idx", "index", "instance_id"])
+def test_records_are_paired_by_id_whatever_its_name(tmp_path, field):
+    lines = [{field: 718, "sql": "SELECT 2"}, {field: 717.0, "sql": "SELECT 1", "id": None}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert load_predictions(tmp_path / "p.jsonl", TWO) == (["SELECT 1", "SELECT 2"], "paired by id")
+
+
+def test_the_field_that_has_the_ids_of_the_data_pairs(tmp_path):
+    lines = [{"id": 0, "question_id": 718, "sql": "SELECT 2"}, {"id": 1, "question_id": 717, "sql": "SELECT 1"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert load_predictions(tmp_path / "p.jsonl", TWO) == (["SELECT 1", "SELECT 2"], "paired by id")
+    lines = [{"index": 1, "sql": "SELECT 2"}, {"index": 0, "sql": "SELECT 1"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sqls, sentence = load_predictions(tmp_path / "p.jsonl", TWO)
+    assert sqls == ["SELECT 1", "SELECT 2"] and "by position" in sentence
+
+
+REPEATED = [example("SELECT 1", "7"), example("SELECT 2", "7"), example("SELECT 3", "7-2"), example("SELECT 4", "7")]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".sql"])
+def test_predictions_of_repeated_ids_come_back(tmp_path, ending):
+    sqls = [f"SELECT {number}" for number in range(4)]
+    save_predictions(tmp_path / f"p{ending}", REPEATED, sqls)
+    assert load_predictions(tmp_path / f"p{ending}", REPEATED)[0] == sqls
+    unique = [example("SELECT 1", name) for name in ("7", "7-3", "7-2", "7-4")]  # as data.py numbers them
+    assert load_predictions(tmp_path / f"p{ending}", unique)[0] == sqls
+
+
+@pytest.mark.parametrize("name, content", [
+    ("p.json", '{"7": "SELECT 0", "7": "SELECT 1", "7-2": "SELECT 2", "7": "SELECT 3"}'),
+    ("p.jsonl", "".join(f'{{"question_id": "{name}", "sql": "SELECT {i}"}}\n' for i, name in enumerate(["7", "7", "7-2", "7"])))])
+def test_repeated_ids_of_others_files_are_read_in_turn(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert load_predictions(tmp_path / name, REPEATED)[0] == ["SELECT 0", "SELECT 1", "SELECT 2", "SELECT 3"]
+
+
+BACKSLASHES = r"SELECT '\', b -- it's a note"
+
+
+def test_backslashes_escape_nothing():
+    assert one_line(BACKSLASHES + "\nFROM t WHERE c = 'd -- e'\nAND f = '\\'") == (
+        r"SELECT '\', b  FROM t WHERE c = 'd -- e' AND f = '\'")
+    assert one_line("SELECT 1 -- one\r, 2\n") == "SELECT 1"  # a return alone ends no comment in SQLite
+    assert hardness(r"SELECT a FROM t WHERE b = '\' OR c LIKE 'x' OR d = 'y'") == hardness(
+        "SELECT a FROM t WHERE b = '/' OR c LIKE 'x' OR d = 'y'")
+    assert hardness(r"SELECT a FROM t WHERE b = '\'' GROUP BY LIMIT'") == "easy"  # all in one string
+
+
+def test_a_query_on_one_line_returns_the_same(tmp_path, tiny_db):
+    queries = ["SELECT '\\' AS a, -- '\n 'b' AS b", "SELECT 1 -- x\r + 1\n+ 2", "SELECT /* ' \n */ '\\''--' \n"]
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        for sql in queries:
+            before, after = executor.run_many([("music", sql), ("music", one_line(sql))])
+            assert before.status == "ok" and before.rows == after.rows
 
 
 @pytest.mark.parametrize("name, content, words", [
