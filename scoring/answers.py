@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -146,6 +146,23 @@ def verified_traces(example: Example, candidates: Sequence[Candidate], verdicts:
     return [{"id": example.id, "db_id": example.db_id, "question": example.question, "sql": sql,
              "evidence": example.evidence, "difficulty": example.difficulty, "trace": thought}
             for thought, sql in answers]
+
+
+def format_advice(statuses: Mapping[str, float], lenient: bool) -> str:
+    """What to do where most completions miss the format, in a sentence; empty where at least half of them meet it.
+
+    statuses: how many completions, or which share of them, became what.
+    """
+    read = sum(count for status, count in statuses.items() if status != "too_long")
+    cut, missed = statuses.get("truncated", 0), statuses.get("truncated", 0) + statuses.get("format", 0)
+    if not read or missed / read <= 0.5:
+        return ""
+    remedies = [] if lenient else ["--lenient-format also takes SQL in a code fence"]
+    remedies += ["a higher --max-completion-tokens lets answers end"] if 2 * cut > missed else []
+    remedies.append("a cold start teaches the format: train.py --traces FILE, and sft.py --mine writes such a file "
+                    "with a model that knows it")
+    return (f"{100 * (1 - missed / read):.1f} % of the answers meet the format, <think> reasoning </think> and then "
+            f"one query and nothing else; {'; '.join(remedies)}")
 
 
 class Progress:

@@ -21,7 +21,7 @@ from text2sql.example import Example
 BIRD_MARK = "\t----- bird -----\t"
 ID_FIELDS = ("id", "question_id", "qid", "example_id", "instance_id", "sample_id", "uid", "idx", "index")  # in any case
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|[-+]?inf", re.IGNORECASE)
-LAST_WORD = re.compile(r"(\w+|[^\w\s])\s*\Z")
+LAST_WORD = re.compile(r"(?:\w+|[^\w\s])\Z")
 UNFINISHED = RESERVED - {"isnull", "notnull"} | {"all", "limit", "offset"}  # words that no query ends with
 
 
@@ -69,8 +69,8 @@ def _check_db_id(db_id: str, example: Example, file) -> None:
 
 def _goes_on(sql: str) -> bool:
     """Whether a query cannot end here, as after FROM, a comma or an operator."""
-    last = LAST_WORD.search(sql)
-    return bool(last) and (last[1].lower() in UNFINISHED or not (last[1][0].isalnum() or last[1][0] in "_)]\"'`;"))
+    last = LAST_WORD.search(sql.rstrip()[-20:])  # more is in no word of interest
+    return bool(last) and (last[0].lower() in UNFINISHED or not (last[0][0].isalnum() or last[0][0] in "_)]\"'`;"))
 
 
 # Readers return ([one list of ids for each field that may hold them], [SQL, perhaps with a tail]).

@@ -1,8 +1,10 @@
 """Scores of predictions, Spider's hardness, prediction files and the command line."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
@@ -10,6 +12,7 @@ from conftest import ROOT
 from data import Example, load_dataset
 from evaluate import (
     MATCHES,
+    EvaluateConfig,
     bootstrap_interval,
     difficulty_levels,
     load_predictions,
@@ -329,8 +332,19 @@ def test_command_line(tmp_path, tiny_db):
 
 @pytest.mark.parametrize("extra, words", [
     (["--match", "exact"], "--match takes bird and spider"),
-    (["--workers", "0"], "--workers must be above zero, not 0"),
-    (["--timeout", "nan"], "--timeout must be above zero"),
+    (["--workers", "0"], "--workers is 0; it must be at least 1"),
+    (["--timeout", "nan"], "--timeout is nan; it must be a finite number"),
+    (["--timeout", "-1"], "--timeout is -1.0; it must be above 0"),
+    (["--timeout", "0"], "--timeout is 0.0; it must be above 0"),
+    (["--limit", "-3"], "--limit is -3; it must be at least 0"),
+    (["--r-ves", "-1"], "--r-ves is -1; it must be at least 0"),
+    (["--max-rows", "0"], "--max-rows is 0; it must be at least 1"),
+    (["--memory-limit-mb", "0"], "--memory-limit-mb is 0; it must be at least 16"),
+    (["--threads", "-3"], "--threads is -3; it must be at least 0"),
+    (["--seed", "-1"], "--seed is -1; it must be at least 0"),
+    (["--seed", "10000000"], "--seed is 10000000; it must be at most 1000000"),
+    (["--batch", "0"], "--batch is 0; it must be at least 1"),
+    (["--max-completion-tokens", "0"], "--max-completion-tokens is 0; it must be at least 1"),
     (["--predictions", ""], "give --predictions FILE"),
     (["--json", "/nowhere/out.json"], "cannot write /nowhere/out.json"),
     (["--exclude", "gone.json"], "cannot read gone.json"),
@@ -338,6 +352,53 @@ def test_command_line(tmp_path, tiny_db):
 def test_bad_command_lines(tmp_path, tiny_db, extra, words):
     done = run_cli(*own_data(tmp_path, tiny_db), *extra)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_number_has_a_range():
+    for field in fields(EvaluateConfig):
+        if field.type in (int, float, float | None):
+            assert {"at_least", "above"} & field.metadata.keys(), field.name
+
+
+def test_r_ves_needs_no_other_comparison(tmp_path, tiny_db):
+    """The score is BIRD's whatever is compared: swapped columns are right for Spider and wrong for BIRD."""
+    (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "music", "sql": "SELECT name, age FROM singer"},
+                                                   {"question": "q", "db_id": "music", "sql": "SELECT 1"}]))
+    (tmp_path / "p.sql").write_text("SELECT age, name FROM singer\nSELECT 1\n")
+    done = run_cli("--predictions", tmp_path / "p.sql", "--data", tmp_path / "own.json", "--workers", 1, "--match", "spider",
+                   "--r-ves", 1, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["execution_accuracy"] == {"spider": 1.0} and "bird" not in content["examples"][0]
+    assert 25 <= content["timing"]["r_ves"] <= 100 * 1.25 ** 0.5 / 2
+
+
+@pytest.mark.parametrize("fenced", ["```sql SELECT 1```", "```sql\tSELECT 1 ```\tmusic", "``` SELECT 1 ```"])
+def test_lenient_predictions_may_be_fenced(tmp_path, tiny_db, fenced):
+    arguments = own_data(tmp_path, tiny_db)
+    (tmp_path / "p.sql").write_text(f"{fenced}\nSELECT 3\nSELECT 1\n")
+    for flags, right in (([], 0), (["--lenient-format"], 1)):
+        done = run_cli(*arguments, *flags, "--json", tmp_path / "out.json")
+        assert done.returncode == 0, done.stderr
+        assert [item["bird"] for item in json.loads((tmp_path / "out.json").read_text())["examples"]] == [right, 0, 0]
+
+
+def test_no_text_and_no_encoding_ends_the_command(tmp_path, tiny_db):
+    records = [{"id": "é\ud800", "question": "\udfff q", "db_id": "music", "sql": "SELECT oops\ud800", "difficulty": "schön"},
+               {"id": "b", "question": "q", "db_id": "music", "sql": "SELECT 'é'", "difficulty": "易"}]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    (tmp_path / "p.jsonl").write_text('{"sql": "SELECT \\ud800"}\n{"sql": "SELECT \'\\u00e9\'"}\n')
+    out, environment = tmp_path / "out.json", {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "evaluate.py", "--data", tmp_path / "own.json", "--workers", "1", "--json", out]
+    done = subprocess.run([*command, "--predictions", tmp_path / "p.jsonl"], cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    assert content["execution_accuracy"] == {"bird": 0.5, "spider": 0.5} and content["examples"][1]["bird"] == 1
+    done = subprocess.run([sys.executable, "evaluate.py", "--compare", out, out], cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "p.jsonl").write_bytes(b'{"sql": "SELECT \xff"}\n')
+    done = subprocess.run([*command, "--predictions", tmp_path / "p.jsonl"], cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert done.returncode == 2 and b"is not UTF-8 text" in done.stderr and b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("system, correct", [("dail_sql_gpt4", 863), ("graphix_3b_picard", 839)])
