@@ -22,7 +22,7 @@ from rewards import load_reward_module
 from running import options
 from running.errors import UserError
 from settings import parse_settings
-from sql_exec import Execution, SQLExecutor, bird_match
+from sql_exec import MATCHES, Execution, SQLExecutor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -230,7 +230,7 @@ def test_every_bench_is_named_and_the_makefile_runs_those_that_exist():
 
 
 @pytest.mark.parametrize("room, parts", [("grpo", set()), ("sql_exec", set()),
-                                         ("rewards", {"text2sql.atomic", "text2sql.memory"})])
+                                         ("rewards", {"sql_exec", "text2sql.atomic", "text2sql.memory"})])
 def test_rooms_that_stand_alone_import_their_parts_only(room, parts):
     ours = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
     for name in {room, *parts}:
@@ -285,7 +285,7 @@ def test_the_edits_that_add_a_reward_work(tmp_path):
     gold, config = "SELECT name FROM singer", rewards.RewardConfig(rewards="format,execution,length=0.5")
     texts = [f"<think> all names </think> {sql}" for sql in (gold, gold + " LIMIT 0", "SELECT 1")]
     with SQLExecutor({"music": tiny_database(tmp_path / "music.sqlite")}, workers=1) as executor:
-        scorer = rewards.RewardScorer(config, executor, {}, match=lambda mine, theirs, sql: bird_match(mine, theirs))
+        scorer = rewards.RewardScorer(config, executor, {}, match=MATCHES["bird"])
         scored = scorer.score([rewards.RewardItem("music", [gold], text) for text in texts])
     assert [one.length for one in scored] == pytest.approx([1.0, len(gold) / (len(gold) + 8), 8 / len(gold)])
     assert scored[0].total == 1 + 2 + 0.5 and scored[0].total > scored[1].total > scored[2].total
