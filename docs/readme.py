@@ -5,6 +5,7 @@
 Generated text stands between `<!-- NAME -->` and `<!-- /NAME -->`:
     flags                   every flag of every command. Flags are made from the fields of dataclasses
                             (running/options.py), so the parser that a command builds is the whole truth
+    models                  the aliases of `--model`
     needs                   what `train.py --plan` says of `--model qwen2.5-3b`
     ablation NAME: a; Δ a   the measure a and its differences, from ablation-NAME.json, which ablate.py wrote
 Equation n is linked to the first line of grpo.py that says `# eq. (n)`.
@@ -24,6 +25,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 import ablate  # noqa: E402
+import policy  # noqa: E402
 import settings  # noqa: E402
 from engine import plan  # noqa: E402
 from running import options  # noqa: E402
@@ -115,7 +117,13 @@ def flag_tables() -> str:
     return "\n\n".join(f"## `{call}`\n\n{flag_table(command)}" for command, call in COMMANDS.items())
 
 
-# ---------------------------------------------------------------------------------------------- what a model needs
+# ---------------------------------------------------------------------------------------------- models
+
+def model_table() -> str:
+    """A row an alias."""
+    return "\n".join(["| `--model` | checkpoint |", "|---|---|", *(f"| `{alias}` | `{source}` |"
+                                                                   for alias, source in policy.ALIASES.items())])
+
 
 def needs() -> str:
     """Card, disk and time of a training with `--model qwen2.5-3b`, with adapters and without."""
@@ -169,7 +177,7 @@ def up_to_date(text: str) -> str:
                   lambda found: f"[eq. ({found[1]})]({found[2]}#L{lines[int(found[1])]})", text)
     text = re.sub(r"(<!-- ablation (\w+): (.*?) -->\n).*?(<!-- /ablation -->)",
                   lambda found: found[1] + ablation_table(found[2], found[3]) + found[4], text, flags=re.DOTALL)
-    for name, write in (("flags", flag_tables), ("needs", needs)):
+    for name, write in (("flags", flag_tables), ("models", model_table), ("needs", needs)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
                       lambda found, write=write: f"{found[1]}{write()}\n{found[2]}", text, flags=re.DOTALL)
     return text
