@@ -7,11 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import train
-from grpo import GRPOConfig, packed_batches, policy_update, sample_groups
-from policy import build_tiny
 from running import show
 from running.errors import UserError
 
@@ -83,29 +80,11 @@ def test_the_command_shows_the_newest_mixed_group_or_the_one_asked_for(tmp_path)
         show.find_group(tmp_path / "none", None, None)
 
 
-@pytest.mark.parametrize("micro_batch", [0, 2])
-def test_watched_ratios_are_those_of_the_update(micro_batch):
-    policy = build_tiny(["a b c d e f g"] * 3, seed=0, vocab_size=300, width=16, layers=1)
-    config = GRPOConfig(group_size=4, max_completion_tokens=5, micro_batch=micro_batch)
-    groups = sample_groups(policy.model, [torch.tensor([1, 2, 3])] * 2, config, eos_ids=policy.eos_ids, seeds=[0, 1])
-    advantages = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, -1.0]])
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.5)
-    with show.watch_tokens(policy, groups, advantages, config) as watched:
-        policy_update(policy.model, optimizer, groups, packed_batches(groups, config), advantages, None, config)
-    (chosen, completions), = watched.items()
-    assert chosen == 1  # the group with most to learn
-    for tokens, one in zip(groups[1].completions, completions, strict=True):
-        assert len(one["tokens_text"]) == len(one["ratios"]) == len(tokens)
-        assert "".join(one["tokens_text"]) == policy.tokenizer.decode(tokens)
-    mean = [sum(one["ratios"]) / len(one["ratios"]) for one in completions]
-    assert mean[0] > 1 > mean[3]  # the rewarded one became likelier, the other less likely
-
-
 def test_verbose_prints_a_group_every_so_many_steps_and_logs_what_the_report_shows(tmp_path, monkeypatch, capsys):
     assert train.parse_settings(["--verbose"]).run.verbose == 10 and train.parse_settings([]).run.verbose == 0
     folder = tmp_path / "run"
     arguments = ("--cold-start-steps 4 --cold-start-batch 8 --prompts-per-step 2 --group-size 3 --max-completion-tokens 20 "
-                 "--steps 2 --eval-every 0 --test-questions 0 --sql-workers 1 --verbose 2 --threads 1")
+                 "--steps 2 --eval-every 0 --test-questions 0 --sql-workers 1 --verbose 2 --threads 1 --token-ratios-every 1")
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split(), "--output", str(folder)])
     assert train.main() == 0
     printed = capsys.readouterr().out
