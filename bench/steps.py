@@ -15,6 +15,7 @@ update of all weights by AdamW.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
@@ -104,32 +105,27 @@ def reward_of(number: int) -> float:
 # ---- here
 
 
-class ForcedDecoder:
-    """A decoder of decoding.py whose completions get the lengths that they should."""
+def forced_lengths(lengths):
+    """The `sample_token` of grpo.py for one rollout of one group, whose completions get these lengths [G]."""
+    import grpo
 
-    def __init__(self, inner, lengths):
-        self.inner, self.left = inner, lengths
+    sampled = itertools.count()  # tokens of the longest completion so far
 
-    @property
-    def logits(self):
-        return force_end(self.inner.logits, self.left)
+    def sample_token(logits, temperature, uniform):
+        t = next(sampled)
+        rows = lengths if len(logits) == len(lengths) else lengths[lengths > t]  # rows that have ended may leave
+        return grpo_sample_token(force_end(logits, rows - t), temperature, uniform)
 
-    def keep(self, rows) -> None:
-        self.inner.keep(rows)
-        self.left = self.left[rows]
-
-    def step(self, tokens):
-        self.inner.step(tokens)
-        self.left = self.left - 1
-        return self.logits
+    grpo_sample_token = grpo.sample_token
+    return sample_token
 
 
 def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
-    """Runs the steps as train.py does; the tokens sampled in each."""
+    """Runs the steps as train.py does, with the plain engine where `padded`; the tokens sampled in each."""
     import torch
 
     import grpo
-    from engine import decoding
+    from engine import decoding, fast
     from policy import Reference
 
     config = grpo.GRPOConfig(group_size=plan.group, max_completion_tokens=plan.completion, kl_coef=plan.kl_coef)
@@ -137,14 +133,10 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=plan.device == "cuda")
     torch.manual_seed(plan.seed)
     reference, sampled = Reference(model) if plan.kl_coef else None, []
+    engine = fast.ENGINES["plain" if padded else "fast"]
+    if not padded:
+        decoding.can_share(model, plan.prompt + plan.completion)  # looks once, before lengths are forced
     lengths = torch.tensor(plan.lengths(), device=plan.device)
-
-    def copying(model, prompts, G, tokens):  # each completion reads its own copy of the prompt
-        return decoding.CopyingDecoder(model, [p for p in prompts for _ in range(G)], 1, tokens)
-
-    start = copying if padded else decoding.start_decoding
-    forced = mock.patch.object(grpo, "start_decoding", lambda *given: ForcedDecoder(start(*given), lengths))
-    forward = grpo.padded_logprobs if padded else grpo.completion_logprobs
 
     def phase(name):  # as train.py does: bf16 arithmetic on a GPU, of weights as they are now
         stack = contextlib.ExitStack()
@@ -153,21 +145,22 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
         return stack
 
     rewards = torch.tensor([[reward_of(i) for i in range(plan.group)]])
-    with mock.patch.object(grpo, "completion_logprobs", forward):
-        for prompt in plan.prompts(model.config.vocab_size):
-            clock.steps.append({})
-            with clock("step"):
-                with phase("rollout"), forced:
-                    groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END])
-                batches = grpo.packed_batches(groups, config)
-                ref_logps = None
-                if reference:
-                    with phase("reference"), reference.active() as frozen:
-                        ref_logps = grpo.reference_logprobs(frozen, batches, config)
-                with phase("update"):
-                    advantages = grpo.group_advantages(rewards)
-                    grpo.policy_update(model, optimizer, groups, batches, advantages, ref_logps, config)
-            sampled.append(sum(map(len, groups[0].completions)))
+    for prompt in plan.prompts(model.config.vocab_size):
+        clock.steps.append({})
+        forced = forced_lengths(lengths)
+        with clock("step"):
+            with (phase("rollout"), mock.patch.object(grpo, "sample_token", forced),
+                  mock.patch.object(decoding, "sample_token", forced)):
+                groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END], engine=engine)
+            batches = grpo.micro_batches(groups, config)
+            ref_logps = None
+            if reference:
+                with phase("reference"), reference.active() as frozen:
+                    ref_logps = grpo.reference_logprobs(frozen, batches, config, engine)
+            with phase("update"):
+                advantages = grpo.group_advantages(rewards)
+                grpo.policy_update(model, optimizer, batches, advantages, ref_logps, config, engine)
+        sampled.append(sum(map(len, groups[0].completions)))
     return sampled
 
 

@@ -87,11 +87,12 @@ def default_cell(command: str, name: str, default: str | None) -> str:
     shown = f"`{default}`" if default is not None else ""
     if command != "train":
         return shown
-    tiny = settings.TINY_DEFAULTS.get(name, default)
-    if any(name in values for values in settings.SIZE_DEFAULTS.values()):
+    tiny = settings.TINY.get(name, default)
+    pretrained = {str(values.get(name, default)) for values in settings.KINDS.values()}
+    if len(pretrained) > 1:
         return f"[by size](scale.md#defaults-by-size) / `{tiny}`"
-    if name in settings.PRETRAINED_DEFAULTS:
-        default = settings.PRETRAINED_DEFAULTS[name]
+    if {str(default)} != pretrained:
+        (default,) = pretrained
         shown = f"`{default}`"
     return shown if str(tiny) == str(default) else f"{shown} / `{tiny}`"
 
