@@ -71,7 +71,7 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
                                   "atomic_gamma": "1"},
         "+ atomic + result": {"rewards": "format,execution,atomic=0.5,result=0.5"}},
     "loss": {f"{loss} {kind}": {"loss": loss, "kl_estimator": kind, "kl_coef": "0.02"}
-             for loss in ("grpo", "dapo", "dr_grpo", "gspo") for kind in ("k1", "k2", "k3")},
+             for loss in ("grpo", "dapo", "dr_grpo", "gspo") for kind in ("k2", "k3")},
     "kl": {f"kl {weight}": {"kl_coef": weight} for weight in ("0", "0.01", "0.04", "0.1")},
     "group-size": {f"{B} x {G}": {"prompts_per_step": B, "group_size": G}  # the same number of completions
                    for B, G in (("32", "8"), ("128", "2"), ("64", "4"), ("16", "16"), ("8", "32"))},

@@ -25,7 +25,7 @@ def test_every_named_grid_is_one_that_train_accepts(tmp_path):
         assert list(ablate.cells_of(name, [])) == list(cells) and len(cells) > 1
         for flags in cells.values():
             train.parse_settings([*ablate.as_flags(flags), "--output", str(tmp_path)])
-    assert len(ablate.GRIDS["rewards"]) == 5 and len(ablate.GRIDS["loss"]) == 4 * 3
+    assert len(ablate.GRIDS["rewards"]) == 5 and len(ablate.GRIDS["loss"]) == 4 * 2
     completions = {int(f["prompts_per_step"]) * int(f["group_size"]) for f in ablate.GRIDS["group-size"].values()}
     assert len(completions) == 1
 

@@ -202,14 +202,13 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
     assert train.parse_settings([]).run.lr == settings.TINY["lr"]
 
 
-def test_the_readme_shows_the_defaults_by_size():
+def test_the_docs_show_the_defaults_by_size():
     rows = re.findall(r"^\| (?:up to \d B|more) \| (\d+) \| (\d+) \| (\S+) \((\S+)\) \| (on|off) \|$",
-                      (ROOT / "README.md").read_text(), re.MULTILINE)
+                      (ROOT / "docs" / "scale.md").read_text(), re.MULTILINE)
     shown = [{"group_size": int(G), "prompts_per_step": int(B), "lr": float(lr), "gradient_checkpointing": on == "on"}
              for G, B, lr, _, on in rows]
-    assert shown == list(settings.SIZE_DEFAULTS.values())
-    loras = [settings.of_size(int(size), True)["lr"] for size in (1e9, 4e9, 9e9)]
-    assert [float(lora) for *_, lora, _ in rows] == pytest.approx(loras)
+    assert shown == [{name: value for name, value in values.items() if name in shown[0]} for values in settings.KINDS.values()]
+    assert [float(lora) for *_, lora, _ in rows] == pytest.approx([settings.LORA_LR * one["lr"] for one in shown])
 
 
 def test_an_unknown_architecture_takes_the_general_defaults(tmp_path):
