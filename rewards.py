@@ -113,7 +113,7 @@ class RewardConfig:
     memory_scope: str = field(default="other", metadata={
         "help": "compare with traces of other databases, the same, or any", "choices": SCOPES})
     reward_module: str | None = field(default=None, metadata={
-        "help": "a Python file with a function reward(...), see the README; user=W in --rewards weighs it"})
+        "help": "a Python file with a function reward(...), see docs/rewards.md; user=W in --rewards weighs it"})
 
     def __post_init__(self):
         for name, choices in (("atomic_when", ATOMIC_WHEN), ("memory_scope", SCOPES)):

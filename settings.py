@@ -66,7 +66,7 @@ def settings_of_run(folder: str) -> dict:
 class RunConfig:
     """The run."""
 
-    model: str = option("tiny", "tiny, an alias of the README's table, a Hugging Face id or a local folder",
+    model: str = option("tiny", "tiny, an alias of docs/scale.md, a Hugging Face id, a local folder or a GGUF file",
                         common=True)
     engine: str = option("fast", "how sampling and log-probabilities are computed: fast, or plain as grpo.py shows it",
                          choices=("fast", "plain"), common=True)
@@ -178,7 +178,7 @@ def check_together(s: Settings) -> None:
 
 
 def planned(s: Settings) -> tuple[plan.Shape, plan.Work]:
-    """The model and the work that `--plan` reckons with. Raises UserError: its architecture is not known there."""
+    """The model and the work that `--plan` is about. Raises UserError: its architecture is not known there."""
     run = s.run
     try:
         shape = plan.Shape.of(plan.TINY if run.model == "tiny" else config_of(run.model))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import evaluate
 import report
-from data import PromptBuilder, Splits, columns_of, load_splits
+from data import PromptBuilder, Splits, columns_of, load_splits, not_seen_before, run_config_of
 from engine import distributed, plan
 from engine.fast import ENGINES
 from grpo import (
@@ -49,7 +49,7 @@ from policy import (
     load_policy,
     require_model,
 )
-from rewards import RewardBreakdown, RewardItem, RewardScorer, build_memory, load_reward_module
+from rewards import RewardBreakdown, RewardError, RewardItem, RewardScorer, build_memory, load_reward_module
 from running import show
 from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
@@ -91,6 +91,7 @@ def run_all(s: Settings) -> int:
           + (f", recipe {run.recipe}" if run.recipe != "none" else ""))
     data = load_splits(run.data, run.data_dir, run.split, traces=run.traces, seed=run.seed,
                        world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
+    data = not_seen_before(data, run.data, run.data_dir, run_config_of(run.start or run.model))
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
                                                    may_change=MAY_CHANGE_ON_RESUME))
     for note in data.notes:
@@ -100,12 +101,15 @@ def run_all(s: Settings) -> int:
                      cache=folder.path / "gold_cache") as executor:
         try:
             return Trainer(s, data, folder, executor).train()
-        except (UserError, KeyboardInterrupt) as error:
-            if distributed.is_main():
-                folder.discard_new()
-                if isinstance(error, KeyboardInterrupt) and folder.checkpoints():
-                    print(f"go on from step {folder.checkpoints()[-1][0]} with --resume --output {run.output}")
+        except RewardError as error:
+            raise UserError(str(error)) from error
+        except KeyboardInterrupt:
+            if distributed.is_main() and folder.checkpoints():
+                print(f"go on from step {folder.checkpoints()[-1][0]} with --resume --output {run.output}")
             raise
+        finally:
+            if distributed.is_main():
+                folder.discard_new()  # if it never had a checkpoint
 
 
 @dataclass

@@ -4,9 +4,9 @@
     python train.py --plan 24 --model qwen2.5-3b --lora-rank 16    # is a card of 24 GB?
 
 A step has moments that need different things, so there is a column for each: while sampling there are keys and values,
-while updating there are gradients and activations. The peak is the largest column. It is reckoned for the longest
-prompts and completions that the flags allow, and for the code as it is here: packing.py, attention.py, decoding.py.
-Arithmetic only: this file imports nothing of the project, and bench/plan.py compares it with what is measured.
+while updating there are gradients and activations. The peak is the largest column, for the longest prompts
+and completions that the flags allow, with the code as it is here: packing.py, attention.py, decoding.py. Arithmetic
+only: this file imports nothing of the project, and bench/planned_memory.py compares it with what is measured.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Shows a group in the terminal: what was asked, and what each completion earned.
 
-    python show.py runs/demo                       # the newest logged group in which some are right and some wrong
+    python -m running.show runs/demo          # the newest logged group in which some are right and some wrong
     python show.py runs/demo --step 40 --question 3
     python train.py --verbose 10                   # the same every 10 steps while a run goes on
 
