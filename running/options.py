@@ -1,13 +1,41 @@
 """From frozen dataclasses to command-line flags and back, so that help text, documentation and code are one.
 
-A field `group_size: int = field(default=8, metadata={"help": ...})` becomes `--group-size N`. Metadata may also hold
-`choices`, `flag` (a name other than the field's) and `alone` (the value of the flag without one).
+A field `group_size: int = option(8, "completions a question", at_least=2)` becomes `--group-size N`. Files that import
+nothing of the project write the same metadata by hand: `field(default=8, metadata={"help": …, "at_least": 2})`.
+
+    help                      the text of `--help` and of the table of flags; a field without one is no flag
+    choices                   the values it may have
+    at_least, above, at_most  the range of a number; every number must be finite
+    common                    shown by `--help`; the others by `--help-all`
+    flag, alone               a flag with another name than the field's; the value of the flag without one
 """
 
 import argparse
 import dataclasses
+import math
+import operator
 import types
 import typing
+
+
+def option(default, help: str, **metadata):
+    """A field of a settings dataclass: its default, its help text, and the metadata above."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def check(config) -> None:
+    """Raises ValueError, naming the flag, for a value that is not among its choices or not in its range."""
+    for field in dataclasses.fields(config):
+        value, meta = getattr(config, field.name), field.metadata
+        if meta.get("choices") and value not in meta["choices"]:
+            raise ValueError(f"{flag_of(field)} is '{value}'; choose one of {', '.join(map(str, meta['choices']))}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value):
+            raise ValueError(f"{flag_of(field)} is {value}; it must be a finite number")
+        for bound, holds in (("at_least", operator.ge), ("above", operator.gt), ("at_most", operator.le)):
+            if bound in meta and not holds(value, meta[bound]):
+                raise ValueError(f"{flag_of(field)} is {value}; it must be {bound.replace('_', ' ')} {meta[bound]}")
 
 
 def flag_of(field: dataclasses.Field) -> str:
@@ -15,23 +43,24 @@ def flag_of(field: dataclasses.Field) -> str:
     return "--" + field.metadata.get("flag", field.name).replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
-    """Adds a flag for every field of a dataclass that has a help text."""
+def add_arguments(parser: argparse.ArgumentParser, config: type, show_all: bool = True) -> None:
+    """Adds a flag for every field of a dataclass that has a help text; unless `show_all`, help shows common ones."""
     group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
     types_of = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         if "help" not in field.metadata:
             continue
+        shown = help_of(field) if show_all or field.metadata.get("common") else argparse.SUPPRESS
         # Defaults are left out of the namespace: what is absent was not given, so other defaults may apply.
-        common = {"dest": field.name, "default": argparse.SUPPRESS, "help": help_of(field)}
+        shared = {"dest": field.name, "default": argparse.SUPPRESS, "help": shown}
         kind = _plain_type(types_of[field.name])
         if kind is bool:
-            group.add_argument(flag_of(field), action=argparse.BooleanOptionalAction, **common)
+            group.add_argument(flag_of(field), action=argparse.BooleanOptionalAction, **shared)
         else:
             if "alone" in field.metadata:
-                common |= {"nargs": "?", "const": field.metadata["alone"]}
+                shared |= {"nargs": "?", "const": field.metadata["alone"]}
             group.add_argument(flag_of(field), type=kind, choices=field.metadata.get("choices"),
-                               metavar=None if field.metadata.get("choices") else kind.__name__.upper(), **common)
+                               metavar=None if field.metadata.get("choices") else kind.__name__.upper(), **shared)
 
 
 def help_of(field: dataclasses.Field) -> str:
