@@ -254,8 +254,11 @@ class ValueIndex:
                 taken += len(value)
         return taken
 
-    def hints(self, text: str, limit: int) -> list[Hint]:
-        """At most `limit` cells the text mentions: longest matches first, none inside a longer match."""
+    def hints(self, text: str, limit: int, tables: set[str] | None = None) -> list[Hint]:
+        """At most `limit` cells the text mentions: longest matches first, none inside a longer match.
+
+        tables: those whose cells count, all by default.
+        """
         spoken = words(text)
         as_written = set(WORD.findall(text))
         covered = [False] * len(spoken)
@@ -264,6 +267,8 @@ class ValueIndex:
             matches = []
             for start in range(len(spoken) - length + 1):
                 cells = self._lookup(spoken[start:start + length], as_written)
+                if tables is not None:
+                    cells = [cell for cell in cells if cell.table in tables]
                 if cells and not all(covered[start:start + length]):
                     matches.append((start, cells))
             for start, cells in matches:
