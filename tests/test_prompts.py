@@ -102,12 +102,19 @@ def test_a_taught_answer_keeps_its_tags_and_nothing_else(tiny_db):
     assert [ids.count(tokenizer.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>", "<|im_end|>")] == [1, 1, 0]
 
 
-@pytest.mark.parametrize("opening", ["", "<think>\n", "<think>", "<think>\n\n</think>\n\n", "<think></think>", "<think>\n </think>"])
+@pytest.mark.parametrize("opening", ["", "<think>\n", "<think>", "<think>\n\n</think>\n\n", "<think></think>",
+                                     "<think>\n </think>", "</think>", "</think>\n\n"])
 def test_the_thought_is_left_to_the_answer_whatever_the_template_opens(tiny_db, opening):
     closed = CHAT.replace("assistant\n{% endif", "assistant\n" + opening + "{% endif")
     make, usual = builder(tiny_db, chat_tokenizer(closed)), builder(tiny_db)
     assert make.text(ask()) == usual.text(ask()) and make.text(ask()).endswith("<|im_start|>assistant\n")
     assert make.encode(ask()) == usual.encode(ask())
+
+
+def test_a_template_that_fails_is_told(tiny_db):
+    make = builder(tiny_db, chat_tokenizer("{{ raise_exception('no such thing') }}"))
+    with pytest.raises(UserError, match=r"chat template fails \(no such thing\); --prompt-style compact"):
+        make.encode(ask())
 
 
 # Large databases ----------------------------------------------------------------------------------------------

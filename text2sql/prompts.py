@@ -190,15 +190,18 @@ class PromptBuilder:
         if not self.has_chat_template:
             return f"{SYSTEM}\n\n{body}\n\nAnswer:\n"
         from jinja2.exceptions import TemplateError
-        options = {"tokenize": False, "add_generation_prompt": True}
-        system, user = {"role": "system", "content": SYSTEM}, {"role": "user", "content": body}
-        try:
-            text = self.tokenizer.apply_chat_template([system, user], **options)
-        except TemplateError:  # some templates (Gemma's) refuse a system message
-            user["content"] = f"{SYSTEM}\n\n{body}"
-            text = self.tokenizer.apply_chat_template([user], **options)
-        # Templates of some reasoning models open <think> themselves, or open and close it: ours is part of the answer.
-        return re.sub(r"<think>\s*(</think>\s*)?$", "", text)
+        system = {"role": "system", "content": SYSTEM}
+        both = {"role": "user", "content": f"{SYSTEM}\n\n{body}"}  # some templates (Gemma's) refuse a system message
+        for messages in ([system, {"role": "user", "content": body}], [both]):
+            try:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                break
+            except TemplateError as error:
+                problem = error
+        else:
+            raise UserError(f"the model's chat template fails ({problem}); --prompt-style compact goes without it")
+        # Templates of reasoning models may open <think>, close it, or do both: ours is part of the answer.
+        return re.sub(r"(<think>\s*)?(</think>\s*)?$", "", text)
 
     def _ids(self, text: str) -> list[int]:
         """Token ids; a chat template writes its own special tokens, so none are added after it.
