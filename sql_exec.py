@@ -621,23 +621,18 @@ class SQLExecutor:
         since a busy machine may have caused it. Never kept are results that depend on time or chance, those
         of a database that changed meanwhile, a locked or unreadable file, and a dead worker.
         """
-        return self.run_both([], pairs)[1]
-
-    def run_both(self, pairs, gold_pairs) -> tuple[list[Execution], list[Execution]]:
-        """`run_many` of predictions and `run_gold` of their golds, at the same time: a gold that depends on
-        time or chance then has the result that the same prediction has."""
-        pairs, gold_pairs = list(map(tuple, pairs)), list(map(tuple, gold_pairs))
-        golds = dict.fromkeys(gold_pairs)
-        files = {gold: self._cache_file(*gold) for gold in golds if self.cache is not None}
-        found = {gold: _read_execution(file) for gold, file in files.items() if file}
-        missing = [gold for gold in golds if found.get(gold) is None]
-        executions = self.run_many(pairs + missing)
-        for gold, execution in zip(missing, executions[len(pairs) :], strict=True):
-            found[gold] = execution
+        pairs = list(map(tuple, pairs))
+        if self.cache is None:
+            return self.run_many(pairs)
+        files = {pair: self._cache_file(*pair) for pair in dict.fromkeys(pairs)}
+        found = {pair: _read_execution(file) for pair, file in files.items() if file}
+        missing = [pair for pair in files if found.get(pair) is None]
+        for pair, execution in zip(missing, self.run_many(missing), strict=True):
+            found[pair] = execution
             passing = execution.volatile or (execution.error or "").startswith(PASSING_ERRORS)
-            if files.get(gold) and not passing and files[gold] == self._cache_file(*gold):
-                _write_execution(files[gold], execution)
-        return executions[: len(pairs)], [found[gold] for gold in gold_pairs]
+            if files[pair] and not passing and files[pair] == self._cache_file(*pair):
+                _write_execution(files[pair], execution)
+        return [found[pair] for pair in pairs]
 
     def _cache_file(self, db_id: str, sql: str) -> Path | None:
         """Where the result of a statement is kept, or None where it need not or cannot be."""
@@ -925,6 +920,9 @@ class Results:
                               for way in ways for db_id, _, gold_sqls in questions for gold in gold_sqls)
         self._predicted = dict(zip(predictions, executor.run_many(list(predictions)), strict=True))
         self._golds = dict(zip(golds, executor.run_gold(list(golds)), strict=True))
+        # What depends on time or chance has one result where prediction and gold are the same query.
+        self._predicted |= {query: result for query, result in self._golds.items()
+                            if query in predictions and result.volatile}
 
     def predicted(self, db_id: str, sql: str, comparison: Comparison = AS_WRITTEN) -> Execution:
         return self._predicted[db_id, comparison.prepare(sql, True)]

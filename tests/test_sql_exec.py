@@ -537,15 +537,16 @@ def test_results_that_depend_on_time_or_chance_are_not_kept(tiny_db, tmp_path, s
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
 
 
-def test_a_gold_of_chance_agrees_with_itself_and_is_drawn_anew(tiny_db, tmp_path):
-    pairs = [("music", "SELECT random()"), ("music", "SELECT 1")]
-    with SQLExecutor({"music": tiny_db}, cache=tmp_path / "cache") as executor:
-        first = executor.run_both(pairs, pairs[::-1])
-        second = executor.run_both(pairs, pairs)
-        assert executor.run_both([], []) == ([], [])
-    for predicted, golds in (first, (second[0], second[1][::-1])):
-        assert [run.rows for run in predicted] == [run.rows for run in golds[::-1]]
-    assert first[0][0].rows != second[0][0].rows
+@pytest.mark.parametrize("match", sql_exec.MATCHES.values(), ids=sql_exec.MATCHES)
+def test_a_gold_of_chance_agrees_with_itself_and_is_drawn_anew(tiny_db, tmp_path, match):
+    sqls = ["SELECT random()", "SELECT DISTINCT name FROM singer ORDER BY random()", "SELECT CURRENT_TIMESTAMP", "SELECT 1"]
+    drawn = []
+    for _ in range(2):
+        with SQLExecutor({"music": tiny_db}, cache=tmp_path / "cache") as executor:
+            results = sql_exec.Results(executor, [("music", sql, (sql,)) for sql in sqls], [match])
+        assert all(results.is_right("music", sql, (sql,), match) for sql in sqls)
+        drawn.append(results.gold("music", sqls[0]).rows)
+    assert drawn[0] != drawn[1]
 
 
 def test_results_that_an_older_form_of_the_cache_froze_are_not_believed(tiny_db, tmp_path, monkeypatch):
