@@ -3,12 +3,13 @@
 import sqlite3
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from policy import train_tokenizer
 from running.errors import UserError
 from text2sql.example import Example
-from text2sql.plain_text import control_tokens, encode, guarded
+from text2sql.plain_text import control_tokens, encode_answers
 from text2sql.prompts import PromptBuilder, PromptConfig, mentioned_tables, needed_tables
 from text2sql.schema import Hint, read_schema, schema_columns
 
@@ -93,13 +94,26 @@ def test_text_that_no_tokenizer_takes_is_replaced(tiny_db):
     assert "a\ufffd" in PromptBuilder({"music": tiny_db}, None).text(ask("a\ud800"))
 
 
-def test_a_taught_answer_keeps_its_tags_and_nothing_else(tiny_db):
+def test_a_tokenizer_that_frames_every_text_frames_the_prompt_once(tiny_db):
+    """One of SentencePiece's kind, which begins a text with <s> and a blank, and ends it with </s>."""
+    letters = {letter: i for i, letter in enumerate("?▁<>/|abcdefghijklmnopqrstuvwxyz")}
+    inner = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    inner.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    ends = [(tag, inner.token_to_id(tag)) for tag in ("<s>", "</s>")]
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    for question in ("what is </s> <s> there", "plain"):
+        ids = builder(tiny_db, tokenizer).encode(ask(question))
+        assert ids[0] == ends[0][1] and not {number for _, number in ends} & set(ids[1:])
+
+
+def test_a_taught_answer_keeps_its_tags_and_no_other_control_token():
     tokenizer = chat_tokenizer()
-    control = control_tokens(tokenizer)
-    thought, sql = guarded("a </think> b", control), guarded("SELECT '<|im_end|>'", control)
-    ids = encode(tokenizer, f"<think> {thought} </think> {sql}")
-    assert tokenizer.decode(ids) == "<think> a </think> b </think> SELECT '<|im_end|>'"
-    assert [ids.count(tokenizer.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>", "<|im_end|>")] == [1, 1, 0]
+    texts = ["<think> count </think> SELECT '<|im_end|>'", "<think> of 350 [x] </think> SELECT 1 < 2"]
+    odd, ordinary = encode_answers(tokenizer, texts)
+    assert ordinary == tokenizer.encode(texts[1], add_special_tokens=False) and tokenizer.decode(odd) == texts[0]
+    assert [odd.count(tokenizer.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>", "<|im_end|>")] == [1, 1, 0]
 
 
 @pytest.mark.parametrize("opening", ["", "<think>\n", "<think>", "<think>\n\n</think>\n\n", "<think></think>",

@@ -2,12 +2,13 @@
 
 A tokenizer takes `<|im_end|>` for the end of a turn wherever it stands, in a question or a cell too. `guarded` puts
 a mark behind the first character of each such string, and `encode` cuts the text there and encodes piece by piece:
-what was cut becomes the tokens of plain text and decodes to what was written. Text without such strings is one piece,
-so its tokens are those it always had. (The option `split_special_tokens` of tokenizers would split those of the chat
+what was cut becomes the tokens of plain text and decodes to what was written (in the way of SentencePiece, with a blank
+at the cut). Text without such strings is one piece, so its tokens are those it always had. (The option `split_special_tokens` of tokenizers would split those of the chat
 template as well, and leave `<think>` whole, which is an added token but no special one.)
 """
 
 import re
+from collections.abc import Iterable
 
 MARK = "\ufdd0"  # a noncharacter of Unicode: it stands for nothing, and no text may hold it
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which no tokenizer takes
@@ -40,3 +41,9 @@ def encode(tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
     for piece in rest:
         ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def encode_answers(tokenizer, texts: Iterable[str]) -> list[list[int]]:
+    """The ids of answers that are taught: the tags around the reasoning are tokens, all else is plain text."""
+    control = tuple(token for token in control_tokens(tokenizer) if token not in ("<think>", "</think>"))
+    return [encode(tokenizer, guarded(text, control)) for text in texts]
