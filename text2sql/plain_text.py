@@ -2,9 +2,10 @@
 
 A tokenizer takes `<|im_end|>` for the end of a turn wherever it stands, in a question or a cell too. `guarded` puts
 a mark behind the first character of each such string, and `encode` cuts the text there and encodes piece by piece:
-what was cut becomes the tokens of plain text and decodes to what was written (in the way of SentencePiece, with a blank
-at the cut). Text without such strings is one piece, so its tokens are those it always had. (The option `split_special_tokens` of tokenizers would split those of the chat
-template as well, and leave `<think>` whole, which is an added token but no special one.)
+what was cut becomes the tokens of plain text and decodes to what was written (in the way of SentencePiece, with a
+blank at the cut). Text without such strings is one piece, so its tokens are those it always had. The option
+`split_special_tokens` of tokenizers is no help: it splits the control tokens of the chat template as well, and leaves
+`<think>` whole, which is an added token but no special one.
 """
 
 import re
