@@ -3,11 +3,16 @@
 A script's `main` runs in `run_main`, which turns a `UserError` into one line on stderr and exit status 2.
 """
 
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # Python joins the pairs that mean a character
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes a half of such a pair
 
 
 class UserError(Exception):
@@ -16,9 +21,11 @@ class UserError(Exception):
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a script's main: a UserError is one line on stderr and exit status 2, Ctrl-C 130, a closed pipe 141."""
+    write_any_text()
     try:
         status = main()
-        sys.stdout.flush()
+        if sys.stdout:  # None where the shell closed it
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -31,6 +38,21 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(status or 0)
 
 
+def write_any_text() -> None:
+    """Lets stdout and stderr escape what their encoding lacks, so that no output ends a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's or a test's stream takes any text
+            stream.reconfigure(errors="backslashreplace")
+
+
+def sound(text: str) -> str:
+    """The text with lone surrogates replaced by U+FFFD: no file, tokenizer or database takes them.
+
+    They come from JSON ("\\ud800") and from command-line arguments that are not UTF-8.
+    """
+    return LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def read_text(file: Path) -> str:
     """A text file; whatever hinders reading it is a UserError."""
     try:
@@ -38,17 +60,31 @@ def read_text(file: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start})") from error
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
 
 
 def parse_json(text: str, file, line: int | None = None):
-    """The JSON value of a file, or of one line of it; an error names the line."""
+    """The JSON value of a file, or of one line of it, with sound texts; an error names the line."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        return _sound_value(value) if ESCAPED_SURROGATE.search(text) else value
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {line or error.lineno}: broken JSON ({error.msg})") from error
     except RecursionError as error:
         raise UserError(f"{file}: JSON nested too deeply") from error
+    except ValueError as error:  # a number of more than 4,300 digits
+        raise UserError(f"{file}: a number is too long to be read") from error
+
+
+def _sound_value(value):
+    """The same JSON value, each text in it sound."""
+    if isinstance(value, str):
+        return sound(value)
+    if isinstance(value, list):
+        return [_sound_value(item) for item in value]
+    if isinstance(value, dict):
+        return {sound(name): _sound_value(item) for name, item in value.items()}
+    return value
 
 
 def json_lines(records: Iterable[dict]) -> str:
@@ -67,7 +103,7 @@ def write_text(file, text: str) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new one, never a part."""
     scratch = path.with_name(f".new-{path.name}")
-    with open(scratch, "w", encoding="utf-8") as file:
+    with open(scratch, "w", encoding="utf-8", errors="replace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -166,18 +166,19 @@ def test_official_layout_without_any_database(tmp_path):
 
 
 @pytest.mark.parametrize("body, status, printed", [
-    ("raise data.UserError('bad input')", 2, "error: bad input\n"),
+    ("raise errors.UserError('bad input')", 2, "error: bad input\n"),
     ("raise KeyboardInterrupt", 130, "interrupted\n"),
     ("return None", 0, ""), ("return 1", 1, "")])
 def test_run_main(body, status, printed):
-    code = f"import data\ndef main():\n    {body}\ndata.run_main(main)"
+    code = f"from running import errors\ndef main():\n    {body}\nerrors.run_main(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (status, printed)
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])  # a pipe takes the first at once, and notices at the end
 def test_a_reader_that_has_seen_enough_is_no_error(lines):
-    code = f"import data, time\ndef main():\n    time.sleep(0.3)\n    print('text\\n' * {lines})\ndata.run_main(main)"
+    code = ("import time\nfrom running import errors\ndef main():\n    time.sleep(0.3)\n"
+            f"    print('text\\n' * {lines})\nerrors.run_main(main)")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         child.stdout.close()
         assert child.stderr.read() == b"" and child.wait() == 141
