@@ -110,11 +110,11 @@ class Reply:
     def no_format(self) -> str:
         """What to say and to advise when no answer has the format."""
         cut = self.failures.get("truncated", 0)
-        return (f"None of the {plural(self.count, 'answer')} has the format `<think> reasoning </think> one SQL query`"
-                + (f", and {cut} did not end within --max-completion-tokens" if cut else "")
-                + f". The likeliest one begins:\n  {printable(self.answer.text)[:300]}\n"
+        return (f"0 of {plural(self.count, 'answer')} have the format `<think> reasoning </think> one SQL query`"
+                + (f"; {cut} did not end within --max-completion-tokens" if cut else "")
+                + f". The likeliest begins:\n  {printable(self.answer.text)[:300]}\n"
                 "--lenient-format also takes SQL in a code fence. Otherwise teach the format first: train.py --traces "
-                "FILE, with reasoning traces of a larger model or of sft.py --mine; or ask a model that was trained so.")
+                "FILE, with reasoning of a larger model or from sft.py --mine. Or ask a model that was trained so.")
 
     def as_json(self) -> dict:
         """What a page shows; cells are text or null."""
@@ -200,8 +200,11 @@ def unknown_database(model: str, path: Path) -> str:
     run = run_config_of(model)
     if not run or run.get("model") != "tiny":
         return ""
-    asked = columns_by_table(schema_columns(read_schema(path)))
-    if asked in databases_of(run):
+    try:
+        known = databases_of(run)
+    except UserError:  # its data have moved away
+        return ""
+    if columns_by_table(schema_columns(read_schema(path))) in known:
         return ""
     data = "the demo's ten databases" if run["data"] == "demo" else f"the databases of {run['data']}"
     return (f"{model} was trained from random weights, on {data} alone, and {path.name} is none of them: do not expect "

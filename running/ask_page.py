@@ -84,7 +84,7 @@ if (location.hash.length > 1) { field.value = questionOf(location.hash.slice(1))
 def serve(asker, port: int) -> None:
     """Answer until Ctrl-C. `asker` is an `ask.Asker`."""
     try:
-        server = make_server(asker, port)
+        server = Server(asker, port)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on port {port}: {reason}") from error
@@ -93,25 +93,23 @@ def serve(asker, port: int) -> None:
         server.serve_forever()
 
 
-def make_server(asker, port: int) -> "Server":
-    """A server on 127.0.0.1, port 0 for any free one; `serve_forever` starts it."""
-    return Server(asker, port)
-
-
 class Server(ThreadingHTTPServer):
-    """Answers from one Asker, a question at a time; a thread waits for each client."""
+    """On 127.0.0.1, port 0 for any free one; it answers from one Asker, a question at a time."""
 
     daemon_threads = True
 
     def __init__(self, asker, port: int):
         super().__init__(("127.0.0.1", port), Handler)
         self.asker, self.lock = asker, threading.Lock()
-        # A browser leaves the port out of Host and Origin where it is the usual one of http.
-        self.names = [f"{host}{end}" for host in ("127.0.0.1", "localhost")
-                      for end in (f":{self.server_port}", *([""] if self.server_port == 80 else []))]
+
+    @property
+    def names(self) -> list[str]:
+        """What a browser calls this server; it leaves the port out where it is the usual one of http."""
+        ends = [f":{self.server_port}", *([""] if self.server_port == 80 else [])]
+        return [host + end for host in ("127.0.0.1", "localhost") for end in ends]
 
     def handle_error(self, request, client_address) -> None:
-        """A client that leaves before its answer is nobody's fault; all else is told with its traceback."""
+        """A client that leaves before its answer is no error; all else is shown with its traceback."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
