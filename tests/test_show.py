@@ -1,7 +1,8 @@
-"""show.py: a group in the terminal, colours, hostile text, and the ratios of watched tokens."""
+"""running/show.py: a group in the terminal, colours, hostile text, and the ratios of watched tokens."""
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_colours_go_to_terminals_only(monkeypatch, tty, environment, wanted):
 def test_the_command_shows_the_newest_mixed_group_or_the_one_asked_for(tmp_path):
     records = [group(completion(), completion(), step=1), MIXED, group(completion(), completion())]
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    shown = subprocess.run([sys.executable, ROOT / "show.py", tmp_path], capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, "-m", "running.show", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0 and "1 of 4 right" in shown.stdout and "\033" not in shown.stdout
     assert show.find_group(tmp_path, 1, None)["step"] == 1
     assert show.find_group(tmp_path, 7, 2) == records[2]
@@ -81,6 +82,16 @@ def test_the_command_shows_the_newest_mixed_group_or_the_one_asked_for(tmp_path)
             show.find_group(tmp_path, step, question)
     with pytest.raises(UserError, match="no rollouts"):
         show.find_group(tmp_path / "none", None, None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_any_text_can_be_shown_on_any_terminal(tmp_path, encoding):
+    odd = group(completion("half \ud800 pair, 日本, é, \udcff", sql="SELECT '\ud800 日本'", status="\ud800"))
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(odd | {"question": "\udfff ?", "db_id": "\ud83d"}) + "\n")
+    shown = subprocess.run([sys.executable, "-m", "running.show", tmp_path], cwd=ROOT, capture_output=True,
+                           env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert shown.returncode == 0 and shown.stderr == b""
+    assert "0 of 1 right" in shown.stdout.decode(encoding) and ("日本" in shown.stdout.decode(encoding)) == (encoding == "utf-8")
 
 
 @pytest.mark.parametrize("micro_batch", [0, 2])
