@@ -479,6 +479,15 @@ def test_chromium_filters(run, browser):
     assert browser.complaints() == []
 
 
+@pytest.mark.parametrize("fragment, position", [
+    ("#100%", (3, 1)), ("#step=%&question=%", (1, 1)), ("#step=2&question=2.7", (2, 2)), ("#step=99&question=99", (3, 3)),
+    ("#step=-1&question=-1", (1, 1)), ("#step=2&question=1e999", (2, 3))])
+def test_chromium_shows_a_group_for_any_address(run, browser, fragment, position):
+    browser.open(report.write_report(run), fragment)
+    browser.wait_for_place(*position)
+    assert browser.complaints() == []
+
+
 def test_chromium_moves_along_the_curves(run, browser):
     browser.open(report.write_report(run))
     reward = "document.querySelector('output[data-key=reward]').textContent"
