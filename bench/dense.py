@@ -43,7 +43,8 @@ def agreement(pairs: Iterable[tuple[float, float]]) -> float:
 def memory_ranks(records: list[dict], config: dict) -> list[tuple[float, float]]:
     """(cosine of a right completion, of a wrong one of its group), with the memory of the step before."""
     data = load_splits(config["data"], config["data_dir"], config["split"], traces=config["traces"],
-                       seed=config["seed"], world=config["world"])
+                       seed=config["seed"], world=config["world"], dev_size=config["eval_questions"],
+                       test_size=config["test_questions"])
     memory = build_memory(options.build(RewardConfig, config), options.build(MemoryGate, config),
                           columns_of(data.databases))
     memory.add_many([(example.db_id, example.trace) for example in data.traced if not example.trace_sql])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import sqlite3
 import subprocess
@@ -12,8 +13,22 @@ from conftest import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset, read_schema, schema_columns, value_index
-from running.errors import UserError
+from data import (
+    Dataset,
+    Example,
+    PromptBuilder,
+    PromptConfig,
+    load_dataset,
+    load_for_evaluation,
+    load_splits,
+    read_schema,
+    reported_split,
+    run_config_of,
+    schema_columns,
+    value_index,
+)
+from running.errors import UserError, parse_json, write_whole
+from text2sql.holdout import groups_of, normalised_sql
 from text2sql.prompts import needed_columns, space_out
 from text2sql.schema import Hint, quote_identifier
 
@@ -125,7 +140,12 @@ GOOD = {"question": "q", "db_id": "music", "sql": "SELECT 1"}
     ([GOOD | {"evidence": 5}], ["record 1", "'evidence'"]),
     ([GOOD, GOOD | {"db_id": "nowhere"}], ["own.json, record 2", "nowhere.sqlite", "nowhere.db"]),
     ([GOOD | {"db_id": "text"}], ["text.db", "not a SQLite database"]),
-    ([GOOD | {"id": "a"}, GOOD | {"id": "a"}], ["records 1 and 2", "'a'"]),
+    ([GOOD | {"split": "valid"}], ["record 1", "'split' is 'valid'", "train, dev, test"]),
+    ([GOOD | {"split": 1}], ["record 1", "'split' is 1"]),
+    (json.dumps(GOOD) + "\n" + json.dumps(GOOD), ["own.json", "an object a line", "name it own.jsonl"]),
+    (json.dumps(GOOD), ["own.json", "name it own.jsonl"]),
+    ("\n", ["own.json holds no records"]),
+    ("[" + "1" * 5000 + "]", ["own.json", "a number is too long"]),
     ([GOOD | {"split": "train"}], ["no record of split 'dev'"]),
 ])
 def test_own_file_errors(tmp_path, tiny_db, content, words):
@@ -140,6 +160,312 @@ def test_broken_jsonl_names_the_line(tmp_path, tiny_db):
     path = write(tmp_path / "own.jsonl", json.dumps(GOOD) + "\n\n{oops\n")
     with pytest.raises(UserError, match="own.jsonl, line 3: broken JSON"):
         load_dataset(path)
+
+
+def test_a_list_named_jsonl_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"own.jsonl holds a JSON list.*name it own.json$"):
+        load_dataset(write(tmp_path / "own.jsonl", json.dumps([GOOD])))
+
+
+@pytest.mark.parametrize("ids, expected, words", [
+    (["12", 12, "12", "12-2"], ["12", "12-3", "12-4", "12-2"], "record 2 repeats id '12', so it is called '12-3'"),
+    (["3", "a", "b", None], ["3", "a", "b", "3-2"], "record 4 has no id, and its position, '3', is taken, so it is called"),
+    ([None, "0", " ", "0"], ["0-2", "0", "2", "0-3"], "record 1 has no id, and its position, '0', is taken"),
+    (["a", None, None], ["a", "1", "2"], None)])
+def test_ids_are_made_unique_and_told(tmp_path, tiny_db, ids, expected, words):
+    records = [GOOD | ({"id": identity} if identity is not None else {}) for identity in ids]
+    dataset = load_dataset(write(tmp_path / "own.json", records))
+    assert [item.id for item in dataset.examples] == expected
+    assert [words in note for note in dataset.notes] == ([True] if words else [])
+
+
+def test_repeated_ids_of_an_official_file_are_told(tmp_path, tiny_db):
+    target = tmp_path / "dev_databases" / "music" / "music.sqlite"
+    target.parent.mkdir(parents=True)
+    tiny_db.rename(target)
+    write(tmp_path / "dev.json", [GOOD | {"question_id": 7, "question": word} for word in "abc"])
+    dataset = load_dataset("bird", tmp_path, "dev")
+    assert [item.id for item in dataset.examples] == ["7", "7-2", "7-3"]
+    assert "record 3 repeats id '7', so it is called '7-3'" in dataset.notes[0]
+
+
+def test_each_split_of_an_own_file_may_count_anew(tmp_path, tiny_db):
+    path = write(tmp_path / "own.json", [GOOD | {"id": 1, "split": "train"}, GOOD | {"id": 1, "split": "dev"}])
+    for split in ("train", "dev"):
+        dataset = load_dataset(path, split=split)
+        assert [item.id for item in dataset.examples] == ["1"] and dataset.notes == ()
+
+
+def test_split_names_are_read_in_any_case(tmp_path, tiny_db):
+    path = write(tmp_path / "own.json", [GOOD | {"question": "a", "split": "Train"}, GOOD | {"question": "b", "split": None},
+                                         GOOD | {"question": "c", "split": " DEV "}])
+    assert [item.question for item in load_dataset(path, split="train").examples] == ["a", "b"]
+    dev = load_dataset(path, split="Dev")
+    assert [item.question for item in dev.examples] == ["b", "c"]
+    assert dev.notes[0].endswith("which belong to every split: 1")
+
+
+def test_lone_surrogates_are_replaced(tmp_path, tiny_db):
+    text = json.dumps([GOOD | {"question": "x"}]).replace("x", r"caf\ud800 \ud83d\ude00")
+    question = load_dataset(write(tmp_path / "own.json", text)).examples[0].question
+    assert question == "caf\N{REPLACEMENT CHARACTER} \N{GRINNING FACE}"
+    assert parse_json(r'{"a\udfff": [["\udc00"], 1, null]}', "f") == {
+        "a\N{REPLACEMENT CHARACTER}": [["\N{REPLACEMENT CHARACTER}"], 1, None]}
+    write_whole(tmp_path / "out", "a\ud800b")
+    assert (tmp_path / "out").read_text() == "a?b"
+
+
+def test_what_is_not_utf8_is_told(tmp_path):
+    (tmp_path / "own.json").write_bytes(b'[{"question": "caf\xe9"}]')
+    with pytest.raises(UserError, match=r"own.json is not UTF-8 text \(byte 18\): save it as UTF-8"):
+        load_dataset(str(tmp_path / "own.json"))
+
+
+# ------------------------------------------------------------------------------- what is held back from training
+
+def shared_with_training(splits):
+    """(questions, gold queries, databases) that held-back questions share with training."""
+    held = [item for part in (splits.dev, *splits.tests.values()) for item in part]
+
+    def shared(key):
+        return len({key(item) for item in held} & {key(item) for item in splits.train})
+
+    return (shared(lambda item: (item.db_id, item.question.lower())),
+            shared(lambda item: (item.db_id, normalised_sql(item.gold_sqls[0]))), shared(lambda item: item.db_id))
+
+
+def own_file(folder, count, name="own.json", **fields):
+    """A file of so many different questions about the music database."""
+    return write(folder / name, [{"question": f"Question {i}?", "db_id": "music", "sql": f"SELECT {i}"} | fields
+                                 for i in range(count)])
+
+
+def run_of(path, **more):
+    """The settings of a training run on a file, as its config.json has them."""
+    return {"data": str(path), "data_dir": None, "split": "train", "seed": 0, "eval_questions": 200,
+            "test_questions": 1000} | more
+
+
+def test_spider_train_holds_back_by_gold(shared_data):
+    splits = load_splits("spider", shared_data / "spider")
+    assert (len(splits.train), len(splits.dev)) == (7000 - 262 - 200, 200)
+    assert {name: len(part) for name, part in splits.tests.items()} == {"dev split": 1000}
+    assert shared_with_training(splits) == (0, 0, len({item.db_id for item in splits.dev}))
+    assert splits.notes[-1].startswith("held back 200 of 6738 questions to choose the best policy by; 82 of them moved")
+    golds = [(item.db_id, normalised_sql(item.gold_sqls[0])) for item in splits.dev]
+    assert len(golds) - len(set(golds)) == 82
+
+
+def test_training_on_spider_dev_tests_on_other_databases(shared_data):
+    splits = load_splits("spider", shared_data / "spider", "dev")
+    test = splits.tests["test"]
+    assert (len(splits.train), len(splits.dev), len(test)) == (737, 103, 194)
+    assert shared_with_training(splits)[:2] == (0, 0)
+    databases = {item.db_id for item in test}
+    assert len(databases) == 4 and databases.isdisjoint(item.db_id for item in splits.train + splits.dev)
+    assert len({item.id for item in splits.train + splits.dev + test}) == 1034
+    assert "because spider's dev split is trained on" in splits.notes[0] and "course_teach" in splits.notes[0]
+    assert "--test-questions" in splits.notes[0] and "--eval-questions" in splits.notes[1]
+    other = load_splits("spider", shared_data / "spider", "dev", seed=1).tests["test"]
+    assert {item.db_id for item in other} != databases
+
+
+def test_training_on_one_database_tests_on_other_questions(shared_data):
+    splits = load_splits("bird", shared_data / "bird_superhero", "dev")
+    assert (len(splits.train), len(splits.dev), len(splits.tests["test"])) == (92, 12, 25)
+    assert shared_with_training(splits) == (0, 0, 1)
+    nothing = load_splits("bird", shared_data / "bird_superhero", "dev", dev_size=0, test_size=0)
+    assert len(nothing.train) == 129 and not nothing.dev and not nothing.tests and not nothing.notes
+
+
+def test_mini_dev_is_no_test_of_itself(tmp_path, tiny_db):
+    for place in ("dev_databases/music/music.sqlite", "dev_databases/opera/opera.sqlite"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_bytes(tiny_db.read_bytes())
+    records = [{"question": f"Question {i}?", "db_id": ["music", "opera"][i % 5 == 0], "SQL": f"SELECT {i}"}
+               for i in range(40)]
+    write(tmp_path / "dev.json", records)
+    write(tmp_path / "mini_dev_sqlite.json", records[:30])
+    splits = load_splits("bird", tmp_path, "mini-dev")
+    assert (len(splits.train), len(splits.dev), len(splits.tests["test"])) == (21, 3, 6)
+    assert {item.db_id for item in splits.tests["test"]} == {"opera"}
+    run = run_of("bird", data_dir=str(tmp_path), split="mini-dev")
+    dev = load_for_evaluation("bird", tmp_path, "dev", run)
+    assert len(dev.examples) == 16 and "left out 24 of 40 questions of bird, split dev" in dev.notes[0]
+    assert shared_with_training(dataclasses.replace(splits, tests={"dev": dev.examples})) == (0, 0, 1)
+
+
+def test_a_training_archive_without_dev_brings_its_test(tmp_path, tiny_db):
+    target = tmp_path / "database" / "music" / "music.sqlite"
+    target.parent.mkdir(parents=True)
+    tiny_db.rename(target)
+    own_file(tmp_path, 40, "train_spider.json")
+    splits = load_splits("spider", tmp_path)
+    assert (len(splits.train), len(splits.dev), len(splits.tests["test"])) == (28, 4, 8)
+    assert "no other test questions were found (Spider's dev split expects" in splits.notes[0]
+    write(tmp_path / "dev.json", [{"question": "q"}])  # there, but broken: an error, not a note
+    with pytest.raises(UserError, match="record 1: field 'db_id' is missing"):
+        load_splits("spider", tmp_path)
+
+
+@pytest.mark.parametrize("count, sizes", [(46, (33, 4, 9)), (8, (6, 1, 1)), (4, (2, 1, 1)), (3, (2, 0, 1)),
+                                          (2, (2, 0, 0)), (1, (1, 0, 0))])
+def test_an_own_file_without_splits_is_parted(tmp_path, tiny_db, count, sizes):
+    path = own_file(tmp_path, count)
+    splits = load_splits(path)
+    assert (len(splits.train), len(splits.dev), len(splits.tests.get("test", []))) == sizes
+    assert shared_with_training(splits)[:2] == (0, 0)
+    assert "--test-questions" in splits.notes[0] or count < 3
+    assert all("held back" in note for note in splits.notes[:2]) and "has no field 'split'" in splits.notes[0]
+
+
+def test_the_parts_change_little_when_records_are_added(tmp_path, tiny_db):
+    before, after = (load_splits(own_file(tmp_path, count, f"{count}.json")) for count in (100, 104))
+    trained = {item.question for item in before.train}
+    assert sum(item.question in trained for item in after.dev + after.tests["test"]) <= 3
+
+
+def test_questions_that_share_gold_or_text_stay_together(tmp_path, tiny_db):
+    base = {"db_id": "music"}
+    records = [base | {"question": f"Question {i // 2}{'?' if i % 2 else '!'}", "sql": f"SELECT {i // 2}{';' * (i % 2)}"}
+               for i in range(40)]
+    records += [base | {"question": "Twice?", "sql": "SELECT 'a'"}, base | {"question": "twice?", "sql": "SELECT 'b'"}]
+    splits = load_splits(write(tmp_path / "own.json", records))
+    assert shared_with_training(splits) == (0, 0, 1)
+    assert (len(splits.train), len(splits.dev), len(splits.tests["test"])) == (30, 4, 8)
+    assert "4 of them moved with another one" in splits.notes[0] and "2 of them moved" in splits.notes[1]
+    assert "asks more than once: 1 (ids 40 and 41)" in splits.notes[2]
+    one_gold = load_splits(write(tmp_path / "own.json", [base | {"question": str(i), "sql": "SELECT 1"} for i in range(20)]))
+    assert len(one_gold.train) == 20 and "cannot be parted without shared gold SQL" in one_gold.notes[0]
+    pairs = load_splits(write(tmp_path / "own.json", records[:8]))
+    assert (len(pairs.train), len(pairs.dev), len(pairs.tests["test"])) == (4, 2, 2)
+
+
+def test_groups_are_joined_through_others():
+    def ask(question, *golds):
+        return Example("0", "music", question, golds)
+
+    chain = [ask("a", "SELECT  x"), ask("b", "select y"), ask("c", "SELECT X;", 'SELECT "Y"'), ask("d", "SELECT 'y'"),
+             ask("A ", "SELECT z"), Example("0", "opera", "a", ("SELECT x",))]
+    assert [[item.question for item in group] for group in groups_of(chain)] == [["a", "c", "d", "A "], ["b"], ["a"]]
+
+
+def test_marked_records_are_tested_as_marked(tmp_path, tiny_db):
+    records = [GOOD | {"question": f"t{i}", "sql": f"SELECT {i}", "split": "train"} for i in range(10)]
+    records += [GOOD | {"question": "t3", "sql": "SELECT 99", "split": "dev"},  # training has the question
+                GOOD | {"question": "other words", "sql": "SELECT 4", "split": "dev"},
+                GOOD | {"question": "new", "sql": "SELECT 98", "split": "dev"}]
+    path = write(tmp_path / "own.json", records)
+    splits = load_splits(path)
+    assert sorted(item.question for item in splits.tests["dev split"]) == ["new", "other words"]
+    assert "left out 1 of 3 test questions" in splits.notes[0] and "share their gold SQL with training: 1 of 2" in splits.notes[1]
+    assert reported_split(path) == "dev" and load_for_evaluation(path, run=run_of(path)).notes
+    named_test = write(tmp_path / "b.json", [record | {"split": record["split"].replace("dev", "test")} for record in records])
+    assert len(load_splits(named_test).tests["test split"]) == 2 and reported_split(named_test) == "test"
+    write(tmp_path / "own.json", records[:10] + [records[11] | {"db_id": "gone"}])
+    with pytest.raises(UserError, match="record 11: no database for db_id 'gone'"):
+        load_splits(path)
+
+
+def test_traces_of_unknown_databases_are_told(tmp_path, tiny_db):
+    path = own_file(tmp_path, 4)
+    lines = [{"question": f"T{i}", "db_id": db_id, "sql": "SELECT 77", "trace": "look"}
+             for i, db_id in enumerate(["music", "musik", "opera"])]
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    splits = load_splits(path, traces=str(traces))
+    assert [item.question for item in splits.traced] == ["T0"]
+    assert "left out 2 of 3 traces in" in splits.notes[-1] and "musik, opera; it has music" in splits.notes[-1]
+    traces.write_text(json.dumps(lines[1]))
+    with pytest.raises(UserError, match=r"1 of 1 traces .* db_id that no question of .*own.json has \(musik; it has music"):
+        load_splits(path, traces=str(traces))
+
+
+# ------------------------------------------------------------------------------- what a policy is evaluated on
+
+def run_folder(folder, **settings):
+    """A run's folder with the policies that it saves."""
+    for place in ("best", "checkpoints/step-3"):
+        (folder / place).mkdir(parents=True)
+        write(folder / place / "config.json", {"model_type": "qwen2"})
+    write(folder / "config.json", settings)
+    return folder
+
+
+def test_the_run_of_a_policy_is_found(tmp_path, monkeypatch):
+    run = run_folder(tmp_path / "run", data="own.json", seed=3)
+    for place in (run, run / "best", run / "checkpoints" / "step-3"):
+        assert run_config_of(str(place)) == {"data": "own.json", "seed": 3}
+    (tmp_path / "link").symlink_to(run / "best")
+    assert run_config_of(str(tmp_path / "link")) == {"data": "own.json", "seed": 3}
+    monkeypatch.chdir(run)
+    assert run_config_of("best") and run_config_of("./checkpoints/step-3/")
+    assert run_config_of("tiny") is None and run_config_of("org/model") is None
+    (run / "gold_cache").mkdir()
+    assert run_config_of("gold_cache") is None
+    write(run / "config.json", "{broken")
+    assert run_config_of("best") is None
+    write(run / "config.json", {"model_type": "qwen2", "data": "x"})
+    assert run_config_of(str(run)) is None
+
+
+def test_an_own_file_is_evaluated_as_the_run_parted_it(tmp_path, tiny_db):
+    path = own_file(tmp_path, 46)
+    run, splits = run_of(path), load_splits(path)
+    dev, test, train = (load_for_evaluation(path, split=split, run=run) for split in ("dev", "Test", "train"))
+    assert (dev.examples, test.examples, train.examples) == (splits.dev, splits.tests["test"], splits.train)
+    assert "4 of 46 records" in dev.notes[0] and "--split test: 9" in dev.notes[0]
+    assert reported_split(path) == "test"
+    assert load_for_evaluation(path, run=run_of(path, seed=5)).examples == load_splits(path, seed=5).dev
+    assert len(load_for_evaluation(path, run=run_of(path, eval_questions=2)).examples) == 2
+    with pytest.raises(UserError, match="held back no dev questions of .*; --split test has 9"):
+        load_for_evaluation(path, run=run_of(path, eval_questions=0))
+    with pytest.raises(UserError, match="no split 'exam'"):
+        load_for_evaluation(path, split="exam", run=run)
+    all_trained = load_for_evaluation(path, run=run_of(path, eval_questions=0, test_questions=0))
+    assert len(all_trained.examples) == 46 and "the policy was trained on them" in all_trained.notes[0]
+
+
+@pytest.mark.parametrize("run, words", [(None, "is not known"), (run_of("demo"), "trained on other data (demo)"),
+                                        (run_of("other.json"), "trained on other data (other.json)")])
+def test_where_nothing_was_held_back_it_is_said(tmp_path, tiny_db, run, words):
+    dataset = load_for_evaluation(own_file(tmp_path, 46), run=run)
+    assert len(dataset.examples) == 46 and "all 46 records are used" in dataset.notes[0] and words in dataset.notes[0]
+    assert not load_for_evaluation(own_file(tmp_path, 46), split="train", run=run).notes
+
+
+def test_what_an_earlier_run_trained_on_is_left_out(tmp_path, tiny_db):
+    path = own_file(tmp_path, 46)
+    run_folder(tmp_path / "first", **run_of(path, seed=1))
+    second = run_of(path, start=str(tmp_path / "first" / "best"))
+    assert load_splits(path).tests["test"] != load_splits(path, seed=1).tests["test"]
+    seen = {item.id for item in load_splits(path, seed=1).train + load_splits(path, seed=1).dev}
+    expected = [item for item in load_splits(path).tests["test"] if item.id not in seen]
+    assert 0 < len(expected) < 9
+    dataset = load_for_evaluation(path, split="test", run=second)
+    assert dataset.examples == expected and f"left out {9 - len(expected)} of 9" in dataset.notes[1]
+
+
+def test_an_official_dev_split_is_evaluated_without_what_was_trained_on(shared_data):
+    folder = shared_data / "spider"
+    run = run_of("spider", data_dir=str(folder), split="dev")
+    dev = load_for_evaluation("spider", folder, "dev", run)
+    assert dev.examples == load_splits("spider", folder, "dev").tests["test"] and len(dev.examples) == 194
+    assert "left out 840 of 1034 questions of spider, split dev" in dev.notes[0]
+    for other in (None, run | {"split": "train"}, run_of("demo")):
+        whole = load_for_evaluation("spider", folder, "dev", other)
+        assert len(whole.examples) == 1034 and not whole.notes
+    with pytest.raises(UserError, match="each of the 1034 questions of spider, split dev"):
+        load_for_evaluation("spider", folder, "dev", run | {"test_questions": 0})
+
+
+def test_the_demo_of_another_seed_is_told(tmp_path):
+    run = run_of("demo", world="hard", seed=3)
+    options = {"seed": 0, "world": "default"}
+    dataset = load_for_evaluation("demo", tmp_path, "dev", run, **options)
+    assert dataset.examples == load_dataset("demo", tmp_path, "dev", **options).examples
+    assert "with seed 3, world hard" in dataset.notes[0]
+    assert not load_for_evaluation("demo", tmp_path, "dev", run | options, **options).notes
 
 
 @pytest.mark.parametrize("name, split, words", [
@@ -173,6 +499,22 @@ def test_run_main(body, status, printed):
     code = f"from running import errors\ndef main():\n    {body}\nerrors.run_main(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (status, printed)
+
+
+@pytest.mark.parametrize("raised", ["", "    raise errors.UserError('caf\\xe9 \\ud800')\n"])
+def test_output_never_dies_of_its_encoding(raised):
+    code = f"from running import errors\ndef main():\n    print('caf\\xe9 \\u2588 \\ud800')\n{raised}errors.run_main(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
+    assert (done.returncode, done.stdout) == (2 if raised else 0, b"caf\\xe9 \\u2588 \\ud800\n")
+    assert done.stderr == (b"error: caf\\xe9 \\ud800\n" if raised else b"")
+
+
+def test_a_closed_stdout_is_no_error():
+    code = "from running import errors\nerrors.run_main(lambda: print('text'))"
+    done = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])  # a pipe takes the first at once, and notices at the end

@@ -92,7 +92,7 @@ def hold_out(examples: list[Example], size: int, seed: int, by_database: bool = 
     chosen = _choose(groups, size, lambda group: f"{seed} {question_key(group[0])}")
     if not chosen:
         smallest = min(groups, key=len)
-        chosen = [smallest] if len(smallest) <= len(examples) // 4 else []
+        chosen = [smallest] if len(smallest) <= len(examples) // 3 else []
     return _parted(examples, chosen, followed=sum(len(group) - 1 for group in chosen))
 
 

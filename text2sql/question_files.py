@@ -1,0 +1,272 @@
+"""Question files in the layouts of Spider, of BIRD, or your own, and the databases that belong to them.
+
+Expected layouts
+    spider   DIR/train_spider.json, DIR/train_others.json (optional), DIR/dev.json, DIR/test.json,
+             DIR/database/<db_id>/<db_id>.sqlite (test: DIR/test_database/ when it is there)
+    bird     DIR/dev.json + DIR/dev_databases/<db_id>/<db_id>.sqlite, DIR/train/train.json +
+             DIR/train/train_databases/..., DIR/mini_dev_sqlite.json + DIR/dev_databases/...
+    a path   your own .json (a list) or .jsonl: question, db_id, sql (or SQL or query; a list means several
+             equivalent golds), and optionally evidence, difficulty, id, trace, trace_sql, split. Databases are
+             DIR/<db_id>.sqlite, DIR/<db_id>/<db_id>.sqlite or the same with .db; DIR is the file's own
+             folder unless given, and a missing database is an error. Records with a `split` field (train, dev or
+             test) belong to that split only, others to all.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from running.errors import UserError, parse_json, read_text
+from text2sql.example import Example
+from text2sql.schema import is_sqlite
+
+SPIDER_FILES = {"train": ("train_spider.json", "train_others.json"), "dev": ("dev.json",),
+                "test": ("test.json",)}
+BIRD_FILES = {  # split -> (where the official archives put its questions, its folder of databases)
+    "train": (("train.json", "train/train.json"), "train_databases"),
+    "dev": (("dev.json", "dev/dev.json", "dev_20240627/dev.json"), "dev_databases"),
+    "mini_dev": (("mini_dev_sqlite.json", "MINIDEV/mini_dev_sqlite.json",
+                  "minidev/MINIDEV/mini_dev_sqlite.json"), "dev_databases"),
+}
+OWN_SPLITS = ("train", "dev", "test")  # what the field `split` of one's own records may say
+
+
+class NoSuchSplit(UserError):
+    """The data have no such split, or not here; whoever asked may do without it."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples, the file of each database, and in words what was left out and why."""
+    examples: list[Example]
+    databases: dict[str, Path]
+    notes: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------------------------- the three layouts
+
+def is_own(name: str) -> bool:
+    """Whether the data are the user's own file."""
+    return Path(name).suffix.lower() in (".json", ".jsonl")
+
+
+def load_official(name, data_dir, split) -> Dataset:
+    """Spider or BIRD; questions whose database file is missing are left out and reported."""
+    if data_dir is None:
+        raise UserError(f"dataset {name} needs --data-dir, the folder that holds its files")
+    files, folder = (_spider_files if name == "spider" else _bird_files)(data_dir, split)
+    read = [(record, file, number) for file in files for number, record in enumerate(read_records(file), 1)]
+    ids, notes = _identities([record for record, _, _ in read], ", ".join(map(str, files)))
+    examples = [_example(record, str(file), number, identity)
+                for (record, file, number), identity in zip(read, ids, strict=True)]
+    places = {example.db_id: folder / example.db_id / f"{example.db_id}.sqlite" for example in examples}
+    databases = {db_id: path for db_id, path in places.items() if path.is_file()}
+    missing = sorted(places.keys() - databases.keys())
+    kept = [example for example in examples if example.db_id in databases]
+    if not kept:
+        raise NoSuchSplit(f"no database of {files[0]} was found; expected {folder}/<db_id>/<db_id>.sqlite")
+    if missing:
+        notes += (f"left out {len(examples) - len(kept)} of {len(examples)} questions whose database file is "
+                 f"missing under {folder}: {shortlist(missing)}",)
+    return Dataset(kept, _checked(databases), notes)
+
+
+def _spider_files(data_dir, split):
+    """The question files that are there, and the folder of databases."""
+    if split not in SPIDER_FILES:
+        raise NoSuchSplit(f"Spider has the splits {', '.join(SPIDER_FILES)}, not {split!r}")
+    required, *optional = (data_dir / file for file in SPIDER_FILES[split])
+    folder = data_dir / "database"
+    if split == "test" and (data_dir / "test_database").is_dir():
+        folder = data_dir / "test_database"
+    if not required.is_file() or not folder.is_dir():
+        raise NoSuchSplit(f"Spider's {split} split expects {required} and {folder}/<db_id>/<db_id>.sqlite, "
+                          f"but {folder if required.is_file() else required} does not exist")
+    return [required, *(file for file in optional if file.is_file())], folder
+
+
+def _bird_files(data_dir, split):
+    """The question file, wherever the official archives put it, and the folder of databases beside it."""
+    split = split.replace("-", "_")
+    if split not in BIRD_FILES:
+        raise NoSuchSplit(f"BIRD has the splits {', '.join(BIRD_FILES)}, not {split!r}")
+    places, folder_name = BIRD_FILES[split]
+    for place in places:
+        file = data_dir / place
+        if file.is_file():
+            folders = [file.parent / folder_name, data_dir / folder_name]
+            folder = next((folder for folder in folders if folder.is_dir()), None)
+            if folder is None:
+                raise NoSuchSplit(f"the databases of {file} are missing: "
+                                  f"expected {folders[0]}/<db_id>/<db_id>.sqlite")
+            return [file], folder
+    raise NoSuchSplit(f"BIRD's {split} split expects {places[0]} and {folder_name}/<db_id>/<db_id>.sqlite "
+                      f"under {data_dir} (looked for {', '.join(places)})")
+
+
+def load_own(file, data_dir, split) -> Dataset:
+    """The user's own questions; here a missing database is an error, for nobody else will notice it."""
+    records = read_records(file)
+    labels = _labels(records, file, split)
+    chosen = [position for position, label in enumerate(labels) if label in (None, split)]
+    if not chosen:
+        found = ", ".join(f"{label} {count}" for label, count in Counter(labels).items())
+        raise NoSuchSplit(f"{file} has no record of split {split!r}, only {found}")
+    ids, notes = _identities([records[position] for position in chosen], file, chosen)
+    if any(labels) and not all(labels):
+        notes += (f"records of {file} without a field 'split', which belong to every split: {labels.count(None)}",)
+    examples, databases = [], {}
+    for position, identity in zip(chosen, ids, strict=True):
+        example = _example(records[position], str(file), position + 1, identity)
+        examples.append(example)
+        if example.db_id not in databases:
+            databases[example.db_id] = _find_database(file, position + 1, example.db_id, data_dir)
+    return Dataset(examples, _checked(databases), notes)
+
+
+def own_labels(file: Path, asked: str) -> list[str | None]:
+    """The splits of the records of one's own file."""
+    return _labels(read_records(file), file, asked.strip().lower())
+
+
+def _labels(records: list, file, asked: str) -> list[str | None]:
+    """Each record's split in lower case, None where it names none; a name nobody knows is an error, not left out."""
+    labels = []
+    for number, record in enumerate(records, 1):
+        label = record.get("split") if isinstance(record, dict) else None
+        label = label.strip().lower() if isinstance(label, str) else label
+        if label not in (None, "", asked, *OWN_SPLITS):
+            raise UserError(f"{file}, record {number}: field 'split' is {record['split']!r}; known are "
+                            + ", ".join(OWN_SPLITS))
+        labels.append(label or None)
+    return labels
+
+
+def _find_database(file, number, db_id, data_dir) -> Path:
+    """The database of one of the user's records."""
+    places = [data_dir / place for end in (".sqlite", ".db")
+              for place in (f"{db_id}{end}", f"{db_id}/{db_id}{end}")]
+    for place in places:
+        if place.is_file():
+            return place
+    raise UserError(f"{file}, record {number}: no database for db_id {db_id!r}; looked for "
+                    + ", ".join(str(place) for place in places))
+
+
+def _checked(databases) -> dict[str, Path]:
+    """The same databases, once each is known to be SQLite."""
+    for path in databases.values():
+        try:
+            if not is_sqlite(path):
+                raise UserError(f"{path} is not a SQLite database")
+        except OSError as error:
+            raise UserError(f"cannot read the database {path}: {error.strerror}") from error
+    return databases
+
+
+# -------------------------------------------------------------------------------------------- records
+
+def read_records(file: Path) -> list:
+    """The records of a .json list or a .jsonl file; one that is named as the other is told so."""
+    text = read_text(file)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{file} holds no records")
+    start, one_a_line = text.lstrip()[0], file.suffix.lower() == ".jsonl"
+    if one_a_line and start == "[":
+        raise UserError(f"{file} holds a JSON list, not an object a line: name it {file.with_suffix('.json').name}")
+    if not one_a_line and start == "{" and (len(lines) == 1 or _is_object(lines[0][1])):
+        raise UserError(f"{file} must hold a list of records; it holds an object a line: name it "
+                        + file.with_suffix(".jsonl").name)
+    records = [parse_json(line, file, number) for number, line in lines] if one_a_line else parse_json(text, file)
+    if not isinstance(records, list):
+        raise UserError(f"{file} must hold a list of records, not {type(records).__name__}")
+    if not records:
+        raise UserError(f"{file} holds no records")
+    return records
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _identities(records: list, source, positions=None) -> tuple[list[str], tuple[str, ...]]:
+    """An id for each record, no two alike, and a note on those that had to be numbered.
+
+    A record without one has its position in the file as its id. Of records with the same id the first keeps it, the
+    others get a number: 12, 12-2, 12-3.
+    """
+    given = [_identity(record) for record in records]
+    claimed = {identity for identity in given if identity is not None}  # ids that their first record will take
+    used, ids, changed, repeats = set(), [], [], Counter()
+    for position, identity in zip(positions or range(len(records)), given, strict=True):
+        wanted = chosen = str(position) if identity is None else identity
+        if identity is not None and wanted in claimed:
+            claimed.discard(wanted)
+        else:
+            while chosen in used or chosen in claimed:
+                repeats[wanted] += 1
+                chosen = f"{wanted}-{repeats[wanted] + 1}"
+        used.add(chosen)
+        ids.append(chosen)
+        if chosen != wanted:
+            why = f"repeats id {wanted!r}" if identity else f"has no id, and its position, {wanted!r}, is taken"
+            changed.append(f"record {position + 1} {why}, so it is called {chosen!r}")
+    return ids, (f"{source}: {shortlist(changed, 3, '; ')}",) if changed else ()
+
+
+def _identity(record) -> str | None:
+    """The id that a record brings."""
+    fields = [record.get(field) for field in ("id", "question_id")] if isinstance(record, dict) else []
+    return next((str(value).strip() for value in fields if value is not None and str(value).strip()), None)
+
+
+def examples_of(records, source) -> list[Example]:
+    """One Example a record; where a record has no id, its position is its id."""
+    ids, _ = _identities(records, source)
+    return [_example(record, source, number, name)
+            for number, (record, name) in enumerate(zip(records, ids, strict=True), 1)]
+
+
+def _example(record, source, number, identity) -> Example:
+    """Check and convert record `number` (from 1) of `source`."""
+    def complain(problem):
+        raise UserError(f"{source}, record {number}: {problem}")
+
+    if not isinstance(record, dict):
+        complain(f"expected an object with fields, found {type(record).__name__}")
+
+    def text(field, default=None):
+        value = record.get(field, default)
+        if value is None and default is not None:
+            value = default
+        if not isinstance(value, str) or (default is None and not value.strip()):
+            complain(f"field {field!r} is " + ("empty or not a text" if field in record else "missing"))
+        return value.strip()
+
+    return Example(id=identity, db_id=text("db_id"), question=text("question"), gold_sqls=_gold_sqls(record, complain),
+                   evidence=text("evidence", ""), difficulty=text("difficulty", ""), trace=text("trace", ""),
+                   trace_sql=text("trace_sql", ""))
+
+
+def _gold_sqls(record, complain) -> tuple[str, ...]:
+    """The gold queries, from the first field that holds text (Spider's own `sql` field is a parse tree)."""
+    for field in ("sql", "SQL", "query"):
+        value = record.get(field)
+        golds = value if isinstance(value, list) else [value]
+        if golds and all(isinstance(gold, str) and gold.strip() for gold in golds):
+            return tuple(gold.strip() for gold in golds)
+    present = [field for field in ("sql", "SQL", "query") if field in record]
+    if present:
+        complain(f"field {present[0]!r} must hold a query, or a list of queries")
+    complain("field 'sql' (or 'SQL' or 'query') is missing")
+
+
+def shortlist(names, shown=5, between=", ") -> str:
+    """Some of the names, and how many more there are."""
+    return between.join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
