@@ -27,7 +27,7 @@ SHOTS = {  # file: (width, height, what is scrolled to the top)
 def telling_group(log: report.RolloutLog) -> str:
     """The address of a short group with token ratios whose first two completions are the gold SQL and a wrong one."""
     found = []
-    for step in log.steps[-50:]:
+    for step in log.steps[-200:]:
         for number, group in enumerate(log.read(step), 1):
             pair = group["completions"][:2]
             shaded = all(one.get("ratios") and one["sql"] for one in pair) and pair[0]["correct"] != pair[1]["correct"]
