@@ -30,21 +30,22 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from textwrap import fill, shorten
+from textwrap import fill
 
 import numpy as np
 from tqdm import tqdm
 
-from data import Example, PromptBuilder, PromptConfig, load_dataset
+from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset, load_for_evaluation, run_config_of
+from rewards import unwrap_fence
 from running.errors import UserError, check_folder, json_lines, parse_json, read_text, run_main, write_text
-from running.options import add_arguments, build
-from scoring.answers import Examination, Progress, scores_of
+from running.options import add_arguments, build, check, option
+from scoring.answers import Examination, Progress, format_advice, scores_of
+from scoring.compare import compare, print_comparison
 from scoring.predictions import load_predictions, save_predictions
 from scoring.verdicts import (
-    MATCHES,
     ExampleScore,
     accuracies,
     bootstrap_interval,
@@ -58,19 +59,17 @@ from scoring.verdicts import (
     suite_databases,
     summarise,
 )
-from scoring.voting import VOTES, load_for_sampling, pass_at_k, sample_candidates
-from sql_exec import SQLExecutor, r_ves_reward
+from scoring.voting import VOTES, pass_at_k, sample_candidates
+from sql_exec import MATCHES, SQLExecutor, r_ves_reward
 
-__all__ = ["EvaluateConfig", "ExampleScore", "bootstrap_interval", "difficulty_levels", "greedy_sqls",
-           "load_predictions", "print_table", "score_predictions", "scores_as_json", "summarise"]
+__all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "compare", "difficulty_levels",
+           "greedy_sqls", "load_predictions", "print_comparison", "print_table", "score_predictions", "scores_as_json",
+           "summarise"]
+
+HIGHEST_SEED = 1_000_000  # seeds of samples are made of it and two numbers more, in 64 bits
 
 
 # ------------------------------------------------------------------------------------------ configuration
-
-def option(default, text: str, **metadata):
-    """A field of EvaluateConfig: its default and its help text."""
-    return field(default=default, metadata={"help": text, **metadata})
-
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -81,30 +80,32 @@ class EvaluateConfig:
     data_dir: str | None = option(None, "folder of the data and its databases")
     split: str = option("dev", "which questions")
     world: str = option("default", "of the demo: default, or hard (its teacher mostly slips)")
-    limit: int = option(0, "only the first so many questions; 0: all")
+    limit: int = option(0, "only the first so many questions; 0: all", at_least=0)
     exclude: str | None = option(None, "file with a JSON list of question ids to leave out")
-    samples: int = 1  # -n
-    temperature: float | None = option(None, "of sampling; 0 is greedy (default: 1 with -n above 1, else 0)")
+    samples: int = field(default=1, metadata={"at_least": 1})  # -n
+    temperature: float | None = option(None, "of sampling; 0 is greedy (default: 1 with -n above 1, else 0)",
+                                       at_least=0)
     vote: str = option("value-aware", "which answer counts; none: the greedy one", choices=(*VOTES, "none"))
     greedy: bool = option(True, "beside the samples, also the greedy answer")
-    max_completion_tokens: int = option(512, "a completion is cut at this many tokens")
-    batch: int = option(256, "completions decoded side by side")
-    lenient_format: bool = option(False, "also take SQL inside a code fence")
-    seed: int = option(0, "seed of sampling, and of the demo world")
-    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice")
+    max_completion_tokens: int = option(512, "a completion is cut at this many tokens", at_least=1)
+    batch: int = option(256, "completions decoded side by side", at_least=1)
+    lenient_format: bool | None = option(None, "also take SQL inside a code fence (default: as the run that made the "
+                                                "model; in --predictions no)")
+    seed: int = option(0, "seed of sampling, and of the demo world", at_least=0, at_most=HIGHEST_SEED)
+    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
     match: str = option(",".join(MATCHES), "comparisons, separated by commas")
     keep_distinct: bool = option(False, "Spider's comparison minds DISTINCT")
     test_suite: bool = option(False, "compare on every .sqlite in a database's folder")
-    r_ves: int = option(0, "BIRD's efficiency score, from this many timed runs a query (BIRD: 100); 0: no")
+    r_ves: int = option(0, "BIRD's efficiency score, from this many timed runs a query (BIRD: 100); 0: no", at_least=0)
     skip_bad_gold: bool = option(False, "leave out questions whose gold query fails")
     json: str | None = option(None, "write the scores to this file")
     progress: str | None = option(None, "where to keep what is done (default: beside --json)")
     predictions_out: str | None = option(None, "write the answers: .sql as Spider, .json as BIRD, .jsonl")
     save_traces: str | None = option(None, "write correct answers with their reasoning, for train's --traces")
-    workers: int = option(os.cpu_count() or 1, "SQL worker processes")
-    timeout: float = option(30.0, "seconds a query may take")
-    max_rows: int = option(1_000_000, "a longer result counts as too_large")
-    memory_limit_mb: int = option(2048, "memory a SQL worker may take")
+    workers: int = option(os.cpu_count() or 1, "SQL worker processes", at_least=1)
+    timeout: float = option(30.0, "seconds a query may take", above=0, at_most=1e6)
+    max_rows: int = option(1_000_000, "a longer result counts as too_large", at_least=1)
+    memory_limit_mb: int = option(2048, "memory a SQL worker may take", at_least=16)
     gold_cache: str | None = option(None, "keep results of gold queries in this folder")
 
     def __post_init__(self):
@@ -113,14 +114,14 @@ class EvaluateConfig:
                             "for there is nothing to evaluate"))
         if self.predictions and (self.samples > 1 or self.save_traces or self.progress):
             raise UserError("-n, --save-traces and --progress need a --model")
-        for name, shown in (("samples", "-n"), ("batch", ""), ("max_completion_tokens", ""), ("workers", ""),
-                            ("timeout", ""), ("max_rows", ""), ("memory_limit_mb", "")):
-            if not 0 < getattr(self, name) < math.inf:
-                shown = shown or "--" + name.replace("_", "-")
-                raise UserError(f"{shown} must be above zero, not {getattr(self, name)}")
-        lowest = 1e-6 if self.samples > 1 else 0.0
-        if not lowest <= self.sampling_temperature < math.inf:
+        try:
+            check(self)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if self.samples > 1 and self.sampling_temperature < 1e-6:
             raise UserError(f"--temperature {self.temperature:g} cannot give {self.samples} sample(s)")
+        if not self.matches or not set(self.matches) <= set(MATCHES):
+            raise UserError(f"--match takes {' and '.join(MATCHES)}, separated by commas, not {self.match!r}")
         for file in filter(None, (self.json, self.progress, self.predictions_out, self.save_traces)):
             check_folder(file)
 
@@ -132,10 +133,7 @@ class EvaluateConfig:
     @property
     def matches(self) -> tuple[str, ...]:
         """The comparisons of --match."""
-        names = tuple(dict.fromkeys(name.strip() for name in self.match.split(",") if name.strip()))
-        if not names or not set(names) <= set(MATCHES):
-            raise UserError(f"--match takes {' and '.join(MATCHES)}, separated by commas, not {self.match!r}")
-        return names
+        return tuple(dict.fromkeys(name.strip() for name in self.match.split(",") if name.strip()))
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -183,7 +181,7 @@ def summarise_records(records: Sequence[dict], config: EvaluateConfig) -> dict:
     total = sum(fates.values()) or 1
     return {
         "model": config.model, "answer": config.answer, "samples_per_question": config.samples,
-        "temperature": config.sampling_temperature,
+        "temperature": config.sampling_temperature, "lenient_format": bool(config.lenient_format),
         "answers": {way: accuracies(scores_of(kept, way)) for way in config.ways},
         "pass_at_k": {name: [mean([pass_at_k(config.samples, one["correct"][name], k) for one in samples])
                              for k in range(1, config.samples + 1)] for name in config.matches},
@@ -218,6 +216,8 @@ def print_model_table(summary: dict) -> None:
         print(f"groups of equal results: {summary['result_groups']:.2f} a question")
         print(fill(f"samples: {percentages(summary['sample_statuses'])}", 80))
     print(f"completions cut at the limit: {100 * summary['truncated']:.1f} %")
+    if advice := format_advice(summary["sample_statuses"], summary["lenient_format"]):
+        print(fill(advice, 80, break_on_hyphens=False))
     print(f"{'seconds a question':<24}{'median':>10}{'p95':>10}")
     for name, values in summary["timing"]["seconds"].items():
         print(f"{name:<24}{values['median']:>10.4f}{values['p95']:>10.4f}")
@@ -268,66 +268,6 @@ def clean_mean(values: Sequence[float]) -> float:
     return float(values[np.abs(values - values.mean()) <= 3 * values.std()].mean())
 
 
-# ------------------------------------------------------------------------------------------- comparison
-
-def load_scores(file) -> dict:
-    """The content of a --json file."""
-    content = parse_json(read_text(Path(file)), file)
-    examples = content.get("examples") if isinstance(content, dict) else None
-    if not isinstance(examples, list) or not all(
-            isinstance(item, dict) and {"id", "db_id", "gold_status"} <= item.keys() for item in examples):
-        raise UserError(f"{file} is not a file that evaluate.py --json wrote")
-    return content
-
-
-def compare(file_a, file_b) -> dict:
-    """Accuracies of two evaluations on the questions they share, and the questions whose verdict flipped."""
-    a, b = load_scores(file_a), load_scores(file_b)
-    in_a = {(item["id"], item["db_id"]): item for item in a["examples"]}
-    in_b = {(item["id"], item["db_id"]): item for item in b["examples"]}
-    skip = a.get("bad_golds_skipped") or b.get("bad_golds_skipped")
-    shared = [key for key in in_a if key in in_b
-              and not (skip and in_a[key]["gold_status"] not in ("ok", "empty"))]
-    if not shared:
-        raise UserError(f"{file_a} and {file_b} have no question in common")
-    matches = {}
-    for name in MATCHES:
-        if not all(name in item for item in (in_a[shared[0]], in_b[shared[0]])):
-            continue
-        pairs = [(in_a[key][name], in_b[key][name]) for key in shared]
-        difference = [after - before for before, after in pairs]
-        matches[name] = {
-            "a": mean([before for before, _ in pairs]), "b": mean([after for _, after in pairs]),
-            "difference": mean(difference), "interval": bootstrap_interval(difference),  # paired: by question
-            "gained": [key[0] for key, change in zip(shared, difference, strict=True) if change > 0],
-            "lost": [key[0] for key, change in zip(shared, difference, strict=True) if change < 0]}
-    if not matches:
-        raise UserError(f"{file_a} and {file_b} have no comparison in common")
-    sql = {key[0]: [side[key].get("sql", "") for side in (in_a, in_b)] for key in shared}
-    return {"a": str(file_a), "b": str(file_b), "n": len(shared), "matches": matches, "sql": sql,
-            "only_in_one": len(in_a.keys() ^ in_b.keys())}
-
-
-def print_comparison(result: dict) -> None:
-    """Two evaluations side by side, and every question that flipped."""
-    print(f"A: {result['a']}\nB: {result['b']}\n{result['n']} questions"
-          + (f"; {result['only_in_one']} are in one file only" if result["only_in_one"] else ""))
-    print(f"{'execution accuracy, %':<24}{'A':>7}{'B':>7}{'B - A [95 % interval]':>26}"
-          f"{'gained':>8}{'lost':>6}")
-    for name, part in result["matches"].items():
-        low, high = part["interval"]
-        change = f"{100 * part['difference']:+.1f} [{100 * low:+6.1f},{100 * high:+6.1f}]"
-        print(f"{name:<24}{100 * part['a']:>7.1f}{100 * part['b']:>7.1f}{change:>26}"
-              f"{len(part['gained']):>8}{len(part['lost']):>6}")
-    for name, part in result["matches"].items():
-        for verb in ("gained", "lost"):
-            for identity in part[verb]:
-                print(f"\n{verb} ({name}): question {identity}")
-                for side, sql in zip("AB", result["sql"][identity], strict=True):
-                    if sql:
-                        print(f"  {side}: {shorten(sql, 75)}")
-
-
 # ------------------------------------------------------------------------------------------------ main
 
 def excluded(file) -> set[str]:
@@ -364,9 +304,9 @@ def main() -> None:
         if getattr(given, "json", None):
             write_text(given.json, json.dumps(result, indent=1) + "\n")
         return
-    dataset = load_dataset(config.data, config.data_dir, config.split, seed=config.seed, world=config.world)
+    config, dataset = settle(config)
     for note in dataset.notes:
-        print(note)
+        print(fill(note, 80, break_long_words=False, break_on_hyphens=False))
     databases, suite = suite_databases(dataset.databases) if config.test_suite else (dataset.databases, None)
     with SQLExecutor(databases, config.workers, config.timeout, config.max_rows, config.memory_limit_mb,
                      config.gold_cache) as executor:
@@ -374,6 +314,20 @@ def main() -> None:
             evaluate_model(config, prompts, dataset, executor, suite)
         else:
             evaluate_predictions(config, dataset, executor, suite)
+
+
+def settle(config: EvaluateConfig) -> tuple[EvaluateConfig, Dataset]:
+    """The questions, and the config with the way of reading answers; the run that made the model decides on both."""
+    where = {"data_dir": config.data_dir, "split": config.split, "seed": config.seed, "world": config.world}
+    run = run_config_of(config.model) if config.model else None
+    lenient = config.lenient_format
+    if lenient is None:
+        lenient = bool(run and run.get("lenient_format"))
+    dataset = load_for_evaluation(config.data, run=run, **where) if config.model else load_dataset(config.data, **where)
+    if lenient and config.lenient_format is None:
+        note = "SQL in a code fence counts, as in the run that made the model (--no-lenient-format: it does not)"
+        dataset = replace(dataset, notes=(*dataset.notes, note))
+    return replace(config, lenient_format=lenient), dataset
 
 
 def chosen(config: EvaluateConfig, examples: Sequence[Example]) -> list[int]:
@@ -386,6 +340,8 @@ def evaluate_predictions(config: EvaluateConfig, dataset, executor: SQLExecutor,
     """Score a predictions file."""
     sqls, pairing = load_predictions(config.predictions, dataset.examples)
     print(f"predictions {pairing}")
+    if config.lenient_format:
+        sqls = [unwrap_fence(sql) for sql in sqls]
     kept = chosen(config, dataset.examples)
     examples = [dataset.examples[i] for i in kept]
     scores = score_predictions(examples, [sqls[i] for i in kept], executor, config.matches,
@@ -401,6 +357,8 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
                         fingerprint(config, prompts, examples))
     if progress.done:
         print(f"continuing: {sum(map(len, progress.done.values()))} of {len(examples)} questions are done")
+    from policy import load_for_sampling  # here, so that scoring a predictions file does not wait for PyTorch
+
     policy = load_for_sampling(config.model, config.threads)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
     try:
@@ -430,7 +388,9 @@ def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suit
         for item, more in zip(content["examples"], records_as_json(records, config), strict=True):
             item |= more
     if config.r_ves:
-        content.setdefault("timing", {})["r_ves"] = mean(r_ves(examples, scores, executor, config.r_ves))
+        right = scores if "bird" in config.matches else score_predictions(
+            examples, [score.sql for score in scores], executor, ["bird"], suite=suite)  # it is BIRD's score
+        content.setdefault("timing", {})["r_ves"] = mean(r_ves(examples, right, executor, config.r_ves))
     if config.json:
         write_text(config.json, json.dumps(content, indent=1) + "\n")
     if config.predictions_out:

@@ -138,6 +138,20 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
     return Policy(model, tokenizer, _eos_ids(model, tokenizer))
 
 
+def load_for_sampling(name: str, threads: int = 0) -> Policy:
+    """A policy on the GPU in bfloat16 where there is one, else on the CPU; threads 0 is PyTorch's choice."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it tells how fast weights load, in the middle of our own output
+    logging.set_verbosity_error()  # and the tokenizer warns of long prompts, which we shorten or refuse
+
+    if threads:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        return load_policy(name, device="cuda", dtype=torch.bfloat16)
+    return load_policy(name)
+
+
 def _load_adapters(folder: Path, device: str, dtype: torch.dtype) -> Policy:
     """A LoRA checkpoint: its base model, named in its adapter_config.json, with the adapters on, trainable."""
     try:

@@ -25,20 +25,23 @@ import importlib.util
 import inspect
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
+from sql_exec import Comparison, Execution, Results, soft_f1
 from text2sql.atomic import atomic_operations, atomic_reward, names_in, shape_atomic
 from text2sql.memory import SCOPES, MemoryGate, TraceMemory, make_embedder
 
-__all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardItem", "RewardScorer", "TraceMemory",
+__all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "RewardItem", "RewardScorer", "TraceMemory",
            "atomic_operations", "atomic_reward", "build_memory", "load_reward_module", "make_embedder",
-           "parse_completion", "parse_rewards", "shape_atomic", "soft_f1"]
+           "parse_completion", "parse_rewards", "shape_atomic", "soft_f1", "unwrap_fence"]
 
 COMPONENTS = ("format", "execution", "atomic", "memory", "result", "schema", "user")
 ATOMIC_WHEN = ("wrong", "runs", "fails")
@@ -46,8 +49,11 @@ MAX_ATOMIC = shape_atomic(1.0)  # φ(1) of the paper's shaping: the most that a 
 NEIGHBOURS = 2  # nearest traces that are kept of a wrong completion, for people to read
 MARGIN = 1e-6  # of the sum of all weights; by less, float32 could not tell correct from wrong
 
+ARGUMENTS = ("question", "db_id", "gold_sqls", "thought", "sql", "execution")  # of a reward of the user's own
+SIGNATURE = f"reward({', '.join(ARGUMENTS)})"
+
 THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-FENCE = re.compile(r"```(?:sql|sqlite)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
+FENCE = re.compile(r"```(?:sql(?:ite)?3?(?=\s))?(.*)```", re.DOTALL | re.IGNORECASE)
 # Strings, quoted names and comments. One that is not closed runs to the end, so that a scan stays linear.
 QUOTED = re.compile(r"'[^']*(?:'|\Z)|\"[^\"]*(?:\"|\Z)|`[^`]*(?:`|\Z)|\[[^\]]*(?:\]|\Z)"
                     r"|--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
@@ -65,12 +71,18 @@ def parse_completion(text: str, lenient: bool = False) -> tuple[str, str] | None
     if not match or text.count("<think>") != 1 or text.count("</think>") != 1:
         return None
     thought, sql = match[1].strip(), match[2].strip()
-    if lenient and (fenced := FENCE.fullmatch(sql)):
-        sql = fenced[1].strip()
+    if lenient:
+        sql = unwrap_fence(sql)
     bare = QUOTED.sub(" ", sql).strip().rstrip(";").strip()  # without strings and comments
     if not thought or ";" in bare or "```" in sql or not STATEMENT.match(bare):
         return None
     return thought, sql
+
+
+def unwrap_fence(sql: str) -> str:
+    """The SQL inside a Markdown fence, on one line or several; a text without one stays as it is."""
+    fenced = FENCE.fullmatch(sql.strip())
+    return fenced[1].strip() if fenced else sql
 
 
 # ---- settings
@@ -86,13 +98,18 @@ class RewardConfig:
         "help": "which completions earn the atomic reward: all wrong ones, those that run, those that fail",
         "choices": ATOMIC_WHEN})
     atomic_lambda: float = field(default=0.05, metadata={
-        "help": "l in l j + (1 - l) b j^g, the atomic reward for an overlap of j"})
-    atomic_beta: float = field(default=0.79, metadata={"help": "b in it, the height of its steep part"})
-    atomic_gamma: float = field(default=0.20, metadata={"help": "g in it, the smaller the steeper near 0"})
-    lenient_format: bool = field(default=False, metadata={"help": "unwrap a fenced block around the SQL"})
+        "help": "lambda in the atomic reward for an overlap j, lambda j + (1 - lambda) beta j^gamma",
+        "at_least": 0, "at_most": 1})
+    atomic_beta: float = field(default=0.79, metadata={
+        "help": "beta in the atomic reward: what its power term adds at full overlap", "at_least": 0, "at_most": 1})
+    atomic_gamma: float = field(default=0.20, metadata={
+        "help": "gamma in the atomic reward: the smaller, the steeper it rises near 0", "at_least": 0, "at_most": 1})
+    lenient_format: bool = field(default=False, metadata={
+        "help": "also take SQL inside a code fence"})
     embedder: str = field(default="hash", metadata={
         "help": "embeds reasoning: hash (no model), policy (the reference), or a Hugging Face encoder"})
-    memory_top_k: int = field(default=20, metadata={"help": "verified traces that form the centroid"})
+    memory_top_k: int = field(default=20, metadata={
+        "help": "verified traces that form the centroid", "at_least": 1})
     memory_scope: str = field(default="other", metadata={
         "help": "compare with traces of other databases, the same, or any", "choices": SCOPES})
     reward_module: str | None = field(default=None, metadata={
@@ -159,6 +176,10 @@ def parse_rewards(text: str, max_atomic: float = MAX_ATOMIC) -> dict[str, float]
 # ---- scoring
 
 
+class RewardError(ValueError):
+    """A reward module of the user's that cannot be used; the text is one sentence."""
+
+
 class RewardItem(NamedTuple):
     """One completion to score."""
 
@@ -192,6 +213,29 @@ class RewardBreakdown:
     neighbours: tuple = ()  # nearest traces of a wrong completion: dicts of db_id, thought, similarity
 
 
+@dataclass
+class Scored:
+    """What is known of one completion that has the format, while it is scored."""
+
+    item: RewardItem
+    thought: str
+    sql: str
+    execution: Execution | None = None  # of the SQL as written
+    golds: Sequence[Execution] = ()  # of the gold queries as written
+    correct: bool = False
+    components: dict[str, float] = field(default_factory=lambda: {"format": 1.0})
+    neighbours: Sequence[dict] = ()
+
+    def breakdown(self, weights: Mapping[str, float]) -> RewardBreakdown:
+        """The components and their weighted sum; f = 1 here."""
+        total = sum(weights[name] * value for name, value in self.components.items())
+        execution = self.execution
+        return RewardBreakdown(**self.components, total=total, status=execution.status, correct=self.correct,
+                               text=self.item.text, thought=self.thought, sql=self.sql, error=execution.error or "",
+                               columns=tuple(execution.columns), rows=tuple(execution.rows[:5]),
+                               row_count=len(execution.rows), neighbours=tuple(self.neighbours))
+
+
 class RewardScorer:
     """Scores completions.
 
@@ -200,7 +244,7 @@ class RewardScorer:
             sql_exec.SQLExecutor.
         schemas: {db_id: {table: [column, ...]}}.
         memory: a TraceMemory, or None where the memory reward is off.
-        match: (predicted rows, gold rows, gold SQL) -> bool.
+        match: when a result is right, one of sql_exec.MATCHES.
         user_reward: from `load_reward_module`.
 
     Raises:
@@ -208,11 +252,11 @@ class RewardScorer:
     """
 
     def __init__(self, config: RewardConfig, executor, schemas: Mapping, memory: TraceMemory | None = None, *,
-                 match: Callable, user_reward: Callable | None = None):
+                 match: Comparison, user_reward: Callable | None = None):
         self.config, self.weights = config, config.weights
         self.executor, self.schemas, self.memory = executor, schemas, memory
         self.match, self.user_reward = match, user_reward
-        self.seconds: dict[str, float] = {}  # of each component, in the last call of `score`
+        self.seconds: dict[str, float] = {}  # of each component since `reset_seconds`
         for name, needed in (("memory", memory), ("user", user_reward)):
             if self.weights[name] and needed is None:
                 raise ValueError(f"the {name} reward has a weight, but there is nothing to compute it with")
@@ -222,29 +266,23 @@ class RewardScorer:
 
         SQL runs in the executor's processes while a thread here embeds the thoughts, so the parts of
         `seconds` can add up to more than the call took.
+
+        Raises:
+            RewardError: the user's reward fails, or returns no number between 0 and 1.
         """
-        self.seconds = {}
-        parsed = [parse_completion(item.text, self.config.lenient_format) for item in items]
-        shaped = [i for i, pair in enumerate(parsed) if pair]  # the completions that have the format
+        read = [(item, parse_completion(item.text, self.config.lenient_format)) for item in items]
+        records = [Scored(item, *parts) if parts else None for item, parts in read]
+        shaped = [record for record in records if record]  # the completions that have the format
         with ThreadPoolExecutor(1) as thread:
-            embedding = thread.submit(self._embed, [parsed[i][0] for i in shaped])
-            with self._clock("execution"):
-                executions, golds = self._execute(items, parsed, shaped)
-                correct = {i for i in shaped if self._is_correct(executions[i], golds[i])}
+            embedding = thread.submit(self._embed, [record.thought for record in shaped])
+            self._execute(shaped)
             embedding.result()  # raises what the thread raised
-        wrong = [i for i in shaped if i not in correct]
-        similarity, neighbours = self._memory(items, parsed, correct, wrong)
-        parts = {"format": dict.fromkeys(shaped, 1.0),
-                 "execution": {i: (executions[i].status == "ok") + float(i in correct) for i in shaped},
-                 "atomic": self._atomic(items, parsed, executions, correct, wrong),
-                 "memory": similarity,
-                 "result": self._result(executions, golds, correct, wrong),
-                 "schema": self._schema(items, parsed, correct, wrong),
-                 "user": self._user(items, parsed, executions, shaped)}
+        for component in (self._atomic, self._memory, self._result, self._schema, self._user):
+            component(shaped)
         if remember:  # only now, so that the order within a step makes no difference
-            self.remember([(items[i].db_id, parsed[i][0]) for i in sorted(correct)])
-        return [self._breakdown(i, item, parsed[i], executions.get(i), i in correct, parts, neighbours.get(i, ()))
-                for i, item in enumerate(items)]
+            self.remember([(record.item.db_id, record.thought) for record in shaped if record.correct])
+        return [record.breakdown(self.weights) if record else _without_format(item)
+                for item, record in zip(items, records, strict=True)]
 
     def remember(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Shows the memory the (db_id, thought) of correct completions."""
@@ -252,15 +290,9 @@ class RewardScorer:
             with self._clock("memory"):
                 self.memory.add_many(pairs)
 
-    def _breakdown(self, i, item, pair, execution, is_correct, parts, neighbours) -> RewardBreakdown:
-        if pair is None:
-            return RewardBreakdown(text=item.text, error="not `<think> reasoning </think> SQL`")
-        values = {name: part.get(i, 0.0) for name, part in parts.items()}
-        total = sum(self.weights[name] * value for name, value in values.items())  # f = 1 here
-        return RewardBreakdown(**values, total=total, status=execution.status, correct=is_correct,
-                               text=item.text, thought=pair[0], sql=pair[1], error=execution.error or "",
-                               columns=tuple(execution.columns), rows=tuple(execution.rows[:5]),
-                               row_count=len(execution.rows), neighbours=tuple(neighbours))
+    def reset_seconds(self) -> None:
+        """Begins to count anew; until then the seconds of all calls add up."""
+        self.seconds = {}
 
     def _embed(self, thoughts: list[str]) -> None:
         """Every thought in one batch: wrong ones are compared with the memory, correct ones enter it."""
@@ -268,69 +300,85 @@ class RewardScorer:
             with self._clock("memory"):
                 self.memory.prepare(thoughts)
 
-    def _execute(self, items, parsed, shaped) -> tuple[dict, dict]:
-        """Executions of the predictions and of all their golds, by index."""
-        predicted = self.executor.run_many([(items[i].db_id, parsed[i][1]) for i in shaped])
-        gold_pairs = list(dict.fromkeys((items[i].db_id, sql) for i in shaped for sql in items[i].gold_sqls))
-        gold_of = dict(zip(gold_pairs, self.executor.run_gold(gold_pairs), strict=True))
-        golds = {i: [(sql, gold_of[items[i].db_id, sql]) for sql in items[i].gold_sqls] for i in shaped}
-        return dict(zip(shaped, predicted, strict=True)), golds
+    def _execute(self, records: Sequence[Scored]) -> None:
+        """Runs predictions and golds: as written for the status, as the comparison wants them for the verdict."""
+        with self._clock("execution"):
+            questions = [(record.item.db_id, record.sql, record.item.gold_sqls) for record in records]
+            results = Results(self.executor, questions, [self.match])
+            for record, (db_id, sql, golds) in zip(records, questions, strict=True):
+                record.execution = results.predicted(db_id, sql)
+                record.golds = [results.gold(db_id, gold) for gold in golds]
+                record.correct = results.is_right(db_id, sql, golds, self.match)
+                record.components["execution"] = 2.0 if record.correct else float(record.execution.status == "ok")
 
-    def _is_correct(self, execution, golds) -> bool:
-        """True when it ran and matches a gold that ran; a gold that fails never makes anything correct."""
-        return execution.status == "ok" and any(
-            gold.status == "ok" and self.match(execution.rows, gold.rows, sql) for sql, gold in golds)
-
-    def _atomic(self, items, parsed, executions, correct, wrong) -> dict[int, float]:
+    def _atomic(self, records: Sequence[Scored]) -> None:
         if not self.weights["atomic"]:
-            return {}
-        wanted = {"wrong": lambda i: True, "runs": lambda i: executions[i].status == "ok",
-                  "fails": lambda i: executions[i].status != "ok"}[self.config.atomic_when]
-        with self._clock("atomic"):
-            overlaps = {i: atomic_reward(parsed[i][1], items[i].gold_sqls, self.schemas.get(items[i].db_id))
-                        for i in wrong if wanted(i)}
+            return
         # Without the execution reward a correct completion must not fall behind for being correct.
-        return ({i: self.config.shape(j) for i, j in overlaps.items()}
-                | dict.fromkeys(correct, 0.0 if self.weights["execution"] else self.config.shape(1.0)))
+        when_correct = 0.0 if self.weights["execution"] else self.config.shape(1.0)
+        with self._clock("atomic"):
+            for record in records:
+                runs = record.execution.status == "ok"
+                if record.correct:
+                    record.components["atomic"] = when_correct
+                elif self.config.atomic_when == "wrong" or runs == (self.config.atomic_when == "runs"):
+                    schema = self.schemas.get(record.item.db_id)
+                    overlap = atomic_reward(record.sql, record.item.gold_sqls, schema)
+                    record.components["atomic"] = self.config.shape(overlap)
 
-    def _memory(self, items, parsed, correct, wrong) -> tuple[dict[int, float], dict[int, list[dict]]]:
-        """The reward of each completion, and the nearest traces of each wrong one."""
+    def _memory(self, records: Sequence[Scored]) -> None:
+        """Also keeps the nearest traces of each wrong completion."""
         if not self.weights["memory"]:
-            return {}, {}
+            return
+        wrong = [record for record in records if not record.correct]
         with self._clock("memory"):
-            compared = self.memory.compare([(items[i].db_id, parsed[i][0]) for i in wrong], NEIGHBOURS)
-        scores = {i: similarity for i, (similarity, _) in zip(wrong, compared, strict=True)}
-        return (scores | dict.fromkeys(correct, 1.0),
-                {i: nearest for i, (_, nearest) in zip(wrong, compared, strict=True)})
+            compared = self.memory.compare([(record.item.db_id, record.thought) for record in wrong], NEIGHBOURS)
+        for record in records:
+            record.components["memory"] = 1.0
+        for record, (similarity, nearest) in zip(wrong, compared, strict=True):
+            record.components["memory"], record.neighbours = similarity, nearest
 
-    def _result(self, executions, golds, correct, wrong) -> dict[int, float]:
+    def _result(self, records: Sequence[Scored]) -> None:
         if not self.weights["result"]:
-            return {}
+            return
         with self._clock("result"):
-            scores = {i: max((soft_f1(executions[i].rows, gold.rows) for _, gold in golds[i]
-                              if gold.status == "ok"), default=0.0)
-                      for i in wrong if executions[i].status == "ok"}
-        return scores | dict.fromkeys(correct, 1.0)
+            for record in records:
+                golds = [gold for gold in record.golds if gold.status == "ok" and record.execution.status == "ok"]
+                record.components["result"] = 1.0 if record.correct else max(
+                    (soft_f1(record.execution.rows, gold.rows) for gold in golds), default=0.0)
 
-    def _schema(self, items, parsed, correct, wrong) -> dict[int, float]:
+    def _schema(self, records: Sequence[Scored]) -> None:
         if not self.weights["schema"]:
-            return {}
+            return
         with self._clock("schema"):
-            scores = {i: max(schema_overlap(parsed[i][1], gold, self.schemas.get(items[i].db_id, {}))
-                             for gold in items[i].gold_sqls) for i in wrong}
-        return scores | dict.fromkeys(correct, 1.0)
+            for record in records:
+                schema = self.schemas.get(record.item.db_id, {})
+                record.components["schema"] = 1.0 if record.correct else max(
+                    schema_overlap(record.sql, gold, schema) for gold in record.item.gold_sqls)
 
-    def _user(self, items, parsed, executions, shaped) -> dict[int, float]:
+    def _user(self, records: Sequence[Scored]) -> None:
         if not self.weights["user"]:
-            return {}
+            return
         with self._clock("user"):
-            scores = {i: float(self.user_reward(question=items[i].question, db_id=items[i].db_id,
-                                                gold_sqls=tuple(items[i].gold_sqls), thought=parsed[i][0],
-                                                sql=parsed[i][1], execution=executions[i])) for i in shaped}
-        for value in scores.values():
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"the reward module returned {value}, which is not between 0 and 1")
-        return scores
+            for record in records:
+                record.components["user"] = self._ask_user(record)
+
+    def _ask_user(self, record: Scored) -> float:
+        """What the user's function says of a completion. Raises RewardError: that is no number between 0 and 1."""
+        item = record.item
+        where = (f"for the SQL {shorten(record.sql, 200)!r} of the question {shorten(item.question, 200)!r} "
+                 f"(database {item.db_id})")
+        try:
+            value = self.user_reward(question=item.question, db_id=item.db_id, gold_sqls=tuple(item.gold_sqls),
+                                     thought=record.thought, sql=record.sql, execution=record.execution)
+        except Exception as error:  # whatever the user's function raises is reported as theirs
+            raise RewardError(f"the reward function of your module failed {where}: "
+                              f"{type(error).__name__}: {error}") from error
+        number = _as_number(value)
+        if not 0.0 <= number <= 1.0:
+            raise RewardError(f"the reward function of your module returned {value!r:.100} {where}; "
+                              "it must return a number between 0 and 1")
+        return number
 
     @contextmanager
     def _clock(self, name: str):
@@ -340,21 +388,18 @@ class RewardScorer:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def soft_f1(predicted: Sequence[tuple], gold: Sequence[tuple]) -> float:
-    """Soft-F1 of two result tables in [0, 1], row against row, as in BIRD mini-dev's `calculate_f1_score`.
+def _without_format(item: RewardItem) -> RewardBreakdown:
+    return RewardBreakdown(text=item.text, error="not `<think> reasoning </think> SQL`")
 
-    Repeated rows are dropped first; a cell matches when its value is anywhere in the other row.
-    """
-    predicted, gold = list(dict.fromkeys(map(tuple, predicted))), list(dict.fromkeys(map(tuple, gold)))
-    if not predicted and not gold:
-        return 1.0
-    hits, extra, missed = 0.0, max(0, len(predicted) - len(gold)), max(0, len(gold) - len(predicted))
-    for row, target in zip(predicted, gold, strict=False):
-        found = sum(value in target for value in row)
-        hits += found / len(target)
-        extra += (len(row) - found) / len(target)
-        missed += sum(value not in row for value in target) / len(target)
-    return 2 * hits / (2 * hits + extra + missed)
+
+def _as_number(value) -> float:
+    """A Python, NumPy or PyTorch number as a float; NaN for all that is none."""
+    if isinstance(value, str | bytes | bytearray):  # float("0.5") would be one
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is PyTorch's, for many numbers at once
+        return math.nan
 
 
 def schema_overlap(sql: str, gold: str, schema: Mapping[str, Sequence[str]]) -> float:
@@ -385,22 +430,25 @@ def load_reward_module(path: str | Path) -> Callable:
     columns, rows, error and seconds.
 
     Raises:
-        ValueError: the file is missing, does not run, or has no such function.
+        RewardError: the file is missing, does not run, or has no such function.
     """
-    if not Path(path).is_file() or Path(path).suffix != ".py":
-        raise ValueError(f"reward module {path} is not a Python file that exists")
+    path = Path(path)
+    if path.suffix != ".py" or not path.is_file():
+        raise RewardError(f"--reward-module {path}: there is no such Python file; name one that ends in .py and has a "
+                          f"function {SIGNATURE}")
     spec = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises is reported as theirs
-        raise ValueError(f"reward module {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's file raises is reported as theirs
+        raise RewardError(f"--reward-module {path} cannot be loaded: {type(error).__name__}: {error}") from error
     reward = getattr(module, "reward", None)
     if not callable(reward):
-        raise ValueError(f"reward module {path} has no function named reward")
-    arguments = dict.fromkeys(("question", "db_id", "gold_sqls", "thought", "sql", "execution"))
+        raise RewardError(f"--reward-module {path} has no function named reward; it needs {SIGNATURE}")
     try:
-        inspect.signature(reward).bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"reward in {path} must take {', '.join(arguments)}: {error}") from error
+        inspect.signature(reward).bind(**dict.fromkeys(ARGUMENTS))
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"--reward-module {path}: its function reward must take {', '.join(ARGUMENTS)} "
+                          f"({error})") from error
     return reward

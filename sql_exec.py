@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from urllib.parse import unquote
@@ -686,7 +686,7 @@ def r_ves_reward(gold_seconds: float, pred_seconds: float) -> float:
 def spider_prepare(sql: str, keep_distinct: bool = False, is_prediction: bool = False) -> str:
     """Rewrite a query as Spider's test-suite evaluator does before running it.
 
-    Predictions have the letters `value` replaced by 1; `> =`, `< =`, `! =` are joined; unless
+    A prediction has the letters `value` replaced by 1; `> =`, `< =`, `! =` are joined; unless
     `keep_distinct`, only the first statement stays and every DISTINCT goes; YEAR(CURDATE()) is 2020.
     Source: `evaluation.py`, `exec_eval.py` and `parse.py` in taoyds/test-suite-sql-eval.
     """
@@ -812,3 +812,73 @@ def _recolour(colours: list[list], lines: list[list], crossing: list[list]) -> l
         return None
     names = {key: number for number, key in enumerate(dict.fromkeys(keys[0]))}
     return [[names[key] for key in side] for side in keys]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# When a prediction is right: one answer for the reward, for evaluation and for mining
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a prediction is compared with a gold query: what of both runs, and which of their rows are equal.
+
+    The two settings of the rewriting matter only where `rewrites` is true, as for Spider's comparison.
+    """
+
+    name: str
+    rows_match: Callable[[Rows, Rows, str], bool]  # predicted rows, gold rows, gold SQL
+    rewrites: bool = False  # both queries are rewritten by `spider_prepare` before they run
+    keep_distinct: bool = False
+    replace_value: bool = True  # the official script's rule for predictions; it makes some right queries wrong
+
+    def prepare(self, sql: str, is_prediction: bool = False) -> str:
+        """The SQL that runs."""
+        if not self.rewrites:
+            return sql
+        return spider_prepare(sql, self.keep_distinct, is_prediction and self.replace_value)
+
+    def without_value_rule(self) -> "Comparison":
+        """The same, but the word `value` stays in predictions: to verify a query, not to report its score."""
+        return replace(self, replace_value=False)
+
+
+MATCHES = {
+    "bird": Comparison("bird", lambda predicted, gold, sql: bird_match(predicted, gold)),
+    "spider": Comparison("spider", lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql)),
+                         rewrites=True),
+}
+AS_WRITTEN = MATCHES["bird"]  # rewrites nothing
+
+
+class Results:
+    """The results of predictions and of their golds, as written and as each comparison wants them run.
+
+    Args:
+        executor: has `run_many` and `run_gold`.
+        questions: (db_id, predicted SQL, gold SQLs). What several of them share runs once.
+    """
+
+    def __init__(self, executor, questions: Sequence[tuple[str, str, Sequence[str]]],
+                 comparisons: Sequence[Comparison]):
+        ways = (AS_WRITTEN, *comparisons)
+        predictions = dict.fromkeys((db_id, way.prepare(sql, True)) for way in ways for db_id, sql, _ in questions)
+        golds = dict.fromkeys((db_id, way.prepare(gold))
+                              for way in ways for db_id, _, gold_sqls in questions for gold in gold_sqls)
+        self._predicted = dict(zip(predictions, executor.run_many(list(predictions)), strict=True))
+        self._golds = dict(zip(golds, executor.run_gold(list(golds)), strict=True))
+
+    def predicted(self, db_id: str, sql: str, comparison: Comparison = AS_WRITTEN) -> Execution:
+        return self._predicted[db_id, comparison.prepare(sql, True)]
+
+    def gold(self, db_id: str, sql: str, comparison: Comparison = AS_WRITTEN) -> Execution:
+        return self._golds[db_id, comparison.prepare(sql)]
+
+    def is_right(self, db_id: str, sql: str, golds: Sequence[str], comparison: Comparison) -> bool:
+        """Whether a prediction ran and matches a gold that ran; a gold that fails makes nothing right."""
+        predicted = self.predicted(db_id, sql, comparison)
+        if predicted.status != "ok":
+            return False
+        results = ((self.gold(db_id, gold, comparison), gold) for gold in golds)
+        return any(result.status == "ok" and comparison.rows_match(predicted.rows, result.rows, gold)
+                   for result, gold in results)

@@ -56,10 +56,7 @@ from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer
 from settings import MAY_CHANGE_ON_RESUME, Settings, memory_here, parse_settings, planned
 from sft import cold_start, taught_text, template_trace
-from sql_exec import SQLExecutor, bird_match, gold_is_ordered, spider_match
-
-MATCHES = {"bird": lambda predicted, gold, sql: bird_match(predicted, gold),
-           "spider": lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql))}
+from sql_exec import MATCHES, SQLExecutor
 
 
 def main() -> int:
@@ -168,6 +165,7 @@ class Trainer:
     def take_step(self) -> Step:
         """One GRPO step: sample → score → advantages → update."""
         s, policy, clock = self.s, self.policy, Stopwatch()
+        self.scorer.reset_seconds()
         examples, groups, breakdowns = self.rollout(clock)  # [B], [B], [B][G]
         rewards = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
         if s.grpo.overlong == "penalise":  # half the margin, so that a correct completion still outranks a wrong one
@@ -344,7 +342,7 @@ class Trainer:
         examples, mine = [example for example, _ in questions], distributed.share_of(len(questions))
         with self.autocast(), distributed.unsharded(self.sharded):
             sqls = evaluate.greedy_sqls(self.policy, [ids for _, ids in questions[mine]],
-                                        self.s.grpo.max_completion_tokens)
+                                        self.s.grpo.max_completion_tokens, lenient=self.s.rewards.lenient_format)
         scores = evaluate.score_predictions(examples[mine], sqls, self.executor,
                                             levels=evaluate.difficulty_levels(examples)[mine])
         return evaluate.summarise(distributed.merge(scores))

@@ -7,18 +7,18 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data import PromptBuilder
 from running.errors import UserError, parse_json, read_text, write_text
-from scoring.verdicts import ExampleScore, difficulty_levels, judge
+from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge
 from scoring.voting import VOTES, Candidate, choose, group_results, sample_candidates
 from sql_exec import SQLExecutor
 from text2sql.example import Example
+from text2sql.prompts import PromptBuilder
 
 QUESTIONS_AT_ONCE = 64  # questions a model answers side by side; an interruption loses at most these
 JUDGED_AT_ONCE = 64  # candidates whose results are held in memory at once
@@ -35,7 +35,7 @@ class Examination:
 
     def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, config, suite=None, traces: int = 1):
         self.policy, self.builder, self.config, self.traces = policy, builder, config, traces
-        self.how_to_judge = (executor, config.matches, config.keep_distinct, suite)
+        self.how_to_judge = (executor, comparisons_named(config.matches, config.keep_distinct), suite)
 
     def run(self, examples: Sequence[Example], progress: "Progress") -> list[dict]:
         """The records of all questions, in order. A batch's candidates depend on the settings alone."""
@@ -132,20 +132,37 @@ NO_CANDIDATE = Candidate("", "", "", -math.inf, 0, False)  # of a question whose
 
 
 def verified_traces(example: Example, candidates: Sequence[Candidate], verdicts: dict) -> list[dict]:
-    """The candidates that reason and are right by every comparison, the likeliest first and each once.
+    """The candidates that reason and are verified, the likeliest first and each once, as records for --traces.
 
-    They are records for the trainer's --traces. A gold result without rows verifies nothing: many wrong queries
-    return none.
+    Verified is what every comparison calls right, with the word `value` left in the SQL. A gold result without rows
+    verifies nothing: many wrong queries return none.
     """
     def verified(candidate):
         score = verdicts[candidate.sql][0]
-        return candidate.thought.strip() and score.gold_status == "ok" and all(score.correct.values())
+        return candidate.thought.strip() and score.gold_status == "ok" and score.verified
 
     right = sorted(filter(verified, candidates), key=lambda candidate: -candidate.logprob)
     answers = dict.fromkeys((candidate.thought.strip(), candidate.sql) for candidate in right)
     return [{"id": example.id, "db_id": example.db_id, "question": example.question, "sql": sql,
              "evidence": example.evidence, "difficulty": example.difficulty, "trace": thought}
             for thought, sql in answers]
+
+
+def format_advice(statuses: Mapping[str, float], lenient: bool) -> str:
+    """What to do where most completions miss the format, in a sentence; empty where at least half of them meet it.
+
+    statuses: how many completions, or which share of them, became what.
+    """
+    read = sum(count for status, count in statuses.items() if status != "too_long")
+    cut, missed = statuses.get("truncated", 0), statuses.get("truncated", 0) + statuses.get("format", 0)
+    if not read or missed / read <= 0.5:
+        return ""
+    remedies = [] if lenient else ["--lenient-format also takes SQL in a code fence"]
+    remedies += ["a higher --max-completion-tokens lets answers end"] if 2 * cut > missed else []
+    remedies.append("a cold start teaches the format: train.py --traces FILE, and sft.py --mine writes such a file "
+                    "with a model that knows it")
+    return (f"{100 * (1 - missed / read):.1f} % of the answers meet the format, <think> reasoning </think> and then "
+            f"one query and nothing else; {'; '.join(remedies)}")
 
 
 class Progress:

@@ -10,11 +10,12 @@ Three counts of the outermost query decide (for `A UNION B` that is A):
 Two oddities of the official rules are kept, for its counts are what papers report: a NOT in WHERE or HAVING
 and each AND or OR in HAVING counts as an aggregate, while an aggregate inside HAVING does not.
 
-Written on sqlparse's flat tokens, so a query that the official parser rejects still gets a level.
+Written on the flat tokens of atomic.py, so a query that the official parser rejects still gets a level.
 """
 
-from sqlparse import lexer
 from sqlparse import tokens as T
+
+from text2sql.atomic import is_comment, lex
 
 LEVELS = ("easy", "medium", "hard", "extra")
 AGGREGATES = ("max", "min", "count", "sum", "avg")
@@ -64,8 +65,8 @@ def count_others(clauses) -> int:
 def flat_words(sql: str) -> list[str]:
     """Lower-case words and signs; strings and quoted names become one neutral word."""
     words = []
-    for kind, text in lexer.tokenize(sql):
-        if kind in T.Whitespace or kind in T.Comment or text.isspace():
+    for kind, text in lex(sql):
+        if text.isspace() or is_comment(kind, text):
             continue
         quoted = kind in T.String or text[0] in "'\"`["
         words += ["?"] if quoted or (words and words[-1] == ".") else text.lower().split()

@@ -1,23 +1,28 @@
 """Files of predicted SQL: read and write the formats of Spider and BIRD, and one of our own.
 
     .json    BIRD's predict_dev.json: {"0": "SQL\\t----- bird -----\\tdb_id", ...}
-    .jsonl   a record a line with `sql` and, better, `id`
-    others   Spider's: one SQL a line, then perhaps a tab and the db_id
+    .jsonl   a record a line with `sql` and, better, `id` (or `question_id`, or another of ID_FIELDS)
+    others   Spider's: one SQL a line, then perhaps a tab and the db_id, and another and a score
 
-Predictions are paired with the questions by id where the file has one, else by position.
+Predictions are paired with the questions by id where the file has one, else by position. Questions that share an id
+are numbered, 12, 12-2, 12-3, as in the data.
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqlparse import lexer
-from sqlparse import tokens as T
-
-from running.errors import UserError, json_lines, parse_json, read_text, write_text
+from running.errors import UserError, json_lines, parse_json, read_text, sound, write_text
+from text2sql.atomic import RESERVED, is_comment, lex
 from text2sql.example import Example
 
 BIRD_MARK = "\t----- bird -----\t"
+ID_FIELDS = ("id", "question_id", "qid", "example_id", "instance_id", "sample_id", "uid", "idx", "index")  # in any case
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|[-+]?inf", re.IGNORECASE)
+LAST_WORD = re.compile(r"(?:\w+|[^\w\s])\Z")
+UNFINISHED = RESERVED - {"isnull", "notnull"} | {"all", "limit", "offset"}  # words that no query ends with
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -25,72 +30,136 @@ BIRD_MARK = "\t----- bird -----\t"
 def load_predictions(file, examples: Sequence[Example]) -> tuple[list[str], str]:
     """One SQL a question in dataset order, and a sentence that says how the file was paired with them."""
     file = Path(file)
-    read = {".json": _bird_predictions, ".jsonl": _jsonl_predictions}.get(file.suffix, _line_predictions)
-    texts, sentence = _pair(read(read_text(file), file), file, examples)
-    known = {example.db_id for example in examples}
-    return [_without_db_id(text, example, known, file)
+    read = {".json": _bird_predictions, ".jsonl": _jsonl_predictions}.get(file.suffix.lower(), _line_predictions)
+    ids, texts = read(read_text(file), file)
+    texts, sentence = _pair(ids, texts, file, examples)
+    known = {example.db_id.casefold() for example in examples}
+    always = all(text.split("\t")[-1].strip().casefold() in known for text in texts if text)
+    return [_without_tail(text, example, known, always, file)
             for text, example in zip(texts, examples, strict=True)], sentence
 
 
-def _without_db_id(text, example, known, file) -> str:
-    """The SQL before an appended db_id; a db_id of another question betrays a shifted file."""
-    sql, mark, db_id = text.rpartition(BIRD_MARK if BIRD_MARK in text else "\t")
-    if mark != BIRD_MARK and db_id not in known:  # no tab, or one inside the SQL
-        return text
-    if db_id.strip() != example.db_id:
+def _without_tail(text, example, known, always, file) -> str:
+    """The SQL before a db_id, a score or both; a db_id of another question betrays a shifted file.
+
+    known: the db_ids of all questions, in lower case; always: every prediction ends with one.
+    """
+    sql, mark, db_id = text.rpartition(BIRD_MARK)
+    if mark:
+        _check_db_id(db_id.split("\t")[0].strip(), example, file)
+        return sql
+    while "\t" in text:
+        sql, _, tail = text.rpartition("\t")
+        tail = tail.strip()
+        is_db_id = tail.casefold() in known
+        if not (is_db_id and always) and (_goes_on(sql) or not (is_db_id or not tail or NUMBER.fullmatch(tail))):
+            break  # a tab inside the SQL
+        if is_db_id:
+            _check_db_id(tail, example, file)
+        text, always = sql.rstrip(), False
+    return text
+
+
+def _check_db_id(db_id: str, example: Example, file) -> None:
+    """Complains of a prediction for another database than its question's."""
+    if db_id.casefold() != example.db_id.casefold():
         raise UserError(f"{file}: the prediction for question {example.id} is for database "
-                        f"{db_id.strip()!r}, but the question is about {example.db_id!r}")
-    return sql
+                        f"{db_id!r}, but the question is about {example.db_id!r}")
 
 
-def _line_predictions(text, file) -> list[tuple[str | None, str]]:
-    """(None, SQL perhaps with db_id) of each line; an empty line is an empty prediction."""
-    return [(None, line.rstrip("\r")) for line in text.removesuffix("\n").split("\n")]
+def _goes_on(sql: str) -> bool:
+    """Whether a query cannot end here, as after FROM, a comma or an operator."""
+    last = LAST_WORD.search(sql.rstrip()[-20:])  # more is in no word of interest
+    return bool(last) and (last[0].lower() in UNFINISHED or not (last[0][0].isalnum() or last[0][0] in "_)]\"'`;"))
 
 
-def _bird_predictions(text, file) -> list[tuple[str | None, str]]:
-    """(key, SQL with db_id) pairs; what is no text (a failed generation) is an empty prediction."""
-    content = parse_json(text, file)
-    if not isinstance(content, dict):
+# Readers return ([one list of ids for each field that may hold them], [SQL, perhaps with a tail]).
+
+def _line_predictions(text, file) -> tuple[list[list[str]], list[str]]:
+    """A line each; an empty line is an empty prediction."""
+    return [], [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def _bird_predictions(text, file) -> tuple[list[list[str]], list[str]]:
+    """An object's members; what is no text (a failed generation) is an empty prediction."""
+    if not isinstance(parse_json(text, file), dict):
         raise UserError(f"{file} must map question numbers to SQL, as BIRD's predict_dev.json does")
-    return [(key, value if isinstance(value, str) else "") for key, value in content.items()]
+    members = json.loads(text, object_pairs_hook=tuple)  # a dict would keep the last of repeated names only
+    return [[sound(name) for name, _ in members]], [sound(sql) if isinstance(sql, str) else "" for _, sql in members]
 
 
-def _jsonl_predictions(text, file) -> list[tuple[str | None, str]]:
-    """(id or None, SQL) pairs of a file with a record a line."""
-    pairs = []
+def _jsonl_predictions(text, file) -> tuple[list[list[str]], list[str]]:
+    """A record a line."""
+    records = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         record = parse_json(line, file, number)
         if not isinstance(record, dict) or not isinstance(record.get("sql"), str):
             raise UserError(f"{file}, line {number}: field 'sql' is missing or not a text")
-        pairs.append((str(record["id"]) if "id" in record else None, record["sql"]))
-    if len({key is None for key, _ in pairs}) > 1:
-        raise UserError(f"{file}: some records have an id and some have none")
-    return pairs
+        records.append({name.lower(): value for name, value in record.items() if value is not None}
+                       | {"sql": record["sql"]})
+    fields = [name for name in ID_FIELDS if any(name in record for record in records)]
+    whole = [name for name in fields if all(name in record for record in records)]
+    if fields and not whole:
+        raise UserError(f"{file}: some records have an id and some have none (field {fields[0]!r})")
+    return [[_id_text(record[name]) for record in records] for name in whole], [record["sql"] for record in records]
 
 
-def _pair(pairs, file, examples) -> tuple[list[str], str]:
-    """By id when the file has the questions' ids; by position when it has none, or only numbers from 0."""
-    keys = [key for key, _ in pairs]
-    by_key = dict(pairs) if None not in keys else dict(enumerate(text for _, text in pairs))
-    if len(by_key) < len(pairs):
-        raise UserError(f"{file} has the same id twice")
-    missing = [example.id for example in examples if example.id not in by_key]
-    if not missing:
-        extra = len(by_key) - len(examples)
-        return ([by_key[example.id] for example in examples],
-                "paired by id" + (f"; {extra} predictions are for other questions" if extra else ""))
-    by_position = {int(key): text for key, text in by_key.items() if str(key).isdecimal()}
-    if sorted(by_position) != list(range(len(pairs))):
-        raise UserError(f"{file} has no prediction for {len(missing)} of {len(examples)} questions, "
+def _id_text(value) -> str:
+    """7, 7.0 and "7" are one id."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+
+
+def _pair(ids, texts, file, examples) -> tuple[list[str], str]:
+    """By id when a field has the questions' ids; by position when none has, or only numbers from 0."""
+    wanted = numbered([example.id for example in examples])
+    for names in ids:
+        by_id = dict(zip(numbered(names), texts, strict=True))
+        if by_id.keys() >= set(wanted):
+            _check_repeats(names, wanted, file)
+            extra = len(by_id) - len(wanted)
+            return ([by_id[name] for name in wanted],
+                    "paired by id" + (f"; {extra} predictions are for other questions" if extra else ""))
+    return _by_position(ids, texts, wanted, file), "paired by position: the file does not use the questions' ids"
+
+
+def _by_position(ids, texts, wanted, file) -> list[str]:
+    """The texts in the order of a field that counts from 0, or as they stand where there are no ids."""
+    counting = [list(map(int, names)) for names in ids
+                if sorted(names) == sorted(str(position) for position in range(len(texts)))]
+    if ids and not counting:
+        _check_repeats(ids[0], wanted, file)
+        missing = [name for name in wanted if name not in set(numbered(ids[0]))]
+        raise UserError(f"{file} has no prediction for {len(missing)} of {len(wanted)} questions, "
                         f"for example id {missing[0]!r}")
-    if len(pairs) != len(examples):
-        raise UserError(f"{file} has {len(pairs)} predictions, but the data has {len(examples)} questions; "
+    if len(texts) != len(wanted):
+        raise UserError(f"{file} has {len(texts)} predictions, but the data has {len(wanted)} questions; "
                         "without ids they can only be paired by position")
-    return ([by_position[number] for number in range(len(pairs))],
-            "paired by position: the file does not use the questions' ids")
+    if not counting:
+        return texts
+    return [text for _, text in sorted(zip(counting[0], texts, strict=True))]
+
+
+def _check_repeats(names: Sequence[str], wanted: Sequence[str], file) -> None:
+    """Complains of a question with more predictions than the data have questions of its id."""
+    for name, own in zip(names, numbered(names), strict=True):
+        if own != name and name in wanted and own not in wanted:
+            raise UserError(f"{file} has the same id twice: {name!r}")
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, no two alike: the first 12 keeps its name, the next ones are 12-2 and 12-3."""
+    taken, turns, unique = set(names), Counter(), []
+    for name in names:
+        turns[name] += 1
+        own = name if turns[name] == 1 else f"{name}-{turns[name]}"
+        while turns[name] > 1 and own in taken:
+            turns[name] += 1
+            own = f"{name}-{turns[name]}"
+        taken.add(own)
+        unique.append(own)
+    return unique
 
 
 # ----------------------------------------------------------------------------------------------- writing
@@ -98,12 +167,13 @@ def _pair(pairs, file, examples) -> tuple[list[str], str]:
 def save_predictions(file, examples: Sequence[Example], sqls: Sequence[str]) -> None:
     """Write one SQL a question in the format of the file's ending; the official scripts read it."""
     file = Path(file)
-    pairs = list(zip(examples, sqls, strict=True))
-    if file.suffix == ".json":
-        content = {example.id: f"{sql}{BIRD_MARK}{example.db_id}" for example, sql in pairs}
+    ids, pairs = numbered([example.id for example in examples]), list(zip(examples, sqls, strict=True))
+    if file.suffix.lower() == ".json":
+        content = {name: f"{sql}{BIRD_MARK}{example.db_id}" for name, (example, sql) in zip(ids, pairs, strict=True)}
         text = json.dumps(content, indent=1) + "\n"
-    elif file.suffix == ".jsonl":
-        text = json_lines({"id": example.id, "db_id": example.db_id, "sql": sql} for example, sql in pairs)
+    elif file.suffix.lower() == ".jsonl":
+        text = json_lines({"id": name, "db_id": example.db_id, "sql": sql}
+                          for name, (example, sql) in zip(ids, pairs, strict=True))
     else:  # the official script takes an empty line for the end of a dialogue: `SELECT` is wrong, but a line
         text = "".join((one_line(sql) or "SELECT") + "\n" for _, sql in pairs)
     write_text(file, text)
@@ -112,7 +182,7 @@ def save_predictions(file, examples: Sequence[Example], sqls: Sequence[str]) -> 
 def one_line(sql: str) -> str:
     """The query on one line without tabs, which separate fields; its comments go if they must."""
     if "\n" in sql or "\r" in sql:
-        sql = "".join(" " if kind in T.Comment else text for kind, text in lexer.tokenize(sql))
+        sql = "".join(" " if is_comment(kind, text) else text for kind, text in lex(sql))
     for blank in "\t\r\n":
         sql = sql.replace(blank, " ")
     return sql.strip()

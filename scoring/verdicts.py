@@ -5,7 +5,7 @@ evaluate.py says what is measured and is the command; this file is what it and t
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import fill
@@ -13,24 +13,11 @@ from textwrap import fill
 import numpy as np
 from tqdm import tqdm
 
+from running.errors import visible
 from scoring.hardness import LEVELS, hardness
-from sql_exec import (
-    Execution,
-    SQLExecutor,
-    bird_match,
-    gold_is_ordered,
-    soft_f1,
-    spider_match,
-    spider_prepare,
-)
+from sql_exec import MATCHES, Comparison, Execution, Results, SQLExecutor, soft_f1
 from text2sql.example import Example
 
-MATCHES = ("bird", "spider")
-COMPARE = {  # (predicted rows, gold rows, gold SQL) -> credit
-    "bird": lambda predicted, gold, sql: bird_match(predicted, gold),
-    "spider": lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql)),
-    "soft_f1": lambda predicted, gold, sql: soft_f1(predicted, gold),
-}
 LEVEL_ORDER = (*LEVELS, "simple", "moderate", "challenging")  # Spider's, then BIRD's names
 BATCH = 256  # predictions whose results are held in memory at once
 
@@ -47,6 +34,7 @@ class ExampleScore:
     error: str        # why the prediction did not run, else empty
     correct: dict[str, bool]
     soft_f1: float
+    verified: bool = False  # right by every comparison, where Spider's does not replace the word `value`
 
     @property
     def bad_gold(self) -> bool:
@@ -57,23 +45,28 @@ class ExampleScore:
 # --------------------------------------------------------------------------------------------- scoring
 
 def score_predictions(examples: Sequence[Example], sqls: Sequence[str], executor: SQLExecutor,
-                      matches: Sequence[str] = MATCHES, keep_distinct: bool = False,
+                      matches: Sequence[str] = tuple(MATCHES), keep_distinct: bool = False,
                       progress: bool = False,
                       suite: dict[str, list[str]] | None = None,
                       levels: list[str] | None = None) -> list[ExampleScore]:
     """Score one SQL a question, in order; a question with several golds is right when any of them matches.
 
+    matches: names of sql_exec.MATCHES.
     suite: for a db_id the further databases, known to the executor, on which both must agree as well.
     levels: of `difficulty_levels`, where the examples are a part of more.
     """
     levels = levels or difficulty_levels(examples)
-    scores = []
+    comparisons, scores = comparisons_named(matches, keep_distinct), []
     starts = range(0, len(examples), BATCH)
     for start in tqdm(starts, desc="scoring", unit="batch", disable=None if progress else True, leave=False):
         part = slice(start, start + BATCH)
-        scores += [score for score, _ in judge(examples[part], sqls[part], levels[part], executor, matches,
-                                               keep_distinct, suite)]
+        scores += [score for score, _ in judge(examples[part], sqls[part], levels[part], executor, comparisons, suite)]
     return scores
+
+
+def comparisons_named(names: Sequence[str], keep_distinct: bool = False) -> tuple[Comparison, ...]:
+    """The comparisons of these names; with `keep_distinct` Spider's minds DISTINCT."""
+    return tuple(replace(MATCHES[name], keep_distinct=keep_distinct) for name in names)
 
 
 def difficulty_levels(examples: Sequence[Example]) -> list[str]:
@@ -83,40 +76,39 @@ def difficulty_levels(examples: Sequence[Example]) -> list[str]:
     return [hardness(example.gold_sqls[0]) for example in examples]
 
 
-def judge(examples, sqls, levels, executor, matches, keep_distinct,
+def judge(examples, sqls, levels, executor, comparisons: Sequence[Comparison],
           suite=None) -> list[tuple[ExampleScore, Execution]]:
     """Run predictions and golds, each as its comparison wants them, and compare. The Execution is that of the
     prediction as written."""
-    as_written = _run_both(examples, sqls, executor, lambda sql, is_prediction: sql)
-    runs = {"bird": as_written, "soft_f1": as_written}
-    if "spider" in matches:
-        runs["spider"] = _run_both(examples, sqls, executor, lambda sql, is_prediction:
-                                   spider_prepare(sql, keep_distinct, is_prediction))
+    verifying = [comparison.without_value_rule() for comparison in comparisons]
+    questions = [(example.db_id, sql, example.gold_sqls) for example, sql in zip(examples, sqls, strict=True)]
+    results = Results(executor, questions, [*comparisons, *verifying])
     judged = []
-    for number, example in enumerate(examples):
-        credit = {name: _best_credit(name, example, *runs[name][number]) for name in (*matches, "soft_f1")}
-        prediction, golds = as_written[number]
-        judged.append((ExampleScore(
-            example.id, example.db_id, levels[number], sqls[number], prediction.status, gold_status(golds),
-            prediction.error or "", {name: bool(credit[name]) for name in matches}, credit["soft_f1"]),
-            prediction))
+    for example, level, question in zip(examples, levels, questions, strict=True):
+        db_id, sql, gold_sqls = question
+        prediction, golds = results.predicted(db_id, sql), [results.gold(db_id, gold) for gold in gold_sqls]
+        correct = {comparison.name: results.is_right(*question, comparison) for comparison in comparisons}
+        verified = all(results.is_right(*question, comparison) for comparison in verifying)
+        score = ExampleScore(example.id, db_id, level, sql, prediction.status, gold_status(golds),
+                             prediction.error or "", correct, best_soft_f1(prediction, golds), verified)
+        judged.append((score, prediction))
     if not suite:
         return judged
-    return [_on_suite(both, example, level, suite.get(example.db_id), executor, matches, keep_distinct)
+    return [_on_suite(both, example, level, suite.get(example.db_id), executor, comparisons)
             for both, example, level in zip(judged, examples, levels, strict=True)]
 
 
 def _on_suite(judged, example, level, others, *how) -> tuple[ExampleScore, Execution]:
     """What is right on the first database must be right on the others; a gold that fails there is bad."""
     score, execution = judged
-    if not others or not any(score.correct.values()):
+    if not others or not (score.verified or any(score.correct.values())):
         return judged
     count = len(others)
     elsewhere = [replace(example, db_id=db_id) for db_id in others]
     for other, _ in judge(elsewhere, [score.sql] * count, [level] * count, *how):
         correct = {name: score.correct[name] and other.correct[name] for name in score.correct}
         status = other.gold_status if other.bad_gold else score.gold_status
-        score = replace(score, correct=correct, gold_status=status)
+        score = replace(score, correct=correct, gold_status=status, verified=score.verified and other.verified)
     return score, execution
 
 
@@ -133,23 +125,11 @@ def suite_databases(databases: dict[str, Path]) -> tuple[dict[str, Path], dict[s
     return everything, suite
 
 
-def _run_both(examples, sqls, executor, rewrite: Callable[[str, bool], str]):
-    """For each question the Execution of its prediction, and a list of those of its golds."""
-    predicted = executor.run_many([(example.db_id, rewrite(sql, True))
-                                   for example, sql in zip(examples, sqls, strict=True)])
-    golds = iter(executor.run_gold([(example.db_id, rewrite(gold, False))
-                                    for example in examples for gold in example.gold_sqls]))
-    return [(prediction, [next(golds) for _ in example.gold_sqls])
-            for example, prediction in zip(examples, predicted, strict=True)]
-
-
-def _best_credit(name: str, example: Example, prediction: Execution, golds: Sequence[Execution]) -> float:
-    """The best comparison with any gold that ran; 0 when the prediction or every gold failed."""
+def best_soft_f1(prediction: Execution, golds: Sequence[Execution]) -> float:
+    """The best soft-F1 with any gold that ran; 0 when the prediction or every gold failed."""
     if prediction.status != "ok":
         return 0.0
-    pairs = zip(example.gold_sqls, golds, strict=True)
-    return max((COMPARE[name](prediction.rows, gold.rows, sql) for sql, gold in pairs if gold.status == "ok"),
-               default=0.0)
+    return max((soft_f1(prediction.rows, gold.rows) for gold in golds if gold.status == "ok"), default=0.0)
 
 
 def gold_status(golds: Sequence[Execution]) -> str:
@@ -222,7 +202,7 @@ def print_table(summary: dict) -> None:
         print(f"golds without any row: {summary['empty_golds']}")
     if summary["bad_golds"]:
         verdict = "left out" if summary["bad_golds_skipped"] else "counted as wrong (see --skip-bad-gold)"
-        first = ", ".join(f"{gold['id']} ({gold['gold_status']})" for gold in summary["bad_golds"][:3])
+        first = ", ".join(f"{visible(gold['id'])} ({gold['gold_status']})" for gold in summary["bad_golds"][:3])
         print(fill(f"golds that fail: {len(summary['bad_golds'])}, {verdict}; the first: {first}", 80))
 
 
@@ -233,7 +213,7 @@ def print_accuracies(title: str, parts: dict[str, dict]) -> None:
     print(f"{title:<24}{'n':>6}{headings}")
     for label, part in parts.items():
         cells = "".join(f"{percent_with_interval(part, name):>25}" for name in names)
-        print(f"{label[:24]:<24}{part['n']:>6}{cells}".rstrip())
+        print(f"{visible(label)[:24]:<24}{part['n']:>6}{cells}".rstrip())
 
 
 def percentages(shares: dict[str, float]) -> str:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rewards import parse_completion
 from sql_exec import Execution, Rows, result_key
 
 VOTES = ("value-aware", "majority")
@@ -40,20 +41,10 @@ class Candidate:
 
 
 def load_for_sampling(name: str, threads: int = 0):
-    """A policy on the GPU in bfloat16 where there is one, else on the CPU; threads 0 is PyTorch's choice."""
-    import torch  # here and below, so that scoring a predictions file does not wait for it
-    from transformers.utils import logging
+    """That of policy.py, for those who still look for it here."""
+    from policy import load_for_sampling as load
 
-    from policy import load_policy
-
-    logging.disable_progress_bar()  # it tells how fast weights load, in the middle of our own output
-    logging.set_verbosity_error()  # and the tokenizer warns of long prompts, which we shorten or refuse
-
-    if threads:
-        torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        return load_policy(name, device="cuda", dtype=torch.bfloat16)
-    return load_policy(name)
+    return load(name, threads)
 
 
 def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int = 1, temperature: float = 0.0,
@@ -63,7 +54,7 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int =
 
     temperature 0 is greedy; `batch` completions are decoded at once. The same arguments, the same candidates.
     """
-    import torch
+    import torch  # here, so that scoring a predictions file does not wait for it
 
     from engine.fast import FAST
     from grpo import GRPOConfig, sample_groups
@@ -79,14 +70,14 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int =
 
 def read_group(policy, group, lenient: bool = False) -> list[Candidate]:
     """The completions of a `grpo.Group` as candidates."""
-    from rewards import parse_completion  # here: the votes alone need no rewards
+    return [read_text(policy.decode(tokens), logps.double().mean().item(), len(tokens), truncated, lenient)
+            for tokens, logps, truncated in zip(group.completions, group.logps, group.truncated, strict=True)]
 
-    candidates = []
-    for tokens, logps, truncated in zip(group.completions, group.logps, group.truncated, strict=True):
-        text = policy.decode(tokens)
-        thought, sql = parse_completion(text, lenient=lenient) or ("", "")
-        candidates.append(Candidate(text, thought, sql, logps.double().mean().item(), len(tokens), truncated))
-    return candidates
+
+def read_text(text: str, logprob: float, tokens: int, truncated: bool, lenient: bool = False) -> Candidate:
+    """A completion as a candidate, read as the reward reads it."""
+    thought, sql = parse_completion(text, lenient) or ("", "")
+    return Candidate(text, thought, sql, logprob, tokens, truncated)
 
 
 # -------------------------------------------------------------------------------------------------- vote

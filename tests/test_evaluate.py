@@ -1,8 +1,10 @@
 """Scores of predictions, Spider's hardness, prediction files and the command line."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
@@ -10,6 +12,7 @@ from conftest import ROOT
 from data import Example, load_dataset
 from evaluate import (
     MATCHES,
+    EvaluateConfig,
     bootstrap_interval,
     difficulty_levels,
     load_predictions,
@@ -20,6 +23,7 @@ from evaluate import (
 )
 from running.errors import UserError
 from scoring.hardness import LEVELS, hardness, level
+from scoring.predictions import one_line, save_predictions
 from sql_exec import SQLExecutor
 
 
@@ -200,6 +204,85 @@ def test_prediction_file_oddities(tmp_path):
     assert sqls == ["", "SELECT 2"] and "1 predictions are for other questions" in sentence
 
 
+@pytest.mark.parametrize("line, sql", [
+    ("SELECT 1\tmusic ", "SELECT 1"), ("SELECT 1\tMusic", "SELECT 1"), ("SELECT 1\t music\t", "SELECT 1"),
+    ("SELECT 1\tmusic\t0.93", "SELECT 1"), ("SELECT 1\t-3.5e-2", "SELECT 1"), ("SELECT a FROM t\t12", "SELECT a FROM t"),
+    ("SELECT count(*)\t0.5\tmusic", "SELECT count(*)"), ("SELECT a;\tnan\tMUSIC ", "SELECT a;"), ("\tmusic", ""),
+    ("SELECT a FROM t LIMIT\t5", "SELECT a FROM t LIMIT\t5"), ("SELECT a -\t0.5", "SELECT a -\t0.5"),
+    ("SELECT a,\t5", "SELECT a,\t5"), ("SELECT\t1\t0.5", "SELECT\t1"), ("SELECT a FROM\tmusic", "SELECT a FROM\tmusic"),
+    ("SELECT a FROM\tmusic\tmusic", "SELECT a FROM\tmusic"), ("SELECT 1\tof 2", "SELECT 1\tof 2"),
+    ("SELECT 1\t----- bird -----\tMUSIC \t0.5", "SELECT 1")])
+def test_what_follows_the_sql_after_a_tab_is_taken_off(tmp_path, line, sql):
+    two = [TWO[0], example("SELECT 2", "718", db_id="Film")]
+    (tmp_path / "p.sql").write_text(f"{line}\nSELECT 2\n")
+    assert load_predictions(tmp_path / "p.sql", two)[0] == [sql, "SELECT 2"]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": 718, "sql": "SELECT 2"}) + "\n"
+                                      + json.dumps({"id": 717, "sql": line}))
+    assert load_predictions(tmp_path / "p.jsonl", two)[0] == [sql, "SELECT 2"]
+
+
+def test_where_all_lines_end_with_a_db_id_a_broken_query_does_too(tmp_path):
+    (tmp_path / "p.sql").write_text("SELECT a FROM\tmusic\nSELECT 2\tfilm\n")
+    assert load_predictions(tmp_path / "p.sql", TWO)[0] == ["SELECT a FROM", "SELECT 2"]
+
+
+@pytest.mark.parametrize("field", ["question_id", "qid", "Question_ID", "idx", "index", "instance_id"])
+def test_records_are_paired_by_id_whatever_its_name(tmp_path, field):
+    lines = [{field: 718, "sql": "SELECT 2"}, {field: 717.0, "sql": "SELECT 1", "id": None}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert load_predictions(tmp_path / "p.jsonl", TWO) == (["SELECT 1", "SELECT 2"], "paired by id")
+
+
+def test_the_field_that_has_the_ids_of_the_data_pairs(tmp_path):
+    lines = [{"id": 0, "question_id": 718, "sql": "SELECT 2"}, {"id": 1, "question_id": 717, "sql": "SELECT 1"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert load_predictions(tmp_path / "p.jsonl", TWO) == (["SELECT 1", "SELECT 2"], "paired by id")
+    lines = [{"index": 1, "sql": "SELECT 2"}, {"index": 0, "sql": "SELECT 1"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sqls, sentence = load_predictions(tmp_path / "p.jsonl", TWO)
+    assert sqls == ["SELECT 1", "SELECT 2"] and "by position" in sentence
+
+
+REPEATED = [example("SELECT 1", "7"), example("SELECT 2", "7"), example("SELECT 3", "7-2"), example("SELECT 4", "7")]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".sql"])
+def test_predictions_of_repeated_ids_come_back(tmp_path, ending):
+    sqls = [f"SELECT {number}" for number in range(4)]
+    save_predictions(tmp_path / f"p{ending}", REPEATED, sqls)
+    assert load_predictions(tmp_path / f"p{ending}", REPEATED)[0] == sqls
+    unique = [example("SELECT 1", name) for name in ("7", "7-3", "7-2", "7-4")]  # as data.py numbers them
+    assert load_predictions(tmp_path / f"p{ending}", unique)[0] == sqls
+
+
+@pytest.mark.parametrize("name, content", [
+    ("p.json", '{"7": "SELECT 0", "7": "SELECT 1", "7-2": "SELECT 2", "7": "SELECT 3"}'),
+    ("p.jsonl", "".join(f'{{"question_id": "{name}", "sql": "SELECT {i}"}}\n' for i, name in enumerate(["7", "7", "7-2", "7"])))])
+def test_repeated_ids_of_others_files_are_read_in_turn(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert load_predictions(tmp_path / name, REPEATED)[0] == ["SELECT 0", "SELECT 1", "SELECT 2", "SELECT 3"]
+
+
+BACKSLASHES = r"SELECT '\', b -- it's a note"
+
+
+def test_backslashes_escape_nothing():
+    assert one_line(BACKSLASHES + "\nFROM t WHERE c = 'd -- e'\nAND f = '\\'") == (
+        r"SELECT '\', b  FROM t WHERE c = 'd -- e' AND f = '\'")
+    assert one_line("SELECT 1 -- one\r, 2\n") == "SELECT 1"  # a return alone ends no comment in SQLite
+    assert hardness(r"SELECT a FROM t WHERE b = '\' OR c LIKE 'x' OR d = 'y'") == hardness(
+        "SELECT a FROM t WHERE b = '/' OR c LIKE 'x' OR d = 'y'")
+    assert hardness(r"SELECT a FROM t WHERE b = '\'' GROUP BY LIMIT'") == "easy"  # all in one string
+
+
+def test_a_query_on_one_line_returns_the_same(tmp_path, tiny_db):
+    queries = ["SELECT '\\' AS a, -- '\n 'b' AS b", "SELECT 1 -- x\r + 1\n+ 2", "SELECT /* ' \n */ '\\''--' \n"]
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        for sql in queries:
+            before, after = executor.run_many([("music", sql), ("music", one_line(sql))])
+            assert before.status == "ok" and before.rows == after.rows
+
+
 @pytest.mark.parametrize("name, content, words", [
     ("p.sql", "SELECT 1\n", ["1 predictions", "2 questions"]),
     ("p.sql", "SELECT 1\tfilm\nSELECT 2\tfilm\n", ["question 717", "'film'", "'music'"]),
@@ -249,8 +332,19 @@ def test_command_line(tmp_path, tiny_db):
 
 @pytest.mark.parametrize("extra, words", [
     (["--match", "exact"], "--match takes bird and spider"),
-    (["--workers", "0"], "--workers must be above zero, not 0"),
-    (["--timeout", "nan"], "--timeout must be above zero"),
+    (["--workers", "0"], "--workers is 0; it must be at least 1"),
+    (["--timeout", "nan"], "--timeout is nan; it must be a finite number"),
+    (["--timeout", "-1"], "--timeout is -1.0; it must be above 0"),
+    (["--timeout", "0"], "--timeout is 0.0; it must be above 0"),
+    (["--limit", "-3"], "--limit is -3; it must be at least 0"),
+    (["--r-ves", "-1"], "--r-ves is -1; it must be at least 0"),
+    (["--max-rows", "0"], "--max-rows is 0; it must be at least 1"),
+    (["--memory-limit-mb", "0"], "--memory-limit-mb is 0; it must be at least 16"),
+    (["--threads", "-3"], "--threads is -3; it must be at least 0"),
+    (["--seed", "-1"], "--seed is -1; it must be at least 0"),
+    (["--seed", "10000000"], "--seed is 10000000; it must be at most 1000000"),
+    (["--batch", "0"], "--batch is 0; it must be at least 1"),
+    (["--max-completion-tokens", "0"], "--max-completion-tokens is 0; it must be at least 1"),
     (["--predictions", ""], "give --predictions FILE"),
     (["--json", "/nowhere/out.json"], "cannot write /nowhere/out.json"),
     (["--exclude", "gone.json"], "cannot read gone.json"),
@@ -258,6 +352,53 @@ def test_command_line(tmp_path, tiny_db):
 def test_bad_command_lines(tmp_path, tiny_db, extra, words):
     done = run_cli(*own_data(tmp_path, tiny_db), *extra)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_number_has_a_range():
+    for field in fields(EvaluateConfig):
+        if field.type in (int, float, float | None):
+            assert {"at_least", "above"} & field.metadata.keys(), field.name
+
+
+def test_r_ves_needs_no_other_comparison(tmp_path, tiny_db):
+    """The score is BIRD's whatever is compared: swapped columns are right for Spider and wrong for BIRD."""
+    (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "music", "sql": "SELECT name, age FROM singer"},
+                                                   {"question": "q", "db_id": "music", "sql": "SELECT 1"}]))
+    (tmp_path / "p.sql").write_text("SELECT age, name FROM singer\nSELECT 1\n")
+    done = run_cli("--predictions", tmp_path / "p.sql", "--data", tmp_path / "own.json", "--workers", 1, "--match", "spider",
+                   "--r-ves", 1, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["execution_accuracy"] == {"spider": 1.0} and "bird" not in content["examples"][0]
+    assert 25 <= content["timing"]["r_ves"] <= 100 * 1.25 ** 0.5 / 2
+
+
+@pytest.mark.parametrize("fenced", ["```sql SELECT 1```", "```sql\tSELECT 1 ```\tmusic", "``` SELECT 1 ```"])
+def test_lenient_predictions_may_be_fenced(tmp_path, tiny_db, fenced):
+    arguments = own_data(tmp_path, tiny_db)
+    (tmp_path / "p.sql").write_text(f"{fenced}\nSELECT 3\nSELECT 1\n")
+    for flags, right in (([], 0), (["--lenient-format"], 1)):
+        done = run_cli(*arguments, *flags, "--json", tmp_path / "out.json")
+        assert done.returncode == 0, done.stderr
+        assert [item["bird"] for item in json.loads((tmp_path / "out.json").read_text())["examples"]] == [right, 0, 0]
+
+
+def test_no_text_and_no_encoding_ends_the_command(tmp_path, tiny_db):
+    records = [{"id": "é\ud800", "question": "\udfff q", "db_id": "music", "sql": "SELECT oops\ud800", "difficulty": "schön"},
+               {"id": "b", "question": "q", "db_id": "music", "sql": "SELECT 'é'", "difficulty": "易"}]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    (tmp_path / "p.jsonl").write_text('{"sql": "SELECT \\ud800"}\n{"sql": "SELECT \'\\u00e9\'"}\n')
+    out, environment = tmp_path / "out.json", {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "evaluate.py", "--data", tmp_path / "own.json", "--workers", "1", "--json", out]
+    done = subprocess.run([*command, "--predictions", tmp_path / "p.jsonl"], cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    assert content["execution_accuracy"] == {"bird": 0.5, "spider": 0.5} and content["examples"][1]["bird"] == 1
+    done = subprocess.run([sys.executable, "evaluate.py", "--compare", out, out], cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "p.jsonl").write_bytes(b'{"sql": "SELECT \xff"}\n')
+    done = subprocess.run([*command, "--predictions", tmp_path / "p.jsonl"], cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert done.returncode == 2 and b"is not UTF-8 text" in done.stderr and b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("system, correct", [("dail_sql_gpt4", 863), ("graphix_3b_picard", 839)])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -24,9 +25,10 @@ from evaluate import (
     r_ves,
 )
 from running.errors import UserError
-from scoring.answers import NO_CANDIDATE, Examination, Progress, verified_traces
+from scoring import answers, voting
+from scoring.answers import NO_CANDIDATE, Examination, Progress, format_advice, verified_traces
 from scoring.predictions import one_line, save_predictions
-from scoring.verdicts import ExampleScore, answers, score_predictions, suite_databases
+from scoring.verdicts import ExampleScore, score_predictions, suite_databases
 from scoring.voting import Candidate
 from sql_exec import Execution, SQLExecutor
 
@@ -63,7 +65,7 @@ def test_greedy(own_data, tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, *own_data, "--json", out, "--save-traces", traces, "--predictions-out", sqls)
     content = json.loads(out.read_text())
     printed = capsys.readouterr().out
-    table = [line for line in printed.splitlines() if str(traces) not in line]
+    table = [line for line in printed.splitlines() if str(tmp_path) not in line]
     assert max(map(len, table)) <= 80 and "tokens a second" in printed
     # how many and the oldest are learnt; `nation` is no column, so that gold fails
     assert content["execution_accuracy"]["bird"] >= 12 / 24 and content["answer"] == "greedy"
@@ -103,13 +105,71 @@ def test_killed_and_started_again_gives_the_same_json(own_data, tmp_path, monkey
     assert without_timing(parts) == without_timing(whole) and not progress.exists()
 
 
+FENCES = ["<think> a </think> ```sql\nSELECT COUNT(*) FROM singer\n```", "<think> a </think>\r\n```sql SELECT COUNT(*) FROM singer```"]
+
+
+def test_a_model_is_read_as_its_run_read_it(own_data, tmp_path, monkeypatch, capsys):
+    run, out = tmp_path / "run", tmp_path / "a.json"
+    shutil.copytree(own_data[1], run / "best")
+    own_data[1] = run / "best"
+    monkeypatch.setattr(voting, "read_group", lambda policy, group, lenient: [
+        voting.read_text(text, -1.0, 5, False, lenient) for text in FENCES[:len(group.completions)]])
+    for settings, flags, accuracy in (({}, [], 0), ({"lenient_format": True}, [], 4 / 24),
+                                      ({"lenient_format": True}, ["--no-lenient-format"], 0),
+                                      ({"lenient_format": False}, ["--lenient-format"], 4 / 24)):
+        (run / "config.json").write_text(json.dumps({"data": "spider", "split": "train", **settings}))
+        run_main(monkeypatch, *own_data, *flags, "--json", out)
+        content, printed = json.loads(out.read_text()), capsys.readouterr().out
+        assert content["execution_accuracy"]["bird"] == pytest.approx(accuracy)
+        assert content["lenient_format"] == (accuracy > 0)
+        assert ("as in the run that made the model" in printed) == (accuracy > 0 and not flags)
+        assert ("0.0 % of the answers meet the format" in printed) == (accuracy == 0)
+
+
+def test_greedy_answers_can_be_read_leniently(monkeypatch):
+    candidates = [[voting.read_text(FENCES[1], -1.0, 5, False, lenient)] for lenient in (False, True)]
+    monkeypatch.setattr(evaluate, "sample_candidates",
+                        lambda policy, prompts, n, temperature, tokens, batch, lenient: [candidates[lenient]])
+    assert evaluate.greedy_sqls(None, [[1]], 5) == [""]
+    assert evaluate.greedy_sqls(None, [[1]], 5, lenient=True) == ["SELECT COUNT(*) FROM singer"]
+
+
+@pytest.mark.parametrize("statuses, lenient, words, absent", [
+    ({"format": 1.0}, False, ["0.0 %", "--lenient-format", "--traces", "sft.py --mine"], ["--max-completion-tokens"]),
+    ({"format": 6, "ok": 1, "error": 3}, True, ["40.0 %", "--traces"], ["--lenient-format", "tokens"]),
+    ({"truncated": 0.9, "format": 0.1}, False, ["0.0 %", "--max-completion-tokens"], []),
+    ({"format": 3, "ok": 1, "too_long": 96}, False, ["25.0 %"], [])])
+def test_a_model_that_misses_the_format_is_told_what_to_do(statuses, lenient, words, absent):
+    advice = format_advice(statuses, lenient)
+    assert all(word in advice for word in words) and not any(word in advice for word in absent)
+    assert format_advice({"ok": 0.5, "format": 0.5}, lenient) == "" == format_advice({"too_long": 1.0}, lenient)
+
+
+def test_of_data_without_splits_the_part_is_measured_that_the_run_held_back(own_data, tmp_path, monkeypatch, capsys):
+    run, out = tmp_path / "run", tmp_path / "a.json"
+    records = [{"id": f"q{i}", "question": f"question {i}", "db_id": "music", "sql": f"SELECT {i}"} for i in range(20)]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    shutil.copytree(own_data[1], run / "best")
+    settings = {"data": str(tmp_path / "own.json"), "data_dir": None, "split": "train", "seed": 0, "eval_questions": 200,
+                "test_questions": 1000}
+    (run / "config.json").write_text(json.dumps(settings))
+    own_data[1] = run / "best"
+    splits = load_splits(settings["data"], dev_size=200, test_size=1000)
+    run_main(monkeypatch, *own_data, "--split", "dev", "--json", out)
+    assert [item["id"] for item in json.loads(out.read_text())["examples"]] == [one.id for one in splits.dev]
+    assert 0 < len(splits.dev) < 20 and "held back" in capsys.readouterr().out
+    (run / "config.json").unlink()
+    run_main(monkeypatch, *own_data, "--json", out)
+    assert json.loads(out.read_text())["n"] == 20 and "has no field 'split'" in " ".join(capsys.readouterr().out.split())
+
+
 def test_sampling_table(own_data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a.json"
     run_main(monkeypatch, *own_data, "-n", 7, "--json", out, "--vote", "majority", "--limit", 10,
              "--r-ves", 2)
     printed = capsys.readouterr().out
     content = json.loads(out.read_text())
-    assert max(map(len, printed.splitlines())) <= 80
+    assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 80
     for label in ("greedy", "majority", "value-aware", "pass@1", "pass@5", "pass@7", "R-VES"):
         assert f"\n{label} " in printed
     assert content["answer"] == "majority" and content["n"] == 10
@@ -134,9 +194,10 @@ def test_prompts_that_do_not_fit_are_wrong_answers(own_data, tmp_path, monkeypat
     ([], "give --predictions FILE or --model NAME"),
     (["--model", "m", "--predictions", "p.sql"], "not both"),
     (["--predictions", "p.sql", "-n", "5"], "need a --model"),
-    (["--model", "m", "-n", "0"], "-n must be above zero"),
+    (["--model", "m", "-n", "0"], "--samples is 0; it must be at least 1"),
     (["--model", "m", "-n", "5", "--temperature", "0"], "cannot give 5 sample(s)"),
-    (["--model", "m", "--temperature", "-1"], "cannot give 1 sample(s)"),
+    (["--model", "m", "--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
+    (["--model", "m", "--temperature", "inf"], "--temperature is inf; it must be a finite number"),
     (["--model", "m", "--save-traces", "/nowhere/t.jsonl"], "cannot write /nowhere/t.jsonl"),
     (["--compare", "a.json", "gone.json"], "cannot read a.json")])
 def test_bad_command_lines(monkeypatch, arguments, words):
@@ -189,7 +250,7 @@ def test_a_record_by_hand(tiny_db):
 
 def test_verified_traces_need_a_gold_with_rows(tiny_db):
     def verdict(gold_status, **correct):
-        score = ExampleScore("7", "music", "easy", "SELECT 1", "ok", gold_status, "", correct, 1.0)
+        score = ExampleScore("7", "music", "easy", "SELECT 1", "ok", gold_status, "", correct, 1.0, all(correct.values()))
         return score, Execution("ok")
 
     one = [candidate("SELECT 1")]
@@ -201,6 +262,21 @@ def test_verified_traces_need_a_gold_with_rows(tiny_db):
     assert verified_traces(GOLD, one, {"SELECT 1": verdict("empty", bird=True, spider=True)}) == []
     assert verified_traces(GOLD, one, {"SELECT 1": verdict("ok", bird=True, spider=False)}) == []
     assert verified_traces(GOLD, [NO_CANDIDATE], {"": verdict("ok", bird=True)}) == []
+
+
+def test_traces_keep_the_word_value(tiny_db):
+    """Spider's script turns `value` in predictions into 1: its score says wrong, yet the SQL is verified."""
+    gold = Example("7", "music", "q", ("SELECT name AS value FROM singer", "SELECT 'value of ' || name FROM singer"))
+    sqls = ["SELECT 'value of ' || name FROM singer", "SELECT 'valu' || 'e of ' || name FROM singer", "SELECT 'value'"]
+    for keep_distinct in (False, True):
+        config = EvaluateConfig(model="m", samples=3, greedy=False, keep_distinct=keep_distinct)
+        with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+            examination = Examination(None, None, executor, config, traces=9)
+            samples = [candidate(sql) for sql in sqls]
+            verdicts, = examination.verdicts([(gold, "easy", [], samples)])
+            record = examination.record(gold, [], samples, verdicts, {})
+        assert [verdicts[sql][0].correct["spider"] for sql in sqls] == [False, True, False]
+        assert sorted(trace["sql"] for trace in record["traces"]) == sorted(sqls[:2])
 
 
 def test_progress_without_a_file_and_with_nonsense(tmp_path):
@@ -295,6 +371,39 @@ def test_compare_by_hand(tmp_path, capsys):
     assert "+25.0" in printed and "gained (bird): question 2\n  A: SELECT 2" in printed
     same = compare(a, a)["matches"]["bird"]
     assert same["interval"] == (0, 0) and same["gained"] == same["lost"] == []  # paired: no noise between
+
+
+def test_compare_counts_every_question_of_a_repeated_id(tmp_path, capsys):
+    files = []
+    for name, verdicts in (("a", [1, 0, 1, 0]), ("b", [1, 1, 0, 1])):
+        items = [{"id": identity, "db_id": "music", "status": "ok", "gold_status": "ok", "bird": right, "sql": f"SELECT {i}{name}"}
+                 for i, (identity, right) in enumerate(zip(["7", "7", "8", "7"], verdicts, strict=True))]
+        (tmp_path / name).write_text(json.dumps({"examples": items}))
+        files.append(tmp_path / name)
+    result = compare(*files)
+    assert result["n"] == 4 and result["only_in_one"] == 0
+    part = result["matches"]["bird"]
+    assert (part["a"], part["b"], part["gained"], part["lost"]) == (0.5, 0.75, ["7-2", "7-3"], ["8"])
+    assert result["sql"]["7-2"] == ["SELECT 1a", "SELECT 1b"] and result["sql"]["7"] == ["SELECT 0a", "SELECT 0b"]
+    print_comparison(result)
+    assert "question 7-3\n  A: SELECT 3a" in capsys.readouterr().out
+
+
+def test_repeated_ids_in_the_data_lose_no_question(tmp_path, tiny_db, monkeypatch, capsys):
+    """From the data over every form of predictions to a comparison."""
+    (tmp_path / "dev_databases" / "music").mkdir(parents=True)
+    shutil.copy(tiny_db, tmp_path / "dev_databases" / "music" / "music.sqlite")
+    records = [{"question_id": 7, "question": "q", "db_id": "music", "SQL": f"SELECT {i}"} for i in range(3)]
+    (tmp_path / "dev.json").write_text(json.dumps(records))
+    (tmp_path / "p.sql").write_text("SELECT 0\nSELECT 1\nSELECT 9\n")
+    common, first = ["--data", "bird", "--data-dir", tmp_path, "--workers", 1], tmp_path / "p.sql"
+    for ending in (".json", ".jsonl", ".sql"):
+        run_main(monkeypatch, *common, "--predictions", first, "--predictions-out", tmp_path / f"out{ending}", "--json", tmp_path / "a.json")
+        run_main(monkeypatch, *common, "--predictions", tmp_path / f"out{ending}", "--json", tmp_path / "b.json")
+        one, other = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+        assert one["n"] == 3 and [item["bird"] for item in one["examples"]] == [1, 1, 0] and one == other
+        assert compare(tmp_path / "a.json", tmp_path / "b.json")["n"] == 3
+    assert "7" in capsys.readouterr().out
 
 
 def test_compare_many_is_tighter_than_unpaired(tmp_path):

@@ -30,6 +30,7 @@ subquery against a join).
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -66,9 +67,9 @@ COMPARISONS = {"=": "=", "==": "=", "<>": "<>", "!=": "<>", **{operator: operato
 CONSTANT = tuple("'0123456789.-?:@$")  # how numbers, strings and parameters begin
 COMMUTATIVE = ({"+"}, {"*"}, {"&"}, {"|"})
 
-# sqlparse takes \' for an escaped quote and %s for a placeholder; SQLite does neither, so both are hidden.
-HIDE = str.maketrans({"\\": "\ue000", "%": "\ue001"})
-SHOW = str.maketrans({"\ue000": "\\", "\ue001": "%"})
+# sqlparse takes \' for an escaped quote, %s for a placeholder and \r for the end of a comment; SQLite does nothing of
+# the kind, so all three are hidden.
+HIDE = str.maketrans({"\\": "\ue000", "%": "\ue001", "\r": " "})
 OPERATORS = re.compile(r"\|\||->>?|<<|>>|<=|>=|<>|==|!=|\s+|.", re.DOTALL)
 
 
@@ -139,6 +140,20 @@ def cached_operations(sql: str, schema: tuple | None) -> frozenset[str]:
 # ----------------------------------------------------------------------------------------
 # Words.
 
+def lex(sql: str) -> Iterator[tuple]:
+    """(kind, text) of every token, of white space and comments too; the texts together are the SQL."""
+    start = 0
+    for kind, hidden in lexer.tokenize(sql.translate(HIDE)):
+        end = start + len(hidden)
+        yield kind, sql[start:end]
+        start = end
+
+
+def is_comment(kind, text: str) -> bool:
+    """SQLite knows no comments that begin with #."""
+    return kind in T.Comment and text[0] != "#"
+
+
 def split_tokens(sql: str) -> list[str]:
     """Flat tokens, told apart by their first character.
 
@@ -146,28 +161,28 @@ def split_tokens(sql: str) -> list[str]:
     `` `x `` (cannot be one); a string keeps its quotes; all the rest stands for itself.
     """
     words = []
-    tokens = list(islice(lexer.tokenize(sql.translate(HIDE)), MAX_TOKENS + 1))
+    tokens = list(islice(lex(sql), MAX_TOKENS + 1))
     if len(tokens) > MAX_TOKENS:
         raise Unparsable("too many tokens")
     for kind, text in tokens:
         first = text[0]
-        if first.isspace() or (kind in T.Comment and first != "#"):
+        if first.isspace() or is_comment(kind, text):
             continue
         if first.isalpha() or first == "_":
             words.extend(text.lower().split())
         elif first == "'" and len(text) > 1:
-            words.append(text.translate(SHOW))
+            words.append(text)
         elif first in "\"`[" and len(text) > 1:
             quote = "`" if first == "[" else first
-            words.append(quote + text[1:-1].translate(SHOW).replace(quote * 2, quote))
+            words.append(quote + text[1:-1].replace(quote * 2, quote))
         elif kind in T.Number:
             words.extend(("-", text[1:].lower()) if first == "-" else (text.lower(),))
         elif kind in T.Name.Placeholder:
             words.append(text.lower())
-        elif first in "'\"`[#\\´":
+        elif first in "'\"`[#´":
             raise Unparsable(f"stray {first}")
         else:
-            words.extend(word for word in OPERATORS.findall(text.translate(SHOW)) if not word.isspace())
+            words.extend(word for word in OPERATORS.findall(text) if not word.isspace())
     return words
 
 

@@ -1,0 +1,79 @@
+"""Two evaluations side by side: the difference with its interval, and the questions whose verdict flipped."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+
+from running.errors import UserError, parse_json, read_text, visible
+from scoring.predictions import numbered
+from scoring.verdicts import bootstrap_interval, mean
+from sql_exec import MATCHES
+
+
+def load_scores(file) -> dict:
+    """The content of a --json file."""
+    content = parse_json(read_text(Path(file)), file)
+    examples = content.get("examples") if isinstance(content, dict) else None
+    if not isinstance(examples, list) or not all(
+            isinstance(item, dict) and {"id", "db_id", "gold_status"} <= item.keys() for item in examples):
+        raise UserError(f"{file} is not a file that evaluate.py --json wrote")
+    return content
+
+
+def by_question(examples: Sequence[dict]) -> dict[tuple, dict]:
+    """{(id, db_id, how many with the same came before): what --json says of the question}."""
+    found, seen = {}, Counter()
+    for item in examples:
+        key = item["id"], item["db_id"]
+        found[*key, seen[key]] = item
+        seen[key] += 1
+    return found
+
+
+def compare(file_a, file_b) -> dict:
+    """Accuracies of two evaluations on the questions they share, and the questions whose verdict flipped."""
+    a, b = load_scores(file_a), load_scores(file_b)
+    in_a, in_b = by_question(a["examples"]), by_question(b["examples"])
+    skip = a.get("bad_golds_skipped") or b.get("bad_golds_skipped")
+    shared = [key for key in in_a if key in in_b
+              and not (skip and in_a[key]["gold_status"] not in ("ok", "empty"))]
+    if not shared:
+        raise UserError(f"{file_a} and {file_b} have no question in common")
+    labels = dict(zip(shared, numbered([str(key[0]) for key in shared]), strict=True))
+    matches = {}
+    for name in MATCHES:
+        if not all(name in item for item in (in_a[shared[0]], in_b[shared[0]])):
+            continue
+        pairs = [(in_a[key][name], in_b[key][name]) for key in shared]
+        difference = [after - before for before, after in pairs]
+        matches[name] = {
+            "a": mean([before for before, _ in pairs]), "b": mean([after for _, after in pairs]),
+            "difference": mean(difference), "interval": bootstrap_interval(difference),  # paired: by question
+            "gained": [labels[key] for key, change in zip(shared, difference, strict=True) if change > 0],
+            "lost": [labels[key] for key, change in zip(shared, difference, strict=True) if change < 0]}
+    if not matches:
+        raise UserError(f"{file_a} and {file_b} have no comparison in common")
+    sql = {labels[key]: [side[key].get("sql", "") for side in (in_a, in_b)] for key in shared}
+    return {"a": str(file_a), "b": str(file_b), "n": len(shared), "matches": matches, "sql": sql,
+            "only_in_one": len(in_a.keys() ^ in_b.keys())}
+
+
+def print_comparison(result: dict) -> None:
+    """Two evaluations side by side, and every question that flipped."""
+    print(f"A: {result['a']}\nB: {result['b']}\n{result['n']} questions"
+          + (f"; {result['only_in_one']} are in one file only" if result["only_in_one"] else ""))
+    print(f"{'execution accuracy, %':<24}{'A':>7}{'B':>7}{'B - A [95 % interval]':>26}"
+          f"{'gained':>8}{'lost':>6}")
+    for name, part in result["matches"].items():
+        low, high = part["interval"]
+        change = f"{100 * part['difference']:+.1f} [{100 * low:+6.1f},{100 * high:+6.1f}]"
+        print(f"{name:<24}{100 * part['a']:>7.1f}{100 * part['b']:>7.1f}{change:>26}"
+              f"{len(part['gained']):>8}{len(part['lost']):>6}")
+    for name, part in result["matches"].items():
+        for verb in ("gained", "lost"):
+            for identity in part[verb]:
+                print(f"\n{verb} ({name}): question {visible(identity)}")
+                for side, sql in zip("AB", result["sql"][identity], strict=True):
+                    if sql:
+                        print(f"  {side}: {shorten(visible(sql), 75)}")
