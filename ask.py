@@ -36,6 +36,7 @@ from data import (
 from running.errors import UserError, run_main, sound
 from running.options import add_arguments, build, check, option
 from running.wording import plural
+from scoring.answers import format_advice
 from scoring.voting import VOTES, Candidate, choose, load_for_sampling, rank_groups, sample_candidates
 from sql_exec import Execution, SQLExecutor
 from text2sql import demo_world
@@ -66,7 +67,8 @@ class AskConfig:
     think: bool = option(False, "show the model's reasoning")
     rows: int = option(20, "rows of a result that are shown", at_least=1)
     max_completion_tokens: int = option(512, "an answer is cut at this many tokens", at_least=1)
-    lenient_format: bool = option(False, "also take SQL inside a code fence")
+    lenient_format: bool | None = option(None, "also take SQL inside a code fence (default: as the run that made the "
+                                               "model)")
     seed: int = option(0, "seed of sampling: the same question gets the same answer", at_least=0, at_most=2**32)
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
     workers: int = option(2, "SQL worker processes", at_least=1)
@@ -90,6 +92,7 @@ class Reply:
     groups: list[tuple[int, str, int]]  # (votes, SQL, rows) of each group of equal results, the winner first
     failures: dict[str, int]            # how many candidates did not run, by status
     seconds: float
+    advice: str = ""                    # where most answers missed the format
 
     @property
     def count(self) -> int:
@@ -106,16 +109,6 @@ class Reply:
         return (f"{votes} of {self.count} candidates return this"
                 + (f"; {', '.join(others)}" if others else "") + f" ({self.seconds:.1f} s){caution}")
 
-    @property
-    def no_format(self) -> str:
-        """What to say and to advise when no answer has the format."""
-        cut = self.failures.get("truncated", 0)
-        return (f"0 of {plural(self.count, 'answer')} have the format `<think> reasoning </think> one SQL query`"
-                + (f"; {cut} did not end within --max-completion-tokens" if cut else "")
-                + f". The likeliest begins:\n  {printable(self.answer.text)[:300]}\n"
-                "--lenient-format also takes SQL in a code fence. Otherwise teach the format first: train.py --traces "
-                "FILE, with reasoning of a larger model or from sft.py --mine. Or ask a model that was trained so.")
-
     def as_json(self) -> dict:
         """What a page shows; cells are text or null."""
         content = {"sql": self.answer.sql, "thought": self.answer.thought, "verdict": self.verdict,
@@ -123,9 +116,9 @@ class Reply:
                    + [f"{count} x {status}" for status, count in self.failures.items()]}
         execution = self.execution
         if execution.status != "ok":
-            error = (f"No candidate runs; the likeliest of {self.count} gives {execution.status}: {execution.error}"
-                     if self.answer.sql else self.no_format)
-            return content | {"error": error}
+            reason = (f"the likeliest of {self.count} gives {execution.status}: {execution.error}"
+                      if self.answer.sql else "no answer has a query in it")
+            return content | {"error": f"No candidate runs; {reason}" + (f"; {self.advice}" if self.advice else "")}
         rows = execution.rows[:ROWS_ON_PAGE]
         shown = f", the first {len(rows)} shown" if len(rows) < len(execution.rows) else ""
         texts = [[None if cell is None else cell_text(cell) for cell in row] for row in rows]
@@ -139,7 +132,9 @@ class Asker:
     def __init__(self, config: AskConfig, prompts: PromptConfig, policy=None):
         self.config = config
         self.path = check_database(config.database)
-        self.note = unknown_database(config.model, self.path)
+        run = run_config_of(config.model) or {}
+        self.lenient = config.lenient_format if config.lenient_format is not None else bool(run.get("lenient_format"))
+        self.note = unknown_database(config.model, run, self.path)
         self.policy = policy or load_for_sampling(config.model, config.threads)
         self.builder = PromptBuilder({"database": self.path}, self.policy.tokenizer, prompts)
         self.executor = SQLExecutor({"database": self.path}, config.workers, config.timeout,
@@ -162,16 +157,16 @@ class Asker:
                             "raise --max-prompt-tokens if the model reads more")
         candidates, = sample_candidates(
             self.policy, [prompt], config.samples, config.temperature if config.samples > 1 else 0.0,
-            config.max_completion_tokens, lenient=config.lenient_format, seed=config.seed)
+            config.max_completion_tokens, lenient=self.lenient, seed=config.seed)
         executions = self.executor.run_many([("database", candidate.sql) for candidate in candidates])
         groups = rank_groups(executions, [candidate.logprob for candidate in candidates], config.vote)
-        failures = Counter(candidate.broken or execution.status
-                           for candidate, execution in zip(candidates, executions, strict=True)
-                           if execution.status != "ok")
+        statuses = Counter(candidate.broken or execution.status
+                           for candidate, execution in zip(candidates, executions, strict=True))
+        failures = {status: count for status, count in statuses.most_common() if status != "ok"}
         winner = choose(candidates, executions, config.vote)
         votes = [(len(group), candidates[group[0]].sql, len(executions[group[0]].rows)) for group in groups]
-        return Reply(question, candidates[winner], executions[winner], votes, dict(failures.most_common()),
-                     time.perf_counter() - began)
+        return Reply(question, candidates[winner], executions[winner], votes, failures,
+                     time.perf_counter() - began, format_advice(statuses, self.lenient))
 
     def run(self, sql: str) -> Execution:
         """Run a query of the user's own, as read-only as the model's."""
@@ -195,10 +190,9 @@ def check_database(file) -> Path:
     return path
 
 
-def unknown_database(model: str, path: Path) -> str:
-    """A warning for a policy of random weights whose training data had no such database; empty for all others."""
-    run = run_config_of(model)
-    if not run or run.get("model") != "tiny":
+def unknown_database(model: str, run: dict, path: Path) -> str:
+    """A warning if the model's run began with random weights and had no such database in its data; else empty."""
+    if run.get("model") != "tiny":
         return ""
     try:
         known = databases_of(run)
@@ -286,7 +280,8 @@ def print_reply(reply: Reply, config: AskConfig, think: bool) -> None:
     if think and answer.thought:
         print("reasoning: " + printable(answer.thought.strip(), keep="\n") + "\n")
     if not answer.sql:
-        print(reply.no_format)
+        print(f"None of the {reply.count} answers has a query in it; the likeliest one begins:\n"
+              f"  {printable(answer.text)[:300]}\n{reply.advice}")
         return
     print(printable(answer.sql, keep="\n"))
     if reply.execution.status == "ok":
@@ -297,7 +292,7 @@ def print_reply(reply: Reply, config: AskConfig, think: bool) -> None:
     print(f"\nNone of the {reply.count} candidates runs. This is the likeliest one; its "
           f"{reply.execution.status}: {printable(reply.execution.error or '')}\n"
           "It may help to name tables and columns as the database does (.schema), or to correct the query "
-          "(.sql).")
+          "(.sql)." + (f"\n{reply.advice}" if reply.advice else ""))
 
 
 # ------------------------------------------------------------------------------------- again and again

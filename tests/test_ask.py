@@ -24,7 +24,7 @@ from little_policy import little_policy_folder
 
 import ask
 from ask import AskConfig, Asker, Session, cell_text, print_reply, printable, table_lines
-from data import PromptConfig
+from data import PromptConfig, run_config_of
 from running.ask_page import Server, serve
 from running.errors import UserError
 from scoring.voting import Candidate
@@ -90,8 +90,8 @@ def test_printed_reply(asker, capsys):
 @pytest.mark.parametrize("script, words", [
     ([("SELECT oops", -1.0), ("SELECT nope", -0.5), ("", -0.1)],
      ["SELECT nope", "None of the 3 candidates runs", "no such column: nope", ".schema"]),
-    ([("", -1.0)] * 2, ["0 of 2 answers have the format `<think> reasoning </think> one SQL query`. The likeliest",
-                        "<think> thought </think>", "--lenient-format", "--traces", "sft.py --mine"]),
+    ([("", -1.0)] * 2, ["None of the 2 answers has a query in it", "<think> thought </think>", "0.0 % of the answers meet",
+                        "the format, <think> reasoning </think> and then", "--lenient-format", "--traces", "--mine"]),
     ([("DROP TABLE singer", -1.0)], ["refused: only SELECT"])])
 def test_no_candidate_runs(asker, capsys, script, words):
     asker.script = script
@@ -104,12 +104,18 @@ def test_no_candidate_runs(asker, capsys, script, words):
 
 def test_answers_that_are_cut_are_told(asker, monkeypatch):
     def sample(*_, **__):
-        return [[Candidate("<think> and so", "", "", -1.0, 9, True), Candidate("SELECT 1", "", "", -2.0, 9, False)]]
+        return [[Candidate("<think> and so", "", "", -1.0, 9, True)] * 2 + [Candidate("SELECT 1", "", "", -2.0, 9, False)]]
 
     monkeypatch.setattr(ask, "sample_candidates", sample)
     error = asker.ask("q").as_json()["error"]
-    assert error.startswith("0 of 2 answers have the format `<think>") and "<think> and so" in error
-    assert "; 1 did not end within --max-completion-tokens." in error
+    assert error.startswith("No candidate runs; no answer has a query in it; 0.0 % of the answers meet the format")
+    assert "a higher --max-completion-tokens lets answers end" in error
+
+
+def test_most_answers_without_the_format_are_told_even_where_one_has_sql(asker, capsys):
+    asker.script = [("SELECT oops", -1.0), ("", -2.0), ("", -2.0)]
+    print_reply(asker.ask("q"), asker.config, think=False)
+    assert "None of the 3 candidates runs" in (printed := capsys.readouterr().out) and "33.3 % of the answers" in printed
 
 
 def trained(folder, **config):
@@ -121,21 +127,31 @@ def trained(folder, **config):
 
 
 def test_a_policy_of_random_weights_knows_the_databases_of_its_data_only(tmp_path, tiny_db):
+    def note(model, path):
+        return ask.unknown_database(model, run_config_of(model) or {}, path)
+
     shop = tmp_path / "any name.sqlite"
     tables = demo_world.parse_tables(demo_world.SEEN["shop"])
     demo_world.build_database(shop, tables, random.Random(7))  # other rows, and another name
     demo = trained(tmp_path / "demo")
-    assert ask.unknown_database(demo, shop) == ""
-    note = ask.unknown_database(demo, tiny_db)
-    assert "the demo's ten databases alone, and music.sqlite is none of them" in note and "--data" in note
+    assert note(demo, shop) == ""
+    assert "the demo's ten databases alone, and music.sqlite is none of them" in note(demo, tiny_db)
     for name, config in {"pretrained": {"model": "qwen2.5-3b"}, "gone": {"data": str(tmp_path / "gone.json")}}.items():
-        assert ask.unknown_database(trained(tmp_path / name, **config), tiny_db) == ""
+        assert note(trained(tmp_path / name, **config), tiny_db) == ""
     (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "music", "sql": "SELECT 1"}]))
     own = trained(tmp_path / "own", data=str(tmp_path / "own.json"))
-    assert ask.unknown_database(own, tiny_db) == ""
-    assert f"the databases of {tmp_path / 'own.json'} alone, and any name.sqlite is" in ask.unknown_database(own, shop)
-    assert ask.unknown_database("qwen2.5-3b", tiny_db) == ""
-    assert ask.unknown_database(str(little_policy_folder(tiny_db)), tiny_db) == ""
+    assert note(own, tiny_db) == ""
+    assert f"the databases of {tmp_path / 'own.json'} alone, and any name.sqlite is none of them" in note(own, shop)
+    assert note("qwen2.5-3b", tiny_db) == note(str(little_policy_folder(tiny_db)), tiny_db) == ""
+
+
+@pytest.mark.parametrize("given, of_run, lenient", [
+    (None, None, False), (None, True, True), (False, True, False), (True, False, True)])
+def test_answers_are_read_as_in_training(tmp_path, tiny_db, asker, given, of_run, lenient):
+    model = "qwen2.5-3b" if of_run is None else trained(tmp_path / "run", model="qwen2.5-3b", lenient_format=of_run)
+    config = AskConfig(model=model, database=str(tiny_db), workers=1, lenient_format=given)
+    with Asker(config, PromptConfig(), policy=asker.policy) as other:
+        assert other.lenient is lenient
 
 
 def test_the_command_says_that_a_policy_does_not_know_the_database(tmp_path, tiny_db):
