@@ -51,7 +51,7 @@ from data import PromptConfig, reported_split
 from running.errors import UserError, parse_json, read_text, run_main, write_whole
 from running.guards import step_seconds
 from running.options import add_arguments, build, check, flag_of, option
-from running.run_folder import RunFolder
+from running.run_folder import check_settings
 from running.wording import escape
 from settings import MAY_CHANGE_ON_RESUME, RunConfig, Settings, parse_settings
 from sft import SFTConfig
@@ -194,7 +194,7 @@ def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Ru
             for start in starts for cell in cells]
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
-            RunFolder(run.folder, run.settings.as_dict(), resume=True, may_change=MAY_CHANGE_ON_RESUME)
+            check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE_ON_RESUME)  # without locking it
     return starts, runs
 
 

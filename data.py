@@ -36,8 +36,8 @@ from text2sql.question_files import (
 from text2sql.schema import Schema, columns_of, read_schema, schema_columns, value_index
 
 __all__ = ["Dataset", "Example", "PromptBuilder", "PromptConfig", "Schema", "UserError", "Splits",
-           "columns_of", "load_dataset", "load_for_evaluation", "load_splits", "read_schema", "reported_split",
-           "run_config_of", "schema_columns", "value_index"]
+           "columns_of", "load_dataset", "load_for_evaluation", "load_splits", "not_seen_before", "read_schema",
+           "reported_split", "run_config_of", "schema_columns", "value_index"]
 
 
 def load_dataset(name: str, data_dir=None, split: str = "train", **demo_options) -> Dataset:
@@ -180,6 +180,22 @@ def _without_leaks(splits: Splits, by_gold: bool = False) -> Splits:
     count = len(splits.traced) - len(traced)
     note = (f"left out {count} of {len(splits.traced)} traces: their questions are held back",) if count else ()
     return replace(splits, traced=traced, notes=splits.notes + note)
+
+
+def not_seen_before(splits: Splits, name: str, data_dir, earlier: dict | None) -> Splits:
+    """The same without dev and test questions that the run which this one begins with was trained on or chosen by."""
+    dev, tests = splits.dev, splits.tests
+    for run in _lineage(earlier):
+        if name != "demo" and _same_data(name, run):
+            before = _splits_of(name, data_dir, run)
+            seen = before.train + (before.dev if before.dev != splits.dev else [])  # the same dev may choose again
+            dev = not_shared(dev, seen, by_gold=not is_own(name))
+            tests = {part: not_shared(questions, seen, by_gold=not is_own(name)) for part, questions in tests.items()}
+    count = len(splits.dev) - len(dev) + sum(len(splits.tests[part]) - len(tests[part]) for part in tests)
+    note = (f"left out {count} held-back questions: an earlier run that this one begins with was trained on them or "
+            "chosen by them (the same --seed holds back the same questions)",) if count else ()
+    return replace(splits, dev=dev, tests={part: questions for part, questions in tests.items() if questions},
+                   notes=splits.notes + note)
 
 
 def _traced(file, databases, name) -> tuple[list[Example], tuple[str, ...]]:

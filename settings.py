@@ -1,13 +1,13 @@
 """The settings of a run: every flag of train.py, what flags that are left out mean, and what of them is planned with.
 
-Flags that are given always win; the rest comes from the kind and the size of the model, from a recipe, or from the run
-that is resumed. The values for pretrained models are where others' runs usually start (LoRA takes about ten times the
-learning rate of full fine-tuning); none was tuned here.
+Flags that are given always win. What is left out comes from the run that is resumed, or from three layers: the
+dataclasses, the kind of model (KINDS), and a recipe. The values for pretrained models are where others' runs usually
+start (LoRA takes about ten times the learning rate of full fine-tuning); none was tuned here.
 """
 
 import argparse
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,19 +20,19 @@ from rewards import MemoryGate, RewardConfig
 from running import options
 from running.errors import UserError
 from running.guards import GuardConfig
+from running.options import option
 from sft import SHORT_TRACES, SFTConfig
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
-TINY_DEFAULTS = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
-                 "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
-                 "max_completion_tokens": 80, "save_every": 100, "eval_every": 40, "cold_start_steps": 300,
-                 "cold_start_lr": 3e-3, "prompt_loss": 0.3,
-                 **SHORT_TRACES}
-PRETRAINED_DEFAULTS = {"cold_start_steps": 0}
-SIZE_DEFAULTS = {  # up to so many parameters
-    1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": False},
-    4e9: {"group_size": 8, "prompts_per_step": 8, "lr": 1e-6, "gradient_checkpointing": True},
-    float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True},
+TINY = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
+        "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
+        "max_completion_tokens": 80, "save_every": 100, "eval_every": 40, "cold_start_steps": 300,
+        "cold_start_lr": 3e-3, "prompt_loss": 0.3, **SHORT_TRACES}
+KINDS = {  # of pretrained models, up to so many parameters
+    1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": False, "cold_start_steps": 0},
+    4e9: {"group_size": 8, "prompts_per_step": 8, "lr": 1e-6, "gradient_checkpointing": True, "cold_start_steps": 0},
+    float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True,
+                   "cold_start_steps": 0},
 }
 LORA_LR = 10  # times the learning rate
 RECIPES = {  # arXiv 2605.03465; the 20 are the verified traces that form the memory's centroid
@@ -42,23 +42,19 @@ RECIPES = {  # arXiv 2605.03465; the 20 are the verified traces that form the me
 }
 
 
-def of_size(parameters: int, lora: bool) -> dict:
-    """Defaults of a pretrained model of so many parameters."""
-    values = next(values for limit, values in SIZE_DEFAULTS.items() if parameters <= limit)
+def defaults_of_kind(config: dict | None, lora: bool) -> dict:
+    """Defaults of a model by its config.json; None: those of `tiny`."""
+    if config is None:
+        return TINY
+    try:
+        parameters = plan.Shape.of(config).parameters()
+    except ValueError:  # an architecture whose size we cannot tell
+        return {"cold_start_steps": 0}
+    values = next(values for limit, values in KINDS.items() if parameters <= limit)
     return values | ({"lr": LORA_LR * values["lr"]} if lora else {})
 
 
-def of_model(config: dict | None, lora: bool) -> dict:
-    """Defaults of a model by its config.json; None: those of `tiny`."""
-    if config is None:
-        return TINY_DEFAULTS
-    try:
-        return PRETRAINED_DEFAULTS | of_size(plan.Shape.of(config).parameters(), lora)
-    except ValueError:  # an architecture whose size we cannot tell
-        return PRETRAINED_DEFAULTS
-
-
-def of_run(folder: str) -> dict:
+def settings_of_run(folder: str) -> dict:
     """The settings of the run in a folder; none where there is no readable one, which opening it will tell."""
     try:
         return dict(json.loads((Path(folder) / "config.json").read_text()))
@@ -66,57 +62,60 @@ def of_run(folder: str) -> dict:
         return {}
 
 
-def _option(default, text: str, **metadata):
-    return field(default=default, metadata={"help": text, **metadata})
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """The run."""
 
-    model: str = _option("tiny", "tiny, an alias of the README's table, a Hugging Face id or a local folder")
-    engine: str = _option("fast", "how sampling and log-probabilities are computed: fast, or plain as grpo.py shows it",
-                          choices=("fast", "plain"))
-    lora_rank: int = _option(0, "train adapters of this rank instead of all weights (needs peft)")
-    gradient_checkpointing: bool = _option(False, "keep a layer's input only and compute the layer again in backward")
-    reference_device: str = _option("policy", "where the KL's reference waits: beside the policy, or on the CPU, from "
+    model: str = option("tiny", "tiny, an alias of the README's table, a Hugging Face id or a local folder",
+                        common=True)
+    engine: str = option("fast", "how sampling and log-probabilities are computed: fast, or plain as grpo.py shows it",
+                         choices=("fast", "plain"), common=True)
+    lora_rank: int = option(0, "train adapters of this rank instead of all weights (needs peft)",
+                            at_least=0, common=True)
+    gradient_checkpointing: bool = option(False, "keep a layer's input only and compute the layer again in backward")
+    reference_device: str = option("policy", "where the KL's reference waits: beside the policy, or on the CPU, from "
                                               "where it is moved for its pass", choices=("policy", "cpu"))
-    recipe: str = _option("none", "other defaults: finer-sql are the paper's (arXiv 2605.03465)",
-                          choices=("none", *RECIPES))
-    plan: float = _option(0.0, "print what memory the run will need and stop; with a number: on a card of so many GB",
-                          alone=-1.0)
-    data: str = _option("demo", "demo, spider, bird, or your own .json or .jsonl")
-    data_dir: str | None = _option(None, "folder of the data and its databases")
-    split: str = _option("train", "questions to train on")
-    world: str = _option("default", "of the demo: default, or hard (its teacher mostly slips)")
-    start: str | None = _option(None, "begin with this checkpoint of an earlier run of --model, without a cold start")
-    traces: str | None = _option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory")
-    output: str | None = _option(None, "folder of the run (default: runs/DATA)")
-    seed: int = _option(0, "seed of everything random")
-    steps: int = _option(300, "GRPO steps")
-    prompts_per_step: int = _option(8, "questions per step (B); B times G completions are sampled")
-    dynamic_sampling: int = _option(0, "at most so many extra rollouts a step, in the place of questions whose "
-                                       "completions are all right or all wrong (DAPO)")
-    lr: float = _option(1e-6, "peak learning rate of GRPO")
-    lr_warmup: int = _option(10, "steps of linear warm-up")
-    lr_decay: bool = _option(False, "let the learning rate fall linearly to a tenth at the last step")
-    eval_every: int = _option(50, "steps between greedy evaluations on held-back questions; 0: never")
-    eval_questions: int = _option(200, "at most this many questions in such an evaluation")
-    test_questions: int = _option(1000, "at most this many questions in the evaluations before and after; 0: none")
-    save_every: int = _option(50, "steps between checkpoints; 0: only at the end")
-    match: str = _option("bird", "when a result counts as the gold result", choices=("bird", "spider"))
-    empty_gold: str = _option("keep", "questions whose gold result has no rows", choices=("keep", "drop"))
-    sql_workers: int = _option(2, "processes that run SQL")
-    sql_timeout: float = _option(5.0, "seconds a query may take")
-    threads: int = _option(0, "CPU threads of PyTorch; 0: PyTorch's choice")
-    verbose: int = _option(0, "print a coloured group every so many steps; 0: never, without a number: 10", alone=10)
-    tensorboard: bool = _option(False, "also write TensorBoard events (needs tensorboard)")
-    token_ratios_every: int = _option(10, "keep what the update did to each token of one group, every so many steps; "
-                                          "0: never")
-    keep: int = _option(2, "newest checkpoints that are kept, besides the start")
-    sharding: str = _option("auto", "spread parameters, gradients and optimizer state over processes (FSDP2); auto: on "
+    recipe: str = option("none", "other defaults: finer-sql are the paper's (arXiv 2605.03465)",
+                          choices=("none", *RECIPES), common=True)
+    plan: float = option(0.0, "print what memory the run will need and stop; with a number: on a card of so many GB",
+                          alone=-1.0, common=True)
+    data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl", common=True)
+    data_dir: str | None = option(None, "folder of the data and its databases", common=True)
+    split: str = option("train", "questions to train on")
+    world: str = option("default", "of the demo: default, or hard (its teacher mostly slips)")
+    start: str | None = option(None, "begin with this checkpoint of an earlier run of --model, without a cold start")
+    traces: str | None = option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory",
+                                common=True)
+    output: str | None = option(None, "folder of the run (default: runs/DATA)", common=True)
+    seed: int = option(0, "seed of everything random", common=True)
+    steps: int = option(300, "GRPO steps", at_least=0, common=True)
+    prompts_per_step: int = option(8, "questions per step (B); B times G completions are sampled",
+                                   at_least=1, common=True)
+    dynamic_sampling: int = option(0, "at most so many extra rollouts a step, in the place of questions whose "
+                                       "completions are all right or all wrong (DAPO)", at_least=0)
+    lr: float = option(1e-6, "peak learning rate of GRPO", above=0, common=True)
+    lr_warmup: int = option(10, "steps of linear warm-up", at_least=0)
+    lr_decay: bool = option(False, "let the learning rate fall linearly to a tenth at the last step")
+    eval_every: int = option(50, "steps between greedy evaluations on held-back questions; 0: never",
+                             at_least=0, common=True)
+    eval_questions: int = option(200, "at most this many questions in such an evaluation", at_least=0)
+    test_questions: int = option(1000, "at most this many questions in the evaluations before and after; 0: none",
+                                 at_least=0, common=True)
+    save_every: int = option(50, "steps between checkpoints; 0: only at the end", at_least=0, common=True)
+    match: str = option("bird", "when a result counts as the gold result", choices=("bird", "spider"))
+    empty_gold: str = option("keep", "questions whose gold result has no rows", choices=("keep", "drop"))
+    sql_workers: int = option(2, "processes that run SQL", at_least=1)
+    sql_timeout: float = option(5.0, "seconds a query may take", above=0)
+    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0, common=True)
+    verbose: int = option(0, "print a coloured group every so many steps; 0: never, without a number: 10", alone=10,
+                          at_least=0, common=True)
+    tensorboard: bool = option(False, "also write TensorBoard events (needs tensorboard)")
+    token_ratios_every: int = option(10, "keep what the update did to each token of one group, every so many steps; "
+                                          "0: never", at_least=0)
+    keep: int = option(2, "newest checkpoints that are kept, besides the start", at_least=1)
+    sharding: str = option("auto", "spread parameters, gradients and optimizer state over processes (FSDP2); auto: on "
                                     "GPUs, without --lora-rank", choices=("auto", "on", "off"))
-    resume: bool = _option(False, "continue the run in the output folder from its newest checkpoint")
+    resume: bool = option(False, "continue the run in the output folder from its newest checkpoint", common=True)
 
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
@@ -144,30 +143,38 @@ class Settings:
 
 
 def parse_settings(arguments: list[str], description: str = "") -> Settings:
-    """Command line to settings; flags left out take the defaults above."""
+    """Command line to settings; flags left out take the defaults above. Raises UserError."""
+    show_all = "--help-all" in arguments
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="tiny and pretrained models have defaults of their own: see settings.py")
+    parser.add_argument("--help-all", action="help", help="show every flag; --help shows those that most runs need")
     for config in CONFIGS:
-        options.add_arguments(parser, config)
+        options.add_arguments(parser, config, show_all)
     given = vars(parser.parse_args(arguments))
     given = {"output": f"runs/{Path(given.get('data', 'demo')).stem}"} | given
-    defaults = of_run(given["output"]) if given.get("resume") else {}
+    defaults = settings_of_run(given["output"]) if given.get("resume") else {}
     if not defaults:
         model = given.get("model", "tiny")
         config = None if model == "tiny" else config_of(model)
-        defaults = of_model(config, lora=given.get("lora_rank", 0) > 0) | RECIPES.get(given.get("recipe"), {})
+        defaults = defaults_of_kind(config, given.get("lora_rank", 0) > 0) | RECIPES.get(given.get("recipe"), {})
     values = defaults | given
     try:
         settings = Settings(*(options.build(config, values) for config in CONFIGS))
+        for part in vars(settings).values():
+            options.check(part)
     except ValueError as error:
         raise UserError(str(error)) from error
-    for name, lowest in (("steps", 0), ("prompts_per_step", 1), ("cold_start_steps", 0), ("sql_workers", 1),
-                         ("keep", 1), ("dynamic_sampling", 0)):
-        if settings.as_dict()[name] < lowest:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {lowest}")
-    if settings.grpo.overlong == "penalise" and not settings.rewards.margin:
-        raise UserError("--overlong penalise needs the execution reward, which keeps correct completions ahead")
+    check_together(settings)
     return settings
+
+
+def check_together(s: Settings) -> None:
+    """Raises UserError for settings that ask together for what is not done."""
+    if s.grpo.overlong == "penalise" and not s.rewards.margin:
+        raise UserError("--overlong penalise needs the execution reward, which keeps correct completions ahead")
+    if s.run.lora_rank and s.run.model == "tiny" and not s.run.start:
+        raise UserError("--lora-rank trains adapters of a pretrained model, but --model is tiny, which is trained "
+                        "whole: leave --lora-rank out or choose another --model")
 
 
 def planned(s: Settings) -> tuple[plan.Shape, plan.Work]:

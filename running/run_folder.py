@@ -8,12 +8,14 @@ are appended a line at a time; resuming cuts them back to the step of the checkp
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
+import socket
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -28,54 +30,75 @@ TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 
 
 CHECKSUMS = "checksums.json"
+LOCK = ".lock"
+BEFORE_THE_START = {"config.json", "checkpoints", "gold_cache", LOCK}  # what a run without a checkpoint may have left
+_locks: dict[Path, object] = {}  # open files; the system unlocks them when the process ends, however it ends
 
 
 class RunFolder:
     """Opens or creates the folder of a run.
 
+    A folder whose run was stopped before its first checkpoint does not count as one that holds a run.
+
     Raises:
         UserError: it holds another run and `resume` is off, or it holds none and `resume` is on, or a setting
-            differs from the one the run was started with.
+            differs from the one the run was started with, or another process is running it.
     """
 
     def __init__(self, path: str | Path, settings: dict, *, resume: bool, may_change: tuple[str, ...] = ()):
         self.path = Path(path)
         config = self.path / "config.json"
         if resume:
-            self._check_settings(config, settings, may_change)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            check_settings(self.path, settings, may_change)
+        elif self.path.exists() and not self._is_free():
             raise UserError(f"{self.path} already holds a run or other files: continue it with --resume, choose "
                             "another --output, or delete it")
         self.is_new = not resume
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._lock()
             write_whole(config, json.dumps(settings, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
         for scratch in [*self.path.glob("checkpoints/.new-*"), *self.path.glob(".new-*"), *self.path.glob(".old-*")]:
             shutil.rmtree(scratch)  # left by a kill while saving
 
+    def _is_free(self) -> bool:
+        """Whether nothing is lost when a run begins here."""
+        return self.path.is_dir() and not self.checkpoints() and all(
+            path.name in BEFORE_THE_START for path in self.path.iterdir())
+
+    def _lock(self) -> None:
+        """Keeps other processes out of the folder until this one ends."""
+        path = self.path.resolve() / LOCK
+        if path in _locks and path.exists():
+            return
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(f"{self.path} is being trained by {file.read().strip() or 'another process'}: let it end "
+                            "or stop it, then --resume") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        _locks[path] = file
+
     def discard_new(self) -> None:
         """Removes the folder of a run that could not start, so that the same command can be given again."""
         if self.is_new and not self.checkpoints():
             shutil.rmtree(self.path)
 
-    def _check_settings(self, config: Path, settings: dict, may_change: tuple[str, ...]) -> None:
-        if not config.is_file():
-            raise UserError(f"{self.path} holds no run to resume (no config.json); start it without --resume")
-        try:
-            stored = json.loads(config.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{config} is not valid JSON, so the run cannot be resumed") from error
-        for name, value in settings.items():
-            if name not in may_change and name in stored and stored[name] != json.loads(json.dumps(value)):
-                raise UserError(f"{self.path} was started with {name} = {stored[name]}, not {value}: resume it with "
-                                "the same settings, or start another --output")
-
     def log(self, name: str, records: list[dict]) -> None:
-        """Appends records to NAME.jsonl."""
-        with open(self.path / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=True) + "\n" for record in records)
+        """Appends records to NAME.jsonl. Raises UserError: the disk is full or not writable."""
+        path = self.path / f"{name}.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=True) + "\n" for record in records)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; the checkpoints are intact, so free some space "
+                            "and --resume") from error
 
     def cut_logs(self, step: int) -> None:
         """Drops what was logged after `step`, half-written last lines included."""
@@ -87,8 +110,17 @@ class RunFolder:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every checkpoint, oldest first."""
-        found = [(int(p.name.removeprefix("step-")), p) for p in self.path.glob("checkpoints/step-*")]
-        return sorted(found)
+        found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in self.path.glob("checkpoints/step-*")]
+        return sorted((int(match[1]), path) for match, path in found if match)  # a step-10-backup is somebody else's
+
+    def first_checkpoint(self) -> Path:
+        """The policy of step 0, which is the reference. Raises UserError: it is gone or not as it was written."""
+        folder = self.path / "checkpoints" / "step-0"
+        problem = damage(folder) if folder.exists() else "it is gone"
+        if problem:
+            raise UserError(f"cannot resume: the run compares with its policy of step 0, {folder}, and {problem}; put "
+                            "it back, or start another --output")
+        return folder
 
     def save_checkpoint(self, step: int, policy, state: dict, memory=None, keep: int = 2) -> None:
         """Writes checkpoints/step-N; older ones but the start (step 0) and the newest `keep` are deleted."""
@@ -135,6 +167,21 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...]) -> None:
+    """Raises UserError when the folder holds no run, or one with other settings."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{folder} holds no run to resume (no config.json); start it without --resume")
+    try:
+        stored = json.loads(config.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{config} is not valid JSON, so the run cannot be resumed") from error
+    for name, value in settings.items():
+        if name not in may_change and name in stored and stored[name] != json.loads(json.dumps(value)):
+            raise UserError(f"{folder} was started with {name} = {stored[name]}, not {value}: resume it with "
+                            "the same settings, or start another --output")
 
 
 def damage(folder: Path) -> str | None:

@@ -21,6 +21,7 @@ from data import (
     load_dataset,
     load_for_evaluation,
     load_splits,
+    not_seen_before,
     read_schema,
     reported_split,
     run_config_of,
@@ -444,6 +445,19 @@ def test_what_an_earlier_run_trained_on_is_left_out(tmp_path, tiny_db):
     assert 0 < len(expected) < 9
     dataset = load_for_evaluation(path, split="test", run=second)
     assert dataset.examples == expected and f"left out {9 - len(expected)} of 9" in dataset.notes[1]
+
+
+def test_a_run_that_goes_on_from_another_is_not_measured_on_what_that_one_saw(tmp_path, tiny_db):
+    path = own_file(tmp_path, 46)
+    splits, other = load_splits(path), load_splits(path, seed=1)
+    assert not_seen_before(splits, path, None, None) == splits == not_seen_before(splits, path, None, run_of(path))
+    assert not_seen_before(splits, path, None, run_of("demo")) == splits
+    cut = not_seen_before(splits, path, None, run_of(path, seed=1))
+    seen = {item.id for item in other.train + other.dev}
+    assert cut.dev == [item for item in splits.dev if item.id not in seen]
+    assert cut.tests.get("test", []) == [item for item in splits.tests["test"] if item.id not in seen]
+    count = 13 - len(cut.dev) - len(cut.tests.get("test", []))
+    assert count > 5 and f"left out {count} held-back questions" in cut.notes[-1] and cut.train == splits.train
 
 
 def test_an_official_dev_split_is_evaluated_without_what_was_trained_on(shared_data):

@@ -183,9 +183,10 @@ import torch
 from test_grpo import make_model, sampled_groups
 import grpo
 from engine import distributed
+from engine.fast import FAST
 from running.errors import UserError, run_main
 
-def update(share, prompts, broken=False, **settings):
+def update(several, prompts, broken=False, **settings):
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     config = grpo.GRPOConfig(group_size=4, max_completion_tokens=5, **settings)
@@ -195,15 +196,23 @@ def update(share, prompts, broken=False, **settings):
         advantages[1::3] = 0  # a flat group, which is left out without a KL term
         if broken:
             advantages[2, 1] = torch.inf  # which one process computes
-        batches = grpo.packed_batches(groups, config)
-        references = grpo.reference_logprobs(model, batches, config, share) if config.kl_coef else None
-        stats = grpo.policy_update(model, optimizer, groups, batches, advantages, references, config, share)
+        batches, step = grpo.micro_batches(groups, config), None
+        normalizer = sum(grpo.loss_normalizer(batch.mask, config) for batch in batches)
+        if several:
+            trained = [bool(config.kl_coef or config.updates_per_rollout > 1 or advantages.flatten()[batch.rows].any())
+                       for batch in batches]
+            batches, missing = distributed.divide(batches, trained)
+            step = distributed.make_step(FAST, missing)
+        references = grpo.reference_logprobs(model, batches, config, FAST) if config.kl_coef else None
+        stats = grpo.policy_update(model, optimizer, batches, advantages, references, config, FAST, normalizer=normalizer,
+                                   step=step)
+        stats = distributed.merge_stats(stats) if several else stats
     return torch.cat([p.detach().flatten() for p in model.parameters()]), stats
 
 def compare():
     for prompts, settings in [(1, dict(kl_coef=0.0)), (2, {{}}), (4, dict(micro_batch=3, loss="dapo", overlong="mask")),
                               (5, dict(kl_coef=0.0, updates_per_rollout=2, loss="gspo")), (7, dict(loss="dr_grpo"))]:
-        alone, together = update(grpo.ALONE, prompts, **settings), update(distributed.share(), prompts, **settings)
+        alone, together = update(False, prompts, **settings), update(True, prompts, **settings)
         others = distributed.gather(together[0])
         assert all(torch.equal(other, together[0]) for other in others)
         gap = (alone[0] - together[0]).abs().max().item()
@@ -211,7 +220,7 @@ def compare():
         assert alone[1].keys() == together[1].keys()
         for name, value in alone[1].items():
             assert abs(value - together[1][name]) < 1e-7, (settings, name, value, together[1][name])
-    weights, stats = update(distributed.share(), 3, broken=True)
+    weights, stats = update(True, 3, broken=True)
     start = torch.cat([p.detach().flatten() for p in make_model().parameters()])
     assert stats["skipped_updates"] == 1 and torch.equal(weights, start)  # all processes have left it out
     print("all equal over", distributed.size())
@@ -220,7 +229,7 @@ def wrong():
     raise UserError("said once")
 
 def main():
-    with distributed.joined():
+    with distributed.process_group():
         compare()
         distributed.on_main(wrong)
 

@@ -25,7 +25,7 @@ import grpo
 import policy as policies
 import settings
 import train
-from engine import attention, plan
+from engine import attention, packing, plan
 from running.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +100,7 @@ def kept_for_backward(layers, width=128, autocast=False, lora=0, checkpointing=F
     model = policies._add_lora(model.bfloat16() if autocast else model, lora) if lora else model
     if checkpointing:
         policies.checkpoint_activations(model)
-    packed = grpo.pack_group(torch.arange(WORK.prompt), [torch.arange(WORK.completion)] * WORK.group)
+    packed = packing.pack_group(torch.arange(WORK.prompt), [torch.arange(WORK.completion)] * WORK.group)
     weights = {p.numel() for p in model.parameters() if p.dim() == 2}
     kept = {}
 
@@ -112,9 +112,9 @@ def kept_for_backward(layers, width=128, autocast=False, lora=0, checkpointing=F
     arithmetic = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if autocast else contextlib.nullcontext()
     with arithmetic, grpo.dropout_off(model):
         with torch.no_grad():
-            grpo.completion_logprobs(model, packed, 1.0)  # looks once whether packing is exact
+            packing.can_pack(model, 1)  # looks once
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            grpo.completion_logprobs(model, packed, 1.0)
+            packing.packed_logprobs(model, packed, 1.0)
     return sum(size for size, _ in kept.values())
 
 
@@ -199,7 +199,7 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
     assert lora.run.lr == 10 * middle.run.lr
     given = train.parse_settings(["--model", "qwen2.5-3b", "--lr", "3e-5", "--group-size", "4", "--no-gradient-checkpointing"])
     assert (given.run.lr, given.grpo.group_size, given.run.gradient_checkpointing) == (3e-5, 4, False)
-    assert train.parse_settings([]).run.lr == settings.TINY_DEFAULTS["lr"]
+    assert train.parse_settings([]).run.lr == settings.TINY["lr"]
 
 
 def test_the_readme_shows_the_defaults_by_size():

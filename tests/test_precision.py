@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
+from engine.fast import FAST
 from policy import Reference, build_tiny, checkpoint_activations, load_policy
 
 TEXTS = ["table singer ; keep age > 350 ; count rows", "SELECT COUNT(*) FROM singer WHERE age > 350"] * 4
@@ -23,14 +24,14 @@ def tiny():
 def sampled(policy, seed=0):
     prompt = torch.tensor(policy.tokenizer.encode(TEXTS[0]))
     return grpo.sample_groups(policy.model, [prompt], CONFIG, eos_ids=policy.eos_ids,
-                              seeds=[seed])
+                              seeds=[seed], engine=FAST)
 
 
 def updated(model, groups, config=CONFIG):
     """A copy of the model after policy_update, and its statistics."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    stats = grpo.policy_update(model, optimizer, groups, grpo.packed_batches(groups, config), ADVANTAGES, None, config)
+    stats = grpo.policy_update(model, optimizer, grpo.micro_batches(groups, config), ADVANTAGES, None, config, FAST)
     return model, stats
 
 
@@ -46,7 +47,7 @@ def test_autocast_never_computes_with_weights_of_before_an_update(tiny):
 
 
 def test_autocast_keeps_the_fast_ways_of_sampling_and_updating(tiny):
-    """Their self-check compares 16-bit arithmetic then, though the weights are float32."""
+    """Rounding does not decide whether a model can be run so."""
     with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
         warnings.simplefilter("error", UserWarning)
         fresh = build_tiny(TEXTS, seed=1, vocab_size=320, width=64, layers=4)
@@ -79,13 +80,13 @@ def test_a_reference_elsewhere_is_lent_for_its_pass_and_comes_back(tiny):
     """A dtype stands for a GPU, as `Tensor.to` takes either."""
     reference, away = Reference(tiny.model, "cpu"), torch.float64
     before = [(p.data_ptr(), p.clone()) for p in reference.model.parameters()]
-    batches = grpo.packed_batches(sampled(tiny), CONFIG)
+    batches = grpo.micro_batches(sampled(tiny), CONFIG)
     with reference.active() as model:
-        expected = grpo.reference_logprobs(model, batches, CONFIG)[0]
+        expected = grpo.reference_logprobs(model, batches, CONFIG, FAST)[0]
     with reference.active(away) as model:
         assert {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} == {away}
         assert model.lm_head.weight is model.model.embed_tokens.weight  # still tied
-        torch.testing.assert_close(grpo.reference_logprobs(model, batches, CONFIG)[0].float(), expected)
+        torch.testing.assert_close(grpo.reference_logprobs(model, batches, CONFIG, FAST)[0].float(), expected)
     with pytest.raises(ZeroDivisionError), reference.active(away):
         1 / 0  # noqa: B018
     for parameter, (place, value) in zip(reference.model.parameters(), before, strict=True):
@@ -112,7 +113,7 @@ def test_a_merged_policy_loads_with_plain_transformers_and_says_the_same(adapted
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     theirs = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1]:]
     greedy = [grpo.sample_groups(one.model, [prompt[0]], grpo.GRPOConfig(max_completion_tokens=12), eos_ids=one.eos_ids,
-                                 group_size=1, temperature=0.0)[0].completions[0] for one in (adapted, tiny)]
+                                 group_size=1, temperature=0.0, engine=FAST)[0].completions[0] for one in (adapted, tiny)]
     assert tokenizer.decode(greedy[0]) == tokenizer.decode(theirs)
     assert greedy[0].tolist() != greedy[1].tolist()  # the adapters speak
 

@@ -2,7 +2,11 @@
 
 import argparse
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,8 @@ from running import options
 from running import run_folder as runs
 from running.errors import UserError
 from running.run_folder import RunFolder, load_state, replace_folder
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_new_run_refuses_a_folder_with_anything_in_it(tmp_path):
@@ -134,3 +140,81 @@ def test_flags_come_from_the_fields_and_absent_ones_stay_absent(capsys):
     parser.print_help()
     text = capsys.readouterr().out
     assert "100 % sure" in text and "(default: 3)" in text and "hidden" not in text
+
+
+class Empty:
+    """Something to save."""
+
+    def save(self, path):
+        (path / "model").write_text("weights")
+
+
+def test_a_run_that_never_saved_a_checkpoint_does_not_block_its_folder(tmp_path):
+    RunFolder(tmp_path, {"seed": 0}, resume=False)
+    (tmp_path / "checkpoints" / ".new-step-0").mkdir()  # killed while its first checkpoint was written
+    (tmp_path / "gold_cache").mkdir()
+    folder = RunFolder(tmp_path, {"seed": 1}, resume=False)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
+    folder.save_checkpoint(0, Empty(), {})
+    with pytest.raises(UserError, match="already holds a run.*--resume"):
+        RunFolder(tmp_path, {"seed": 1}, resume=False)
+
+
+def test_a_second_process_in_a_folder_is_told_who_is_there(tmp_path):
+    code = ("import sys, time; from running.run_folder import RunFolder; RunFolder(sys.argv[1], {}, resume=False)"
+            ".save_checkpoint(0, type('Empty', (), {'save': lambda self, path: None})(), {}); print('up', flush=True); time.sleep(60)")
+    first = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "up\n"
+    with pytest.raises(UserError, match=f"is being trained by process {first.pid} on .*--resume"):
+        RunFolder(tmp_path, {}, resume=True)
+    first.kill()
+    first.communicate()
+    assert RunFolder(tmp_path, {}, resume=True).checkpoints()  # the lock went with the process
+
+
+def test_only_what_we_name_is_a_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path, {}, resume=False)
+    (tmp_path / "checkpoints" / "step-10-backup").mkdir()
+    for step in (0, 1, 2, 3):
+        folder.save_checkpoint(step, Empty(), {}, keep=1)
+    assert [step for step, _ in folder.checkpoints()] == [0, 3] and (tmp_path / "checkpoints" / "step-10-backup").exists()
+
+
+def test_the_policy_of_step_0_is_verified(tmp_path):
+    folder = RunFolder(tmp_path, {}, resume=False)
+    folder.save_checkpoint(0, Empty(), {})
+    assert folder.first_checkpoint().name == "step-0"
+    (tmp_path / "checkpoints" / "step-0" / "model").write_text("zeros")
+    with pytest.raises(UserError, match="policy of step 0.* model is not what was written"):
+        folder.first_checkpoint()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-0")
+    with pytest.raises(UserError, match="policy of step 0.* it is gone"):
+        folder.first_checkpoint()
+
+
+def test_a_full_disk_while_logging_is_one_sentence(tmp_path):
+    folder = RunFolder(tmp_path, {}, resume=False)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left.*--resume"):
+        folder.log("metrics", [{"step": 1}])
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Numbers with a range."""
+
+    steps: int = options.option(3, "how many", at_least=1)
+    rate: float = options.option(0.5, "how fast", above=0, at_most=1)
+
+    def __post_init__(self):
+        options.check(self)
+
+
+@pytest.mark.parametrize("values, told", [({"steps": 0}, "--steps is 0; it must be at least 1"),
+                                          ({"rate": 0.0}, "--rate is 0.0; it must be above 0"),
+                                          ({"rate": 1.5}, "--rate is 1.5; it must be at most 1"),
+                                          ({"rate": float("nan")}, "--rate is nan; it must be a finite number")])
+def test_a_number_out_of_its_range_is_told_by_its_flag(values, told):
+    Ranges()
+    with pytest.raises(ValueError, match=told):
+        Ranges(**values)
