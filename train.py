@@ -69,9 +69,18 @@ def main() -> int:
         require_model(run.start or run.model)  # before the data, which can take minutes
     if run.threads:
         torch.set_num_threads(run.threads)
+    if not torch.cuda.is_available():
+        compute_deterministically()
     with distributed.process_group():
         status = run_all(s)
     return distributed.exit_process(status)
+
+
+def compute_deterministically() -> None:
+    """The same seed gives the same run, bit for bit, with any number of threads: gradients of indexing are summed in
+    order. Costs less than the noise of a step's time; not asked of GPUs, where some operations have no such way."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory, and filling takes time
 
 
 def run_all(s: Settings) -> int:
@@ -86,13 +95,16 @@ def run_all(s: Settings) -> int:
                                                    may_change=MAY_CHANGE_ON_RESUME))
     for note in data.notes:
         print(note)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; `stop_signals` is kinder while steps run
     with SQLExecutor(data.databases, workers=run.sql_workers, timeout=run.sql_timeout,
                      cache=folder.path / "gold_cache") as executor:
         try:
             return Trainer(s, data, folder, executor).train()
-        except (UserError, KeyboardInterrupt):
+        except (UserError, KeyboardInterrupt) as error:
             if distributed.is_main():
                 folder.discard_new()
+                if isinstance(error, KeyboardInterrupt) and folder.checkpoints():
+                    print(f"go on from step {folder.checkpoints()[-1][0]} with --resume --output {run.output}")
             raise
 
 
@@ -126,6 +138,13 @@ class Trainer:
         self.step, self.drawn, self.best, self.before = 0, 0, -1.0, {}  # drawn: questions used so far
         self.stop_requested = self.stopping = False  # by a signal to this process; agreed by all of them
         self.guards, self.heartbeat = Guards(s.guards), Heartbeat()
+        try:  # before anything is trained
+            self.user_reward = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
+            self.memory = None  # the policy can embed thoughts only after its cold start
+            if s.rewards.embedder != "policy":
+                self.memory = build_memory(s.rewards, s.gate, self.schemas)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         self.events = tensorboard_writer(folder.path) if s.run.tensorboard and distributed.is_main() else None
 
     def train(self) -> int:
@@ -139,10 +158,10 @@ class Trainer:
         self.optimizer = self.make_optimizer()
         if self.checkpoint:
             self.resume(*self.checkpoint)
-        if not self.before and self.test_sets:
-            self.before = {name: self.evaluate(questions) for name, questions in self.test_sets.items()}
         if self.step == 0:
-            self.save()  # the start: step 0 is the reference
+            self.save()  # step 0 is the reference, and what costs most of a short run
+        if not self.before and self.test_sets:
+            self.before = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         bar = tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True,
                    disable=None if distributed.is_main() else True)  # None: only on a terminal, else a line a minute
         with stop_signals(self), bar:
@@ -337,8 +356,18 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, questions: list) -> dict:
-        """Greedy execution accuracy on (example, prompt ids) pairs, as `evaluate.summarise` gives it."""
+    def evaluate(self, questions: list, name: str) -> dict:
+        """Greedy execution accuracy on (example, prompt ids) pairs, as `evaluate.summarise` gives it; says it."""
+        if not distributed.is_main() or name == "dev":
+            return self.measure(questions)
+        print(f"step {self.step}: evaluating {len(questions)} questions of {name}", flush=True)
+        found = self.measure(questions)
+        accuracy = found["execution_accuracy"][self.s.run.match]
+        print(f"step {self.step}: {100 * accuracy:.1f} % of {name} right", flush=True)
+        return found
+
+    def measure(self, questions: list) -> dict:
+        """`evaluate` without a word."""
         examples, mine = [example for example, _ in questions], distributed.share_of(len(questions))
         with self.autocast(), distributed.unsharded(self.sharded):
             sqls = evaluate.greedy_sqls(self.policy, [ids for _, ids in questions[mine]],
@@ -354,7 +383,7 @@ class Trainer:
 
     def evaluate_dev(self) -> float:
         """Accuracy on dev, the mean over tiers where there are tiers; a new best policy is kept in best/."""
-        accuracy = self.evaluate(self.dev_set)["mean_over_difficulties"][self.s.run.match]
+        accuracy = self.evaluate(self.dev_set, "dev")["mean_over_difficulties"][self.s.run.match]
         if accuracy > self.best:
             self.best = accuracy
             policy = self.savable_policy()
@@ -366,7 +395,7 @@ class Trainer:
         best = self.folder.path / "best"
         if self.s.run.eval_every and self.dev_set and best.exists():
             self.policy = load_policy(str(best), device=self.device, dtype=self.base_dtype)
-        after = {name: self.evaluate(questions) for name, questions in self.test_sets.items()}
+        after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         if not distributed.is_main():
             return
         print(before_after_table(self.before, after, self.s.run.match))
@@ -393,27 +422,27 @@ class Trainer:
             return None
         on_cpu = self.s.run.reference_device == "cpu"
         if self.checkpoint and not self.s.run.lora_rank:
-            start = self.folder.checkpoints()[0][1]
+            start = distributed.on_main(self.folder.first_checkpoint)
             frozen = load_policy(str(start), device="cpu" if on_cpu else self.device, dtype=self.base_dtype)
             return Reference(frozen.model)
         return Reference(self.policy.model, "cpu" if on_cpu else None)
 
     def make_scorer(self) -> RewardScorer:
         """The rewards, with the memory that the verified traces start."""
-        s, frozen = self.s, None
+        s, memory = self.s, self.memory
         if s.rewards.embedder == "policy":  # the policy of step 0, so that embeddings do not move as it learns
             start = self.policy
             if self.checkpoint:
-                start = load_policy(str(self.folder.checkpoints()[0][1]), device=self.device, dtype=self.base_dtype)
+                first = distributed.on_main(self.folder.first_checkpoint)
+                start = load_policy(str(first), device=self.device, dtype=self.base_dtype)
             frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
-        memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
+            memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
         if memory is not None and not self.checkpoint:
             verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
             memory.add_many(verified)
             print(f"memory: {len(memory)} of {len(verified)} verified traces passed the gate {dict(memory.rejections)}")
-        user = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
-                            user_reward=user)
+                            user_reward=self.user_reward)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW on what is trained; the model is sharded before, where it is to be."""
@@ -576,6 +605,8 @@ def stop_signals(trainer: Trainer):
     def request(number, frame):
         if trainer.stop_requested and distributed.size() == 1:  # torchrun passes Ctrl-C on, which then comes twice
             raise KeyboardInterrupt
+        if not trainer.stop_requested and distributed.is_main():
+            tqdm.write("finishing the step; Ctrl-C again to stop at once")
         trainer.stop_requested = True
 
     old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}

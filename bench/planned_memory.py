@@ -1,7 +1,7 @@
 """How near is `train.py --plan` to the memory that a run takes?
 
-    python bench/plan.py                     # three sizes, about 10 M, 40 M and 120 M parameters, on the CPU
-    python bench/plan.py --lora-rank 8 --gradient-checkpointing
+    python bench/planned_memory.py                     # three sizes, about 10 M, 40 M and 120 M parameters, on the CPU
+    python bench/planned_memory.py --lora-rank 8 --gradient-checkpointing
 
 Each size is a Qwen2 with random weights, trained by `train.py` in a fresh process for three steps on prompts of exactly
 the length given; its peak is that of its metrics.jsonl. What Python, libraries and data take is measured on a model of

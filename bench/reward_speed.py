@@ -1,7 +1,7 @@
 """Measure the atomic reward and the memory on one core:
 
-    python bench/rewards.py [--data-dir ../shared/data] [--rounds 3]
-    python bench/rewards.py --fuzz 100000
+    python bench/reward_speed.py [--data-dir ../shared/data] [--rounds 3]
+    python bench/reward_speed.py --fuzz 100000
 
 (1) atomic: pairs a second over real predictions and their golds (Spider dev), or over pairs of demo golds
     where there are none; golds are cached, as in training, every prediction is new;

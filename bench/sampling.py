@@ -1,7 +1,7 @@
 """How much cheaper are n samples from one shared prefill than n separate greedy generations?
 
-    python bench/evaluate.py      # 30 samples, 1,000 prompt tokens, a small model
-    python bench/evaluate.py --width 256 --layers 4 --completion 32 --repeats 1
+    python bench/sampling.py      # 30 samples, 1,000 prompt tokens, a small model
+    python bench/sampling.py --width 256 --layers 4 --completion 32 --repeats 1
 
 Both sides write exactly the same number of tokens: no token ends a completion. The model has random weights,
 which cost as much as trained ones. Prints seconds (the median of the repeats) and their ratio; the aim is at
@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine.fast import FAST  # noqa: E402
 from grpo import GRPOConfig, sample_groups  # noqa: E402
 
 
@@ -37,7 +38,7 @@ def generate(model, prompt, n: int, temperature: float, tokens: int) -> None:
     """n completions of exactly so many tokens from one prompt."""
     config = GRPOConfig(max_completion_tokens=tokens, rollout_batch=n)
     group, = sample_groups(model, [prompt], config, eos_ids=(-1,), group_size=n, temperature=temperature,
-                           seeds=[0])
+                           seeds=[0], engine=FAST)
     assert [len(completion) for completion in group.completions] == [tokens] * n
 
 

@@ -104,32 +104,26 @@ def reward_of(number: int) -> float:
 # ---- here
 
 
-class ForcedDecoder:
-    """A decoder of decoding.py whose completions get the lengths that they should."""
+class ForcedSampler:
+    """`grpo.sample_token` for completions that get the lengths that they should; rows that have ended may leave."""
 
-    def __init__(self, inner, lengths):
-        self.inner, self.left = inner, lengths
+    def __init__(self, sample, lengths):
+        self.sample, self.left = sample, lengths
 
-    @property
-    def logits(self):
-        return force_end(self.inner.logits, self.left)
-
-    def keep(self, rows) -> None:
-        self.inner.keep(rows)
-        self.left = self.left[rows]
-
-    def step(self, tokens):
-        self.inner.step(tokens)
-        self.left = self.left - 1
-        return self.logits
+    def __call__(self, logits, *rest):
+        if len(logits) < len(self.left):
+            self.left = self.left[self.left > 0]
+        logits, self.left = force_end(logits, self.left), self.left - 1
+        return self.sample(logits, *rest)
 
 
 def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
-    """Runs the steps as train.py does; the tokens sampled in each."""
+    """Runs the steps as train.py does; the tokens sampled in each. padded: with the plain engine."""
     import torch
 
     import grpo
     from engine import decoding
+    from engine.fast import FAST
     from policy import Reference
 
     config = grpo.GRPOConfig(group_size=plan.group, max_completion_tokens=plan.completion, kl_coef=plan.kl_coef)
@@ -137,14 +131,7 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=plan.device == "cuda")
     torch.manual_seed(plan.seed)
     reference, sampled = Reference(model) if plan.kl_coef else None, []
-    lengths = torch.tensor(plan.lengths(), device=plan.device)
-
-    def copying(model, prompts, G, tokens):  # each completion reads its own copy of the prompt
-        return decoding.CopyingDecoder(model, [p for p in prompts for _ in range(G)], 1, tokens)
-
-    start = copying if padded else decoding.start_decoding
-    forced = mock.patch.object(grpo, "start_decoding", lambda *given: ForcedDecoder(start(*given), lengths))
-    forward = grpo.padded_logprobs if padded else grpo.completion_logprobs
+    engine, lengths = grpo.PLAIN if padded else FAST, torch.tensor(plan.lengths(), device=plan.device)
 
     def phase(name):  # as train.py does: bf16 arithmetic on a GPU, of weights as they are now
         stack = contextlib.ExitStack()
@@ -153,21 +140,22 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
         return stack
 
     rewards = torch.tensor([[reward_of(i) for i in range(plan.group)]])
-    with mock.patch.object(grpo, "completion_logprobs", forward):
-        for prompt in plan.prompts(model.config.vocab_size):
-            clock.steps.append({})
-            with clock("step"):
-                with phase("rollout"), forced:
-                    groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END])
-                batches = grpo.packed_batches(groups, config)
-                ref_logps = None
-                if reference:
-                    with phase("reference"), reference.active() as frozen:
-                        ref_logps = grpo.reference_logprobs(frozen, batches, config)
-                with phase("update"):
-                    advantages = grpo.group_advantages(rewards)
-                    grpo.policy_update(model, optimizer, groups, batches, advantages, ref_logps, config)
-            sampled.append(sum(map(len, groups[0].completions)))
+    for prompt in plan.prompts(model.config.vocab_size):
+        clock.steps.append({})
+        sampler = ForcedSampler(grpo.sample_token, lengths)
+        with clock("step"):
+            with (phase("rollout"), mock.patch.object(grpo, "sample_token", sampler),
+                  mock.patch.object(decoding, "sample_token", sampler)):
+                groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END], engine=engine)
+            batches = grpo.micro_batches(groups, config)
+            ref_logps = None
+            if reference:
+                with phase("reference"), reference.active() as frozen:
+                    ref_logps = grpo.reference_logprobs(frozen, batches, config, engine)
+            with phase("update"):
+                advantages = grpo.group_advantages(rewards)
+                grpo.policy_update(model, optimizer, batches, advantages, ref_logps, config, engine)
+        sampled.append(sum(map(len, groups[0].completions)))
     return sampled
 
 

@@ -1,9 +1,9 @@
 """How much memory does the loss over a large vocabulary take, here and the naive way?
 
-    python bench/memory.py      # 2,400 completion tokens, a vocabulary of 151,936, width 896 (Qwen2.5-0.5B), float32
+    python bench/update_memory.py      # 2,400 tokens, a vocabulary of 151,936, width 896 (Qwen2.5-0.5B), float32
 
 From the hidden states of a group's completions to the gradients of lm_head and of the hidden states: here in chunks
-whose logits are computed again for backward (`grpo.token_logprobs`), and the naive way, with all logits at once. Each
+whose logits are computed again for backward (`packing.token_logprobs`), and naively, with all logits at once. Each
 runs in a fresh process. What is counted is how far the process's peak rises above what it held before the
 loss: lm_head, the hidden states, and room for both gradients. Prints a table in Markdown; the aim is at most 1 GB.
 """
@@ -25,7 +25,7 @@ WAYS = ("chunked", "naive")
 def naive_logprobs(head, hidden, targets, temperature: float):
     """All [N, V] logits at once."""
     logp = (head(hidden) / temperature).log_softmax(-1)
-    return logp.gather(-1, targets[:, None])[:, 0], None
+    return logp.gather(-1, targets[:, None])[:, 0]
 
 
 def run_worker(way: str, sizes: dict) -> dict:
@@ -34,6 +34,7 @@ def run_worker(way: str, sizes: dict) -> dict:
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import grpo
+    from engine.packing import token_logprobs
 
     torch.set_num_threads(sizes["threads"])
     torch.manual_seed(0)
@@ -44,7 +45,7 @@ def run_worker(way: str, sizes: dict) -> dict:
         parameter.grad = torch.zeros_like(parameter).fill_(0.0)  # touched, so that it is counted before
     targets, advantages = torch.randint(V, (N,)), torch.tensor([1.0, -1.0])
     before, began = peak_mb(), time.perf_counter()
-    logp, _ = (grpo.token_logprobs if way == "chunked" else naive_logprobs)(head, hidden, targets, 1.0)
+    logp = (token_logprobs if way == "chunked" else naive_logprobs)(head, hidden, targets, 1.0)
     logp = logp.view(2, -1)
     loss, _ = grpo.policy_loss(logp, logp.detach(), None, advantages, torch.ones_like(logp), grpo.GRPOConfig())
     loss.backward()

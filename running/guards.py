@@ -15,6 +15,7 @@ class GuardConfig:
 
     max_skipped: int = field(default=3, metadata={"help": "stop after so many steps in a row with no finite gradient"})
     warn_flat_steps: int = field(default=10, metadata={"help": "warn when all groups are flat for so many steps"})
+    warn_format_steps: int = field(default=3, metadata={"help": "warn when no completion has the format for so long"})
     warn_kl: float = field(default=1.0, metadata={"help": "warn when the KL to the reference is above, nats a token"})
     warn_truncated: float = field(default=0.5, metadata={"help": "warn when this share of completions is truncated"})
 
@@ -29,7 +30,7 @@ class Guards:
 
     def __init__(self, config: GuardConfig):
         self.config = config
-        self.skipped = self.flat = 0  # steps in a row
+        self.skipped = self.flat = self.unformed = 0  # steps in a row
         self.warned: set[str] = set()
 
     def watch(self, metrics: dict) -> list[str]:
@@ -37,7 +38,12 @@ class Guards:
         config = self.config
         self.skipped = self.skipped + 1 if metrics.get("skipped_updates") else 0
         self.flat = self.flat + 1 if metrics["flat_groups"] == 1 else 0
+        self.unformed = self.unformed + 1 if metrics["reward/format"] == 0 else 0
         signs = {
+            "format": self.unformed >= config.warn_format_steps
+            and f"no completion of the last {self.unformed} steps had the format `<think> reasoning </think> SQL`: all "
+                "rewards are 0 and nothing is learned; teach it with --traces template and --cold-start-steps, mine "
+                "traces with sft.py, or take SQL in a code fence with --lenient-format",
             "flat": self.flat >= config.warn_flat_steps
             and f"all groups were flat for {self.flat} steps, so nothing is learned: try a higher --temperature or "
                 "--group-size, easier questions, or a longer cold start",
@@ -47,6 +53,8 @@ class Guards:
             "truncated": metrics["truncated"] > config.warn_truncated
             and f"{metrics['truncated']:.0%} of the completions were truncated: try a higher --max-completion-tokens "
                 "or a longer cold start"}
+        if signs["format"]:  # which explains the others
+            signs |= {"flat": False, "truncated": False}
         new = {kind: text for kind, text in signs.items() if text and kind not in self.warned}
         self.warned |= new.keys()
         return [f"warning, step {metrics['step']}: {text}" for text in new.values()]

@@ -46,7 +46,7 @@ def test_the_slope_is_that_of_the_line():
 
 def test_the_loss_over_a_large_vocabulary_takes_a_fraction_of_the_naive_memory():
     sizes = ["--tokens", 1200, "--vocabulary", 60_000, "--width", 8, "--threads", 1]
-    chunked, naive = (json.loads(bench("memory.py", "--worker", way, *sizes).stdout) for way in ("chunked", "naive"))
+    chunked, naive = (json.loads(bench("update_memory.py", "--worker", way, *sizes).stdout) for way in ("chunked", "naive"))
     logits = 1200 * 60_000 * 4 / 2**20  # megabytes
     assert chunked["added_mb"] < logits < 2 * logits < naive["added_mb"]
     assert chunked["norm"] == pytest.approx(naive["norm"], rel=1e-4)

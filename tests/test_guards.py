@@ -6,7 +6,7 @@ import pytest
 
 from running.guards import GuardConfig, Guards, Heartbeat, describe_step
 
-FINE = {"step": 1, "skipped_updates": 0, "flat_groups": 0.5, "truncated": 0.0, "kl": 0.01}
+FINE = {"step": 1, "skipped_updates": 0, "flat_groups": 0.5, "truncated": 0.0, "kl": 0.01, "reward/format": 0.9}
 
 
 def test_a_sound_run_is_not_warned_of():
@@ -30,6 +30,15 @@ def test_each_sign_is_warned_of_once_with_a_remedy(sign, steps, words):
     guards = Guards(GuardConfig())
     told = [warning for _ in range(3 * steps) for warning in guards.watch(FINE | sign)]
     assert len(told) == 1 and words in told[0] and "try a" in told[0] and "--" in told[0]
+
+
+def test_a_policy_that_never_meets_the_format_is_told_what_to_do_and_nothing_else():
+    guards = Guards(GuardConfig())
+    told = [warning for _ in range(30) for warning in guards.watch(
+        FINE | {"reward/format": 0.0, "flat_groups": 1.0, "truncated": 1.0})]
+    formats = [warning for warning in told if "<think> reasoning </think> SQL" in warning]
+    assert len(formats) == 1 and all(flag in formats[0] for flag in ("--traces", "sft.py", "--lenient-format"))
+    assert not any("temperature" in warning for warning in told)
 
 
 def test_flat_steps_count_in_a_row():

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train
+from grpo import Group, GRPOConfig
 from policy import build_tiny
 from running.errors import UserError
 
@@ -111,6 +112,57 @@ def test_a_signal_finishes_the_step_saves_and_exits_130(tmp_path, number):
     assert process.returncode == 130 and "--resume" in output, output[-2000:]
     last = lines(folder / "metrics.jsonl")[-1]["step"]
     assert (folder / f"checkpoints/step-{last}" / "trainer.pt").is_file()
+
+
+def test_an_interrupt_before_the_first_step_keeps_the_cold_start(tmp_path):
+    folder = tmp_path / "early"
+    code = ("import sys, train; sys.argv[1:] = sys.argv[2:]\ndef evaluate(self, *_): raise KeyboardInterrupt\n"
+            "train.Trainer.evaluate = evaluate; train.run_main(train.main)")
+    arguments = [*SHORT, "--steps", "1", "--output", str(folder)]
+    stopped = subprocess.run([sys.executable, "-c", code, "x", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert stopped.returncode == 130 and "go on from step 0 with --resume" in stopped.stdout, stopped.stderr[-2000:]
+    output = run(*arguments, "--resume")
+    assert "resuming from" in output and "cold start:" not in output and "before GRPO" in output
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--reward-module", "missing.py", "--rewards", "format,execution=2,user=0.5"], "missing.py"),
+    (["--embedder", "no/such/encoder/anywhere"], "no/such/encoder/anywhere"),
+    (["--lora-rank", "8"], "tiny"), (["--lr", "nan"], "--lr is nan"), (["--threads", "-3"], "--threads is -3"),
+    (["--cold-start-batch", "0"], "--cold-start-batch is 0"), (["--test-questions", "-1"], "--test-questions is -1"),
+    (["--sql-timeout", "0"], "--sql-timeout is 0"), (["--lr-warmup", "-5"], "--lr-warmup is -5"),
+    (["--max-value-hints", "-1"], "max"), (["--warn-kl", "nan"], "kl is nan")])
+def test_what_cannot_work_is_told_before_anything_is_trained_and_blocks_no_folder(tmp_path, monkeypatch, flags, told):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(train, "cold_start", None)  # it would fail if it were called
+    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "--steps", "1", "--output", str(folder), *flags])
+    with pytest.raises(UserError, match=told):
+        train.main()
+    assert not folder.exists()
+
+
+def test_the_length_penalty_has_dapos_values():
+    config = GRPOConfig(max_completion_tokens=100, overlong="penalise", overlong_buffer=40)
+    groups = [Group(torch.zeros(1), [torch.zeros(n) for n in lengths], [], []) for lengths in ((1, 60, 70), (80, 90, 100))]
+    torch.testing.assert_close(train.overlong_penalty(groups, config),
+                               torch.tensor([[0.0, 0.0, -0.25], [-0.5, -0.75, -1.0]]))
+    fifth = train.overlong_penalty(groups, GRPOConfig(max_completion_tokens=100))
+    torch.testing.assert_close(fifth, torch.tensor([[0.0, 0.0, 0.0], [0.0, -0.5, -1.0]]))
+
+
+def test_token_ratios_are_kept_every_so_many_steps_and_in_the_last(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "--steps", "3", "--test-questions", "0", "--eval-every", "0",
+                                      "--token-ratios-every", "2", "--output", str(folder), "--lr", "0.01", "--lr-warmup", "0"])
+    assert train.main() == 0
+    kept = {}
+    for group in lines(folder / "rollouts.jsonl"):
+        for one in group["completions"]:
+            if "ratios" in one:
+                kept.setdefault(group["step"], []).append(one)
+                assert len(one["ratios"]) == len(one["tokens_text"]) == one["tokens"]
+    assert set(kept) == {2, 3}
+    assert any(ratio != 1.0 for one in kept[3] for ratio in one["ratios"])  # after the update
 
 
 @pytest.mark.parametrize("rewards", ["format,execution", "execution", "format", "atomic", "memory", "format,atomic",
