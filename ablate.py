@@ -16,7 +16,8 @@ checkpoints and rollouts are deleted once it is measured (--keep keeps them). Th
 is finished and continues what is not.
 
 Measures of a run
-  accuracy        greedy execution accuracy of its best policy on held-out questions; also by difficulty
+  accuracy        greedy execution accuracy of its best policy on held-out questions, those that the run was neither
+                  trained on nor chosen by; also by difficulty
   area            area under the curve of its accuracy on dev, divided by its length
   flat groups     share of groups whose completions all earned the same, over the run; all wrong: none was correct
   reward spread   standard deviation of the rewards of a group, mean over the run
@@ -31,6 +32,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -39,19 +41,19 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
-from html import escape
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
 from tqdm import tqdm
 
-from data import PromptConfig
+from data import PromptConfig, reported_split
 from running.errors import UserError, parse_json, read_text, run_main, write_whole
 from running.guards import step_seconds
-from running.options import flag_of
-from running.run_folder import RunFolder
-from settings import MAY_CHANGE_ON_RESUME, Settings, parse_settings
+from running.options import add_arguments, build, check, flag_of, option
+from running.run_folder import check_settings
+from running.wording import escape
+from settings import MAY_CHANGE_ON_RESUME, RunConfig, Settings, parse_settings
 from sft import SFTConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -78,6 +80,7 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
     "advantage-scale": {scale: {"advantage_scale": scale} for scale in ("none", "group", "batch")},
     "embedder": {name: {"rewards": BOTH, "embedder": name} for name in ("hash", "policy")},
 }
+STEP = re.compile(r"step-(\d+)")  # folders of other names are not ours
 RESERVED = ("seed", "output", "resume", "start")  # flags of train.py that are set here
 # What shapes the cold start cannot differ between runs that share it.
 OF_THE_START = {"model", "lora_rank", "data", "data_dir", "split", "world", "traces",
@@ -90,6 +93,24 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 
 
 # ------------------------------------------------------------------------------------------------ the plan
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """The ablation."""  # ValueError for values that make no sense
+
+    grid: str = option("", f"a named grid: {', '.join(GRIDS)}")
+    seeds: int = option(5, "seeds 0, 1, ...", at_least=1)
+    jobs: int = option(1, "runs at once; each takes its share of the CPU's cores unless --threads is given", at_least=1)
+    samples: int = option(30, "sampled answers a question, measuring", at_least=2)
+    questions: int = option(200, "held-out questions, the first so many; 0: all", at_least=0)
+    keep: bool = option(False, "keep the checkpoints and rollouts of finished runs")
+    output: Path | None = option(None, "folder of the ablation (default: runs/ablation-GRID)")
+    vary: tuple[str, ...] = ()  # FLAG=A,B,C, each a dimension of the grid
+    command: str = ""           # as it was given, for ablation.json
+
+    def __post_init__(self):
+        check(self)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -107,7 +128,8 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
-        return sorted(self.folder.glob("checkpoints/step-*"), key=lambda folder: int(folder.name.split("-")[1]))
+        steps = {path: STEP.fullmatch(path.name) for path in self.folder.glob("checkpoints/step-*")}
+        return sorted((path for path, step in steps.items() if step), key=lambda path: int(steps[path][1]))
 
     def policy(self) -> Path:
         """What is measured: the best policy by dev, or the last where there is no dev."""
@@ -115,8 +137,10 @@ class Run:
         return best if best.exists() else self.checkpoints()[-1]
 
 
-def cells_of(grid: str | None, vary: Sequence[str]) -> dict[str, dict[str, str]]:
+def cells_of(grid: str, vary: Sequence[str]) -> dict[str, dict[str, str]]:
     """Every combination of the named grid and of each --vary: name -> flags."""
+    if grid and grid not in GRIDS:
+        raise UserError(f"there is no grid {grid}; choose one of {', '.join(GRIDS)}, or give --vary flag=a,b,c")
     dimensions = [GRIDS[grid]] if grid else []
     for text in vary:
         name, _, values = text.partition("=")
@@ -131,7 +155,8 @@ def cells_of(grid: str | None, vary: Sequence[str]) -> dict[str, dict[str, str]]
         raise UserError(f"give --grid NAME (one of {', '.join(GRIDS)}) or --vary flag=a,b,c")
     cells = {}
     for combination in product(*(dimension.items() for dimension in dimensions)):
-        cells[", ".join(name for name, _ in combination)] = {k: v for _, part in combination for k, v in part.items()}
+        name = ", ".join(name for name, _ in combination)
+        cells[name] = {flag: value for _, flags in combination for flag, value in flags.items()}
     return cells
 
 
@@ -144,26 +169,76 @@ def as_flags(values: Mapping[str, str]) -> list[str]:
     return flags
 
 
-def plan(given: argparse.Namespace, common: Sequence[str]) -> tuple[list[Run], list[Run]]:
+def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Run]]:
     """The starts and the runs, seed by seed; what is wrong with their flags is said here, before any work."""
-    threads = ["--threads", str(max(1, (os.cpu_count() or 1) // given.jobs))]
     cells = cells_of(given.grid, given.vary)
     folders = {name: re.sub(r"[^\w.=+-]+", "-", name).strip("-") for name in cells}
     if len(set(folders.values())) < len(cells):
         raise UserError("two cells of the grid would share a folder; give their values other names")
+    shared, common = split_rewards(common)
+    flags_of = {name: flags | rewards_of(name, flags, shared) for name, flags in cells.items()}
+    if "reward_module" in shared and not any("reward_module" in flags for flags in flags_of.values()):
+        raise UserError(f"no cell uses --reward-module {shared['reward_module']}: name user=W in --rewards, or in "
+                        "--vary \"rewards=...;...\"")
+    common = ["--threads", str(max(1, free_cores() // given.jobs)), *common]
+    common += ["--test-questions", str(questions_held_back(parse_settings(common).run, given))]
 
-    def make(cell: str, seed: int, folder: str, *more: str) -> Run:
+    def make(cell: str, seed: int, folder: str, **values: str) -> Run:
         path = given.output / f"seed-{seed}" / folder
-        flags = (*threads, *common, "--seed", str(seed), "--output", str(path), "--test-questions", "0", *more)
-        return Run(cell, seed, path, flags, parse_settings(list(flags)))
+        flags = [*common, "--seed", str(seed), "--output", str(path), *as_flags(values)]
+        return Run(cell, seed, path, tuple(flags), parse_settings(flags))
 
-    starts = [make("start", seed, "start", "--steps", "0", "--eval-every", "0") for seed in range(given.seeds)]
-    runs = [make(cell, start.seed, folders[cell], "--start", str(start.folder / "checkpoints" / "step-0"),
-                 *as_flags(cells[cell])) for start in starts for cell in cells]
+    starts = [make("start", seed, "start", steps="0", eval_every="0", **rewards_of_start(shared))
+              for seed in range(given.seeds)]
+    runs = [make(cell, start.seed, folders[cell], start=str(start.folder / "checkpoints" / "step-0"), **flags_of[cell])
+            for start in starts for cell in cells]
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
-            RunFolder(run.folder, run.settings.as_dict(), resume=True, may_change=MAY_CHANGE_ON_RESUME)
+            check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE_ON_RESUME)  # without locking it
     return starts, runs
+
+
+def free_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def questions_held_back(run: RunConfig, given: AblateConfig) -> int:
+    """--test-questions of a run: none where the data have a test of their own, which is measured here, not there."""
+    if run.data == "demo" or (run.data in ("spider", "bird") and run.split == "train"):
+        return 0
+    return given.questions or RunConfig.test_questions
+
+
+def split_rewards(common: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """--rewards and --reward-module of all runs as {name: value}, and the other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for flag in ("--rewards", "--reward-module"):
+        parser.add_argument(flag)
+    shared, others = parser.parse_known_args(common)
+    return vars(shared), others
+
+
+def rewards_of(cell: str, flags: Mapping[str, str], shared: Mapping[str, str]) -> dict[str, str]:
+    """Its own flags of rewards, else those of all runs; the user's module only where `user` is among the rewards."""
+    values = {name: value for name, value in (shared | flags).items() if name in ("rewards", "reward_module")}
+    if "user" not in reward_names(values.get("rewards", "")):
+        return {name: value for name, value in values.items() if name == "rewards" or name in flags}
+    if "reward_module" not in values:
+        raise UserError(f"the rewards of {cell} name user, so give --reward-module FILE.py with a function reward(...)")
+    return values
+
+
+def rewards_of_start(shared: Mapping[str, str]) -> dict[str, str]:
+    """A start scores nothing, so it needs no reward of the user's own."""
+    if "rewards" not in shared:
+        return {}
+    return {"rewards": ",".join(part for part in shared["rewards"].split(",") if reward_names(part) != ["user"])}
+
+
+def reward_names(rewards: str) -> list[str]:
+    """`format,execution=2` to ["format", "execution"]."""
+    return [part.partition("=")[0].strip() for part in rewards.split(",")]
 
 
 # ------------------------------------------------------------------------------------------------- the work
@@ -173,10 +248,13 @@ class Stopped(Exception):
 
 
 class Workers:
-    """Runs the project's scripts as processes that `stop` can end in good order."""
+    """Runs the project's scripts as processes that `stop` can end in good order, each on so many cores."""
 
-    def __init__(self):
+    def __init__(self, threads: int = 1):
         self.processes, self.lock, self.stopping = set(), threading.Lock(), False
+        # PyTorch is given --threads; numpy takes all cores unless its library is told so.
+        self.environment = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads),
+                            "TQDM_MININTERVAL": "30"} | os.environ
 
     def call(self, script: str, arguments: Sequence[str], log: Path) -> None:
         """Runs a script, its output appended to `log`. Raises UserError when it fails."""
@@ -185,7 +263,7 @@ class Workers:
                 raise Stopped
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / script), *arguments], stdout=file, stderr=subprocess.STDOUT,
-                env=os.environ | {"TQDM_MININTERVAL": "30"}, start_new_session=True)  # Ctrl-C is passed on by `stop`
+                env=self.environment, start_new_session=True)  # Ctrl-C is passed on by `stop`
             self.processes.add(process)
         status = process.wait()
         self.processes.discard(process)
@@ -203,7 +281,7 @@ class Workers:
                 process.send_signal(signal.SIGINT)
 
 
-def perform(run: Run, given: argparse.Namespace, workers: Workers) -> dict:
+def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
     """Trains and measures a run, or what is left of it to do; returns its measures."""
     file, how = run.folder / "measures.json", [given.samples, given.questions]
     if file.exists():
@@ -227,10 +305,12 @@ def perform(run: Run, given: argparse.Namespace, workers: Workers) -> dict:
     return measures
 
 
-def evaluation_flags(run: Run, given: argparse.Namespace, evaluation: Path) -> list[str]:
+def evaluation_flags(run: Run, given: AblateConfig, evaluation: Path) -> list[str]:
     """evaluate.py's command line for a run: greedy answers count, and --samples at temperature 1 for the rest."""
     s = run.settings
-    values = {"model": run.policy(), "data": s.run.data, "split": "test" if s.run.data == "demo" else "dev",
+    own_part = s.run.data in ("spider", "bird") and s.run.split != "train"  # of which a part was held back
+    values = {"model": run.policy(), "data": s.run.data,
+              "split": s.run.split if own_part else reported_split(s.run.data),
               "world": s.run.world, "seed": s.run.seed, "match": s.run.match, "threads": s.run.threads, "vote": "none",
               "samples": given.samples, "temperature": 1.0, "limit": given.questions, "json": evaluation,
               "max_completion_tokens": s.grpo.max_completion_tokens, "workers": s.run.sql_workers,
@@ -248,8 +328,8 @@ def measures_of(run: Run, evaluation: dict) -> dict:
     """The measures of a finished run, and its curve of dev accuracy as [[step, accuracy], ...]."""
     match = run.settings.run.match
     measures = {"accuracy": evaluation["execution_accuracy"][match]}
-    measures |= {f"accuracy, {level}": part["execution_accuracy"][match]
-                 for level, part in evaluation["by_difficulty"].items()}
+    measures |= {f"accuracy, {level}": scores["execution_accuracy"][match]
+                 for level, scores in evaluation["by_difficulty"].items()}
     measures |= {"voted accuracy": evaluation["answers"]["value-aware"]["execution_accuracy"][match],
                  "result groups": evaluation["result_groups"],
                  "does not run": 1 - evaluation["sample_statuses"].get("ok", 0.0)}
@@ -293,16 +373,16 @@ def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
     """For each cell every measure over its seeds, and its paired difference to the baseline on the same seeds."""
     summary = {}
     for cell, runs in results.items():
-        base, part = results.get(baseline, {}), {}
+        base, intervals = results.get(baseline, {}), {}
         for name in dict.fromkeys(name for measures in runs.values() for name in measures if name != "curve"):
             values = {seed: measures[name] for seed, measures in runs.items() if name in measures}
-            part[name] = mean_interval(list(values.values()))
+            intervals[name] = mean_interval(list(values.values()))
             pairs = [value - base[seed][name] for seed, value in values.items() if name in base.get(seed, {})]
             if pairs and cell != baseline:
-                part[name]["difference"] = mean_interval(pairs)
+                intervals[name]["difference"] = mean_interval(pairs)
         curves = [dict(map(tuple, measures["curve"])) for measures in runs.values() if "curve" in measures]
         shared = sorted(set.intersection(*map(set, curves))) if curves else []
-        summary[cell] = {"seeds": len(runs), "measures": part,
+        summary[cell] = {"seeds": len(runs), "measures": intervals,
                          "curve": [[step, mean_interval([curve[step] for curve in curves])] for step in shared]}
     return summary
 
@@ -311,8 +391,8 @@ def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
 
 def table(summary: dict, baseline: str) -> str:
     """Markdown: the measures of every cell, then its differences to the baseline."""
-    tiers = list(dict.fromkeys(name for part in summary.values() for name in part["measures"] if ", " in name))
-    others = {cell: part for cell, part in summary.items() if cell not in (baseline, "start")}
+    tiers = list(dict.fromkeys(name for found in summary.values() for name in found["measures"] if ", " in name))
+    others = {cell: found for cell, found in summary.items() if cell not in (baseline, "start")}
     titles = {"Mean over seeds [95 % interval]": (summary, SHOWN, ()), "By difficulty": (summary, tiers, ()),
               f"Difference to `{baseline}` on the same seeds [95 % interval]": (others, (), (*SHOWN, *tiers))}
     return "\n".join(f"{title}:\n\n{rows(*what)}" for title, what in titles.items())
@@ -323,11 +403,11 @@ def rows(summary: dict, means: Sequence[str], differences: Sequence[str]) -> str
     units = {name: name if name in PLAIN else f"{name}, %" for name in (*means, *differences)}
     shown = [units[name] for name in means] + [("Δ " if means else "") + units[name] for name in differences]
     lines = [f"| | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(shown)}"]
-    for cell, part in summary.items():
-        measures = part["measures"]
+    for cell, found in summary.items():
+        measures = found["measures"]
         texts = [in_words(name, measures.get(name)) for name in means]
         texts += [in_words(name, measures.get(name, {}).get("difference"), "+") for name in differences]
-        lines.append(f"| {cell} | {part['seeds']} | {' | '.join(texts)} |")
+        lines.append(f"| {cell} | {found['seeds']} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -349,7 +429,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 48, 190, 16, 40
 
 def draw_curves(summary: dict) -> str:
     """SVG: accuracy on dev over the steps, a line a cell, the band its 95 % interval over seeds."""
-    curves = {cell: part["curve"] for cell, part in summary.items() if part["curve"]}
+    curves = {cell: found["curve"] for cell, found in summary.items() if found["curve"]}
     points = [(step, *(value["interval"] or (value["mean"],) * 2))
               for curve in curves.values() for step, value in curve]
     if not points:
@@ -364,14 +444,14 @@ def draw_curves(summary: dict) -> str:
     def y(share: float) -> float:
         return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - min(max(share, low), high)) / ((high - low) or 1), 1)
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+    drawn = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
              f'font-size="12"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
     for tick in range(round(10 * low), round(10 * high) + 1):
-        parts.append(f'<path d="M{LEFT},{y(tick / 10)}H{WIDTH - RIGHT}" stroke="#ddd"/><text x="{LEFT - 6}" '
+        drawn.append(f'<path d="M{LEFT},{y(tick / 10)}H{WIDTH - RIGHT}" stroke="#ddd"/><text x="{LEFT - 6}" '
                      f'y="{y(tick / 10) + 4}" text-anchor="end">{10 * tick} %</text>')
     for step in sorted({0, *(step for step, _, _ in points)}):
-        parts.append(f'<text x="{x(step)}" y="{HEIGHT - 22}" text-anchor="middle">{step}</text>')
-    parts.append(f'<text x="{x(last / 2)}" y="{HEIGHT - 4}" text-anchor="middle">GRPO step; accuracy on dev, mean and '
+        drawn.append(f'<text x="{x(step)}" y="{HEIGHT - 22}" text-anchor="middle">{step}</text>')
+    drawn.append(f'<text x="{x(last / 2)}" y="{HEIGHT - 4}" text-anchor="middle">GRPO step; accuracy on dev, mean and '
                  '95 % interval over seeds</text>')
     for number, (cell, curve) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
@@ -380,64 +460,58 @@ def draw_curves(summary: dict) -> str:
                 for step, value in order if value["interval"]]
         line = [(x(step), y(value["mean"])) for step, value in curve]
         if band:
-            parts.append(f'<polygon points="{joined(band)}" fill="{colour}" opacity="0.12"/>')
-        parts.append(f'<polyline points="{joined(line)}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
-        parts.append(f'<path d="M{WIDTH - RIGHT + 12},{TOP + 10 + 20 * number}h24" stroke="{colour}" stroke-width="2"'
+            drawn.append(f'<polygon points="{svg_points(band)}" fill="{colour}" opacity="0.12"/>')
+        drawn.append(f'<polyline points="{svg_points(line)}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
+        drawn.append(f'<path d="M{WIDTH - RIGHT + 12},{TOP + 10 + 20 * number}h24" stroke="{colour}" stroke-width="2"'
                      f'{dashes}/><text x="{WIDTH - RIGHT + 42}" y="{TOP + 14 + 20 * number}">{escape(cell)}</text>')
-    return "\n".join([*parts, "</svg>", ""])
+    return "\n".join([*drawn, "</svg>", ""])
 
 
-def joined(points: Sequence[tuple[float, float]]) -> str:
+def svg_points(points: Sequence[tuple[float, float]]) -> str:
+    """Points as SVG writes them."""
     return " ".join(f"{x},{y}" for x, y in points)
 
 
-def write_results(given: argparse.Namespace, results: Mapping[str, Mapping[int, dict]], baseline: str) -> str:
+def write_results(given: AblateConfig, results: Mapping[str, Mapping[int, dict]], baseline: str) -> str:
     """ablation.json, table.md and curves.svg of what is finished so far; returns the table."""
     given.output.mkdir(parents=True, exist_ok=True)
     summary = summarise(results, baseline)
     content = {"command": given.command, "baseline": baseline, "summary": summary, "runs": results}
     text = table(summary, baseline)
-    for name, part in (("ablation.json", json.dumps(rounded(content)) + "\n"), ("table.md", text),
-                       ("curves.svg", draw_curves(summary))):
-        write_whole(given.output / name, part)
+    for name, written in (("ablation.json", json.dumps(rounded(content)) + "\n"), ("table.md", text),
+                          ("curves.svg", draw_curves(summary))):
+        write_whole(given.output / name, written)
     return text
 
 
 def rounded(value):
     """JSON with its numbers rounded to five decimals, far below what seeds differ by."""
     if isinstance(value, Mapping):
-        return {key: rounded(part) for key, part in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(part) for part in value]
+        return [rounded(item) for item in value]
     return round(value, 5) if isinstance(value, float) else value
 
 
 # ---------------------------------------------------------------------------------------------------- main
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(arguments: Sequence[str]) -> tuple[AblateConfig, list[str]]:
     """Our own flags, and those that go to train.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, epilog="Every other flag goes to train.py, for all runs.")
-    parser.add_argument("--grid", choices=list(GRIDS), help="a named grid")
     parser.add_argument("--vary", action="append", default=[], metavar="FLAG=A,B,C",
                         help="values of a flag of train.py; with ; between them where they have commas")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the CPU's cores (default: 1)")
-    parser.add_argument("--samples", type=int, default=30, help="sampled answers a question, measuring (default: 30)")
-    parser.add_argument("--questions", type=int, default=200,
-                        help="held-out questions, the first so many; 0: all (default: 200)")
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoints and rollouts of finished runs")
-    parser.add_argument("--output", type=Path, help="folder of the ablation (default: runs/ablation-GRID)")
+    add_arguments(parser, AblateConfig)
     given, common = parser.parse_known_args(arguments)
-    for name, lowest in (("seeds", 1), ("jobs", 1), ("samples", 2), ("questions", 0)):
-        if getattr(given, name) < lowest:
-            raise UserError(f"--{name} must be at least {lowest}")
     for flag in common:
         if flag.split("=")[0] in [f"--{name}" for name in RESERVED]:
             raise UserError(f"{flag} is set by ablate.py for each run (see --seeds and --output)")
-    given.output = given.output or Path("runs") / f"ablation-{given.grid or 'own'}"
-    given.command = " ".join(["ablate.py", *arguments])
-    return given, common
+    output = Path("runs") / f"ablation-{getattr(given, 'grid', '') or 'own'}"
+    values = {"output": output, "command": shlex.join(["ablate.py", *arguments])} | vars(given)
+    try:
+        return build(AblateConfig, values | {"vary": tuple(given.vary)}), common
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def main() -> int:
@@ -446,7 +520,11 @@ def main() -> int:
     starts, runs = plan(given, common)
     baseline, failures = runs[0].cell, 0
     results = {run.cell: {} for run in starts + runs}  # {cell: {seed: measures}}
-    workers = Workers()
+    threads = runs[0].settings.run.threads
+    if threads > 1 and given.jobs * threads > free_cores():
+        print(f"note: {given.jobs} runs at once with {threads} threads each share {free_cores()} cores, and threads "
+              "that wait for a core make all of them many times slower: leave out --threads, or give fewer --jobs")
+    workers = Workers(threads)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts us in the background has SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     with ThreadPoolExecutor(given.jobs) as pool, tqdm(total=len(starts + runs), desc="ablation", unit="run") as bar:

@@ -12,21 +12,34 @@ whatever the model writes, nothing in it can change.
 import argparse
 import contextlib
 import csv
-import math
+import io
 import re
 import shutil
 import sys
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from data import Example, PromptBuilder, PromptConfig, Schema, read_schema
-from running.errors import UserError, run_main
-from running.options import add_arguments, build
+from data import (
+    Example,
+    PromptBuilder,
+    PromptConfig,
+    Schema,
+    load_dataset,
+    read_schema,
+    run_config_of,
+    schema_columns,
+)
+from running.errors import UserError, run_main, sound
+from running.options import add_arguments, build, check, option
+from running.wording import plural
+from scoring.answers import format_advice
 from scoring.voting import VOTES, Candidate, choose, load_for_sampling, rank_groups, sample_candidates
 from sql_exec import Execution, SQLExecutor
+from text2sql import demo_world
 from text2sql.prompts import full_schema
 
 HISTORY = Path("~/.ask_history").expanduser()
@@ -42,38 +55,30 @@ Type a question, or one of
   .help  .quit"""
 
 
-def option(default, text: str, **metadata):
-    """A field of AskConfig: its default and its help text."""
-    return field(default=default, metadata={"help": text, **metadata})
-
-
 @dataclass(frozen=True)
 class AskConfig:
-    """Whom and what to ask, and how."""
+    """Whom and what to ask, and how."""  # ValueError for values that make no sense
     model: str = option("runs/demo/best", "an alias, a Hugging Face id or a local folder")
     database: str = option("", "the SQLite file to ask")
-    samples: int = 10  # -n
-    temperature: float = option(1.0, "of sampling")
+    samples: int = option(10, "candidates that vote; 1 is the greedy answer", at_least=1)  # also -n
+    temperature: float = option(1.0, "of sampling", above=0)
     vote: str = option("value-aware", "how the candidates vote", choices=VOTES)
     evidence: str = option("", "what the model should know besides the database, in words")
     think: bool = option(False, "show the model's reasoning")
-    rows: int = option(20, "rows of a result that are shown")
-    max_completion_tokens: int = option(512, "an answer is cut at this many tokens")
-    lenient_format: bool = option(False, "also take SQL inside a code fence")
-    seed: int = option(0, "seed of sampling: the same question gets the same answer")
-    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice")
-    workers: int = option(2, "SQL worker processes")
-    timeout: float = option(10.0, "seconds a query may take")
-    max_rows: int = option(10_000, "a longer result is refused as too large")
+    rows: int = option(20, "rows of a result that are shown", at_least=1)
+    max_completion_tokens: int = option(512, "an answer is cut at this many tokens", at_least=1)
+    lenient_format: bool | None = option(None, "also take SQL inside a code fence (default: as the run that made the "
+                                               "model)")
+    seed: int = option(0, "seed of sampling: the same question gets the same answer", at_least=0, at_most=2**32)
+    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
+    workers: int = option(2, "SQL worker processes", at_least=1)
+    timeout: float = option(10.0, "seconds a query may take", above=0)
+    max_rows: int = option(10_000, "a longer result is refused as too large", at_least=1)
 
     def __post_init__(self):
+        check(self)
         if not self.database:
             raise UserError("say which database to ask: --database FILE.sqlite")
-        for name in ("samples", "temperature", "rows", "max_completion_tokens", "workers", "timeout",
-                     "max_rows"):
-            if not 0 < getattr(self, name) < math.inf:
-                shown = "-n" if name == "samples" else "--" + name.replace("_", "-")
-                raise UserError(f"{shown} must be above zero, not {getattr(self, name)}")
 
 
 # -------------------------------------------------------------------------------------------- answering
@@ -87,6 +92,7 @@ class Reply:
     groups: list[tuple[int, str, int]]  # (votes, SQL, rows) of each group of equal results, the winner first
     failures: dict[str, int]            # how many candidates did not run, by status
     seconds: float
+    advice: str = ""                    # where most answers missed the format
 
     @property
     def count(self) -> int:
@@ -112,7 +118,7 @@ class Reply:
         if execution.status != "ok":
             reason = (f"the likeliest of {self.count} gives {execution.status}: {execution.error}"
                       if self.answer.sql else "no answer has a query in it")
-            return content | {"error": f"No candidate runs; {reason}"}
+            return content | {"error": f"No candidate runs; {reason}" + (f"; {self.advice}" if self.advice else "")}
         rows = execution.rows[:ROWS_ON_PAGE]
         shown = f", the first {len(rows)} shown" if len(rows) < len(execution.rows) else ""
         texts = [[None if cell is None else cell_text(cell) for cell in row] for row in rows]
@@ -126,6 +132,9 @@ class Asker:
     def __init__(self, config: AskConfig, prompts: PromptConfig, policy=None):
         self.config = config
         self.path = check_database(config.database)
+        run = run_config_of(config.model) or {}
+        self.lenient = config.lenient_format if config.lenient_format is not None else bool(run.get("lenient_format"))
+        self.note = unknown_database(config.model, run, self.path)
         self.policy = policy or load_for_sampling(config.model, config.threads)
         self.builder = PromptBuilder({"database": self.path}, self.policy.tokenizer, prompts)
         self.executor = SQLExecutor({"database": self.path}, config.workers, config.timeout,
@@ -140,7 +149,7 @@ class Asker:
     def ask(self, question: str) -> Reply:
         """Sample, run, vote."""
         config, began = self.config, time.perf_counter()
-        example = Example("", "database", " ".join(question.split()), (), config.evidence)
+        example = Example("", "database", " ".join(sound(question).split()), (), sound(config.evidence))
         prompt = self.builder.encode(example)
         if prompt is None:
             raise UserError("the prompt for this database and question is longer than "
@@ -148,20 +157,20 @@ class Asker:
                             "raise --max-prompt-tokens if the model reads more")
         candidates, = sample_candidates(
             self.policy, [prompt], config.samples, config.temperature if config.samples > 1 else 0.0,
-            config.max_completion_tokens, lenient=config.lenient_format, seed=config.seed)
+            config.max_completion_tokens, lenient=self.lenient, seed=config.seed)
         executions = self.executor.run_many([("database", candidate.sql) for candidate in candidates])
         groups = rank_groups(executions, [candidate.logprob for candidate in candidates], config.vote)
-        failures = Counter(candidate.broken or execution.status
-                           for candidate, execution in zip(candidates, executions, strict=True)
-                           if execution.status != "ok")
+        statuses = Counter(candidate.broken or execution.status
+                           for candidate, execution in zip(candidates, executions, strict=True))
+        failures = {status: count for status, count in statuses.most_common() if status != "ok"}
         winner = choose(candidates, executions, config.vote)
         votes = [(len(group), candidates[group[0]].sql, len(executions[group[0]].rows)) for group in groups]
-        return Reply(question, candidates[winner], executions[winner], votes, dict(failures.most_common()),
-                     time.perf_counter() - began)
+        return Reply(question, candidates[winner], executions[winner], votes, failures,
+                     time.perf_counter() - began, format_advice(statuses, self.lenient))
 
     def run(self, sql: str) -> Execution:
         """Run a query of the user's own, as read-only as the model's."""
-        return self.executor.run("database", sql)
+        return self.executor.run("database", sound(sql))
 
     def schema(self, table: str = "") -> str:
         """CREATE TABLE statements of one table or of all."""
@@ -181,12 +190,38 @@ def check_database(file) -> Path:
     return path
 
 
+def unknown_database(model: str, run: dict, path: Path) -> str:
+    """A warning if the model's run began with random weights and had no such database in its data; else empty."""
+    if run.get("model") != "tiny":
+        return ""
+    try:
+        known = databases_of(run)
+    except UserError:  # its data have moved away
+        return ""
+    if columns_by_table(schema_columns(read_schema(path))) in known:
+        return ""
+    data = "the demo's ten databases" if run["data"] == "demo" else f"the databases of {run['data']}"
+    return (f"{model} was trained from random weights, on {data} alone, and {path.name} is none of them: do not expect "
+            "a right answer. Ask a pretrained model (--model qwen2.5-3b), or train one on questions about your own "
+            "database: python train.py --model qwen2.5-0.5b --data questions.json")
+
+
+def databases_of(run: dict) -> list[dict[str, set]]:
+    """The tables of every database that a run was trained on, as `columns_by_table` gives them."""
+    if run["data"] == "demo":
+        lines = map(demo_world.parse_tables, demo_world.SEEN.values())
+        return [columns_by_table({table.name: [table.key, *([table.parent.key] if table.parent else []), *table.pools]
+                                  for table in tables}) for tables in lines]
+    files = load_dataset(run["data"], run.get("data_dir"), run.get("split", "train")).databases.values()
+    return [columns_by_table(schema_columns(read_schema(file))) for file in files]
+
+
+def columns_by_table(tables: Mapping[str, Iterable[str]]) -> dict[str, set]:
+    """{table: its columns} in lower case, so that equal databases are equal."""
+    return {table.lower(): {column.lower() for column in columns} for table, columns in tables.items()}
+
+
 # --------------------------------------------------------------------------------------------- printing
-
-def plural(count: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{count} {noun}" + "s" * (count != 1)
-
 
 def printable(text: str, keep: str = "") -> str:
     """Text that cannot steer a terminal: control characters are escaped, but for those in `keep`."""
@@ -246,8 +281,7 @@ def print_reply(reply: Reply, config: AskConfig, think: bool) -> None:
         print("reasoning: " + printable(answer.thought.strip(), keep="\n") + "\n")
     if not answer.sql:
         print(f"None of the {reply.count} answers has a query in it; the likeliest one begins:\n"
-              f"  {printable(answer.text)[:300]}\nPerhaps this model was not trained for the task, or "
-              "--max-completion-tokens cuts its answers.")
+              f"  {printable(answer.text)[:300]}\n{reply.advice}")
         return
     print(printable(answer.sql, keep="\n"))
     if reply.execution.status == "ok":
@@ -258,7 +292,7 @@ def print_reply(reply: Reply, config: AskConfig, think: bool) -> None:
     print(f"\nNone of the {reply.count} candidates runs. This is the likeliest one; its "
           f"{reply.execution.status}: {printable(reply.execution.error or '')}\n"
           "It may help to name tables and columns as the database does (.schema), or to correct the query "
-          "(.sql).")
+          "(.sql)." + (f"\n{reply.advice}" if reply.advice else ""))
 
 
 # ------------------------------------------------------------------------------------- again and again
@@ -277,6 +311,8 @@ class Session:
         """Ask until .quit or the end of input."""
         print(f"{self.asker.path.name}: {plural(len(read_schema(self.asker.path).tables), 'table')}. "
               "Ask a question, or type .help")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # what was typed need not be valid UTF-8
         with history():
             while True:
                 try:
@@ -393,14 +429,17 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, AskConfig, Prom
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="asked once; without it, a prompt to ask again and again")
-    parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
-                        help="candidates that vote; 1 is the greedy answer (default: 10)")
+    parser.add_argument("-n", dest="samples", type=int, default=argparse.SUPPRESS, metavar="N",
+                        help="the same as --samples")
     parser.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT",
                         help="answer on a page of this machine instead (default port: 8000; 0: any free one)")
     add_arguments(parser, AskConfig)
     add_arguments(parser, PromptConfig)
     given = parser.parse_args(arguments)
-    return given, build(AskConfig, vars(given)), build(PromptConfig, vars(given))
+    try:
+        return given, build(AskConfig, vars(given)), build(PromptConfig, vars(given))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def main() -> int:
@@ -409,6 +448,8 @@ def main() -> int:
     if given.question is not None and not re.search(r"\w", given.question):
         raise UserError("the question is empty")
     with Asker(config, prompts) as asker:
+        if asker.note:
+            print(f"note: {asker.note}\n")
         if given.serve is not None:
             from running.ask_page import serve
             serve(asker, given.serve)

@@ -21,7 +21,6 @@ script sets it by textContent only; characters that do not print (NUL, direction
 import argparse
 import base64
 import hashlib
-import html
 import json
 import math
 import os
@@ -29,13 +28,14 @@ import re
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import load_dataset, read_schema, schema_columns
-from rewards import atomic_operations
+from rewards import COMPONENTS, atomic_operations
 from running.errors import UserError, run_main, visible
 from running.run_folder import RolloutLog, parse_record
+from running.wording import duration, escape, percent, plural, short_number, signed
 from sql_exec import SQLExecutor
 from text2sql.prompts import full_schema
 
@@ -63,9 +63,10 @@ def write_report(folder: Path) -> Path:
         raise UserError(f"{folder} has no metrics.jsonl with a finished step, so nothing to report yet")
     metrics = [by_step[step] for step in sorted(by_step)]
     config, result = read_object(folder / "config.json"), read_object(folder / "result.json")
-    with World(config, folder) as world:
-        blocks, note = pack_rollouts(RolloutLog(folder / "rollouts.jsonl"), world)
-    blocks["metrics"] = pack({key: column(metrics, key) for key in plotted_keys(metrics) | {"step"}})
+    with RunDatabases(config, folder) as databases:
+        blocks, note = pack_rollouts(RolloutLog(folder / "rollouts.jsonl"), databases)
+    blocks["metrics"] = pack({"step": column(metrics, "step")} | {
+        curve.key: curve.values for chart in CHARTS for curve in curves_of(chart, metrics)})
     page = fill_template({
         "title": escape(folder.resolve().name),
         "tiles": tiles(config, metrics, result),
@@ -103,12 +104,12 @@ def read_records(file: Path) -> Iterator[dict]:
             yield from filter(None, map(parse_record, lines))
 
 
-class World:
+class RunDatabases:
     """The run's databases, as far as they can still be read: schemas, and results of gold queries."""
 
     def __init__(self, config: dict, folder: Path):
-        self.databases = find_databases(config)
-        self.executor = SQLExecutor(self.databases, workers=config.get("sql_workers", 1),
+        self.files = find_databases(config)
+        self.executor = SQLExecutor(self.files, workers=config.get("sql_workers", 1),
                                     timeout=config.get("sql_timeout", 5.0), cache=folder / "gold_cache")
         self.seconds_left = GOLD_SECONDS
         self._schemas: dict[str, tuple[str, dict]] = {}
@@ -124,7 +125,7 @@ class World:
         """CREATE TABLE statements, and {table: [column, ...]}; empty when the database is gone."""
         if db_id not in self._schemas:
             try:
-                schema = read_schema(self.databases[db_id])
+                schema = read_schema(self.files[db_id])
                 self._schemas[db_id] = full_schema(schema, 3), schema_columns(schema)
             except (KeyError, UserError):
                 self._schemas[db_id] = "", {}
@@ -138,14 +139,14 @@ class World:
 
     def gold_results(self, groups: list[dict]) -> list[dict | None]:
         """The result of each group's first gold: status, columns, first rows, number of rows, error."""
-        if self.seconds_left <= 0 or not self.databases:
+        if self.seconds_left <= 0 or not self.files:
             return [None] * len(groups)
         start = time.perf_counter()
         golds = self.executor.run_gold([(group.get("db_id", ""), first_gold(group)) for group in groups])
         self.seconds_left -= time.perf_counter() - start
         results = [{"status": gold.status, "columns": gold.columns, "rows": preview(gold.rows),
                     "count": len(gold.rows), "error": gold.error} for gold in golds]
-        return [result if group.get("db_id") in self.databases else None
+        return [result if group.get("db_id") in self.files else None
                 for group, result in zip(groups, results, strict=True)]
 
 
@@ -172,21 +173,21 @@ def first_gold(group: dict) -> str:
 
 # ------------------------------------------------------------------------------------- the inspector's blocks
 
-def pack_rollouts(log: RolloutLog, world: World) -> tuple[dict[str, str], str]:
+def pack_rollouts(log: RolloutLog, databases: RunDatabases) -> tuple[dict[str, str], str]:
     """Blocks "step-N" of the steps shown, "index" and "schemas"; and a note on what was left out."""
-    steps = choose_steps(log, world)
+    steps = choose_steps(log, databases)
     index = {"steps": [], "groups": [], "tiers": [], "scales": {}}
-    blocks, databases = {}, set()
+    blocks, db_ids = {}, set()
     for step in steps:
-        groups = step_view(log.read(step), world)
+        groups = step_view(log.read(step), databases)
         if groups:
             blocks[f"step-{step}"] = pack(groups)
-            databases |= {group["db_id"] for group in groups}
+            db_ids |= {group["db_id"] for group in groups}
             add_to_index(index, step, groups)
     # A component that is 0 all along is switched off and gets no bar.
     index["scales"] = {name: value for name, value in index["scales"].items() if value}
     blocks["index"] = pack(index)
-    blocks["schemas"] = pack({db_id: world.schema(db_id)[0] for db_id in databases})
+    blocks["schemas"] = pack({db_id: databases.schema(db_id)[0] for db_id in sorted(db_ids)})
     note = ""
     if len(steps) < len(log.steps):
         note = (f"{len(steps)} of the {len(log.steps)} logged steps are in this page, evenly spaced, to keep "
@@ -194,10 +195,10 @@ def pack_rollouts(log: RolloutLog, world: World) -> tuple[dict[str, str], str]:
     return blocks, note
 
 
-def choose_steps(log: RolloutLog, world: World) -> list[int]:
+def choose_steps(log: RolloutLog, databases: RunDatabases) -> list[int]:
     """All steps if they fit into PAGE_BYTES, else as many as do, evenly spaced, and the last."""
     probes = evenly(log.steps, PROBED_STEPS)
-    total = sum(len(pack(step_view(log.read(step), world))) for step in probes)
+    total = sum(len(pack(step_view(log.read(step), databases))) for step in probes)
     fitting = PAGE_BYTES * len(probes) // max(total, 1)
     return sorted({*evenly(log.steps, max(fitting, 1)), *log.steps[-1:]})
 
@@ -208,22 +209,22 @@ def evenly(items: list, count: int) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def step_view(groups: list[dict], world: World) -> list[dict]:
+def step_view(groups: list[dict], databases: RunDatabases) -> list[dict]:
     """The groups of a step as the page shows them."""
-    golds = world.gold_results(groups)
+    golds = databases.gold_results(groups)
     return [{"id": group.get("id"), "db_id": group.get("db_id", ""), "question": group.get("question"),
              "evidence": group.get("evidence"), "difficulty": group.get("difficulty") or "",
              "gold_sqls": group.get("gold_sqls") or [], "gold": gold,
-             "completions": [completion_view(one, group, world) for one in group["completions"]]}
+             "completions": [completion_view(one, group, databases) for one in group["completions"]]}
             for group, gold in zip(groups, golds, strict=True) if group.get("completions")]
 
 
-def completion_view(completion: dict, group: dict, world: World) -> dict:
+def completion_view(completion: dict, group: dict, databases: RunDatabases) -> dict:
     """A completion with its atomic operations matched, missed and extra; its text only if unparsed."""
     view = dict(completion)
     if completion.get("sql"):
         view.pop("text", None)  # thought and SQL are all of it
-        view |= compare_operations(completion["sql"], group, world)
+        view |= compare_operations(completion["sql"], group, databases)
     if view.get("rows"):
         view["rows"] = preview(view["rows"])
     if "row_count" in view:
@@ -231,11 +232,11 @@ def completion_view(completion: dict, group: dict, world: World) -> dict:
     return view
 
 
-def compare_operations(sql: str, group: dict, world: World) -> dict[str, list[str]]:
+def compare_operations(sql: str, group: dict, databases: RunDatabases) -> dict[str, list[str]]:
     """Which operations the query shares with the nearest gold, which it lacks and which it adds."""
     db_id = group.get("db_id", "")
-    found = world.operations(db_id, sql)
-    golds = [world.operations(db_id, gold) for gold in group.get("gold_sqls") or [""]]
+    found = databases.operations(db_id, sql)
+    golds = [databases.operations(db_id, gold) for gold in group.get("gold_sqls") or [""]]
     gold = max(golds, key=lambda gold: len(found & gold) / max(len(found | gold), 1))
     return {"matched": sorted(found & gold), "missed": sorted(gold - found), "extra": sorted(found - gold)}
 
@@ -276,14 +277,9 @@ def presentable(value):
     return f"x'{value.hex()}'" if isinstance(value, bytes) else value
 
 
-def escape(value) -> str:
-    """A value as HTML text."""
-    return html.escape(visible(str(value)))
-
-
 # ----------------------------------------------------------------------------------------------- the page
 
-def fill_template(parts: dict[str, str]) -> str:
+def fill_template(contents: dict[str, str]) -> str:
     """The template with {{name}} replaced, and a policy that allows exactly its own style and script."""
     template = TEMPLATE.read_text(encoding="utf-8")
 
@@ -293,7 +289,7 @@ def fill_template(parts: dict[str, str]) -> str:
 
     policy = (f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; "
               "base-uri 'none'; form-action 'none'")
-    return re.sub(r"\{\{(\w+)\}\}", lambda name: (parts | {"policy": policy})[name[1]], template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: (contents | {"policy": policy})[name[1]], template)
 
 
 def tiles(config: dict, metrics: list[dict], result: dict) -> str:
@@ -306,7 +302,7 @@ def tiles(config: dict, metrics: list[dict], result: dict) -> str:
                           f"{signed(100 * (new - old))} points on {after['n']} questions"))
     tenth = max(1, len(metrics) // 10)
     right = column(metrics, "execution_accuracy")
-    if (first := mean(right[:tenth])) is not None and (last := mean(right[-tenth:])) is not None:
+    if (first := mean_of_known(right[:tenth])) is not None and (last := mean_of_known(right[-tenth:])) is not None:
         shown.append(("samples that are right", f"{percent(first)} → {percent(last)} %",
                       f"first and last {plural(tenth, 'step')}"))
     steps, planned = metrics[-1]["step"], config.get("steps")
@@ -334,7 +330,7 @@ def settings_list(config: dict) -> str:
 def result_tables(result: dict, match: str) -> str:
     """Held-out accuracy before and after, a table a comparison; the run's own comparison is open."""
     after = result.get("after", {})
-    matches = sorted({name for part in after.values() for name in part.get("execution_accuracy", {})},
+    matches = sorted({name for summary in after.values() for name in summary.get("execution_accuracy", {})},
                      key=lambda name: name != match)
     tables = [f"<details{' open' if name == match else ''}><summary>Held-out execution accuracy by the "
               f"{escape(name)} comparison</summary>{result_table(result, name)}</details>"
@@ -367,30 +363,30 @@ def result_line(label: str, kind: str, before: dict | None, after: dict, match: 
             f'<td class="wide">{dumbbell(before, after, match)}</td></tr>')
 
 
-def interval_cell(part: dict | None, match: str) -> str:
+def interval_cell(summary: dict | None, match: str) -> str:
     """`41.2 [38.0, 44.5]`"""
-    if not math.isfinite(accuracy(part, match)):
+    if not math.isfinite(accuracy(summary, match)):
         return "–"
-    low, high = part["interval"][match]
-    return f"<b>{percent(accuracy(part, match))}</b> <small>[{percent(low)}, {percent(high)}]</small>"
+    low, high = summary["interval"][match]
+    return f"<b>{percent(accuracy(summary, match))}</b> <small>[{percent(low)}, {percent(high)}]</small>"
 
 
 def dumbbell(before: dict | None, after: dict, match: str) -> str:
     """A small picture of two accuracies with their intervals."""
     marks = []
-    for part, y, name in ((before, 5, "before"), (after, 13, "after")):
-        if math.isfinite(accuracy(part, match)):
-            low, high = part["interval"][match]
-            left, middle, right = (4 + 192 * share for share in (low, accuracy(part, match), high))
+    for summary, y, name in ((before, 5, "before"), (after, 13, "after")):
+        if math.isfinite(accuracy(summary, match)):
+            low, high = summary["interval"][match]
+            left, middle, right = (4 + 192 * share for share in (low, accuracy(summary, match), high))
             marks.append(f'<line class="{name}" x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}"/>'
                          f'<circle class="{name}" cx="{middle:.1f}" cy="{y}" r="3"/>')
     return ('<svg class="dumbbell" viewBox="0 0 200 18" aria-hidden="true">'
             f'<line class="axis" x1="4" x2="196" y1="9" y2="9"/>{"".join(marks)}</svg>')
 
 
-def accuracy(part: dict | None, match: str) -> float:
+def accuracy(summary: dict | None, match: str) -> float:
     """Execution accuracy of a summary; not a number where there is none."""
-    return (part or {}).get("execution_accuracy", {}).get(match, math.nan)
+    return (summary or {}).get("execution_accuracy", {}).get(match, math.nan)
 
 
 # ----------------------------------------------------------------------------------------------- curves
@@ -401,25 +397,41 @@ class Chart:
     title: str
     keys: tuple[str, ...]
     labels: tuple[str, ...] = ()
-    share: bool = False    # values are shares of one, shown in per cent
-    stacked: bool = False
+    share: bool = False           # values are shares of one, shown in per cent
+    stacked: bool = False         # parts of a whole: a part that a step does not name is 0 there
+    known: tuple[str, ...] = ()   # what * stands for; each name has the same colour in every run
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One key of a chart: how it is called and coloured, and a value a step, None where there is none."""
+    key: str
+    label: str
+    colour: int
+    values: list[float | None]
+
+    @property
+    def style(self) -> str:
+        """The class that sets its colour."""
+        return f"s{self.colour % COLOURS}"
+
+
+COLOURS = 8  # of the template: classes s0 to s7
+STATUSES = ("ok", "error", "format", "timeout", "refused", "too_large")
 CHARTS = (
     Chart("Reward", ("reward", "reward_std"), ("mean", "spread within a group")),
-    Chart("Reward components", ("reward/*",)),
-    Chart("Execution accuracy", ("execution_accuracy", "dev_accuracy"), ("samples", "dev, greedy"),
-          share=True),
+    Chart("Reward components", ("reward/*",), known=COMPONENTS),
+    Chart("Execution accuracy", ("execution_accuracy", "dev_accuracy"), ("samples", "dev, greedy"), share=True),
     Chart("Uniform groups", ("flat_groups", "all_wrong_groups", "all_right_groups"),
           ("flat: no gradient", "all wrong", "all right"), share=True),
-    Chart("What became of the SQL", ("status/*",), share=True, stacked=True),
+    Chart("What became of the SQL", ("status/*",), share=True, stacked=True, known=STATUSES),
     Chart("KL to the reference", ("kl",), ("nats a token",)),
     Chart("Entropy", ("entropy",), ("nats a token",)),
     Chart("Clip fractions", ("clip_fraction_low", "clip_fraction_high"), ("low", "high"), share=True),
     Chart("Completion length", ("completion_length", "completion_length_max"), ("mean", "longest")),
     Chart("Truncated completions", ("truncated",), ("truncated",), share=True),
-    Chart("Seconds by phase", ("seconds/*",), stacked=True),
-    Chart("Seconds by reward", ("seconds/rewards/*",), stacked=True),
+    Chart("Seconds by phase", ("seconds/*",), stacked=True, known=("rollout", "rewards", "reference", "update")),
+    Chart("Seconds by reward", ("seconds/rewards/*",), stacked=True, known=COMPONENTS),
     Chart("Speed", ("tokens_per_second",), ("tokens a second",)),
     Chart("Gradient norm", ("grad_norm",), ("before clipping",)),
     Chart("Learning rate", ("lr",), ("learning rate",)),
@@ -431,19 +443,23 @@ LEFT, RIGHT, TOP, BOTTOM = 42, 350, 8, 158  # the plot inside it
 MAX_POINTS = RIGHT - LEFT                   # a longer run is averaged down to a point a pixel
 
 
-def plotted_keys(metrics: list[dict]) -> set[str]:
-    """All keys that some chart plots."""
-    return {key for chart in CHARTS for key in chart_keys(chart, metrics)}
+def curves_of(chart: Chart, metrics: list[dict]) -> list[Curve]:
+    """What the run has logged for a chart, in the order of the colours; a key that was always 0 is left out."""
+    curves = []
+    for colour, (key, label) in enumerate(labels_of(chart, metrics).items()):
+        values = column(metrics, key)
+        if any(values):
+            curves.append(Curve(key, label, colour, [value or 0.0 for value in values] if chart.stacked else values))
+    return curves
 
 
-def chart_keys(chart: Chart, metrics: list[dict]) -> dict[str, str]:
-    """{key: label} of what the run has logged for a chart; a key that was never other than 0 is left out."""
-    found = {}
-    for number, pattern in enumerate(chart.keys):
-        for key in matching(pattern, metrics):
-            if any(column(metrics, key)):
-                found[key] = chart.labels[number] if chart.labels else key.removeprefix(pattern[:-1])
-    return found
+def labels_of(chart: Chart, metrics: list[dict]) -> dict[str, str]:
+    """{key: label} of a chart, in the order of the colours; names that we do not know come last."""
+    if chart.labels:
+        return dict(zip(chart.keys, chart.labels, strict=True))
+    prefix = chart.keys[0].removesuffix("*")
+    unknown = {key.removeprefix(prefix) for key in matching(chart.keys[0], metrics)} - set(chart.known)
+    return {prefix + name: name for name in (*chart.known, *sorted(unknown))}
 
 
 def matching(pattern: str, metrics: list[dict]) -> list[str]:
@@ -458,117 +474,116 @@ def charts(metrics: list[dict]) -> str:
     """All charts the run has numbers for, and a sentence on those that stayed at zero."""
     shown, silent = [], []
     for chart in CHARTS:
-        keys = chart_keys(chart, metrics)
-        if keys:
-            shown.append(figure(chart, keys, metrics))
+        curves = curves_of(chart, metrics)
+        if curves:
+            shown.append(figure(chart, curves, metrics))
         elif any(key in record for record in metrics for key in chart.keys):
             silent.append(chart.title.lower())
     note = f"<p>At zero in every step: {escape(', '.join(silent))}.</p>" if silent else ""
     return f'<div class="charts">{"".join(shown)}</div>{note}'
 
 
-def figure(chart: Chart, keys: dict[str, str], metrics: list[dict]) -> str:
+def figure(chart: Chart, curves: list[Curve], metrics: list[dict]) -> str:
     """A chart with title and legend, into which the page's script writes the values under the cursor."""
     first, last = metrics[0]["step"], metrics[-1]["step"]
-    steps, columns = thin([record["step"] for record in metrics], {key: column(metrics, key) for key in keys})
-    legend = "".join(f'<li class="s{number % 8}"><i></i>{escape(label)} '
-                     f'<output data-key="{escape(key)}"></output></li>'
-                     for number, (key, label) in enumerate(keys.items()))
-    ends = ((label, [value for value in columns[key] if value is not None]) for key, label in keys.items())
-    spoken = "; ".join(f"{label} from {spell(values[0], chart.share)} to {spell(values[-1], chart.share)}"
+    legend = "".join(f'<li class="{curve.style}"><i></i>{escape(curve.label)} '
+                     f'<output data-key="{escape(curve.key)}"></output></li>' for curve in curves)
+    ends = [(curve.label, [value for value in curve.values if value is not None]) for curve in curves]
+    spoken = "; ".join(f"{label} from {short_number(values[0], chart.share)} to {short_number(values[-1], chart.share)}"
                        for label, values in ends)
-    draw = stacked_areas if chart.stacked else lines
+    steps, curves = downsample([record["step"] for record in metrics], curves)
+    draw = stacked_areas if chart.stacked else line_plot
     return (f'<figure tabindex="0" data-share="{int(chart.share)}">'
             f'<figcaption>{escape(chart.title)}</figcaption><ul class="legend">{legend}</ul>'
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-first="{first}" data-last="{last}" '
             f'data-left="{LEFT}" data-right="{RIGHT}" '
             f'aria-label="{escape(f"{chart.title}, steps {first} to {last}: {spoken}")}">'
-            f'{draw(steps, columns, chart.share)}'
+            f'{draw(steps, curves, chart.share)}'
             f'<line class="guide" y1="{TOP}" y2="{BOTTOM}" x1="-9" x2="-9"/></svg></figure>')
 
 
-def lines(steps: Sequence[int], columns: dict[str, list], share: bool) -> str:
+def line_plot(steps: Sequence[int], curves: list[Curve], share: bool) -> str:
     """Each step as a faint line, the running mean as a strong one; values of few steps as joined dots."""
-    top = max(value for values in columns.values() for value in values if value is not None)
-    bottom = min(0.0, *(value for values in columns.values() for value in values if value is not None))
-    parts = [axes(steps, bottom, top, share)]
-    for number, values in enumerate(columns.values()):
-        points = place(steps, values, bottom, top)
+    known = [value for curve in curves for value in curve.values if value is not None]
+    bottom, top = min(0.0, *known), max(known)
+    drawn = [axes(steps, bottom, top, share)]
+    for curve in curves:
+        points = points_of(steps, curve.values, bottom, top)
         window = len(steps) // 40
         if len(points) < len(steps) / 2 or len(points) == 1:
             dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in points)
-            parts.append(f'<g class="s{number % 8}"><path class="line" d="{path(points)}"/>{dots}</g>')
+            drawn.append(f'<g class="{curve.style}"><path class="line" d="{svg_path(points)}"/>{dots}</g>')
         else:
-            faint = f'<path class="faint" d="{path(points)}"/>' if window > 1 else ""
-            strong = path(place(steps, running_mean(values, window), bottom, top))
-            parts.append(f'<g class="s{number % 8}">{faint}<path class="line" d="{strong}"/></g>')
-    return "".join(parts)
+            faint = f'<path class="faint" d="{svg_path(points)}"/>' if window > 1 else ""
+            strong = svg_path(points_of(steps, running_mean(curve.values, window), bottom, top))
+            drawn.append(f'<g class="{curve.style}">{faint}<path class="line" d="{strong}"/></g>')
+    return "".join(drawn)
 
 
-def stacked_areas(steps: Sequence[int], columns: dict[str, list], share: bool) -> str:
-    """Areas on top of each other, lightly smoothed; a key that a step lacks counts as 0."""
+def stacked_areas(steps: Sequence[int], curves: list[Curve], share: bool) -> str:
+    """Areas on top of each other, lightly smoothed."""
     window = len(steps) // 40
-    layers = [running_mean([value or 0.0 for value in values], window) for values in columns.values()]
-    totals = [sum(values) for values in zip(*layers, strict=True)]
-    top = 1.0 if share else max(totals)
-    floor, parts = [0.0] * len(steps), []
-    for number, layer in enumerate(layers):
+    layers = [running_mean(curve.values, window) for curve in curves]
+    top = 1.0 if share else max(sum(values) for values in zip(*layers, strict=True))
+    floor, drawn = [0.0] * len(steps), []
+    for curve, layer in zip(curves, layers, strict=True):
         ceiling = [low + value for low, value in zip(floor, layer, strict=True)]
-        outline = place(steps, ceiling, 0.0, top) + place(steps, floor, 0.0, top)[::-1]
+        outline = points_of(steps, ceiling, 0.0, top) + points_of(steps, floor, 0.0, top)[::-1]
         if len(steps) == 1:  # one step is a bar, not a line without width
             outline = [(x, outline[i][1]) for i, x in ((0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))]
-        parts.append(f'<g class="s{number % 8}"><path class="area" d="{path(outline)}Z"/></g>')
+        drawn.append(f'<g class="{curve.style}"><path class="area" d="{svg_path(outline)}Z"/></g>')
         floor = ceiling
-    return "".join(parts) + axes(steps, 0.0, top, share)
+    return "".join(drawn) + axes(steps, 0.0, top, share)
 
 
 def axes(steps: Sequence[int], bottom: float, top: float, share: bool) -> str:
     """Grid lines with their values, and step numbers below."""
-    parts = []
+    drawn = []
     for value in nice_ticks(bottom, top, 4):
-        (_, y), = place([0], [value], bottom, top)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{spell(value, share)}</text>')
+        (_, y), = points_of([0], [value], bottom, top)
+        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                     f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short_number(value, share)}</text>')
     for step in sorted({steps[0], *map(int, nice_ticks(steps[0], steps[-1], 4)), steps[-1]}):
         near = min((abs(step - end) for end in (steps[0], steps[-1]) if step != end), default=0)
         if step in (steps[0], steps[-1]) or near > (steps[-1] - steps[0]) / 12:
             anchor = "middle" if step != steps[-1] or len(steps) == 1 else "end"
-            x = across(step, steps)
-            parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 15}" text-anchor="{anchor}">{step}</text>')
-    return "".join(parts)
+            x = x_of(step, steps)
+            drawn.append(f'<text x="{x:.1f}" y="{BOTTOM + 15}" text-anchor="{anchor}">{step}</text>')
+    return "".join(drawn)
 
 
-def across(step: float, steps: Sequence[int]) -> float:
+def x_of(step: float, steps: Sequence[int]) -> float:
     """Where a step lies from left to right."""
     return LEFT + (RIGHT - LEFT) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
 
 
-def place(steps: Sequence[int], values: Sequence, bottom: float, top: float) -> list[tuple[float, float]]:
+def points_of(steps: Sequence[int], values: Sequence, bottom: float, top: float) -> list[tuple[float, float]]:
     """Points (x, y) of the values that are there."""
     height = top - bottom or 1.0
-    return [(across(step, steps), BOTTOM - (BOTTOM - TOP) * (value - bottom) / height)
+    return [(x_of(step, steps), BOTTOM - (BOTTOM - TOP) * (value - bottom) / height)
             for step, value in zip(steps, values, strict=True) if value is not None]
 
 
-def path(points: list[tuple[float, float]]) -> str:
+def svg_path(points: list[tuple[float, float]]) -> str:
     """An SVG path through the points."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def thin(steps: list[int], columns: dict[str, list]) -> tuple[list[int], dict[str, list]]:
+def downsample(steps: list[int], curves: list[Curve]) -> tuple[list[int], list[Curve]]:
     """Means over equal stretches of a run that has more steps than the plot has pixels."""
     size = math.ceil(len(steps) / MAX_POINTS)
     if size <= 1:
-        return steps, columns
+        return steps, curves
     starts = range(0, len(steps), size)
     middles = [steps[min(start + size // 2, len(steps) - 1)] for start in starts]
     return ([steps[0], *middles[1:-1], steps[-1]],  # the ends of the axis stay where they are
-            {key: [mean(values[start:start + size]) for start in starts] for key, values in columns.items()})
+            [replace(curve, values=[mean_of_known(curve.values[start:start + size]) for start in starts])
+             for curve in curves])
 
 
 def running_mean(values: Sequence, window: int) -> list:
     """The mean of each value with up to `window` neighbours on both sides; None stays None."""
-    return [None if value is None else mean(values[max(0, i - window):i + window + 1])
+    return [None if value is None else mean_of_known(values[max(0, i - window):i + window + 1])
             for i, value in enumerate(values)]
 
 
@@ -583,7 +598,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [number * step for number in numbers]
 
 
-# --------------------------------------------------------------------------------------- numbers and words
+# ------------------------------------------------------------------------------------------- logged numbers
 
 def column(metrics: list[dict], key: str) -> list[float | None]:
     """The values of a key, a step each; None where it is absent or not finite."""
@@ -595,44 +610,10 @@ def finite(value) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def mean(values: Sequence) -> float | None:
+def mean_of_known(values: Sequence) -> float | None:
     """The mean of the values that are there."""
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
-
-
-def spell(value: float, share: bool = False) -> str:
-    """A number with about three digits: 0.0123, 4.56, 12k, 1e-6; a share in per cent."""
-    if share:
-        return f"{100 * value:.3g}%"
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
-    if abs(value) >= 10_000:
-        return f"{value / 1000:.3g}k"
-    return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def percent(share: float) -> str:
-    """A share in per cent, without the sign."""
-    return f"{100 * share:.1f}"
-
-
-def signed(value: float) -> str:
-    """`+4.2`, `−1.0`, or a dash."""
-    return f"{value:+.1f}".replace("-", "−") if math.isfinite(value) else "–"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 step`, `12 steps`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `6 min 12 s`, `3 h 05 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 # ------------------------------------------------------------------------------------------------ main

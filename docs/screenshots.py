@@ -25,9 +25,9 @@ SHOTS = {  # file: (width, height, what is scrolled to the top)
 
 
 def telling_group(log: report.RolloutLog) -> str:
-    """Where a group with token ratios is whose first two completions are the gold SQL and a wrong one, both short."""
+    """The address of a short group with token ratios whose first two completions are the gold SQL and a wrong one."""
     found = []
-    for step in log.steps[-50:]:
+    for step in log.steps[-200:]:
         for number, group in enumerate(log.read(step), 1):
             pair = group["completions"][:2]
             shaded = all(one.get("ratios") and one["sql"] for one in pair) and pair[0]["correct"] != pair[1]["correct"]
@@ -44,12 +44,12 @@ def main() -> None:
     if CHROMIUM is None:
         raise UserError("no Chromium on this machine")
     page = report.write_report(given.run).resolve()
-    place = telling_group(report.RolloutLog(given.run / "rollouts.jsonl"))
+    fragment = telling_group(report.RolloutLog(given.run / "rollouts.jsonl"))
     with tempfile.TemporaryDirectory() as profile:
         browser = Browser(profile)
         for name, (width, height, top) in SHOTS.items():
             browser.resize(width, height, scale=SCALE)
-            browser.open(page, f"#{place}")
+            browser.open(page, f"#{fragment}")
             browser.evaluate("document.querySelector('.places').style.position = 'static'")  # else it covers the top
             browser.evaluate(f"document.querySelector({top!r}).scrollIntoView(); scrollBy(0, -12)")
             browser.screenshot(DOCS / name)

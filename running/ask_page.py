@@ -6,11 +6,14 @@ JSON from the page itself, and the page shows every value as text, never as HTML
 """
 
 import json
+import re
 import secrets
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from running.errors import UserError
+from running.wording import escape
 
 LARGEST_REQUEST = 20_000  # bytes
 
@@ -25,6 +28,7 @@ td, th { border-bottom: 1px solid #ddd; padding: .2rem .8rem; text-align: left }
 .scroll { overflow-x: auto } .error { color: #a00 }
 </style></head><body>
 <h1>Ask @NAME@</h1>
+@NOTE@
 <form id="form"><input id="question" aria-label="question" placeholder="Your question" autofocus
 maxlength="2000"><button>Ask</button></form>
 <main id="reply" aria-live="polite"></main>
@@ -69,7 +73,10 @@ async function ask() {
   } catch (error) { show({error: "No answer: " + error.message}); }
 }
 document.getElementById("form").addEventListener("submit", event => { event.preventDefault(); ask(); });
-if (location.hash.length > 1) { field.value = decodeURIComponent(location.hash.slice(1)); ask(); }
+function questionOf(hash) {
+  try { return decodeURIComponent(hash); } catch { return hash; }  // "100%" is no valid escape, but a question
+}
+if (location.hash.length > 1) { field.value = questionOf(location.hash.slice(1)); ask(); }
 </script></body></html>
 """
 
@@ -77,7 +84,7 @@ if (location.hash.length > 1) { field.value = decodeURIComponent(location.hash.s
 def serve(asker, port: int) -> None:
     """Answer until Ctrl-C. `asker` is an `ask.Asker`."""
     try:
-        server = make_server(asker, port)
+        server = Server(asker, port)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on port {port}: {reason}") from error
@@ -86,17 +93,25 @@ def serve(asker, port: int) -> None:
         server.serve_forever()
 
 
-def make_server(asker, port: int) -> ThreadingHTTPServer:
-    """A server on 127.0.0.1, port 0 for any free one; `serve_forever` starts it."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
-    server.asker, server.lock = asker, threading.Lock()
-    return server
+class Server(ThreadingHTTPServer):
+    """On 127.0.0.1, port 0 for any free one; it answers from one Asker, a question at a time."""
 
+    daemon_threads = True
 
-def escape(text: str) -> str:
-    """Text for HTML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    def __init__(self, asker, port: int):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.asker, self.lock = asker, threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """What a browser calls this server; it leaves the port out where it is the usual one of http."""
+        ends = [f":{self.server_port}", *([""] if self.server_port == 80 else [])]
+        return [host + end for host in ("127.0.0.1", "localhost") for end in ends]
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that leaves before its answer is no error; all else is shown with its traceback."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -113,7 +128,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, "text/plain", "not found")
             return
         nonce = secrets.token_urlsafe(16)
-        page = PAGE.replace("@NONCE@", nonce).replace("@NAME@", escape(self.server.asker.path.name))
+        asker = self.server.asker
+        note = f'<p class="error">{escape(asker.note)}</p>' if asker.note else ""
+        values = {"NONCE": nonce, "NAME": escape(asker.path.name), "NOTE": note}
+        page = re.sub("@(NONCE|NAME|NOTE)@", lambda name: values[name[1]], PAGE)  # at once: a name may hold @NOTE@
         self.send(200, "text/html", page, nonce)
 
     def do_POST(self) -> None:
@@ -133,9 +151,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def is_ours(self) -> bool:
         """Only requests to this machine by its own name, and from no other origin."""
-        names = [f"{host}:{self.server.server_port}" for host in ("127.0.0.1", "localhost")]
-        origin = self.headers.get("Origin")
-        if self.headers.get("Host") in names and (origin is None or origin.removeprefix("http://") in names):
+        host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
+        if host in self.server.names and (origin is None or origin in [f"http://{name}" for name in self.server.names]):
             return True
         self.send(403, "text/plain", "this server answers only its own machine")
         return False

@@ -49,7 +49,7 @@ class RunFolder:
         self.path = Path(path)
         config = self.path / "config.json"
         if resume:
-            self._check_settings(config, settings, may_change)
+            check_settings(self.path, settings, may_change)
         elif self.path.exists() and not self._is_free():
             raise UserError(f"{self.path} already holds a run or other files: continue it with --resume, choose "
                             "another --output, or delete it")
@@ -89,18 +89,6 @@ class RunFolder:
         """Removes the folder of a run that could not start, so that the same command can be given again."""
         if self.is_new and not self.checkpoints():
             shutil.rmtree(self.path)
-
-    def _check_settings(self, config: Path, settings: dict, may_change: tuple[str, ...]) -> None:
-        if not config.is_file():
-            raise UserError(f"{self.path} holds no run to resume (no config.json); start it without --resume")
-        try:
-            stored = json.loads(config.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{config} is not valid JSON, so the run cannot be resumed") from error
-        for name, value in settings.items():
-            if name not in may_change and name in stored and stored[name] != json.loads(json.dumps(value)):
-                raise UserError(f"{self.path} was started with {name} = {stored[name]}, not {value}: resume it with "
-                                "the same settings, or start another --output")
 
     def log(self, name: str, records: list[dict]) -> None:
         """Appends records to NAME.jsonl. Raises UserError: the disk is full or not writable."""
@@ -179,6 +167,21 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...]) -> None:
+    """Raises UserError when the folder holds no run, or one with other settings."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{folder} holds no run to resume (no config.json); start it without --resume")
+    try:
+        stored = json.loads(config.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{config} is not valid JSON, so the run cannot be resumed") from error
+    for name, value in settings.items():
+        if name not in may_change and name in stored and stored[name] != json.loads(json.dumps(value)):
+            raise UserError(f"{folder} was started with {name} = {stored[name]}, not {value}: resume it with "
+                            "the same settings, or start another --output")
 
 
 def damage(folder: Path) -> str | None:

@@ -1,8 +1,8 @@
 """Shows a group in the terminal: what was asked, and what each completion earned.
 
-    python -m running.show runs/demo          # the newest logged group in which some are right and some wrong
-    python show.py runs/demo --step 40 --question 3
-    python train.py --verbose 10                   # the same every 10 steps while a run goes on
+    python -m running.show runs/demo                  # the newest group in which some are right and some wrong
+    python -m running.show runs/demo --step 40 --question 3
+    python train.py --verbose 10                      # the same every 10 steps while a run goes on
 
 Colours go to terminals only, and nowhere when NO_COLOR is set. Completions are untrusted: characters that do not print,
 such as those that steer a terminal, are written out as ‹U+001B›.
@@ -28,18 +28,18 @@ def group_text(group: dict, *, colour: bool, thoughts: bool = False) -> str:
     paint = painter(colour)
     completions = group["completions"]
     right = f"{sum(c['correct'] for c in completions)} of {len(completions)} right"
-    place = one_line(" · ".join(filter(None, (f"step {group['step']}", group["db_id"], group["difficulty"]))))
+    heading = one_line(" · ".join(filter(None, (f"step {group['step']}", group["db_id"], group["difficulty"]))))
     names = [name for name in completions[0]["rewards"] if name != "total"
              and (name in ("format", "execution") or any(c["rewards"][name] for c in completions))]
-    parts = [paint("strong", f"{place:<{WIDTH - len(right)}}{right}"), fill(one_line(group["question"]), WIDTH),
+    lines = [paint("strong", f"{heading:<{WIDTH - len(right)}}{right}"), fill(one_line(group["question"]), WIDTH),
              paint("soft", fill(f"gold: {one_line(group['gold_sqls'][0])}", WIDTH, subsequent_indent="      ")),
              paint("soft", f"{'':>3} {'advantage':>9} {'reward':>7}" + "".join(f" {name:>9}" for name in names))]
     alike = {}
     for completion in sorted(completions, key=lambda c: -c["rewards"]["total"]):
         alike.setdefault(completion["text"], []).append(completion)
     for same in alike.values():
-        parts.append(completion_lines(same[0], len(same), names, paint, thoughts))
-    return "\n".join(parts)
+        lines.append(completion_lines(same[0], len(same), names, paint, thoughts))
+    return "\n".join(lines)
 
 
 def completion_lines(completion: dict, count: int, names: list[str], paint, thoughts: bool) -> str:
@@ -78,7 +78,7 @@ def find_group(folder: Path, step: int | None, question: int | None) -> dict:
     log = RolloutLog(folder / "rollouts.jsonl")
     if not log.steps:
         raise UserError(f"{folder} has no rollouts.jsonl with a finished step")
-    if step is not None and step not in log.places:
+    if step is not None and step not in log.steps:
         raise UserError(f"{folder} has no step {step}; it has {log.steps[0]} to {log.steps[-1]}")
     groups = log.read(log.steps[-1] if step is None else step)
     if question is not None:
@@ -91,7 +91,7 @@ def find_group(folder: Path, step: int | None, question: int | None) -> dict:
 
 def main() -> None:
     """Show one group of a run."""
-    parser = argparse.ArgumentParser(description="Show a group of a run in the terminal.")
+    parser = argparse.ArgumentParser("python -m running.show", description="Show a group of a run in the terminal.")
     parser.add_argument("run", type=Path, help="folder of the run, such as runs/demo")
     parser.add_argument("--step", type=int, help="its step (default: the newest)")
     parser.add_argument("--question", type=int, help="its number in the step, from 1")

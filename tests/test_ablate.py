@@ -41,16 +41,76 @@ def test_combinations():
 @pytest.mark.parametrize("arguments, words", [
     ([], "give --grid NAME"), (["--vary", "lr"], "not of the form"), (["--vary", "=1"], "not of the form"),
     (["--vary", "cold_start_steps=1,2"], "belongs to it"), (["--vary", "world=default,hard"], "belongs to it"),
-    (["--grid", "kl", "--seeds", "0"], "--seeds must be at least 1"), (["--grid", "kl", "--seed", "1"], "is set by"),
+    (["--grid", "kl", "--seeds", "0"], "--seeds is 0; it must be at least 1"), (["--grid", "kl", "--seed", "1"], "is set by"),
     (["--grid", "kl", "--output", "x", "--resume"], "is set by"), (["--vary", "data=a,b"], "belongs to it"),
     (["--grid", "kl", "--group-size", "1"], "group_size is 1"), (["--vary", "rewards=format;exec"], "no reward 'exec'"),
-    (["--vary", "rewards=format,execution;format-execution"], "share a folder")])
+    (["--vary", "rewards=format,execution;format-execution"], "share a folder"),
+    (["--grid", "nope"], "there is no grid nope"), (["--grid", "kl", "--jobs", "0"], "--jobs is 0"),
+    (["--grid", "kl", "--samples", "1"], "--samples is 1"), (["--grid", "kl", "--questions", "-1"], "--questions is -1"),
+    (["--vary", "rewards=format,execution;format,execution,user=0.2"], "execution,user=0.2 name user, so give --reward-mod"),
+    (["--grid", "rewards", "--reward-module", "mine.py"], "no cell uses --reward-module mine.py: name user=W"),
+    (["--vary", "reward_module=a.py,b.py"], "needs both")])
 def test_bad_command_lines_are_refused_before_any_work(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, "perform", None)
     with pytest.raises(UserError, match=words):
         ablate.plan(*ablate.parse_arguments(arguments))
     assert not list(tmp_path.iterdir())
+
+
+def modules_of(*arguments):
+    """{cell: its reward module} of a grid, the start among them; and the rewards of the start."""
+    starts, runs = ablate.plan(*ablate.parse_arguments(["--seeds", "1", *arguments]))
+    rewards = starts[0].settings.rewards
+    return {run.cell: run.settings.rewards.reward_module for run in starts + runs}, rewards.rewards
+
+
+def test_a_reward_of_ones_own_goes_to_the_cells_that_name_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    user = "format,execution,user=0.2"
+    modules, _ = modules_of("--vary", f"rewards=format,execution;{user}", "--reward-module", "mine.py")
+    assert modules == {"start": None, "rewards=format,execution": None, f"rewards={user}": "mine.py"}
+    modules, rewards = modules_of("--vary", "lr=1e-4,1e-5", f"--rewards={user}", "--reward-module=mine.py")
+    assert modules == {"start": None, "lr=1e-4": "mine.py", "lr=1e-5": "mine.py"} and rewards == "format,execution"
+    modules, _ = modules_of("--vary", "reward-module=a.py,b.py", "--rewards", user)
+    assert modules == {"start": None, "reward_module=a.py": "a.py", "reward_module=b.py": "b.py"}
+    modules, rewards = modules_of("--vary", "lr=1e-4,1e-5", "--rewards", "format,execution=2")
+    assert set(modules.values()) == {None} and rewards == "format,execution=2"
+
+
+@pytest.mark.parametrize("given, cores, threads, told", [
+    (["--jobs", "2"], 8, 4, False), (["--jobs", "3"], 2, 1, False), ([], 6, 6, False),
+    (["--jobs", "2", "--threads", "2"], 4, 2, False), (["--jobs", "2", "--threads", "2"], 2, 2, True)])
+def test_runs_side_by_side_share_the_cores(given, cores, threads, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "free_cores", lambda: cores)
+    arguments = ["--grid", "kl", "--seeds", "1", "--output", str(tmp_path), *given]
+    starts, runs = ablate.plan(*ablate.parse_arguments(arguments))
+    assert {run.settings.run.threads for run in starts + runs} == {threads}
+    used = []
+
+    def perform(run, given, workers):
+        used.append(workers.environment["OMP_NUM_THREADS"])
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(ablate, "perform", perform)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *arguments])
+    assert ablate.main() == 0 and set(used) == {str(threads)}
+    assert ("many times slower" in capsys.readouterr().out) == told
+    assert ablate.free_cores() >= 1
+
+
+def test_the_command_is_kept_so_that_a_shell_takes_it():
+    given, _ = ablate.parse_arguments(["--vary", "rewards=format;format,execution", "--jobs", "2"])
+    assert given.command == "ablate.py --vary 'rewards=format;format,execution' --jobs 2"
+    assert given.output == Path("runs/ablation-own")
+
+
+def test_checkpoints_are_folders_that_train_names(tmp_path):
+    for name in ("step-10", "step-2", "step-2-backup", "step-x", "damaged-step-4"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    run = ablate.Run("cell", 0, tmp_path, (), None)
+    assert [path.name for path in run.checkpoints()] == ["step-2", "step-10"]
 
 
 # ---- measures, by hand
@@ -203,6 +263,36 @@ def test_an_ablation_is_run_skipped_continued_and_checked(small, tmp_path, monke
     assert again["runs"][names[0]]["0"]["curve"] == content["runs"][names[0]]["0"]["curve"]
     with pytest.raises(UserError, match="was started with lr = 0.0001, not 0.1"):
         run_ablation(monkeypatch, [*arguments, "--lr", "0.1"])
+
+
+def test_what_is_measured_was_held_out(small, tmp_path, monkeypatch):
+    records = [{"question": f"How many singers are older than {i}?", "db_id": "music",
+                "sql": f"SELECT COUNT(*) FROM singer WHERE age > {i}"} for i in range(46)]
+    (tmp_path / "own.json").write_text(json.dumps(records))  # without a field `split`
+    arguments, _ = small
+    run_ablation(monkeypatch, [*arguments[2:], "--seeds", "1", "--steps", "6", "--prompts-per-step", "6", "--keep",
+                               "--group-size", "2", "--eval-every", "0", "--questions", "0", "--samples", "2",
+                               "--vary", "kl_coef=0"])
+    start, run = (tmp_path / "out" / "seed-0" / name for name in ("start", "kl_coef=0"))
+    drawn = {json.loads(line)["question"] for line in (run / "rollouts.jsonl").read_text().splitlines()}
+    for folder in (start, run):
+        measured = [example["id"] for example in json.loads((folder / "evaluation.json").read_text())["examples"]]
+        asked = {records[int(identity)]["question"] for identity in measured}
+        assert len(asked) == 9 and not drawn & asked  # a fifth of 46
+    assert len(drawn) > 30  # of the 33 that are left, dev taken off
+
+
+@pytest.mark.parametrize("flags, questions, split", [
+    (["--data", "demo"], 0, "test"), (["--data", "spider", "--data-dir", "X"], 0, "dev"),
+    (["--data", "bird", "--data-dir", "X", "--split", "mini_dev"], 200, "mini_dev"),
+    (["--data", "bird", "--data-dir", "X", "--split", "dev", "--questions", "0"], 1000, "dev")])
+def test_the_part_that_is_measured(tmp_path, flags, questions, split):
+    given, common = ablate.parse_arguments(["--grid", "kl", "--seeds", "1", "--output", str(tmp_path), *flags])
+    starts, runs = ablate.plan(given, common)
+    assert {run.settings.run.test_questions for run in starts + runs} == {questions}
+    (runs[0].folder / "best").mkdir(parents=True)
+    words = ablate.evaluation_flags(runs[0], given, tmp_path / "evaluation.json")
+    assert words[words.index("--split") + 1] == split and words[words.index("--model") + 1] == str(runs[0].folder / "best")
 
 
 def test_a_shared_start_gives_what_a_cold_start_of_its_own_gives(small, tmp_path, monkeypatch):

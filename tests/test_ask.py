@@ -3,14 +3,19 @@
 import html
 import http.client
 import json
+import os
+import random
 import re
 import shutil
 import signal
+import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,10 +24,11 @@ from little_policy import little_policy_folder
 
 import ask
 from ask import AskConfig, Asker, Session, cell_text, print_reply, printable, table_lines
-from data import PromptConfig
-from running.ask_page import make_server, serve
+from data import PromptConfig, run_config_of
+from running.ask_page import Server, serve
 from running.errors import UserError
 from scoring.voting import Candidate
+from text2sql import demo_world
 
 NAMES = "SELECT name FROM singer WHERE country = 'France'"
 SCRIPT = [  # what the model answers: (SQL, logprob)
@@ -84,7 +90,8 @@ def test_printed_reply(asker, capsys):
 @pytest.mark.parametrize("script, words", [
     ([("SELECT oops", -1.0), ("SELECT nope", -0.5), ("", -0.1)],
      ["SELECT nope", "None of the 3 candidates runs", "no such column: nope", ".schema"]),
-    ([("", -1.0)], ["None of the 1 answers has a query in it", "<think> thought </think>"]),
+    ([("", -1.0)] * 2, ["None of the 2 answers has a query in it", "<think> thought </think>", "0.0 % of the answers meet",
+                        "the format, <think> reasoning </think> and then", "--lenient-format", "--traces", "--mine"]),
     ([("DROP TABLE singer", -1.0)], ["refused: only SELECT"])])
 def test_no_candidate_runs(asker, capsys, script, words):
     asker.script = script
@@ -93,6 +100,67 @@ def test_no_candidate_runs(asker, capsys, script, words):
     printed = capsys.readouterr().out
     assert all(word in printed for word in words), printed
     assert reply.execution.status != "ok" and "error" in reply.as_json()
+
+
+def test_answers_that_are_cut_are_told(asker, monkeypatch):
+    def sample(*_, **__):
+        return [[Candidate("<think> and so", "", "", -1.0, 9, True)] * 2 + [Candidate("SELECT 1", "", "", -2.0, 9, False)]]
+
+    monkeypatch.setattr(ask, "sample_candidates", sample)
+    error = asker.ask("q").as_json()["error"]
+    assert error.startswith("No candidate runs; no answer has a query in it; 0.0 % of the answers meet the format")
+    assert "a higher --max-completion-tokens lets answers end" in error
+
+
+def test_most_answers_without_the_format_are_told_even_where_one_has_sql(asker, capsys):
+    asker.script = [("SELECT oops", -1.0), ("", -2.0), ("", -2.0)]
+    print_reply(asker.ask("q"), asker.config, think=False)
+    assert "None of the 3 candidates runs" in (printed := capsys.readouterr().out) and "33.3 % of the answers" in printed
+
+
+def trained(folder, **config):
+    """The folder of a policy that a run with these settings would have made."""
+    (folder / "best").mkdir(parents=True)
+    (folder / "best" / "config.json").write_text('{"model_type": "qwen2"}')
+    (folder / "config.json").write_text(json.dumps({"model": "tiny", "data": "demo", "split": "train"} | config))
+    return str(folder / "best")
+
+
+def test_a_policy_of_random_weights_knows_the_databases_of_its_data_only(tmp_path, tiny_db):
+    def note(model, path):
+        return ask.unknown_database(model, run_config_of(model) or {}, path)
+
+    shop = tmp_path / "any name.sqlite"
+    tables = demo_world.parse_tables(demo_world.SEEN["shop"])
+    demo_world.build_database(shop, tables, random.Random(7))  # other rows, and another name
+    demo = trained(tmp_path / "demo")
+    assert note(demo, shop) == ""
+    assert "the demo's ten databases alone, and music.sqlite is none of them" in note(demo, tiny_db)
+    for name, config in {"pretrained": {"model": "qwen2.5-3b"}, "gone": {"data": str(tmp_path / "gone.json")}}.items():
+        assert note(trained(tmp_path / name, **config), tiny_db) == ""
+    (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "music", "sql": "SELECT 1"}]))
+    own = trained(tmp_path / "own", data=str(tmp_path / "own.json"))
+    assert note(own, tiny_db) == ""
+    assert f"the databases of {tmp_path / 'own.json'} alone, and any name.sqlite is none of them" in note(own, shop)
+    assert note("qwen2.5-3b", tiny_db) == note(str(little_policy_folder(tiny_db)), tiny_db) == ""
+
+
+@pytest.mark.parametrize("given, of_run, lenient", [
+    (None, None, False), (None, True, True), (False, True, False), (True, False, True)])
+def test_answers_are_read_as_in_training(tmp_path, tiny_db, asker, given, of_run, lenient):
+    model = "qwen2.5-3b" if of_run is None else trained(tmp_path / "run", model="qwen2.5-3b", lenient_format=of_run)
+    config = AskConfig(model=model, database=str(tiny_db), workers=1, lenient_format=given)
+    with Asker(config, PromptConfig(), policy=asker.policy) as other:
+        assert other.lenient is lenient
+
+
+def test_the_command_says_that_a_policy_does_not_know_the_database(tmp_path, tiny_db):
+    run = Path(trained(tmp_path / "demo")).parent
+    shutil.rmtree(run / "best")
+    shutil.copytree(little_policy_folder(tiny_db), run / "best")
+    done = run_cli("--model", run / "best", "--database", tiny_db, "--threads", 1, "-n", 2, "Who is the oldest singer?")
+    assert done.stdout.startswith("note: ") and "music.sqlite is none of them" in done.stdout.splitlines()[0]
+    assert done.stderr == ""
 
 
 # --------------------------------------------------------------------------------------------- printing
@@ -167,9 +235,37 @@ def test_session_survives_hostile_input(asker, monkeypatch, capsys, tiny_db):
 
 # ---------------------------------------------------------------------------------------- command line
 
-def run_cli(*arguments, text=""):
-    return subprocess.run([sys.executable, "ask.py", *map(str, arguments)], cwd=ROOT, input=text,
-                          capture_output=True, text=True, check=False)
+def run_cli(*arguments, text="", **environment):
+    """Runs ask.py; arguments and text may be bytes, the output is read as UTF-8."""
+    arguments = [one if isinstance(one, bytes) else str(one) for one in arguments]
+    text = text if isinstance(text, bytes) else text.encode()
+    done = subprocess.run([sys.executable, "ask.py", *arguments], cwd=ROOT, input=text, capture_output=True, check=False,
+                          env=os.environ | environment)
+    return SimpleNamespace(returncode=done.returncode, stdout=done.stdout.decode(), stderr=done.stderr.decode())
+
+
+def test_text_that_is_no_text(asker):
+    asker.config = AskConfig(database=asker.config.database, evidence="old \udcff")
+    asker.ask("Who is \ud800 from\udcff France?")
+    prompt = "".join(map(chr, asker.prompts[0]))
+    assert "question : Who is \N{REPLACEMENT CHARACTER} from\N{REPLACEMENT CHARACTER} France ?" in prompt
+    assert "evidence : old \N{REPLACEMENT CHARACTER}" in prompt
+    assert asker.run("SELECT '\ud800'").rows == [("\N{REPLACEMENT CHARACTER}",)]
+
+
+@pytest.mark.parametrize("environment", [{}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0",
+                                                                           "PYTHONCOERCECLOCALE": "0"}])
+def test_bytes_that_are_not_utf8_and_an_output_that_is_not(tiny_db, environment):
+    with sqlite3.connect(tiny_db) as connection:
+        connection.execute("UPDATE singer SET country = 'Perú 日本' WHERE name = 'Bo'")
+    policy = ["--model", little_policy_folder(tiny_db), "--database", tiny_db, "--threads", 1, "-n", 2,
+              "--max-completion-tokens", 60, "--prompt-style", "compact"]
+    session = run_cli(*policy, text=b"Which country has Bo?\n.sql SELECT country FROM singer\n\xff\xfe who\n.nope \xff\n"
+                                    b".sql SELECT '\xff'\n", **environment)
+    assert session.returncode == 0 and session.stderr == "", session.stderr
+    assert "(3 rows)" in session.stdout and "no command .nope" in session.stdout
+    once = run_cli(*policy, b"Who is \xff\xfe the oldest?", b"--evidence", b"\xe9", **environment)
+    assert once.returncode in (0, 1) and once.stderr == "", once.stderr
 
 
 def test_command_line(tiny_db, monkeypatch, capsys):
@@ -219,7 +315,12 @@ def test_a_table_of_500_columns(odd_files, asker, capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["q"], "--database FILE.sqlite"), (["--database", "x.sqlite", "-n", 0], "-n must be above zero"),
+    (["q"], "--database FILE.sqlite"), (["--database", "x.sqlite", "-n", 0], "--samples is 0; it must be at least 1"),
+    (["--database", "x.sqlite", "--timeout", "nan"], "--timeout is nan; it must be a finite number"),
+    (["--database", "x.sqlite", "--rows", -1], "--rows is -1; it must be at least 1"),
+    (["--database", "x.sqlite", "--threads", -3], "--threads is -3; it must be at least 0"),
+    (["--database", "x.sqlite", "--temperature", 0], "--temperature is 0.0; it must be above 0"),
+    (["--database", "x.sqlite", "--seed", 10**20], "--seed is 1000"),
     (["--database", "x.sqlite", " ?"], "the question is empty"),
     (["--database", "x.sqlite", "q"], "cannot read the database x.sqlite")])
 def test_bad_command_lines(arguments, words):
@@ -231,7 +332,7 @@ def test_bad_command_lines(arguments, words):
 
 @pytest.fixture
 def server(asker):
-    server = make_server(asker, 0)
+    server = Server(asker, 0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -284,6 +385,61 @@ def test_its_own_origin_is_welcome(server):
     assert server.server_address[0] == "127.0.0.1"
 
 
+def test_on_port_80_a_browser_leaves_the_port_out(server):
+    assert request(server, Host="localhost")[0] == 403
+    reached = SimpleNamespace(server_port=server.server_port)
+    server.server_port = 80  # as it would be with --serve 80, which not everyone may open
+    for name in ("127.0.0.1", "localhost", "LOCALHOST", "127.0.0.1:80"):
+        assert request(reached, Host=name, Origin="http://localhost")[0] == 200
+        assert request(reached, "GET", "/", Host=name)[0] == 200
+    for changed in ({"Host": "evil.example"}, {"Host": ""}, {"Host": "localhost", "Origin": "http://evil.example"},
+                    {"Host": "localhost", "Origin": "localhost"}, {"Host": "127.0.0.1:81"}):
+        assert request(reached, **changed)[0] == 403
+
+
+def test_a_client_that_leaves_is_no_error(server, asker, monkeypatch, capfd):
+    arrived, left = threading.Event(), threading.Event()
+    answer = asker.ask
+
+    def slow(question):
+        arrived.set()
+        assert left.wait(10)
+        return answer(question)
+
+    monkeypatch.setattr(asker, "ask", slow)
+    body = b'{"question": "Who?"}'
+    head = (f"POST /ask HTTP/1.1\r\nHost: localhost:{server.server_port}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n").encode()
+    client = socket.create_connection(("127.0.0.1", server.server_port))
+    client.sendall(head + body)
+    assert arrived.wait(10)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets, as a closed tab may
+    client.close()
+    left.set()
+    assert request(server)[0] == 200  # the next one is served
+    assert capfd.readouterr().err == ""
+
+    def broken(question):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(asker, "ask", broken)
+    with pytest.raises(http.client.RemoteDisconnected):
+        request(server)
+    assert "a fault of ours" in capfd.readouterr().err  # which is not hidden
+
+
+def test_lone_surrogates_and_broken_utf8_in_a_request(server, asker):
+    assert request(server, body='{"question": "Who \\ud800 ?"}')[0] == 200
+    assert "question : Who \N{REPLACEMENT CHARACTER} ?" in "".join(map(chr, asker.prompts[0]))
+    assert request(server, body=b'{"question": "\xff"}')[0] == 400
+
+
+def test_the_page_says_that_the_policy_does_not_know_the_database(server, asker):
+    asker.note, asker.path = "not <known>", Path("@NOTE@ \udcff.sqlite")
+    page = request(server, "GET", "/")[2]
+    assert '<p class="error">not &lt;known&gt;</p>' in page and "<h1>Ask @NOTE@ ‹U+DCFF›.sqlite</h1>" in page
+
+
 def test_questions_that_cannot_be_asked(server):
     answer = json.loads(request(server, body=json.dumps({"question": "é" * 3000}))[2])
     assert "longer than 2048 tokens" in answer["error"]
@@ -312,6 +468,10 @@ def test_in_a_real_browser(server, asker, tmp_path):
     assert "<img" not in page and "<b>" not in page and "<title>Ask music.sqlite</title>" in page
     assert "3 of 5 candidates return this; 1 other result, 1 error" in page and "few agree" not in page
     assert "<summary>Reasoning</summary>" in page
+    for hash, question in (("100%", "100%"), ("%E9", "%E9"), ("%20%", "%20%"), ("100%25", "100%")):
+        page = browse(f"http://127.0.0.1:{server.server_port}/#{hash}", tmp_path)
+        assert "3 of 5 candidates return this" in page, hash
+        assert f"question : {question}\n" in "".join(map(chr, asker.prompts[-1]))
     asker.script = [("SELECT <oops>", -1.0)]
     page = browse(f"http://127.0.0.1:{server.server_port}/#again", tmp_path)
     assert 'class="error">No candidate runs; the likeliest of 1 gives error' in page

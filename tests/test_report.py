@@ -15,6 +15,7 @@ import pytest
 from chromium import CHROMIUM, Browser
 
 import report
+from running import wording
 from running.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,11 +207,11 @@ def test_operations_are_compared_with_the_nearest_gold(run, monkeypatch):
         return frozenset(sql.split())
 
     monkeypatch.setattr(report, "atomic_operations", words)
-    with report.World({}, run) as world:
+    with report.RunDatabases({}, run) as databases:
         golds = {"db_id": "music", "gold_sqls": ["a b c d", "a x y"]}
-        assert report.compare_operations("a x z", golds, world) == {
+        assert report.compare_operations("a x z", golds, databases) == {
             "matched": ["a", "x"], "missed": ["y"], "extra": ["z"]}
-        report.compare_operations("a x z", golds, world)
+        report.compare_operations("a x z", golds, databases)
     assert sorted(taken_apart) == ["a b c d", "a x y", "a x z"]  # each query once
 
 
@@ -332,19 +333,20 @@ def test_ticks_are_round():
     (0.01234, False, "0.0123"), (4.5678, False, "4.57"), (4004.2, False, "4004"),
     (12_345, False, "12.3k"), (2.5e7, False, "2.5e7")])
 def test_numbers_are_short(value, share, text):
-    assert report.spell(value, share) == text
+    assert wording.short_number(value, share) == text
 
 
 def test_running_mean_and_thinning_keep_gaps_and_ends():
     assert report.running_mean([1, None, 3, 5], 1) == [1, None, 4, 4]
-    steps, columns = report.thin(list(range(1, 1001)), {"a": [1.0] * 1000, "b": [None] * 999 + [2.0]})
+    logged = [report.Curve("a", "a", 0, [1.0] * 1000), report.Curve("b", "b", 1, [None] * 999 + [2.0])]
+    steps, (always, once) = report.downsample(list(range(1, 1001)), logged)
     assert len(steps) <= report.MAX_POINTS and (steps[0], steps[-1]) == (1, 1000)
-    assert set(columns["a"]) == {1.0}
-    assert columns["b"][-1] == 2.0 and columns["b"].count(None) == len(steps) - 1
+    assert set(always.values) == {1.0}
+    assert once.values[-1] == 2.0 and once.values.count(None) == len(steps) - 1
 
 
 def test_points_lie_where_they_should():
-    points = report.place([10, 15, 20], [0.0, None, 2.0], 0.0, 2.0)
+    points = report.points_of([10, 15, 20], [0.0, None, 2.0], 0.0, 2.0)
     assert points == [(report.LEFT, report.BOTTOM), (report.RIGHT, report.TOP)]
 
 
@@ -359,8 +361,59 @@ def test_rare_values_are_dots(run):
     records = [metrics_of(step, **({"dev_accuracy": 0.4} if step in (10, 20) else {}))
                for step in range(1, 21)]
     chart = next(chart for chart in report.CHARTS if "dev_accuracy" in chart.keys)
-    drawn = report.figure(chart, report.chart_keys(chart, records), records)
+    drawn = report.figure(chart, report.curves_of(chart, records), records)
     assert drawn.count("<circle") == 2 and "dev, greedy from 40% to 40%" in drawn
+
+
+def chart_of(title):
+    return next(chart for chart in report.CHARTS if chart.title == title)
+
+
+def statuses(step, **shares):
+    """The metrics of a step whose statuses are just these."""
+    others = {key: value for key, value in metrics_of(step).items() if not key.startswith("status/")}
+    return others | {f"status/{name}": share for name, share in shares.items()}
+
+
+def test_what_a_step_does_not_name_is_zero_where_parts_make_a_whole(tmp_path):
+    records = [statuses(1, ok=0.75, error=0.25), statuses(2, ok=1.0), statuses(3, error=0.031, format=0.969)]
+    records[1] |= {"seconds/reference": 0.5, "seconds/rewards/atomic": 0.1}
+    page = report.write_report(write_run(tmp_path / "run", records, []))
+    values = block(page, "metrics")
+    assert values["status/ok"] == [0.75, 1, 0] and values["status/error"] == [0.25, 0, 0.031]
+    assert values["status/format"] == [0, 0, 0.969]
+    assert values["seconds/reference"] == [0, 0.5, 0] and values["seconds/rewards/atomic"] == [0, 0.1, 0]
+    assert "ok from 75% to 0%; error from 25% to 3.1%; format from 0% to 96.9%" in page.read_text()
+
+
+def test_a_long_run_of_rare_statuses_stays_a_whole():
+    records = [statuses(step, error=1.0) if step % 10 == 0 else statuses(step, ok=1.0) for step in range(1, 2001)]
+    curves = report.curves_of(chart_of("What became of the SQL"), records)
+    _, curves = report.downsample(list(range(1, 2001)), curves)
+    sums = [sum(values) for values in zip(*(curve.values for curve in curves), strict=True)]
+    assert len(sums) <= report.MAX_POINTS and sums == pytest.approx([1.0] * len(sums))
+
+
+def test_a_name_has_one_colour_in_every_run():
+    def colours(title, *records):
+        return {curve.label: curve.style for curve in report.curves_of(chart_of(title), list(records))}
+
+    every = {"ok": "s0", "error": "s1", "format": "s2", "timeout": "s3", "refused": "s4", "too_large": "s5"}
+    assert colours("What became of the SQL", statuses(1, **dict.fromkeys(reversed(every), 0.1))) == every
+    assert colours("What became of the SQL", statuses(1, timeout=1.0), statuses(2, new=0.5, error=0.5)) == {
+        "error": "s1", "timeout": "s3", "new": "s6"}  # an unknown one comes after those we know
+    some = metrics_of(1, **{"reward/atomic": 0.0, "reward/user": 0.1, "flat_groups": 0.0})
+    assert colours("Reward components", some) == {"format": "s0", "user": "s6"}
+    assert colours("Uniform groups", some) == {"all wrong": "s1", "all right": "s2"}
+    assert colours("Seconds by phase", some) == {"rollout": "s0", "update": "s3"}
+    assert colours("Seconds by reward", metrics_of(1, **{"seconds/rewards/memory": 1.0})) == {"memory": "s3"}
+
+
+def test_the_statuses_are_those_that_occur():
+    source = (ROOT / "sql_exec.py").read_text()
+    styles = re.findall(r"\.s\d(?= \{ --c)", report.TEMPLATE.read_text())
+    assert len(styles) == report.COLOURS
+    assert all(f'"{name}"' in source for name in report.STATUSES if name != "format")
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -371,7 +424,7 @@ def test_the_shortest_runs_can_be_drawn(tmp_path, count):
 
 @pytest.mark.parametrize("seconds, text", [(45, "45 s"), (372, "6 min 12 s"), (11_100, "3 h 05 min")])
 def test_durations(seconds, text):
-    assert report.duration(seconds) == text
+    assert wording.duration(seconds) == text
 
 
 # -------------------------------------------------------------------------------------- in a real browser
@@ -427,6 +480,15 @@ def test_chromium_filters(run, browser):
     assert browser.complaints() == []
 
 
+@pytest.mark.parametrize("fragment, position", [
+    ("#100%", (3, 1)), ("#step=%&question=%", (1, 1)), ("#step=2&question=2.7", (2, 2)), ("#step=99&question=99", (3, 3)),
+    ("#step=-1&question=-1", (1, 1)), ("#step=2&question=1e999", (2, 3))])
+def test_chromium_shows_a_group_for_any_address(run, browser, fragment, position):
+    browser.open(report.write_report(run), fragment)
+    browser.wait_for_place(*position)
+    assert browser.complaints() == []
+
+
 def test_chromium_moves_along_the_curves(run, browser):
     browser.open(report.write_report(run))
     reward = "document.querySelector('output[data-key=reward]').textContent"
@@ -438,6 +500,22 @@ def test_chromium_moves_along_the_curves(run, browser):
     browser.press("ArrowRight")
     browser.press("Enter")
     browser.wait_for_place(2, 1)
+    assert browser.complaints() == []
+
+
+def test_chromium_shows_statuses_that_sum_to_a_whole_at_every_step(tmp_path, browser):
+    records = [statuses(1, ok=0.5, error=0.5), statuses(2, ok=0.969, error=0.031, timeout=0.0), statuses(3, ok=1.0)]
+    records[0]["dev_accuracy"] = 0.4
+    browser.open(report.write_report(write_run(tmp_path / "run", records, [])))
+    read = "[...document.querySelectorAll('output[data-key^=\"status/\"]')].map((output) => output.textContent).join()"
+    shown = []
+    for key in ("End", "ArrowLeft", "ArrowLeft"):
+        browser.evaluate("document.querySelector('figure').focus()")
+        browser.press(key)
+        shown.append(browser.evaluate(read))
+    assert shown == ["100.0%,0.0%", "96.9%,3.1%", "50.0%,50.0%"]
+    browser.press("End")  # what is measured now and then keeps its last value
+    assert browser.evaluate("document.querySelector('output[data-key=dev_accuracy]').textContent") == "40.0%"
     assert browser.complaints() == []
 
 

@@ -1,14 +1,19 @@
-"""show.py: a group in the terminal, colours, hostile text, and the ratios of watched tokens."""
+"""running/show.py: a group in the terminal, colours, hostile text, and the token ratios that a run keeps for it."""
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
+from engine.fast import ENGINES
+from grpo import GRPOConfig, micro_batches, policy_update, sample_groups
+from policy import build_tiny
 from running import show
 from running.errors import UserError
 
@@ -69,7 +74,7 @@ def test_colours_go_to_terminals_only(monkeypatch, tty, environment, wanted):
 def test_the_command_shows_the_newest_mixed_group_or_the_one_asked_for(tmp_path):
     records = [group(completion(), completion(), step=1), MIXED, group(completion(), completion())]
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    shown = subprocess.run([sys.executable, ROOT / "show.py", tmp_path], capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, "-m", "running.show", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0 and "1 of 4 right" in shown.stdout and "\033" not in shown.stdout
     assert show.find_group(tmp_path, 1, None)["step"] == 1
     assert show.find_group(tmp_path, 7, 2) == records[2]
@@ -80,20 +85,55 @@ def test_the_command_shows_the_newest_mixed_group_or_the_one_asked_for(tmp_path)
         show.find_group(tmp_path / "none", None, None)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_any_text_can_be_shown_on_any_terminal(tmp_path, encoding):
+    odd = group(completion("half \ud800 pair, 日本, é, \udcff", sql="SELECT '\ud800 日本'", status="\ud800"))
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(odd | {"question": "\udfff ?", "db_id": "\ud83d"}) + "\n")
+    shown = subprocess.run([sys.executable, "-m", "running.show", tmp_path], cwd=ROOT, capture_output=True,
+                           env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert shown.returncode == 0 and shown.stderr == b""
+    assert "0 of 1 right" in shown.stdout.decode(encoding) and ("日本" in shown.stdout.decode(encoding)) == (encoding == "utf-8")
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_token_ratios_are_those_of_the_update(micro_batch, engine):
+    policy = build_tiny(["a b c d e f g"] * 3, seed=0, vocab_size=300, width=16, layers=1)
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, micro_batch=micro_batch)
+    groups = sample_groups(policy.model, [torch.tensor([1, 2, 3])] * 2, config, eos_ids=policy.eos_ids, seeds=[0, 1])
+    advantages = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, -1.0]])
+    trainer = object.__new__(train.Trainer)  # without a run's folder and data
+    trainer.policy, trainer.engine, trainer.device = policy, ENGINES[engine], "cpu"
+    trainer.s = train.parse_settings(["--group-size", "4", "--micro-batch", str(micro_batch)])
+    before = trainer.group_logps(groups, 1)
+    policy_update(policy.model, torch.optim.SGD(policy.model.parameters(), lr=0.5), micro_batches(groups, config),
+                  advantages, None, config)
+    (chosen, completions), = trainer.token_ratios(groups, 1, before, trainer.group_logps(groups, 1)).items()
+    assert chosen == 1
+    for tokens, one in zip(groups[1].completions, completions, strict=True):
+        assert len(one["tokens_text"]) == len(one["ratios"]) == len(tokens)
+        assert "".join(one["tokens_text"]) == policy.tokenizer.decode(tokens)
+    mean = [sum(one["ratios"]) / len(one["ratios"]) for one in completions]
+    assert mean[0] > 1 > mean[3]  # the rewarded one became likelier, the other less likely
+    assert trainer.group_logps(groups, None) == [] and trainer.token_ratios(groups, None, [], []) == {}
+
+
 def test_verbose_prints_a_group_every_so_many_steps_and_logs_what_the_report_shows(tmp_path, monkeypatch, capsys):
     assert train.parse_settings(["--verbose"]).run.verbose == 10 and train.parse_settings([]).run.verbose == 0
     folder = tmp_path / "run"
     arguments = ("--cold-start-steps 4 --cold-start-batch 8 --prompts-per-step 2 --group-size 3 --max-completion-tokens 20 "
-                 "--steps 2 --eval-every 0 --test-questions 0 --sql-workers 1 --verbose 2 --threads 1 --token-ratios-every 1")
+                 "--steps 3 --eval-every 0 --test-questions 0 --sql-workers 1 --verbose 2 --threads 1 --token-ratios-every 2")
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split(), "--output", str(folder)])
     assert train.main() == 0
     printed = capsys.readouterr().out
-    assert "step 2 · " in printed and "step 1 · " not in printed and "\033" not in printed
+    assert "step 2 · " in printed and "step 1 · " not in printed and "step 3 · " not in printed and "\033" not in printed
     groups = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    assert len(groups) == 4
-    for step in (1, 2):
+    assert len(groups) == 6
+    for step, count in ((1, 0), (2, 1), (3, 1)):  # every second step, and the last
         shaded = [one for one in groups if one["step"] == step and "ratios" in one["completions"][0]]
-        assert len(shaded) == 1
+        assert len(shaded) == count
+        if not shaded:
+            continue
         for one in shaded[0]["completions"]:
             assert len(one["ratios"]) == len(one["tokens_text"]) == one["tokens"]
     assert all({"neighbours", "row_count"} <= one.keys() for group in groups for one in group["completions"])

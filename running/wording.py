@@ -1,0 +1,45 @@
+"""Numbers and texts as people read them, in the terminal and on pages."""
+
+import html
+import math
+
+from running.errors import visible
+
+
+def escape(value) -> str:
+    """A value as HTML text."""
+    return html.escape(visible(str(value)))
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
+def short_number(value: float, share: bool = False) -> str:
+    """A number with about three digits: 0.0123, 4.56, 12k, 1e-6; a share in per cent."""
+    if share:
+        return f"{100 * value:.3g}%"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
+    if abs(value) >= 10_000:
+        return f"{value / 1000:.3g}k"
+    return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent, without the sign."""
+    return f"{100 * share:.1f}"
+
+
+def signed(value: float) -> str:
+    """`+4.2`, `−1.0`, or a dash."""
+    return f"{value:+.1f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `6 min 12 s`, `3 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
