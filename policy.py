@@ -1,18 +1,14 @@
 """Policies: load, build and save a causal language model with its tokenizer. Nothing algorithmic.
 
 `tiny` is built here from random weights (a Qwen2 of about one million parameters and a byte-level BPE tokenizer
-trained on the questions at hand); everything else is a Hugging Face checkpoint: an alias, a hub id or a local folder.
+trained on the questions at hand); everything else is a checkpoint: an alias, a hub id, a local folder or a GGUF file.
 """
 
 import contextlib
 import copy
-import json
-import os
 import re
 import shutil
-import socket
-import urllib.parse
-import urllib.request
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,21 +17,13 @@ from pathlib import Path
 import torch
 
 from engine.attention import causal_lm
-from engine.plan import PUBLISHED
 from running.errors import UserError
+from running.gguf_file import load_gguf
+from running.model_files import ALIASES, base_of_adapters, config_of, missing_model, refuse_unfit, require_model
 
-ALIASES = {
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
-    "qwen2.5-coder-0.5b": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
-    "qwen2.5-coder-1.5b": "Qwen/Qwen2.5-Coder-1.5B-Instruct",
-    "qwen2.5-coder-3b": "Qwen/Qwen2.5-Coder-3B-Instruct",
-    "qwen2.5-coder-7b": "Qwen/Qwen2.5-Coder-7B-Instruct",
-    "finer-sql-3b-bird": "griffith-bigdata/FINER-SQL-3B-BIRD",
-    "finer-sql-3b-spider": "griffith-bigdata/FINER-SQL-3B-Spider",
-}
+__all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activations", "config_of", "free_space",
+           "load_policy", "require_model", "train_tokenizer"]
+
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -111,25 +99,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, numbers: int = 400):
 
 
 def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: torch.dtype = torch.float32) -> Policy:
-    """Loads a checkpoint by alias, local folder or hub id.
+    """Loads a checkpoint by alias, local folder, GGUF file or hub id.
 
     With `lora_rank` the weights are frozen and adapters of that rank are trained instead (needs peft).
 
     Raises:
         UserError: the checkpoint is not there or cannot be loaded, or peft is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     _quiet()
-    source = ALIASES.get(name, name)
+    source = require_model(name)
     if (Path(source) / "adapter_config.json").is_file():
         return _load_adapters(Path(source), device, dtype)
-    require_model(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_missing_model(name, source, error)) from error
+    model, tokenizer = _read_checkpoint(name, source, dtype)
     model.to(device)
     for weight in model.parameters():  # those of a file lie anywhere in memory, and products of matrices depend on
         weight.data = weight.data.clone()  # where their rows start, in the last digit: a resumed run would differ
@@ -138,98 +119,60 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
     return Policy(model, tokenizer, _eos_ids(model, tokenizer))
 
 
+def _read_checkpoint(name: str, source: str, dtype: torch.dtype):
+    """(model, tokenizer) of a folder, a hub id or a GGUF file. Raises UserError: it cannot be loaded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if source.lower().endswith(".gguf"):
+        if name != source:
+            print(f"{name}: from {source}", file=sys.stderr)
+        model, tokenizer, info = load_gguf(Path(source), dtype)
+        refuse_unfit(source, info)
+        model.name_or_path = ALIASES.get(name, name)  # where LoRA adapters look for their base
+        return model, tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, ignore_mismatched_sizes=True,
+                                                           output_loading_info=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(missing_model(name, error)) from error
+    refuse_unfit(source, info)
+    return model, tokenizer
+
+
 def _load_adapters(folder: Path, device: str, dtype: torch.dtype) -> Policy:
     """A LoRA checkpoint: its base model, named in its adapter_config.json, with the adapters on, trainable."""
     try:
         from peft import PeftModel
     except ImportError as error:
         raise UserError(f"{folder} needs peft for its adapters: pip install -r requirements-extra.txt") from error
-    base = load_policy(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"],
-                       device=device, dtype=dtype)
+    base = load_policy(base_of_adapters(folder), device=device, dtype=dtype)
     return Policy(PeftModel.from_pretrained(base.model, str(folder), is_trainable=True), base.tokenizer, base.eos_ids)
 
 
-def require_model(name: str) -> None:
-    """Raises UserError, within seconds, when a checkpoint is neither here nor can be fetched."""
-    source = ALIASES.get(name, name)
-    if Path(source).exists():
-        if not any((Path(source) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
-            raise UserError(f"{source} is not a model folder: it has no config.json")
-    elif not _cached_config(source) and not _hub_answers():
-        raise UserError(_missing_model(name, source, OSError("the hub cannot be reached")))
-
-
-def config_of(name: str) -> dict:
-    """The config.json of a checkpoint; of Qwen2.5 known here, else of its folder, the hub's cache or the hub.
-
-    Raises UserError: it is not there or not readable.
-    """
-    source = ALIASES.get(name, name)
-    size = re.search(r"-(0\.5|1\.5|3|7)b(?:-|$)", name.lower()) if source in ALIASES.values() else None
-    if size:
-        return PUBLISHED[f"{size[1]}b"]
-    require_model(name)
-    try:
-        if (Path(source) / "adapter_config.json").is_file():
-            return config_of(json.loads((Path(source) / "adapter_config.json").read_text())["base_model_name_or_path"])
-        if Path(source).exists():
-            file = Path(source) / "config.json"
-        else:
-            from huggingface_hub import hf_hub_download
-            file = _cached_config(source) or hf_hub_download(source, "config.json")
-        return json.loads(Path(file).read_text())
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_missing_model(name, source, error)) from error
-
-
-def _cached_config(source: str) -> str | None:
-    """The checkpoint's config.json in the hub's local cache."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(source, "config.json")
-    except HFValidationError:  # not even the form of a hub id
-        return None
-    return found if isinstance(found, str) else None
-
-
-def _hub_answers(seconds: float = 3.0) -> bool:
-    """Whether a connection to the hub opens soon; its own client would try again for a minute."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if HF_HUB_OFFLINE:
-        return False
-    if urllib.request.getproxies():
-        return True
-    endpoint = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=seconds).close()
-    except OSError:
-        return False
-    return True
-
-
-def _missing_model(name: str, source: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(source).exists():
-        return f"cannot load the model in {source}: {reason}"
-    known = ", ".join(["tiny", *ALIASES])
-    if source.count("/") > 1 or source.startswith((".", "~")):  # no hub id looks like this
-        return (f"there is no model in {source}: `python train.py` writes one to runs/demo/best, or choose one of "
-                f"{known}")
-    return (f"model '{name}' is neither a local folder nor reachable on the Hugging Face hub ({source}): get it with "
-            f"`hf download {source}` while online, give a folder, or choose one of {known}")
-
-
 def _eos_ids(model, tokenizer) -> tuple[int, ...]:
-    """All ids that end a completion: the tokenizer's EOS and those of the generation config."""
-    configured = getattr(model, "generation_config", None)
-    ids = getattr(configured, "eos_token_id", None) or []
-    ids = {*([ids] if isinstance(ids, int) else ids), tokenizer.eos_token_id} - {None}
+    """All ids that end a completion: the tokenizer's EOS, those of the generation config, the chat template's."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = list(configured) if isinstance(configured, list | tuple) else [configured]
+    ids = {*ids, tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None}
     if not ids:
         raise UserError("the tokenizer has no EOS token, so completions would never end")
     return tuple(sorted(ids))
+
+
+def _end_of_turn(tokenizer) -> int | None:
+    """The control token with which the chat template closes an answer; None where there is none."""
+    import jinja2  # it is there where a chat template can be used
+
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
+    except (jinja2.TemplateError, TypeError, ValueError):  # of a template that wants another kind of chat
+        return None
+    ids = tokenizer.encode(closing.lstrip(), add_special_tokens=False)
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def _add_lora(model, rank: int):

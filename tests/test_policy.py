@@ -13,6 +13,7 @@ import grpo
 import policy as policies
 import sft
 from policy import Policy, Reference, build_tiny, load_policy
+from running import model_files
 from running.errors import UserError
 
 TEXTS = ["table singer ; keep age > 350 ; count rows", "SELECT COUNT(*) FROM singer WHERE age > 350",
@@ -60,11 +61,13 @@ def test_every_end_token_of_the_checkpoint_ends_a_completion(tiny, tmp_path):
 
 
 def test_missing_and_broken_models_are_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(policies, "_hub_answers", lambda: False)
+    monkeypatch.setattr(model_files, "hub_answers", lambda: False)
+    monkeypatch.setattr(model_files, "_cached", lambda *_: None)  # nor does the cache at home count,
+    monkeypatch.chdir(tmp_path)  # nor what runs in the checkout have left there
     for name in ("qwen2.5-3b", "nobody/nothing"):
         with pytest.raises(UserError, match="neither a local folder nor reachable"):
             load_policy(name)
-    for name in ("runs/demo/best", str(tmp_path / "absent"), "./absent"):
+    for name in ("runs/demo/best", "m.gguf", str(tmp_path / "absent"), "./absent"):
         with pytest.raises(UserError, match=f"there is no model in {name}: `python train.py` writes one"):
             load_policy(name)
     with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-3B-Instruct"):
