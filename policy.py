@@ -6,6 +6,8 @@ trained on the questions at hand); everything else is a checkpoint: an alias, a 
 
 import contextlib
 import copy
+import os
+import pickle
 import re
 import shutil
 import sys
@@ -15,15 +17,45 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 
+from engine import distributed
 from engine.attention import causal_lm
+from running.adapters import (
+    FROZEN,
+    TRAINED,
+    adapters_in_force,
+    add_frozen_adapters,
+    add_lora,
+    has_adapters,
+    import_peft,
+    live_weights,
+    merged_weights,
+    peft_quiet,
+)
 from running.errors import UserError
 from running.gguf_file import load_gguf
-from running.model_files import ALIASES, base_of_adapters, config_of, missing_model, refuse_unfit, require_model
+from running.model_files import (
+    ALIASES,
+    base_of_adapters,
+    config_of,
+    inspect_folder,
+    known_prefix,
+    missing_model,
+    refuse_large_vocabulary,
+    refuse_quantised,
+    refuse_unfit,
+    require_model,
+    weight_files,
+)
 
 __all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activations", "config_of", "free_space",
            "load_policy", "require_model", "train_tokenizer"]
 
+# What transformers and its readers of files raise for a checkpoint that is broken in one way or another.
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError,
+                  StrictDataclassError, pickle.UnpicklingError)
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -44,25 +76,47 @@ class Policy:
         """Text of a completion, without the token that ended it."""
         return self.tokenizer.decode([i for i in ids.tolist() if i not in self.eos_ids], skip_special_tokens=False)
 
+    @property
+    def end_id(self) -> int:
+        """The token that ends a completion that is taught: the tokenizer's EOS, or else the first that there is."""
+        eos = self.tokenizer.eos_token_id
+        return self.eos_ids[0] if eos is None else eos
+
     def save(self, folder: str | Path) -> None:
-        """Writes model and tokenizer so that plain transformers (and vLLM) load them."""
-        _quiet()
-        # Of a LoRA policy: the adapters, which `load_policy` puts on their base.
-        self.model.save_pretrained(folder, state_dict=self.weights)
-        self.tokenizer.save_pretrained(folder)
+        """Writes model and tokenizer so that plain transformers (and vLLM) load them; of a LoRA policy the adapters."""
+        options = {"selected_adapters": [TRAINED], "save_embedding_layers": False} if has_adapters(self.model) else {}
+        with _quiet():
+            self.model.save_pretrained(folder, state_dict=self.weights, **options)
+        self._finish(folder)
 
     def save_merged(self, folder: str | Path) -> None:
-        """As `save`, with LoRA adapters merged into the weights."""
-        if not hasattr(self.model, "merge_and_unload") or self.weights:  # sharded adapters stay as they are
+        """As `save`, with LoRA adapters merged into the weights, one after the other on the CPU."""
+        if not has_adapters(self.model) or self.weights:  # sharded adapters stay as they are
             return self.save(folder)
-        Policy(copy.deepcopy(self.model).merge_and_unload(), self.tokenizer, self.eos_ids).save(folder)
+        with _quiet():
+            causal_lm(self.model).save_pretrained(folder, state_dict=merged_weights(self.model))
+        self._finish(folder)
+
+    def _finish(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in Path(folder).rglob("*"):  # safetensors lets nobody else read what it writes
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
 
 
-def _quiet() -> None:
-    """Loading and saving draw no progress bars of their own amid ours."""
+@contextlib.contextmanager
+def _quiet():
+    """Loading and saving draw no progress bars amid ours, and print no report beside our sentence of what is wrong."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def build_tiny(texts: Iterable[str], *, seed: int, vocab_size: int = 1000, width: int = 128, layers: int = 4,
@@ -106,22 +160,43 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
     Raises:
         UserError: the checkpoint is not there or cannot be loaded, or peft is missing.
     """
-    _quiet()
     source = require_model(name)
     if (Path(source) / "adapter_config.json").is_file():
-        return _load_adapters(Path(source), device, dtype)
-    model, tokenizer = _read_checkpoint(name, source, dtype)
+        return _load_adapters(Path(source), device, lora_rank, dtype)
+    with _quiet():
+        model, tokenizer = _read_checkpoint(name, source, dtype)
     model.to(device)
     for weight in model.parameters():  # those of a file lie anywhere in memory, and products of matrices depend on
         weight.data = weight.data.clone()  # where their rows start, in the last digit: a resumed run would differ
     if lora_rank:
-        model = _add_lora(model, lora_rank)
+        model = add_lora(model, lora_rank)
     return Policy(model, tokenizer, _eos_ids(model, tokenizer))
+
+
+def load_for_sampling(name: str, threads: int = 0) -> Policy:
+    """A policy on the GPU in bfloat16 where there is one, else on the CPU; threads 0 is PyTorch's choice."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # the tokenizer warns of long prompts, which we shorten or refuse
+    if threads:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        return load_policy(name, device="cuda", dtype=torch.bfloat16)
+    return load_policy(name)
+
+
+def check_positions(policy: Policy, prompt: int, completion: int) -> None:
+    """Raises UserError: prompts and completions of so many tokens are longer than the model has positions."""
+    config = causal_lm(policy.model).config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and prompt + completion > positions:
+        raise UserError(f"prompts of {prompt} tokens and completions of {completion} are longer than the {positions} "
+                        "positions of the model: lower --max-prompt-tokens or --max-completion-tokens")
 
 
 def _read_checkpoint(name: str, source: str, dtype: torch.dtype):
     """(model, tokenizer) of a folder, a hub id or a GGUF file. Raises UserError: it cannot be loaded."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
     if source.lower().endswith(".gguf"):
         if name != source:
@@ -130,24 +205,39 @@ def _read_checkpoint(name: str, source: str, dtype: torch.dtype):
         refuse_unfit(source, info)
         model.name_or_path = ALIASES.get(name, name)  # where LoRA adapters look for their base
         return model, tokenizer
+    names = inspect_folder(Path(source)) if Path(source).exists() else []
+    if prefix := known_prefix(names):
+        print(f"{source}: the prefix {prefix} is taken off the names of its weights", file=sys.stderr)
+    options = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
     try:
+        refuse_quantised(source, PreTrainedConfig.get_config_dict(source)[0])
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, ignore_mismatched_sizes=True,
-                                                           output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
+                                                           output_loading_info=True, **options)
+    except LOADING_ERRORS as error:
         raise UserError(missing_model(name, error)) from error
     refuse_unfit(source, info)
+    refuse_large_vocabulary(source, tokenizer, model.get_input_embeddings().weight.shape[0])
     return model, tokenizer
 
 
-def _load_adapters(folder: Path, device: str, dtype: torch.dtype) -> Policy:
+def _load_adapters(folder: Path, device: str, lora_rank: int, dtype: torch.dtype) -> Policy:
     """A LoRA checkpoint: its base model, named in its adapter_config.json, with the adapters on, trainable."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise UserError(f"{folder} needs peft for its adapters: pip install -r requirements-extra.txt") from error
+    peft, names = import_peft(f"{folder} needs peft for its adapters"), inspect_folder(folder)
     base = load_policy(base_of_adapters(folder), device=device, dtype=dtype)
-    return Policy(PeftModel.from_pretrained(base.model, str(folder), is_trainable=True), base.tokenizer, base.eos_ids)
+    try:
+        with peft_quiet():
+            model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+    except LOADING_ERRORS as error:
+        raise UserError(missing_model(str(folder), error)) from error
+    expected = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    if names:  # peft only warns
+        refuse_unfit(str(folder), {"missing_keys": expected - set(names), "unexpected_keys": set(names) - expected,
+                                   "mismatched_keys": ()})
+    rank = model.peft_config[TRAINED].r
+    if lora_rank not in (0, rank):
+        raise UserError(f"the adapters in {folder} have rank {rank}: leave out --lora-rank {lora_rank}")
+    return Policy(model, base.tokenizer, base.eos_ids)
 
 
 def _eos_ids(model, tokenizer) -> tuple[int, ...]:
@@ -175,13 +265,41 @@ def _end_of_turn(tokenizer) -> int | None:
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
-def _add_lora(model, rank: int):
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("--lora-rank needs peft: pip install -r requirements-extra.txt") from error
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
-                                            task_type="CAUSAL_LM"))
+@torch.no_grad()
+def load_weights(policy: Policy, folder: str | Path) -> None:
+    """Takes a saved policy's weights into this one's live model, tensor by tensor, so that there is no second model.
+
+    Merged weights go into the base of a LoRA policy, whose adapters then add nothing.
+    Raises UserError: they do not fit.
+    """
+    folder, adapted = Path(folder), has_adapters(policy.model)
+    adapters = (folder / "adapter_config.json").is_file()
+    _copy_saved(folder, live_weights(policy.model, TRAINED if adapters else ""))
+    if adapted and not adapters:
+        for name, weight in policy.model.named_parameters():
+            if f".lora_B.{TRAINED}." in name:
+                weight.zero_()
+
+
+@torch.no_grad()
+def _copy_saved(folder: Path, live: dict[str, torch.Tensor]) -> None:
+    """Copies the tensors of a saved folder onto those of the same name."""
+    names = set(inspect_folder(folder))
+    if not names <= live.keys():  # some architectures are saved under other names than they have in memory
+        saved = load_policy(str(folder)).model.state_dict()
+        tensors = ((name, saved[name]) for name in saved)
+    else:
+        tensors = ((name, file.get_tensor(name)) for path in weight_files(folder)
+                   for file in [safe_open(path, framework="pt")] for name in file.keys())  # noqa: SIM118
+    copied, mismatched = set(), []
+    for name, tensor in tensors:
+        if name in live and live[name].shape == tensor.shape:
+            distributed.copy_whole(live[name], tensor)
+            copied.add(id(live[name]))
+        elif name in live:
+            mismatched.append((name,))
+    refuse_unfit(str(folder), {"missing_keys": [name for name, weight in live.items() if id(weight) not in copied],
+                               "unexpected_keys": [], "mismatched_keys": mismatched})
 
 
 def checkpoint_activations(model) -> None:
@@ -195,20 +313,27 @@ def checkpoint_activations(model) -> None:
 
 
 class Reference:
-    """The frozen policy that the KL penalty pulls towards: a copy, or the same model with its adapters off.
+    """The frozen policy that the KL penalty pulls towards, that of step 0: a copy of the model, or of its adapters.
 
-    A copy may be kept on the CPU (`device`), from where it is lent to the GPU for its pass; bit for bit the same.
+    A copied model may be kept on the CPU (`device`), from where it is lent to the GPU for its pass; bit for bit the
+    same. Copied adapters are a second set in the same model, which is in force during that pass only.
     """
 
     def __init__(self, model, device: str | None = None):
-        self.adapters = hasattr(model, "disable_adapter")
+        self.adapters = has_adapters(model)
         self.model = model if self.adapters else _frozen_copy(model, device)
+        if self.adapters:
+            add_frozen_adapters(model)
+
+    def load(self, folder: str | Path) -> None:
+        """Makes the policy saved in this folder the reference: a resumed run's is that of its step 0."""
+        _copy_saved(Path(folder), live_weights(self.model, FROZEN if self.adapters else ""))
 
     @contextlib.contextmanager
     def active(self, device: str | None = None):
         """Yields the model with the reference's weights in force, on this device while it is used."""
         if self.adapters:
-            with self.model.disable_adapter():
+            with adapters_in_force(self.model, FROZEN):
                 yield self.model
             return
         at_home = [(tensor, tensor.data) for tensor in (*self.model.parameters(), *self.model.buffers())]

@@ -43,6 +43,7 @@ from policy import (
     checkpoint_activations,
     free_space,
     load_policy,
+    load_weights,
     require_model,
 )
 from rewards import RewardItem, RewardScorer, build_memory, load_reward_module
@@ -420,10 +421,8 @@ class Trainer:
         self.step, self.drawn = state["step"], state["drawn"]
         self.best, self.before = state["best"], state["before"]
         distributed.load_whole_state(self.optimizer, state["optimizer"])
-        if self.reference and not self.reference.adapters:
-            start = self.folder.checkpoints()[0][1]
-            away = "cpu" if self.s.run.reference_device == "cpu" else self.device
-            self.reference = Reference(load_policy(str(start), device=away, dtype=self.base_dtype).model)
+        if self.reference:
+            self.reference.load(self.folder.checkpoints()[0][1])
         if self.scorer.memory is not None:
             self.scorer.memory.load(checkpoint / "memory.npz")
         if distributed.is_main():
@@ -434,7 +433,7 @@ class Trainer:
         """Prints the held-out accuracy of the best policy by dev beside that of the start."""
         best = self.folder.path / "best"
         if self.s.run.eval_every and self.dev_set and best.exists():
-            self.policy = load_policy(str(best), device=self.device, dtype=self.base_dtype)
+            load_weights(self.policy, best)
         after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         if not distributed.is_main():
             return

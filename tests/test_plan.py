@@ -28,7 +28,7 @@ import policy as policies
 import settings
 import train
 from engine import attention, plan
-from running import model_files
+from running import adapters, model_files
 from running.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def test_adapters_are_counted_exactly(tmp_path):
     pytest.importorskip("peft", reason="peft is optional")
     model = Qwen2ForCausalLM(Qwen2Config(**SMALL))
     shape = plan.Shape.of(saved_config(model, tmp_path))
-    adapted = policies._add_lora(model, 4)
+    adapted = adapters.add_lora(model, 4)
     assert shape.adapters(4) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
@@ -105,7 +105,7 @@ def kept_for_backward(layers, width=128, autocast=False, lora=0, checkpointing=F
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=300, hidden_size=width, intermediate_size=320, num_hidden_layers=layers,
                                          num_attention_heads=4, num_key_value_heads=2))
-    model = policies._add_lora(model.bfloat16() if autocast else model, lora) if lora else model
+    model = adapters.add_lora(model.bfloat16() if autocast else model, lora) if lora else model
     if checkpointing:
         policies.checkpoint_activations(model)
     packed = grpo.pack_group(torch.arange(WORK.prompt), [torch.arange(WORK.completion)] * WORK.group)
