@@ -47,6 +47,7 @@ from policy import (
     checkpoint_activations,
     free_space,
     load_policy,
+    load_weights,
     require_model,
 )
 from rewards import RewardBreakdown, RewardError, RewardItem, RewardScorer, build_memory, load_reward_module
@@ -398,7 +399,10 @@ class Trainer:
         """Prints the held-out accuracy of the best policy by dev beside that of the start."""
         best = self.folder.path / "best"
         if self.s.run.eval_every and self.dev_set and best.exists():
-            self.policy = load_policy(str(best), device=self.device, dtype=self.base_dtype)
+            if self.sharded:
+                self.policy, self.sharded = load_policy(str(best), device=self.device, dtype=self.base_dtype), None
+            else:
+                load_weights(self.policy, best)  # into the same model, so that there is no second one
         after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         if not distributed.is_main():
             return
@@ -421,25 +425,21 @@ class Trainer:
         print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
 
     def freeze_reference(self) -> Reference | None:
-        """The policy of step 0 for the KL penalty; None where there is no penalty."""
+        """The policy of step 0 for the KL penalty (`resume` gives it back its weights); None where there is none."""
         if not self.s.grpo.kl_coef:
             return None
-        on_cpu = self.s.run.reference_device == "cpu"
-        if self.checkpoint and not self.s.run.lora_rank:
-            start = distributed.on_main(self.folder.first_checkpoint)
-            frozen = load_policy(str(start), device="cpu" if on_cpu else self.device, dtype=self.base_dtype)
-            return Reference(frozen.model)
-        return Reference(self.policy.model, "cpu" if on_cpu else None)
+        return Reference(self.policy.model, "cpu" if self.s.run.reference_device == "cpu" else None)
 
     def make_scorer(self) -> RewardScorer:
         """The rewards, with the memory that the verified traces start."""
         s, memory = self.s, self.memory
         if s.rewards.embedder == "policy":  # the policy of step 0, so that embeddings do not move as it learns
-            start = self.policy
             if self.checkpoint:
                 first = distributed.on_main(self.folder.first_checkpoint)
-                start = load_policy(str(first), device=self.device, dtype=self.base_dtype)
-            frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
+                frozen = load_policy(str(first), device=self.device, dtype=self.base_dtype).model
+            else:
+                frozen = copy.deepcopy(self.policy.model)
+            frozen = frozen.requires_grad_(False).eval().get_decoder()
             memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
         if memory is not None and not self.checkpoint:
             verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
@@ -546,6 +546,8 @@ class Trainer:
         self.step, self.drawn = state["step"], state["drawn"]
         self.best, self.before = state["best"], state["before"]
         distributed.load_full_state(self.optimizer, state["optimizer"])
+        if self.reference:
+            self.reference.load(distributed.on_main(self.folder.first_checkpoint))
         if self.scorer.memory is not None:
             self.scorer.memory.load(checkpoint / "memory.npz")
         if distributed.is_main():

@@ -304,7 +304,7 @@ def run_worker(side: str, folder: str, plan: Plan) -> dict:
         tokens = trl_steps(folder, plan, clock)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(plan.device)
-        model = policy._add_lora(model, plan.lora_rank) if plan.lora_rank else model
+        model = policy.add_lora(model, plan.lora_rank) if plan.lora_rank else model
         if plan.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         tokens = our_steps(model, plan, clock, padded=side == "padded")
