@@ -20,14 +20,13 @@ from rewards import MemoryGate, RewardConfig
 from running import options
 from running.errors import UserError
 from running.guards import GuardConfig
-from sft import SHORT_TRACES, SFTConfig
+from sft import SFTConfig
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
 TINY_DEFAULTS = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
                  "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
                  "max_completion_tokens": 80, "save_every": 100, "eval_every": 40, "cold_start_steps": 300,
-                 "cold_start_lr": 3e-3, "prompt_loss": 0.3,
-                 **SHORT_TRACES}
+                 "cold_start_lr": 3e-3, "prompt_loss": 0.3}
 PRETRAINED_DEFAULTS = {"cold_start_steps": 0}
 SIZE_DEFAULTS = {  # up to so many parameters
     1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": False},

@@ -51,8 +51,9 @@ from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer
 from settings import MAY_CHANGE_ON_RESUME, Settings, memory_here, parse_settings, planned
-from sft import cold_start, taught_text, template_trace
+from sft import cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import SQLExecutor, bird_match, gold_is_ordered, spider_match
+from text2sql.memory import gate_for
 
 MATCHES = {"bird": lambda predicted, gold, sql: bird_match(predicted, gold),
            "spider": lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql))}
@@ -342,11 +343,10 @@ class Trainer:
         """Examples with a verified trace; the tiny policy, which knows nothing, also learns from template traces."""
         traced = self.data.traced
         if not traced and self.s.run.model == "tiny":
-            traced = [replace(e, trace=template_trace(e.gold_sqls[0], self.schemas[e.db_id])) for e in self.data.train]
-        golds = self.executor.run_gold([(e.db_id, e.gold_sqls[0]) for e in traced])
-        kept = [e for e, gold in zip(traced, golds, strict=True) if gold.status == "ok"]
-        if len(kept) < len(traced):
-            print(f"left out {len(traced) - len(kept)} of {len(traced)} traces: their gold SQL fails")
+            traced = template_traces(self.data.train, self.schemas)
+        kept, notes = teachable(traced, self.executor, self.schemas)
+        for note in notes:
+            print(note)
         return kept
 
     def _usable(self, examples: list, name: str) -> list:
@@ -371,12 +371,14 @@ class Trainer:
                             and not hasattr(self.policy.model, "disable_adapter"))
 
     def _cold_start(self) -> None:
-        s, tokenizer = self.s, self.policy.tokenizer
+        s = self.s
+        for note in cold_start_notes(s.sft, len(self.traced), len(self.data.train)):
+            print(note)
         if not s.sft.cold_start_steps or not self.traced:
             return
-        encoded, _ = self.builder.encode_all(self.traced)
-        pairs = [(torch.tensor(ids), torch.tensor(tokenizer.encode(taught_text(e),
-                  add_special_tokens=False) + [tokenizer.eos_token_id])) for e, ids in encoded]
+        pairs, notes = supervised_pairs(self.traced, self.builder, self.policy.tokenizer)
+        for note in notes:
+            print(note)
         loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast,
                           quiet=not distributed.is_main())
         print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
@@ -390,10 +392,14 @@ class Trainer:
                 start = load_policy(str(self.folder.checkpoints()[0][1]), device=self.device, dtype=self.base_dtype)
             frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
         memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
+        verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql] if memory is not None else []
+        if memory is not None:  # also when resumed: the same traces choose the same thresholds
+            memory.gate = gate_for(verified, memory.columns, memory.gate)
         if memory is not None and not resumed:
-            verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
             memory.add_many(verified)
             print(f"memory: {len(memory)} of {len(verified)} verified traces passed the gate {dict(memory.rejections)}")
+            if note := memory.start_note(len(verified)):
+                print(f"warning: {note}")
         user = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
                             user_reward=user)
