@@ -41,6 +41,7 @@ NEVER_COLUMNS = frozenset(("asc", "desc", "end", "nulls", "first", "last", "over
                            "groups", "filter", "offset", "integer", "int", "real", "text", "float", "null", "true",
                            "false"))
 EQUAL_NAMES = re.compile(r"\w+\.(\w+) = \w+\.\1")  # `singer.id = concert.id` is said as `id`
+NUMBERED = re.compile(r"t\d+")
 PLAIN_NAME = re.compile(r"[^\W\d]\w*")
 
 
@@ -224,13 +225,16 @@ class Planner:
         """Reads the FROM at word i into the scope; returns its sentence on joins, whose columns are not `used`."""
         self.parser.read_from(i + 1, begin, core_end)
         scope = self.parser.scope
+        self.parser.scope = scope.outer  # a subquery in FROM does not see the tables beside it
         derived = iter(self.derived_tables(i, end, scope.joins))
+        self.parser.scope = scope
         for source in scope.sources:
             if source.base == "derived":
                 source.label = next(derived)
                 source.columns = source.columns and {name: name for name in source.columns}
             elif "#" in source.label:  # one of several uses of a table
-                source.label = f"{source.alias.upper()} ({self.spelled(source.base)})"
+                alias = source.alias.upper() if NUMBERED.fullmatch(source.alias) else source.alias  # T1, not the letter A
+                source.label = f"{alias} ({self.spelled(source.base)})"
             else:
                 source.label = self.spelled(source.base)
         steps = [self.join(join) for join in scope.joins]
@@ -303,6 +307,8 @@ class Planner:
             return self.of_table(plain_name(self.words[i]), self.words[i + 2]), i + 3
         if following == "(" and not self.parser.at_query(i + 2):
             return plain_name(word) + "(", i + 2
+        if self.words[i - 1] == "as":  # an alias, or the type of a CAST
+            return self.spelled(plain_name(word), {}), i + 1
         return self.bare(word), i + 1
 
     def of_table(self, table: str, column: str) -> str:
