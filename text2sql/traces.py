@@ -233,7 +233,7 @@ class Planner:
                 source.label = next(derived)
                 source.columns = source.columns and {name: name for name in source.columns}
             elif "#" in source.label:  # one of several uses of a table
-                alias = source.alias.upper() if NUMBERED.fullmatch(source.alias) else source.alias  # T1, not the letter A
+                alias = source.alias.upper() if NUMBERED.fullmatch(source.alias) else source.alias  # T1
                 source.label = f"{alias} ({self.spelled(source.base)})"
             else:
                 source.label = self.spelled(source.base)
