@@ -74,6 +74,8 @@ class RunConfig:
     """The run."""
 
     model: str = _option("tiny", "tiny, an alias of the README's table, a Hugging Face id or a local folder")
+    engine: str = _option("fast", "how sampling and log-probabilities are computed: fast, or plain as grpo.py shows it",
+                          choices=("fast", "plain"))
     lora_rank: int = _option(0, "train adapters of this rank instead of all weights (needs peft)")
     gradient_checkpointing: bool = _option(False, "keep a layer's input only and compute the layer again in backward")
     reference_device: str = _option("policy", "where the KL's reference waits: beside the policy, or on the CPU, from "
@@ -108,6 +110,8 @@ class RunConfig:
     threads: int = _option(0, "CPU threads of PyTorch; 0: PyTorch's choice")
     verbose: int = _option(0, "print a coloured group every so many steps; 0: never, without a number: 10", alone=10)
     tensorboard: bool = _option(False, "also write TensorBoard events (needs tensorboard)")
+    token_ratios_every: int = _option(10, "keep what the update did to each token of one group, every so many steps; "
+                                          "0: never")
     keep: int = _option(2, "newest checkpoints that are kept, besides the start")
     sharding: str = _option("auto", "spread parameters, gradients and optimizer state over processes (FSDP2); auto: on "
                                     "GPUs, without --lora-rank", choices=("auto", "on", "off"))
@@ -116,7 +120,8 @@ class RunConfig:
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
 MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "sharding", "eval_every", "save_every", "sql_workers",
-                        "tensorboard", "verbose", "keep", "max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated",
+                        "tensorboard", "verbose", "token_ratios_every", "keep",
+                        "max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated",
                         "reference_device", "gradient_checkpointing", "plan")
 
 

@@ -5,8 +5,9 @@
     python train.py --data spider --data-dir SPIDER --steps 20 --output runs/spider
     python train.py --plan --model qwen2.5-3b --lora-rank 16   # what memory it will need; loads nothing
 
-The story of a run is `main`, top to bottom: load, cold start, then for each step
-sample → score → advantages → update → log → save, and at the end held-out accuracy before and after.
+The story of a run is `Trainer.train`, top to bottom: cold start, freeze the reference, then for each step
+sample → score → advantages → update → evaluate → log → save, and at the end held-out accuracy before and after.
+One step is `Trainer.take_step`; the algorithm in it is grpo.py.
 """
 
 import copy
@@ -17,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -28,10 +29,13 @@ import evaluate
 import report
 from data import PromptBuilder, Splits, columns_of, load_splits
 from engine import distributed, plan
+from engine.fast import ENGINES
 from grpo import (
+    Group,
+    dropout_off,
     group_advantages,
-    overlong_penalty,
-    packed_batches,
+    loss_normalizer,
+    micro_batches,
     policy_update,
     reference_logprobs,
     sample_groups,
@@ -45,7 +49,7 @@ from policy import (
     load_policy,
     require_model,
 )
-from rewards import RewardItem, RewardScorer, build_memory, load_reward_module
+from rewards import RewardBreakdown, RewardItem, RewardScorer, build_memory, load_reward_module
 from running import show
 from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
@@ -53,7 +57,7 @@ from running.run_folder import RunFolder, load_state, rollout_records, step_metr
 from settings import MAY_CHANGE_ON_RESUME, Settings, memory_here, parse_settings, planned
 from sft import cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import SQLExecutor, bird_match, gold_is_ordered, spider_match
-from text2sql.memory import gate_for
+from text2sql.memory import TraceMemory, gate_for
 
 MATCHES = {"bird": lambda predicted, gold, sql: bird_match(predicted, gold),
            "spider": lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql))}
@@ -69,9 +73,9 @@ def main() -> int:
         require_model(run.start or run.model)  # before the data, which can take minutes
     if run.threads:
         torch.set_num_threads(run.threads)
-    with distributed.joined():
+    with distributed.process_group():
         status = run_all(s)
-    return distributed.leave(status)
+    return distributed.exit_process(status)
 
 
 def run_all(s: Settings) -> int:
@@ -89,12 +93,25 @@ def run_all(s: Settings) -> int:
     with SQLExecutor(data.databases, workers=run.sql_workers, timeout=run.sql_timeout,
                      cache=folder.path / "gold_cache") as executor:
         try:
-            trainer = Trainer(s, data, folder, executor)
-        except UserError:
+            return Trainer(s, data, folder, executor).train()
+        except (UserError, KeyboardInterrupt):
             if distributed.is_main():
                 folder.discard_new()
             raise
-        return trainer.train()
+
+
+@dataclass
+class Step:
+    """What one step gathers on its way."""
+
+    examples: list  # B
+    groups: list[Group]  # B
+    breakdowns: list[list[RewardBreakdown]]  # B times G
+    advantages: torch.Tensor  # [B, G]
+    stats: dict[str, float]  # of the update
+    token_ratios: dict  # {number of a group: a dict a completion}, see `Trainer.token_ratios`
+    seconds: dict[str, float]  # of each phase
+    extra: dict[str, float] = field(default_factory=dict)  # further metrics
 
 
 class Trainer:
@@ -103,8 +120,9 @@ class Trainer:
     def __init__(self, s: Settings, data: Splits, folder: RunFolder, executor: SQLExecutor):
         self.s, self.data, self.folder, self.executor = s, data, folder, executor
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        checkpoint = distributed.on_main(folder.newest_whole) if s.run.resume else None
-        self.policy = self._load_policy(checkpoint)
+        self.engine, self.sharded = ENGINES[s.run.engine], None
+        self.checkpoint = distributed.on_main(folder.newest_whole) if s.run.resume else None  # (step, folder)
+        self.policy = self._load_policy()
         self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
         self.train_set = self._usable(data.train, "training")
         self.dev_set = self._usable(data.dev, "dev")
@@ -113,25 +131,20 @@ class Trainer:
         self.stop_requested = self.stopping = False  # by a signal to this process; agreed by all of them
         self.guards, self.heartbeat = Guards(s.guards), Heartbeat()
         self.events = tensorboard_writer(folder.path) if s.run.tensorboard and distributed.is_main() else None
-        if not checkpoint and not s.run.start:
-            self._cold_start()
-        distributed.copy_from_main(self.policy.model)
-        away = "cpu" if s.run.reference_device == "cpu" else None
-        self.reference = Reference(self.policy.model, away) if s.grpo.kl_coef else None
-        self.scorer = self._make_scorer(resumed=bool(checkpoint))
-        if self._wants_sharding():
-            distributed.shard(self.policy.model)
-        parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=s.run.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                           fused=self.device == "cuda")
-        if checkpoint:
-            self._resume(*checkpoint)
 
     def train(self) -> int:
         """Runs the remaining steps; returns the exit status."""
         run = self.s.run
+        if not self.checkpoint and not run.start:
+            self.cold_start()
+        distributed.copy_from_main(self.policy.model)
+        self.reference = self.freeze_reference()  # the policy of step 0, or None
+        self.scorer = self.make_scorer()
+        self.optimizer = self.make_optimizer()
+        if self.checkpoint:
+            self.resume(*self.checkpoint)
         if not self.before and self.test_sets:
-            self.before = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
+            self.before = {name: self.evaluate(questions) for name, questions in self.test_sets.items()}
         if self.step == 0:
             self.save()  # the start: step 0 is the reference
         bar = tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True,
@@ -139,7 +152,10 @@ class Trainer:
         with stop_signals(self), bar:
             while self.step < run.steps and not self.stopping:
                 self.step += 1
-                metrics = self.take_step()
+                step = self.take_step()
+                if self.evaluation_is_due():
+                    step.extra["dev_accuracy"] = self.evaluate_dev()
+                metrics = self.log(step)
                 self.watch(metrics)
                 bar.update()
                 bar.set_postfix(reward=f"{metrics['reward']:.2f}", acc=f"{metrics['execution_accuracy']:.2f}",
@@ -148,16 +164,62 @@ class Trainer:
                     self.save()
                 self.stopping = any(distributed.gather(self.stop_requested))
         self.save()
-        if not self.stopping and self.test_sets:
-            self.compare()
+        return self.finish()
+
+    def take_step(self) -> Step:
+        """One GRPO step: sample → score → advantages → update."""
+        s, policy, clock = self.s, self.policy, Stopwatch()
+        examples, groups, breakdowns = self.rollout(clock)  # [B], [B], [B][G]
+        rewards = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
+        if s.grpo.overlong == "penalise":  # half the margin, so that a correct completion still outranks a wrong one
+            rewards = rewards + 0.5 * s.rewards.margin * overlong_penalty(groups, s.grpo)
+        advantages = group_advantages(rewards, s.grpo.advantage_scale)  # [B, G]
+        if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
+            advantages[[not has_right_and_wrong(row) for row in breakdowns]] = 0.0
+
+        batches = micro_batches(groups, s.grpo)
+        normalizer = sum(loss_normalizer(batch.mask, s.grpo) for batch in batches)
+        trained = [bool(self.reference or s.grpo.updates_per_rollout > 1 or advantages.flatten()[batch.rows].any())
+                   for batch in batches]
+        batches, missing = distributed.divide(batches, trained)  # one process has them all
+        ref_logps = None
+        if self.reference:
+            with self.autocast(cache=False), self.reference.active(self.device) as model:
+                ref_logps = reference_logprobs(model, batches, s.grpo, ENGINES[s.run.engine])
+        clock.lap("reference")
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        watched = int((advantages.amax(1) - advantages.amin(1)).argmax()) if self.token_ratios_are_due() else None
+        before = self.group_logps(groups, watched)
+        with self.autocast(cache=False):
+            stats = policy_update(policy.model, self.optimizer, batches, advantages, ref_logps, s.grpo, self.engine,
+                                  normalizer=normalizer, step=distributed.make_step(self.engine, missing))
+        self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
+        ratios = self.token_ratios(groups, watched, before, self.group_logps(groups, watched))
+        clock.lap("update")
+        return Step(examples, groups, breakdowns, advantages, distributed.merge_stats(stats), ratios, clock.laps)
+
+    def log(self, step: Step) -> dict:
+        """Writes what became of a step; returns its line of metrics."""
+        extra = {f"seconds/rewards/{name}": value for name, value in self.scorer.seconds.items()} | step.extra
+        extra |= {"lr": self.learning_rate(), "memory_size": len(self.scorer.memory or ()),
+                  "sql_worker_restarts": sum(distributed.gather(self.executor.worker_restarts)),
+                  "questions_drawn": self.drawn}
+        metrics = step_metrics(self.step, step.groups, step.breakdowns, step.stats, step.seconds, extra)
+        if not distributed.is_main():
+            return metrics
+        self.folder.log("metrics", [metrics])
         if self.events:
-            self.events.close()
-        if self.step and distributed.is_main():
-            print(f"report: {report.write_report(self.folder.path)}")
-        if self.stopping:
-            print(f"stopped after step {self.step}; continue with --resume --output {run.output}")
-            return 130
-        return 0
+            for name, value in metrics.items():
+                self.events.add_scalar(name, value, self.step)
+        records = rollout_records(self.step, step.examples, step.groups, step.breakdowns, step.advantages,
+                                  step.token_ratios)
+        self.folder.log("rollouts", records)
+        if self.s.run.verbose and self.step % self.s.run.verbose == 0:
+            shown = int((step.advantages.amax(1) - step.advantages.amin(1)).argmax())
+            tqdm.write(show.group_text(records[shown], colour=show.wants_colour(sys.stdout)))
+        return metrics
 
     def watch(self, metrics: dict) -> None:
         """Heartbeat and guards. Raises UserError: too many steps in a row without a finite gradient."""
@@ -169,53 +231,18 @@ class Trainer:
                             f"{self.step}; their groups are in {self.folder.path / 'rollouts.jsonl'}: start another "
                             "--output with a lower --lr, or --resume from the last checkpoint")
 
-    def take_step(self) -> dict:
-        """One GRPO step: sample → score → advantages → update → log."""
-        s, policy, clock = self.s, self.policy, Stopwatch()
-        examples, groups, breakdowns = self.rollout(clock)  # [B], [B], [B][G]
-        rewards = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
-        if s.grpo.overlong == "penalise":  # half the margin, so that a correct completion still outranks a wrong one
-            lengths = torch.tensor([[float(len(c)) for c in group.completions] for group in groups])
-            rewards = rewards + 0.5 * s.rewards.margin * overlong_penalty(lengths, s.grpo)
-        advantages = group_advantages(rewards, s.grpo.advantage_scale)  # [B, G]
-        if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
-            advantages[[not teaches(row) for row in breakdowns]] = 0.0
-        batches, share = packed_batches(groups, s.grpo), distributed.share()
-        ref_logps = None
-        if self.reference:
-            with self.autocast(cache=False), self.reference.active(self.device) as model:
-                ref_logps = reference_logprobs(model, batches, s.grpo, share)
-        clock.lap("reference")
-
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        with self.autocast(cache=False), show.watch_tokens(policy, groups, advantages, s.grpo) as watched:
-            stats = policy_update(policy.model, self.optimizer, groups, batches, advantages, ref_logps, s.grpo, share)
-        self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
-        clock.lap("update")
-        return self.log(examples, groups, breakdowns, advantages, stats, watched, clock)
-
-    def log(self, examples, groups, breakdowns, advantages, stats: dict, watched: dict, clock: "Stopwatch") -> dict:
-        """Writes what became of a step, its accuracy on dev included; returns its line of metrics."""
-        s = self.s
-        extra = {f"seconds/rewards/{name}": value for name, value in self.scorer.seconds.items()}
-        extra |= {"lr": self.learning_rate(), "memory_size": len(self.scorer.memory or ()),
-                 "sql_worker_restarts": sum(distributed.gather(self.executor.worker_restarts)),
-                 "questions_drawn": self.drawn}
-        if self.dev_set and s.run.eval_every and (self.step % s.run.eval_every == 0 or self.step == s.run.steps):
-            extra["dev_accuracy"] = self.evaluate_dev()
-        metrics = step_metrics(self.step, groups, breakdowns, advantages, stats, clock.laps, extra)
-        if not distributed.is_main():
-            return metrics
-        self.folder.log("metrics", [metrics])
+    def finish(self) -> int:
+        """Accuracy before and after, and the report; returns the exit status."""
+        if not self.stopping and self.test_sets:
+            self.compare()
         if self.events:
-            for name, value in metrics.items():
-                self.events.add_scalar(name, value, self.step)
-        records = rollout_records(self.step, examples, groups, breakdowns, advantages, watched)
-        self.folder.log("rollouts", records)
-        if s.run.verbose and self.step % s.run.verbose == 0:
-            tqdm.write(show.group_text(records[next(iter(watched))], colour=show.wants_colour(sys.stdout)))
-        return metrics
+            self.events.close()
+        if self.step and distributed.is_main():
+            print(f"report: {report.write_report(self.folder.path)}")
+        if self.stopping:
+            print(f"stopped after step {self.step}; continue with --resume --output {self.s.run.output}")
+            return 130
+        return 0
 
     # ------------------------------------------------------------------------------------------- a step's verbs
 
@@ -230,18 +257,19 @@ class Trainer:
         for _ in range(1 + s.run.dynamic_sampling):
             seeds = [s.run.seed * 1_000_003 + self.drawn + i for i in range(B)]  # by a question's turn in the run
             questions = self.next_questions()
-            mine = distributed.part(B)
+            mine = distributed.share_of(B)
             prompts = [torch.tensor(ids) for _, ids in questions[mine]]
             examples = [example for example, _ in questions[mine]]
-            with self.autocast(), distributed.whole(policy.model):
-                groups = sample_groups(policy.model, prompts, s.grpo, eos_ids=policy.eos_ids, seeds=seeds[mine])
+            with self.autocast(), distributed.unsharded(self.sharded):
+                groups = sample_groups(policy.model, prompts, s.grpo, eos_ids=policy.eos_ids, seeds=seeds[mine],
+                                       engine=self.engine)
             clock.lap("rollout")
             scored = self.score(examples, groups)
             clock.lap("rewards")  # the seconds of each component are in scorer.seconds
             if not s.run.dynamic_sampling:
                 return tuple(map(list, zip(*scored, strict=True)))
-            kept += [item for item in scored if teaches(item[2])]
-            others += [item for item in scored if not teaches(item[2])]
+            kept += [item for item in scored if has_right_and_wrong(item[2])]
+            others += [item for item in scored if not has_right_and_wrong(item[2])]
             if len(kept) >= B:
                 break
         chosen = kept[:B] + others[len(others) - max(0, B - len(kept)):]
@@ -269,6 +297,32 @@ class Trainer:
         self.scorer.remember([(example.db_id, b.thought) for example, _, row in scored for b in row if b.correct])
         return scored
 
+    def token_ratios_are_due(self) -> bool:
+        """Whether rollouts.jsonl keeps, for one group of this step, what the update did to each token."""
+        every = self.s.run.token_ratios_every
+        return every > 0 and (self.step % every == 0 or self.step == self.s.run.steps)
+
+    @torch.no_grad()
+    def group_logps(self, groups: list[Group], number: int | None) -> list[torch.Tensor]:
+        """Log-probabilities [C_i] of the completions of one group under the policy as it is; of none: nothing."""
+        if number is None:
+            return []
+        logps = []
+        with self.autocast(cache=False), dropout_off(self.policy.model):
+            for batch in micro_batches([groups[number]], self.s.grpo):
+                rows = self.engine.logprobs(self.policy.model, batch.prompts, batch.completions,
+                                            self.s.grpo.temperature)
+                logps += [row[:len(c)] for row, c in zip(rows.float().cpu(), batch.completions, strict=True)]
+        return logps
+
+    def token_ratios(self, groups: list[Group], number: int | None, before: list, after: list) -> dict:
+        """{number: a dict a completion with its tokens as text and their ratios, eq. (2), after the last update}."""
+        if number is None:
+            return {}
+        return {number: [{"tokens_text": [self.policy.tokenizer.decode([token]) for token in tokens.tolist()],
+                          "ratios": [round(ratio, 4) for ratio in (new - old).exp().tolist()]}
+                         for tokens, old, new in zip(groups[number].completions, before, after, strict=True)]}
+
     def learning_rate(self) -> float:
         """Linear warm-up, then constant or a linear fall to a tenth."""
         run = self.s.run
@@ -286,32 +340,109 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, questions: list, name: str) -> dict:
+    def evaluate(self, questions: list) -> dict:
         """Greedy execution accuracy on (example, prompt ids) pairs, as `evaluate.summarise` gives it."""
-        examples, mine = [example for example, _ in questions], distributed.part(len(questions))
-        with self.autocast(), distributed.whole(self.policy.model):
+        examples, mine = [example for example, _ in questions], distributed.share_of(len(questions))
+        with self.autocast(), distributed.unsharded(self.sharded):
             sqls = evaluate.greedy_sqls(self.policy, [ids for _, ids in questions[mine]],
                                         self.s.grpo.max_completion_tokens)
         scores = evaluate.score_predictions(examples[mine], sqls, self.executor,
                                             levels=evaluate.difficulty_levels(examples)[mine])
         return evaluate.summarise(distributed.merge(scores))
 
+    def evaluation_is_due(self) -> bool:
+        """Whether the policy is to be evaluated on dev after this step."""
+        run = self.s.run
+        return bool(self.dev_set and run.eval_every) and (self.step % run.eval_every == 0 or self.step == run.steps)
+
     def evaluate_dev(self) -> float:
         """Accuracy on dev, the mean over tiers where there are tiers; a new best policy is kept in best/."""
-        accuracy = self.evaluate(self.dev_set, "dev")["mean_over_difficulties"][self.s.run.match]
+        accuracy = self.evaluate(self.dev_set)["mean_over_difficulties"][self.s.run.match]
         if accuracy > self.best:
             self.best = accuracy
             policy = self.savable_policy()
             distributed.on_main(lambda: self.folder.save_best(policy))
         return accuracy
 
+    def compare(self) -> None:
+        """Prints the held-out accuracy of the best policy by dev beside that of the start."""
+        best = self.folder.path / "best"
+        if self.s.run.eval_every and self.dev_set and best.exists():
+            self.policy = load_policy(str(best), device=self.device, dtype=self.base_dtype)
+        after = {name: self.evaluate(questions) for name, questions in self.test_sets.items()}
+        if not distributed.is_main():
+            return
+        print(before_after_table(self.before, after, self.s.run.match))
+        write_whole(self.folder.path / "result.json", json.dumps({"before": self.before, "after": after}, indent=1))
+        print(f"policy: {best if best.exists() else self.folder.checkpoints()[-1][1]}")
+
     # --------------------------------------------------------------------------------------------- preparation
 
-    def _load_policy(self, checkpoint: tuple[int, Path] | None) -> Policy:
+    def cold_start(self) -> None:
+        """Supervised steps on reasoning traces, so that GRPO starts from a policy that knows the format."""
+        s = self.s
+        for note in cold_start_notes(s.sft, len(self.traced), len(self.data.train)):
+            print(note)
+        if not s.sft.cold_start_steps or not self.traced:
+            return
+        pairs, notes = supervised_pairs(self.traced, self.builder, self.policy.tokenizer)
+        for note in notes:
+            print(note)
+        loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast,
+                          quiet=not distributed.is_main())
+        print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
+
+    def freeze_reference(self) -> Reference | None:
+        """The policy of step 0 for the KL penalty; None where there is no penalty."""
+        if not self.s.grpo.kl_coef:
+            return None
+        on_cpu = self.s.run.reference_device == "cpu"
+        if self.checkpoint and not self.s.run.lora_rank:
+            start = self.folder.checkpoints()[0][1]
+            frozen = load_policy(str(start), device="cpu" if on_cpu else self.device, dtype=self.base_dtype)
+            return Reference(frozen.model)
+        return Reference(self.policy.model, "cpu" if on_cpu else None)
+
+    def make_scorer(self) -> RewardScorer:
+        """The rewards, with the memory that the verified traces start."""
+        s, frozen = self.s, None
+        if s.rewards.embedder == "policy":  # the policy of step 0, so that embeddings do not move as it learns
+            start = self.policy
+            if self.checkpoint:
+                start = load_policy(str(self.folder.checkpoints()[0][1]), device=self.device, dtype=self.base_dtype)
+            frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
+        memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
+        if memory is not None:
+            self.start_memory(memory)
+        user = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
+        return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
+                            user_reward=user)
+
+    def start_memory(self, memory: TraceMemory) -> None:
+        """Thresholds that fit the verified traces (the same again when resumed), and at the start the traces."""
+        verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
+        memory.gate = gate_for(verified, memory.columns, memory.gate)
+        if self.checkpoint:
+            return
+        memory.add_many(verified)
+        print(f"memory: {len(memory)} of {len(verified)} verified traces passed the gate {dict(memory.rejections)}")
+        if note := memory.start_note(len(verified)):
+            print(f"warning: {note}")
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW on what is trained; the model is sharded before, where it is to be."""
+        if self._wants_sharding():
+            self.sharded = distributed.Sharded(self.policy.model, self.engine)
+            self.engine = self.sharded.engine
+        parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, lr=self.s.run.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                 fused=self.device == "cuda")
+
+    def _load_policy(self) -> Policy:
         run = self.s.run
-        if checkpoint or run.start or run.model != "tiny":
-            source = str(checkpoint[1]) if checkpoint else run.start or run.model
-            policy = load_policy(source, device=self.device, lora_rank=0 if checkpoint else run.lora_rank,
+        if self.checkpoint or run.start or run.model != "tiny":
+            source = str(self.checkpoint[1]) if self.checkpoint else run.start or run.model
+            policy = load_policy(source, device=self.device, lora_rank=0 if self.checkpoint else run.lora_rank,
                                  dtype=self.base_dtype)
         else:
             writer = PromptBuilder(self.data.databases, None, self.s.prompts)
@@ -323,7 +454,7 @@ class Trainer:
             checkpoint_activations(policy.model)
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in policy.model.parameters()]
         needed = plan.disk(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained), run.keep)
-        if not checkpoint and free_space(self.folder.path) < needed:
+        if not self.checkpoint and free_space(self.folder.path) < needed:
             raise UserError(f"{self.folder.path} is on a disk with {free_space(self.folder.path) / 1e9:.1f} GB free, "
                             f"but checkpoints of this model need about {needed / 1e9:.1f} GB; choose another --output")
         return policy
@@ -351,7 +482,8 @@ class Trainer:
 
     def _usable(self, examples: list, name: str) -> list:
         """(example, prompt ids) of the questions whose gold SQL runs and whose prompt fits; says what was left out."""
-        golds = self.executor.run_gold([(e.db_id, e.gold_sqls[0]) for e in examples[distributed.part(len(examples))]])
+        mine = examples[distributed.share_of(len(examples))]
+        golds = self.executor.run_gold([(e.db_id, e.gold_sqls[0]) for e in mine])
         golds = distributed.merge([gold.status if gold.status != "ok" or gold.rows else "empty" for gold in golds])
         wanted = {"ok"} if self.s.run.empty_gold == "drop" and name == "training" else {"ok", "empty"}
         kept = [e for e, status in zip(examples, golds, strict=True) if status in wanted]
@@ -370,40 +502,6 @@ class Trainer:
         return several and (run.sharding == "on" or run.sharding == "auto" and self.device == "cuda"
                             and not hasattr(self.policy.model, "disable_adapter"))
 
-    def _cold_start(self) -> None:
-        s = self.s
-        for note in cold_start_notes(s.sft, len(self.traced), len(self.data.train)):
-            print(note)
-        if not s.sft.cold_start_steps or not self.traced:
-            return
-        pairs, notes = supervised_pairs(self.traced, self.builder, self.policy.tokenizer)
-        for note in notes:
-            print(note)
-        loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast,
-                          quiet=not distributed.is_main())
-        print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
-
-    def _make_scorer(self, resumed: bool) -> RewardScorer:
-        s = self.s
-        frozen = None
-        if s.rewards.embedder == "policy":  # the policy of step 0, so that embeddings do not move as it learns
-            start = self.policy
-            if resumed:
-                start = load_policy(str(self.folder.checkpoints()[0][1]), device=self.device, dtype=self.base_dtype)
-            frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
-        memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
-        verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql] if memory is not None else []
-        if memory is not None:  # also when resumed: the same traces choose the same thresholds
-            memory.gate = gate_for(verified, memory.columns, memory.gate)
-        if memory is not None and not resumed:
-            memory.add_many(verified)
-            print(f"memory: {len(memory)} of {len(verified)} verified traces passed the gate {dict(memory.rejections)}")
-            if note := memory.start_note(len(verified)):
-                print(f"warning: {note}")
-        user = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
-        return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
-                            user_reward=user)
-
     # ------------------------------------------------------------------------------------------ save and resume
 
     def save(self) -> None:
@@ -411,42 +509,39 @@ class Trainer:
         if distributed.on_main(lambda: any(step == self.step for step, _ in self.folder.checkpoints())):
             return
         state = {"step": self.step, "drawn": self.drawn, "best": self.best, "before": self.before,
-                 "optimizer": distributed.whole_state(self.optimizer)}
+                 "optimizer": distributed.full_state(self.optimizer)}
         policy = self.savable_policy()
         distributed.on_main(lambda: self.folder.save_checkpoint(self.step, policy, state, self.scorer.memory,
                                                                 keep=self.s.run.keep))
 
     def savable_policy(self) -> Policy:
         """The policy; of a sharded one with its weights put together."""
-        return replace(self.policy, weights=distributed.whole_weights(self.policy.model))
+        if not self.sharded:
+            return self.policy
+        return replace(self.policy, weights=distributed.full_weights(self.policy.model))
 
-    def _resume(self, step: int, checkpoint: Path) -> None:
-        """Takes up the state of a checkpoint; the reference is the policy of step 0."""
+    def resume(self, step: int, checkpoint: Path) -> None:
+        """Takes up the state of a checkpoint."""
         state = load_state(checkpoint)
         self.step, self.drawn = state["step"], state["drawn"]
         self.best, self.before = state["best"], state["before"]
-        distributed.load_whole_state(self.optimizer, state["optimizer"])
-        if self.reference and not self.reference.adapters:
-            start = self.folder.checkpoints()[0][1]
-            away = "cpu" if self.s.run.reference_device == "cpu" else self.device
-            self.reference = Reference(load_policy(str(start), device=away, dtype=self.base_dtype).model)
+        distributed.load_full_state(self.optimizer, state["optimizer"])
         if self.scorer.memory is not None:
             self.scorer.memory.load(checkpoint / "memory.npz")
         if distributed.is_main():
             self.folder.cut_logs(step)
         print(f"resuming from {checkpoint}")
 
-    def compare(self) -> None:
-        """Prints the held-out accuracy of the best policy by dev beside that of the start."""
-        best = self.folder.path / "best"
-        if self.s.run.eval_every and self.dev_set and best.exists():
-            self.policy = load_policy(str(best), device=self.device, dtype=self.base_dtype)
-        after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
-        if not distributed.is_main():
-            return
-        print(before_after_table(self.before, after, self.s.run.match))
-        write_whole(self.folder.path / "result.json", json.dumps({"before": self.before, "after": after}, indent=1))
-        print(f"policy: {best if best.exists() else self.folder.checkpoints()[-1][1]}")
+
+def overlong_penalty(groups: list[Group], config) -> torch.Tensor:
+    """DAPO's soft punishment of length (arXiv 2503.14476, eq. 13), to be added to the rewards. -> [B, G]
+
+    0 up to `max_completion_tokens - overlong_buffer` tokens, then falling linearly to -1 at the limit.
+    """
+    limit = config.max_completion_tokens
+    buffer = min(config.overlong_buffer or limit // 5 or 1, limit)
+    lengths = torch.tensor([[float(len(c)) for c in group.completions] for group in groups])  # [B, G]
+    return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
 
 
 def before_after_table(before: dict, after: dict, match: str) -> str:
@@ -468,7 +563,7 @@ def before_after_table(before: dict, after: dict, match: str) -> str:
     return "\n".join(lines)
 
 
-def teaches(breakdowns: list) -> bool:
+def has_right_and_wrong(breakdowns: list) -> bool:
     """Whether some completions of a group are right and some wrong."""
     return 0 < sum(b.correct for b in breakdowns) < len(breakdowns)
 

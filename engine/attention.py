@@ -6,9 +6,10 @@ own `sdpa` until a call of the model carries `layout=`, an object that knows how
     PackedLayout   a row [prompt | c1 | … | cG], for the update; gradients flow through it
     SharedPrompts  one new token for each completion under way, for sampling
 
-Both compute what G separate rows would, and read the prompt once. This file is a part of grpo.py.
+Both compute what G separate rows would, and read the prompt once.
 """
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable
@@ -184,27 +185,41 @@ class SharedPrompts:
 
 
 _verdicts: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> {name of a way: bool}
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "pad_token_id": None, "bos_token_id": None,
+         "eos_token_id": None}
 
 
-def is_exact(model, way: str, gap: Callable[[], float], instead: str) -> bool:
-    """Whether a fast way of computing gives this model's results; found out once, and a warning says if not.
+def is_exact(model, way: str, gap: Callable) -> bool:
+    """Whether a fast way of computing gives a model's results; found out once, and a warning says if not.
 
-    gap: computes a small case both ways and returns the largest difference of a log-probability. Autocast is off
-        meanwhile, as its rounding would hide what is looked for.
+    gap: takes a small model with random float32 weights and the layers of this one, computes a case both ways, and
+        returns the largest difference of a log-probability. The real weights are not asked: in bf16 they round.
     """
-    verdicts = _verdicts.setdefault(model, {})
+    causal = causal_lm(model)
+    verdicts = _verdicts.setdefault(causal, {})
     if way not in verdicts:
-        verdicts[way] = True  # so that `gap` takes it
-        weight = next(model.parameters())
-        tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(weight.dtype, 0.3)
         try:
-            with torch.autocast(weight.device.type, enabled=False):
-                difference = gap()
-            reason = "" if difference <= tolerance else f"log-probabilities differ by {difference:.2g}"
-        except (TypeError, ValueError, AttributeError, ImportError, NotImplementedError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            with torch.autocast("cpu", enabled=False):
+                difference = gap(small_copy(causal))
+            reason = "" if difference <= 1e-3 else f"log-probabilities differ by {difference:.2g}"
+        except Exception as error:  # whatever an architecture trips over, the plain way is there
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         verdicts[way] = not reason
         if reason:
-            warnings.warn(f"{type(model).__name__} cannot run {way} ({reason}); {instead} instead, which is slower and "
-                          "takes more memory", stacklevel=3)
+            warnings.warn(f"{type(causal).__name__} cannot run {way} ({reason}); the plain engine takes over, which is "
+                          "slower and needs more memory", stacklevel=3)
     return verdicts[way]
+
+
+def small_copy(causal):
+    """A model of the same architecture and layers, as small as possible, with random float32 weights, on the CPU."""
+    config = copy.deepcopy(causal.config)
+    heads = getattr(config, "num_attention_heads", 1)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    sizes = SMALL | {"num_attention_heads": 2 if shared < heads else 1, "num_key_value_heads": 1}
+    for name, value in sizes.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return type(causal)(config).float().eval()

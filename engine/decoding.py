@@ -1,32 +1,48 @@
-"""Decoding of groups, a token of every completion at a time: prompts are computed once for their G completions.
-
-`SharedDecoder` keeps a prompt's keys and values once and reads them once a token for the whole group; `CopyingDecoder`
-repeats them in the model's own cache, for models whose attention cannot be exchanged. A model is checked against the
-latter on first use. This file is a part of grpo.py.
-"""
+"""Sampling with each prompt computed, stored and read once for its G completions; otherwise as `grpo.plain_decode`."""
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import SharedPrompts, enable, is_exact, no_mask, window_allows
+from grpo import Group, as_groups, dropout_off, left_pad, plain_decode, plain_logprobs, sample_token
 
 
-def start_decoding(model, prompts: Sequence[Tensor], G: int, max_tokens: int) -> "CopyingDecoder":
-    """Prefills B prompts of unequal length for G completions each; the decoder's `logits` [B·G, V] come next.
-
-    Rows are prompt-major: completion j of prompt b is row b·G + j.
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    shared = window_allows(model, longest + max_tokens) and is_exact(
-        model, "shared prompts", lambda: _gap(model, prompts), "copying each prompt's keys and values")
-    return (SharedDecoder if shared else CopyingDecoder)(model, prompts, G, max_tokens)
+def decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature: float,
+           eos_ids: Sequence[int]) -> list[Group]:
+    """Samples the groups of B prompts. uniform: [B, G, T], as `grpo.plain_decode` takes it."""
+    if not can_share(model, max(map(len, prompts)) + uniform.shape[2]):
+        return plain_decode(model, prompts, uniform, temperature, eos_ids)
+    return shared_decode(model, prompts, uniform, temperature, eos_ids)
 
 
-class CopyingDecoder:
-    """Decodes with the cache of transformers, in which each completion has a copy of its prompt."""
+def shared_decode(model, prompts, uniform, temperature, eos_ids) -> list[Group]:
+    """Rows that have ended leave the batch."""
+    (B, G, T), decoder = uniform.shape, SharedDecoder(model, prompts, uniform.shape[1], uniform.shape[2])
+    logits, device, N = decoder.logits, decoder.logits.device, B * G
+    eos, uniform = torch.tensor(list(eos_ids), dtype=torch.long, device=device), uniform.reshape(N, T).to(device)
+    tokens = torch.zeros(N, T, dtype=torch.long, device=device)
+    logps, entropies = torch.zeros(N, T, device=device), torch.zeros(N, T, device=device)
+    lengths = torch.zeros(N, dtype=torch.long, device=device)
+    ended = torch.zeros(N, dtype=torch.bool, device=device)
+    rows = torch.arange(N, device=device)  # the completions still growing
+    for t in range(T):
+        token, logps[rows, t], entropies[rows, t] = sample_token(logits, temperature, uniform[rows, t])  # [n] each
+        tokens[rows, t], lengths[rows] = token, t + 1
+        ended[rows] = torch.isin(token, eos)
+        growing = (~ended[rows]).nonzero()[:, 0]
+        if len(growing) == 0 or t == T - 1:
+            break
+        if len(growing) < len(rows):
+            decoder.keep(growing)
+            rows, token = rows[growing], token[growing]
+        logits = decoder.step(token)
+    return as_groups(prompts, G, tokens, logps, entropies, lengths, ended)
+
+
+class SharedDecoder:
+    """Prefills B prompts for G completions each; `logits` [B·G, V] come next, prompt-major."""
 
     def __init__(self, model, prompts: Sequence[Tensor], G: int, max_tokens: int):
         ids, mask = left_pad(prompts, next(model.parameters()).device)  # [B, P] each
@@ -34,66 +50,36 @@ class CopyingDecoder:
                     use_cache=True, logits_to_keep=1)
         self.model, self.logits = model, out.logits[:, -1].repeat_interleave(G, 0)  # [B·G, V]
         self.position = mask.sum(-1, keepdim=True).repeat_interleave(G, 0)  # [B·G, 1], of the next token
-        self._take(out.past_key_values, mask, G, max_tokens)
-
-    def _take(self, cache, mask: Tensor, G: int, max_tokens: int) -> None:
-        self.cache, self.mask = cache, mask.repeat_interleave(G, 0)
-        cache.batch_repeat_interleave(G)
+        enable(model)
+        self.layout = SharedPrompts([(layer.keys, layer.values) for layer in out.past_key_values.layers], mask, G,
+                                    max_tokens)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on; indices [n] in ascending order."""
         self.position = self.position[rows]
-        self._keep(rows)
-
-    def _keep(self, rows: Tensor) -> None:
-        self.mask = self.mask[rows]
-        self.cache.batch_select_indices(rows)
+        self.layout.keep(rows)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Appends a token to each row; the logits of what follows. [n] -> [n, V]"""
-        self.logits = self._forward(tokens[:, None]).logits[:, -1]
-        self.position = self.position + 1
-        return self.logits
-
-    def _forward(self, ids: Tensor):
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        return self.model(input_ids=ids, attention_mask=self.mask, position_ids=self.position,
-                          past_key_values=self.cache, use_cache=True)
-
-
-class SharedDecoder(CopyingDecoder):
-    """Decodes with one copy of each prompt's keys and values (`attention.SharedPrompts`)."""
-
-    def _take(self, cache, mask: Tensor, G: int, max_tokens: int) -> None:
-        enable(self.model)
-        self.layout = SharedPrompts([(layer.keys, layer.values) for layer in cache.layers], mask, G, max_tokens)
-
-    def _keep(self, rows: Tensor) -> None:
-        self.layout.keep(rows)
-
-    def _forward(self, ids: Tensor):
-        out = self.model(input_ids=ids, attention_mask=no_mask(ids.device), position_ids=self.position,
+        out = self.model(input_ids=tokens[:, None], attention_mask=no_mask(tokens.device), position_ids=self.position,
                          use_cache=False, layout=self.layout)
         self.layout.length += 1
-        return out
+        self.position = self.position + 1
+        return out.logits[:, -1]
 
 
-def _gap(model, prompts: Sequence[Tensor]) -> float:
-    """Largest difference between both decoders on the ends of two prompts, two completions each, rows leaving."""
-    prompts = [prompts[0][-32:], prompts[-1][-24:]]
-    decoders = [kind(model, prompts, 2, 3) for kind in (SharedDecoder, CopyingDecoder)]
-    rows = torch.arange(2 * len(prompts), device=decoders[0].logits.device)
+def can_share(model, tokens: int) -> bool:
+    """Whether a model's completions can share their prompt up to this position; a warning says if they cannot."""
+    return window_allows(model, tokens) and is_exact(model, "shared prompts", _gap)
+
+
+def _gap(model) -> float:
+    """Largest difference of a sampled token's log-probability from that of the plain forward."""
+    prompts, uniform = [torch.arange(2, 9), torch.arange(3, 6)], torch.rand(2, 3, 4, dtype=torch.float64)
     gaps = []
-    for kept in (rows, rows[1:], rows[:-2]):
-        tokens = decoders[1].logits.argmax(-1)[kept]
-        shared, copied = [(decoder.keep(kept), decoder.step(tokens))[1].float().log_softmax(-1) for decoder in decoders]
-        gaps.append((shared - copied).abs().max().item())
+    with torch.no_grad(), dropout_off(model):
+        for group in shared_decode(model, prompts, uniform, 1.0, range(0, 64, 3)):
+            exact = plain_logprobs(model, [group.prompt] * 3, group.completions, 1.0)
+            gaps += [(row[:len(logp)] - logp).abs().max().item()
+                     for row, logp in zip(exact, group.logps, strict=True)]
     return max(gaps)
-
-
-def left_pad(prompts: Sequence[Tensor], device) -> tuple[Tensor, Tensor]:
-    """Stacks prompts of unequal length, padded on the left. -> ids [B, P], mask [B, P] of 0 and 1."""
-    P = max(len(p) for p in prompts)
-    ids = torch.stack([F.pad(p, (P - len(p), 0)) for p in prompts]).to(device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, (torch.arange(P, device=device) >= P - lengths[:, None]).long()

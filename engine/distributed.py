@@ -4,22 +4,22 @@ All processes go through the same steps on the same state. Each samples and scor
 they found is gathered, so that advantages, metrics and the memory are those of the whole batch in all of them. Each
 computes its part of the update's micro-batches, and gradients are summed. Process 0 alone prints, logs and saves.
 
-`shard` spreads parameters, gradients and optimizer state over the processes (FSDP2); otherwise each has all of them.
+`Sharded` spreads parameters, gradients and optimizer state over the processes (FSDP2); otherwise each has all of them.
 With a single process nothing here does anything.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
-from types import MethodType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo import Share, direct_logprobs, pack_group
+from grpo import Engine
 from running.errors import UserError
 
 # For a process that hangs. One that dies is noticed at once: torchrun ends the others, or their connections break.
@@ -46,7 +46,7 @@ def is_main() -> bool:
 
 
 @contextmanager
-def joined():
+def process_group():
     """Joins the processes that torchrun has started, inside; only process 0 prints, and says what a user did wrong."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
@@ -69,7 +69,7 @@ def joined():
         sys.stdout = printed
 
 
-def leave(status: int) -> int:
+def exit_process(status: int) -> int:
     """Ends this process, if it was one of several, with its status; returns it otherwise.
 
     At once: while a process is torn down, PyTorch's threads can abort it, after all has been done and written.
@@ -95,7 +95,7 @@ def _together():
 # ---- what all processes know
 
 
-def part(count: int) -> slice:
+def share_of(count: int) -> slice:
     """Which of `count` things are this process's; the parts of all are disjoint, in order, and may be empty."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 
@@ -132,17 +132,56 @@ def on_main(action: Callable):
 # ---- what all processes compute
 
 
-def share() -> Share:
-    """This process's share of an update, for `grpo.policy_update`."""
-    return Share(rank(), size(), gather, sum_gradients)
+def divide(batches: list, trained: list[bool]) -> tuple[list, int]:
+    """This process's micro-batches of an update, and how many more passes with gradients another one makes.
+
+    trained: which of them go through the model at all.
+    """
+    shares = [[batch for batch, wanted in zip(batches, trained, strict=True) if wanted is kind][rank()::size()]
+              for kind in (True, False)]
+    return shares[0] + shares[1], math.ceil(sum(trained) / size()) - len(shares[0])
+
+
+def make_step(engine: Engine, missing: int) -> Callable:
+    """An optimizer step, for `grpo.policy_update`, on the gradients of all processes.
+
+    missing: passes that others make and this one does not. A sharded model needs as many of all, so they weigh 0.
+    """
+    def step(model, optimizer, config) -> float:
+        for _ in range(missing):
+            one = [torch.zeros(1, dtype=torch.long)]
+            (0 * engine.logprobs(model, one, one, 1.0)).sum().backward()
+        sum_gradients(model)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+        norm = (norm.full_tensor() if is_sharded(norm) else norm).item()
+        if math.isfinite(norm):
+            optimizer.step()
+            torch.clear_autocast_cache()
+        return norm
+    return step
+
+
+def merge_stats(stats: dict[str, float]) -> dict[str, float]:
+    """The statistics of an update in which each process had a part, from those of its part."""
+    parts = gather(stats)
+    tokens, trained = (sum(part[name] for part in parts) for name in ("tokens", "trained_tokens"))
+
+    def mean(name: str, weight: str, total: float) -> float:
+        return sum(part.get(name, 0.0) * part[weight] for part in parts) / max(1, total)
+
+    merged = {name: mean(name, "tokens", tokens) for name in dict.fromkeys(name for part in parts for name in part)}
+    return merged | {"loss": sum(part["loss"] for part in parts), "grad_norm": stats["grad_norm"],
+                     "skipped_updates": stats["skipped_updates"], "tokens": tokens, "trained_tokens": trained,
+                     "ratio_max": max(part["ratio_max"] for part in parts),
+                     "sampler_gap": mean("sampler_gap", "trained_tokens", trained)}
 
 
 def sum_gradients(model) -> None:
     """Adds up the gradients of all processes; those of a sharded model were added up in backward."""
-    if size() > 1 and not is_sharded(model):
+    if size() > 1:
         with _together():
             for weight in model.parameters():
-                if weight.requires_grad:
+                if weight.requires_grad and not is_sharded(weight):
                     weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                     dist.all_reduce(weight.grad)
 
@@ -158,44 +197,40 @@ def copy_from_main(model) -> None:
 # ---- sharding
 
 
-def is_sharded(model) -> bool:
-    """Whether `shard` has spread the model over the processes."""
-    return hasattr(model, "hooked_logprobs")
+class Sharded(torch.nn.Module):
+    """A model whose parameters, gradients and optimizer state are spread over the processes: FSDP2, a layer a unit.
 
-
-def shard(model) -> None:
-    """Spreads parameters, and with them gradients and optimizer state, over the processes: FSDP2, a layer a unit.
-
-    The optimizer is made after it. Forwards in which gradients are wanted go through `grpo.completion_logprobs`, and
-    all processes do equally many; others go inside `whole`.
+    It is made before the optimizer. `engine` computes log-probabilities through it, and all processes make equally
+    many such passes; whatever else the model computes is computed inside `unsharded`.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    device = next(model.parameters()).device
-    sample = pack_group(torch.zeros(4, dtype=torch.long), [torch.zeros(2, dtype=torch.long)] * 2)
-    with torch.no_grad():  # which way of computing is exact is found out before
-        direct_logprobs(model, sample, 1.0)
-    mesh = dist.init_device_mesh(device.type, (size(),))
-    kinds = model._no_split_modules or ()  # the class of the layers, as transformers names it
-    for layer in [module for module in model.modules() if type(module).__name__ in kinds]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for unit in _units(model):  # the loss is divided by the whole batch's normaliser, so gradients are summed
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
-    model.hooked_logprobs = MethodType(direct_logprobs, model)
-    register_fsdp_forward_method(model, "hooked_logprobs")
+    def __init__(self, model, engine: Engine):
+        from torch.distributed.fsdp import fully_shard
 
+        super().__init__()
+        self.model, self.logprobs = model, engine.logprobs
+        self.engine = Engine(engine.decode, lambda _, *rows: self(*rows))  # through __call__, where FSDP's hooks are
+        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (size(),))
+        kinds = model._no_split_modules or ()  # the class of the layers, as transformers names it
+        for layer in [module for module in model.modules() if type(module).__name__ in kinds]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+        for unit in self.units():  # the loss is divided by the whole batch's normaliser, so gradients are summed
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
 
-def _units(model) -> list:
-    from torch.distributed.fsdp import FSDPModule
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    def forward(self, *rows) -> Tensor:
+        return self.logprobs(self.model, *rows)
+
+    def units(self) -> list:
+        from torch.distributed.fsdp import FSDPModule
+        return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager
-def whole(model):
+def unsharded(sharded: Sharded | None):
     """Inside, every process has all parameters and can run the model at its own pace, without gradients."""
-    units = _units(model) if is_sharded(model) else []
+    units = sharded.units() if sharded else []
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -205,37 +240,39 @@ def whole(model):
         unit.reshard()
 
 
-def whole_weights(model) -> dict[str, Tensor] | None:
-    """The weights of a sharded model by name, in process 0, on the CPU; None of a model that is not sharded."""
-    if not is_sharded(model):
-        return None
+def is_sharded(value) -> bool:
+    """Whether a value is a tensor of which each process has a part (a DTensor, whose import takes seconds)."""
+    return hasattr(value, "full_tensor")
+
+
+def full_weights(model) -> dict[str, Tensor]:
+    """The weights of a sharded model by name, in process 0, on the CPU; empty in the others."""
     once = {}  # tied weights are one tensor with two names
     for weight in model.state_dict(keep_vars=True).values():
         once[id(weight)] = _full(weight) if id(weight) not in once else once[id(weight)]
     return {name: once[id(weight)] for name, weight in model.state_dict(keep_vars=True).items()} if is_main() else {}
 
 
-def whole_state(optimizer) -> dict:
+def full_state(optimizer) -> dict:
     """The optimizer's state as that of a single process, in process 0, on the CPU where it was sharded."""
     state = optimizer.state_dict()
     full = {number: {name: _full(value) for name, value in values.items()} for number, values in state["state"].items()}
     return state | {"state": full}
 
 
-def load_whole_state(optimizer, state: dict) -> None:
+def load_full_state(optimizer, state: dict) -> None:
     """Takes up such a state, whatever number of processes wrote it."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     optimizer.load_state_dict(state)
     for weight, values in optimizer.state.items():
-        for name, value in values.items() if isinstance(weight, DTensor) else ():
+        for name, value in values.items() if is_sharded(weight) else ():
+            from torch.distributed.tensor import distribute_tensor
             if value.shape == weight.shape:
                 values[name] = distribute_tensor(value, weight.device_mesh, weight.placements)
 
 
 def _full(value):
     """A sharded tensor as a whole on the CPU of process 0, None in the others; anything else as it is."""
-    if not hasattr(value, "full_tensor"):
+    if not is_sharded(value):
         return value
     full = value.detach().full_tensor()
     return full.cpu() if is_main() else None

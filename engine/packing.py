@@ -1,14 +1,13 @@
 """Log-probabilities of a group of completions, with the prompt computed once.
 
-`pack_group` puts a prompt and its G completions into one row, G·(P + C) tokens of compute become P + G·C, and the
-gradients are those of G separate rows. `completion_logprobs` runs it: lm_head sees completion positions only, in
-chunks. It works with gradient checkpointing, and computes attention block by block (attention.py) or, with models that
-do not let it, under a 4-D mask; each way is checked against the plain padded forward on first use. This file is a part
-of grpo.py, which re-exports it.
+`pack_group` puts a prompt and its G completions into one row: G·(P + C) tokens of compute become P + G·C, and the
+gradients are those of G separate rows. Attention runs block by block (attention.py), lm_head sees completion positions
+only, a chunk at a time. It works with gradient checkpointing. The plain way is `grpo.plain_logprobs`.
+
+Others compute a shared prompt once as well: Snowflake's ArcticTraining (ZoRRo) and verl's prefix grouper.
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,27 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from engine.attention import PackedLayout, causal_lm, enable, is_exact, no_mask, window_allows
+from grpo import dropout_off, plain_logprobs, target_logprobs
 
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
-
-
-@contextmanager
-def dropout_off(model):
-    """Evaluation mode inside, so that rollout and update see the same policy; every module's mode comes back.
-
-    Where gradients are wanted, layers with gradient checkpointing stay in training mode, which is what switches
-    the checkpointing on; their dropout sits in child modules and is off.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for module, _ in modes:
-            if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
-                module.training = True
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -57,13 +38,6 @@ class PackedGroup:
         starts = F.pad(self.mask.sum(-1).cumsum(0), (1, 0))[:-1] + len(self.prompt)  # [G]
         slots = (starts[:, None] + torch.arange(self.mask.shape[1])) * self.mask  # [G, T]
         return PackedLayout(len(self.prompt), slots.to(device), self.mask.to(device))
-
-    def attention_mask(self, dtype: torch.dtype, device) -> Tensor:
-        """Additive mask [1, 1, L, L]: 0 where a query (row) may see a key (column), else the lowest number."""
-        segment = self.segment_ids.to(device)
-        seen = ((segment == 0) | (segment == segment[:, None])).tril()  # [L, L]
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
     def unpack(self, values: Tensor) -> Tensor:
         """Spreads one value a completion token over the group, padding 0. [ΣC_i] -> [G, T]"""
@@ -90,72 +64,76 @@ def pack_group(prompt: Tensor, completions: Sequence[Tensor]) -> PackedGroup:
         prompt=prompt, completions=list(completions))
 
 
+def logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float) -> Tensor:
+    """`grpo.plain_logprobs` by packed rows, one for each run of completions of the same prompt. -> [N, T]"""
+    if not can_pack(model, max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))):
+        return plain_logprobs(model, prompts, completions, temperature)
+    starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] is not prompts[i - 1]]
+    rows = [packed_logprobs(model, pack_group(prompts[i], completions[i:end]), temperature)
+            for i, end in zip(starts, [*starts[1:], len(prompts)], strict=True)]
+    T = max(row.shape[1] for row in rows)
+    return torch.cat([F.pad(row, (0, T - row.shape[1])) for row in rows])
+
+
 def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every completion token under softmax(logits / temperature).
 
-    -> logp [G, T] with gradient, entropy [G, T] without; padding 0; float32 or wider. A model that cannot run a
-    packed row (found by comparing both ways on first use) takes the padded way instead, with a warning.
+    -> logp [G, T] with gradient, entropy [G, T] without; padding 0; float32 or wider.
     """
-    hooked = getattr(model, "hooked_logprobs", None)  # of a model that is sharded over processes (distributed.py)
-    return hooked(packed, temperature) if hooked else direct_logprobs(model, packed, temperature)
+    device, P = next(model.parameters()).device, len(packed.prompt)
+    rows = [torch.cat([packed.prompt, c])[None].to(device) for c in packed.completions]
+    with torch.no_grad():
+        logits = torch.cat([model(input_ids=row, use_cache=False).logits[0, P - 1:-1] for row in rows])  # [ΣC_i, V]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        entropy = packed.unpack(torch.special.entr((logits / temperature).softmax(-1)).sum(-1))
+    return logprobs(model, [packed.prompt] * len(packed.completions), packed.completions, temperature), entropy
 
 
-def direct_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
-    """`completion_logprobs` of a model that is here as a whole."""
-    ways = {"packed rows in blocks": "a mask over the whole row", "packed rows": "padded rows"}
-    reach = len(packed.prompt) + packed.mask.shape[1]
-    for way, instead in ways.items() if window_allows(model, reach) else ():
-        if is_exact(model, way, lambda way=way: _gap(model, packed, temperature, way), instead):
-            return _packed_logprobs(model, packed, temperature, way)
-    return padded_logprobs(model, packed, temperature)
+def can_pack(model, tokens: int) -> bool:
+    """Whether a model takes packed rows with completions that end at this position; a warning says if it cannot."""
+    return window_allows(model, tokens) and is_exact(model, "packed rows", _gap)
 
 
-def _packed_logprobs(model, packed: PackedGroup, temperature: float, way: str) -> tuple[Tensor, Tensor]:
-    causal = causal_lm(model)
-    backbone, lm_head = causal.get_decoder(), causal.get_output_embeddings()
-    device, dtype = lm_head.weight.device, causal.get_input_embeddings().weight.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    if way == "packed rows in blocks":
-        enable(model)
-        attention = {"attention_mask": no_mask(device), "layout": packed.layout(device)}
-    else:
-        attention = {"attention_mask": packed.attention_mask(dtype, device)}
-    hidden = backbone(input_ids=packed.input_ids.to(device), position_ids=packed.position_ids.to(device),
-                      use_cache=False, **attention).last_hidden_state[0]
-    targets = torch.cat(packed.completions).to(device)
-    logp, entropy = token_logprobs(lm_head, hidden[packed.predictors.to(device)], targets, temperature)
-    return packed.unpack(logp), packed.unpack(entropy)
-
-
-def _gap(model, packed: PackedGroup, temperature: float, way: str) -> float:
-    """Largest difference of a packed from the padded forward, on the prompt and its two longest completions."""
-    sample = pack_group(packed.prompt, sorted(packed.completions, key=len)[-2:])
+def _gap(model) -> float:
+    """Largest difference of a packed row's log-probabilities from those of padded rows."""
+    prompt, completions = torch.arange(2, 9), [torch.arange(3, 3 + n) for n in (5, 1, 3)]
     with torch.no_grad(), dropout_off(model):
-        difference = (_packed_logprobs(model, sample, temperature, way)[0]
-                      - padded_logprobs(model, sample, temperature)[0])
-    return difference.abs().max().item()
+        packed = packed_logprobs(model, pack_group(prompt, completions), 1.0)
+        return (packed - plain_logprobs(model, [prompt] * 3, completions, 1.0)).abs().max().item()
 
 
-def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution. hidden [N, D], targets [N] -> [N], [N]
+def packed_logprobs(model, packed: PackedGroup, temperature: float) -> Tensor:
+    """Log-probability of every completion token of a packed row, with gradient. -> [G, T]"""
+    lm_head, hidden = packed_hidden(model, packed)
+    targets = torch.cat(packed.completions).to(hidden.device)
+    return packed.unpack(token_logprobs(lm_head, hidden, targets, temperature))
+
+
+def packed_hidden(model, packed: PackedGroup) -> tuple[torch.nn.Module, Tensor]:
+    """lm_head, and the hidden states [ΣC_i, D] of a packed row that predict its completion tokens."""
+    causal = causal_lm(model)
+    lm_head = causal.get_output_embeddings()
+    device = lm_head.weight.device
+    enable(model)
+    hidden = causal.get_decoder()(
+        input_ids=packed.input_ids.to(device), position_ids=packed.position_ids.to(device), use_cache=False,
+        attention_mask=no_mask(device), layout=packed.layout(device)).last_hidden_state[0]  # [L, D]
+    return lm_head, hidden[packed.predictors.to(device)]
+
+
+def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probability of each target. hidden [N, D], targets [N] -> [N]
 
     The [N, V] logits never exist at once: lm_head runs on chunks, which backward computes again. Where one chunk is
     enough its logits are kept.
     """
     chunk = max(1, LOGIT_CHUNK_ELEMENTS // lm_head.weight.shape[0])
     if len(hidden) <= chunk:
-        return _chunk_logprobs(lm_head, hidden, targets, temperature)
+        return target_logprobs(lm_head(hidden), targets, temperature)
     if type(lm_head) is torch.nn.Linear and lm_head.bias is None:
         return _ChunkedLogprobs.apply(lm_head.weight, hidden, targets, temperature, chunk)
-    pieces = [checkpoint(_chunk_logprobs, lm_head, h, y, temperature, use_reentrant=False)
-              for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
-    logp, entropy = zip(*pieces, strict=True)
-    return torch.cat(logp), torch.cat(entropy)
-
-
-def _chunk_logprobs(lm_head, hidden, targets, temperature):
-    return _gather_logprobs(lm_head(hidden), targets, temperature)
+    return torch.cat([checkpoint(lambda h, y: target_logprobs(lm_head(h), y, temperature), h, y, use_reentrant=False)
+                      for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)])
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -164,17 +142,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, hidden, targets, temperature, chunk):
-        pieces = [_gather_logprobs(F.linear(h, weight), y, temperature)
-                  for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
-        logp, entropy = map(torch.cat, zip(*pieces, strict=True))
         ctx.save_for_backward(weight, hidden, targets)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, F.linear(hidden[:1], weight[:1]).dtype  # autocast's
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        return torch.cat([target_logprobs(F.linear(h, weight), y, temperature)
+                          for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx, grad):
         weight, hidden, targets = ctx.saved_tensors
         w, to_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[0] else None
@@ -187,20 +162,3 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if to_weight is not None:
                 to_weight.addmm_(d.T, h) if weight.dtype == ctx.dtype else to_weight.add_(d.T @ h)
         return to_weight, to_hidden, None, None, None
-
-
-def _gather_logprobs(logits, targets, temperature):  # [..., V], [...] -> [...], [...]
-    logp = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
-    with torch.no_grad():
-        entropy = -(logp.exp() * logp).sum(-1)
-    return logp.gather(-1, targets[..., None])[..., 0], entropy
-
-
-def padded_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
-    """The plain way: G padded rows `prompt + completion`, all logits. Same results as `completion_logprobs`."""
-    device, P, T = next(model.parameters()).device, len(packed.prompt), packed.mask.shape[1]
-    ids = torch.stack([F.pad(torch.cat([packed.prompt, c]), (0, T - len(c))) for c in packed.completions]).to(device)
-    mask = F.pad(packed.mask, (P, 0), value=True).to(device)
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, P - 1:-1]  # [G, T, V]
-    logp, entropy = _gather_logprobs(logits, ids[:, P:], temperature)
-    return logp * mask[:, P:], entropy * mask[:, P:]

@@ -238,11 +238,11 @@ def parse_record(line: bytes) -> dict | None:
 # --------------------------------------------------------------------------------------------------- records
 
 
-def step_metrics(step: int, groups, breakdowns, advantages, stats: dict, seconds: dict, extra: dict) -> dict:
+def step_metrics(step: int, groups, breakdowns, stats: dict, seconds: dict, extra: dict) -> dict:
     """The line of metrics.jsonl for one step.
 
     Args:
-        groups: B sampled groups; breakdowns: B lists of G RewardBreakdowns; advantages: [B, G];
+        groups: B sampled groups; breakdowns: B lists of G RewardBreakdowns;
         stats: of `policy_update`; seconds: of each phase; extra: whatever else belongs to the step.
     """
     flat = [b for row in breakdowns for b in row]
@@ -257,7 +257,8 @@ def step_metrics(step: int, groups, breakdowns, advantages, stats: dict, seconds
             "flat_groups": flat_groups(totals).float().mean().item(),
             "all_wrong_groups": (correct.sum(1) == 0).float().mean().item(),
             "all_right_groups": (correct.mean(1) == 1).float().mean().item(),
-            **stats, "completion_length": lengths.mean().item(), "completion_length_max": lengths.max().item(),
+            **stats, "entropy": torch.cat([e for group in groups for e in group.entropies]).mean().item(),
+            "completion_length": lengths.mean().item(), "completion_length_max": lengths.max().item(),
             "truncated": sum(truncated) / len(truncated),
             **{f"status/{name}": count / len(flat) for name, count in sorted(statuses.items())},
             **{f"seconds/{name}": value for name, value in seconds.items()},
@@ -268,7 +269,7 @@ def step_metrics(step: int, groups, breakdowns, advantages, stats: dict, seconds
 def rollout_records(step: int, examples, groups, breakdowns, advantages, watched: dict | None = None) -> list[dict]:
     """The lines of rollouts.jsonl for one step: every group with its completions, rewards and advantages.
 
-    `watched`, from `show.watch_tokens`, adds the tokens of one group and their probability ratios.
+    `watched`, {number of a group: a dict a completion}, adds the tokens of that group and their probability ratios.
     """
     watched = watched or {}
     return [{"step": step, "id": example.id, "db_id": example.db_id, "question": example.question,

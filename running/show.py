@@ -6,20 +6,14 @@
 
 Colours go to terminals only, and nowhere when NO_COLOR is set. Completions are untrusted: characters that do not print,
 such as those that steer a terminal, are written out as ‹U+001B›.
-
-`watch_tokens` is here because only people look at its numbers: how an update changed the probability of each token.
 """
 
 import argparse
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
 
-import torch
-
-from grpo import completion_logprobs, dropout_off, pack_group
 from running.errors import UserError, run_main, visible
 from running.run_folder import RolloutLog
 
@@ -75,35 +69,6 @@ def painter(colour: bool):
 def wants_colour(stream) -> bool:
     """True on a terminal that shows colours, unless NO_COLOR is set (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-# ------------------------------------------------------------------------------------ what an update did to tokens
-
-@contextmanager
-def watch_tokens(policy, groups, advantages, config):
-    """Around `policy_update`: how it changed the probability of each token of one group, the one with most to learn.
-
-    Yields a dict that holds afterwards {index of the group: a dict a completion: `tokens_text`, and `ratios`, which are
-    eq. (2) after the step's last update}. Costs two forward passes of that group.
-    """
-    chosen = int((advantages.amax(1) - advantages.amin(1)).argmax())
-    prompt, completions = groups[chosen].prompt, groups[chosen].completions
-    size = config.micro_batch or len(completions)
-    parts = [pack_group(prompt, completions[i:i + size]) for i in range(0, len(completions), size)]
-    found, before = {}, _logps(policy.model, parts, config)
-    yield found
-    after = _logps(policy.model, parts, config)
-    found[chosen] = [{"tokens_text": [policy.tokenizer.decode([token]) for token in tokens.tolist()],
-                      "ratios": [round(ratio, 4) for ratio in (new - old).exp().tolist()]}
-                     for tokens, new, old in zip(completions, after, before, strict=True)]
-
-
-@torch.no_grad()
-def _logps(model, parts, config) -> list[torch.Tensor]:
-    """Log-probabilities [C_i] of each completion in some packed rows."""
-    with dropout_off(model):
-        rows = [(completion_logprobs(model, packed, config.temperature)[0].float().cpu(), packed) for packed in parts]
-    return [row[:len(c)] for logps, packed in rows for row, c in zip(logps, packed.completions, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------ main

@@ -65,13 +65,14 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int =
     """
     import torch
 
+    from engine.fast import FAST
     from grpo import GRPOConfig, sample_groups
 
     order = sorted(range(len(encoded_prompts)), key=lambda i: len(encoded_prompts[i]))
     prompts = [torch.tensor(encoded_prompts[i], dtype=torch.long) for i in order]
     config = GRPOConfig(max_completion_tokens=max_completion_tokens, rollout_batch=batch)
     groups = sample_groups(policy.model, prompts, config, eos_ids=policy.eos_ids, group_size=n,
-                           temperature=temperature, seeds=[seed * 1_000_003 + i for i in order])
+                           temperature=temperature, seeds=[seed * 1_000_003 + i for i in order], engine=FAST)
     candidates = {i: read_group(policy, group, lenient) for i, group in zip(order, groups, strict=True)}
     return [candidates[i] for i in range(len(encoded_prompts))]
 

@@ -21,10 +21,12 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import grpo
-from engine import attention, decoding, packing
-from grpo import GRPOConfig
+from engine import attention, packing
+from engine.fast import ENGINES, FAST
+from grpo import PLAIN, GRPOConfig
 
 SMALL = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 1,
@@ -57,9 +59,15 @@ def a_group(lengths=(3, 1, 5, 4), prompt_length=6, seed=0):
     return draw(prompt_length), [draw(n) for n in lengths]
 
 
-def sampled_groups(model, config, prompts=2, seed=0, eos_ids=(EOS,)):
+def sampled_groups(model, config, prompts=2, seed=0, eos_ids=(EOS,), engine=FAST):
     ids = [a_group(prompt_length=4 + i, seed=seed + i)[0] for i in range(prompts)]
-    return grpo.sample_groups(model, ids, config, eos_ids=eos_ids, seeds=range(1000 * seed, 1000 * seed + prompts))
+    return grpo.sample_groups(model, ids, config, eos_ids=eos_ids, seeds=range(1000 * seed, 1000 * seed + prompts),
+                              engine=engine)
+
+
+def padded_logprobs(model, packed, temperature):
+    """The plain way, for the completions of a packed group."""
+    return PLAIN.logprobs(model, [packed.prompt] * len(packed.completions), packed.completions, temperature)
 
 
 def gradients(model):
@@ -69,18 +77,19 @@ def gradients(model):
 # ---- sampling
 
 
+@pytest.mark.parametrize("engine", list(ENGINES))
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
-def test_a1_log_probabilities_are_those_of_the_sampling_distribution(temperature):
+def test_a1_log_probabilities_are_those_of_the_sampling_distribution(temperature, engine):
     model = make_model()
     config = GRPOConfig(group_size=4, temperature=temperature, max_completion_tokens=7)
-    for group in sampled_groups(model, config):
+    for group in sampled_groups(model, config, engine=ENGINES[engine]):
         for completion, logp in zip(group.completions, group.logps, strict=True):
             row = torch.cat([group.prompt, completion])[None]
             z = model(row).logits[0, len(group.prompt) - 1:-1]
             naive = F.log_softmax(z / temperature, -1).gather(-1, completion[:, None])[:, 0]
             torch.testing.assert_close(logp.double(), naive, atol=1e-5, rtol=1e-5)
-        packed = grpo.pack_group(group.prompt, group.completions)
-        trained, _ = grpo.completion_logprobs(model, packed, temperature)
+        packed = packing.pack_group(group.prompt, group.completions)
+        trained = ENGINES[engine].logprobs(model, [group.prompt] * 4, group.completions, temperature)
         torch.testing.assert_close(trained[packed.mask], torch.cat(group.logps).double(), atol=1e-5, rtol=1e-5)
 
 
@@ -89,8 +98,8 @@ def test_a2_no_helper_changes_its_inputs():
     rewards, mask = torch.tensor([[0.0, 1.0, 2.0, 2.0]]), torch.ones(4, 5)
     logp = torch.randn(4, 5)
     before = [t.clone() for t in (prompt, *completions, rewards, mask, logp)]
-    packed = grpo.pack_group(prompt, completions)
-    grpo.completion_logprobs(model, packed, 0.7)
+    packed = packing.pack_group(prompt, completions)
+    packing.completion_logprobs(model, packed, 0.7)
     grpo.group_advantages(rewards)
     grpo.policy_loss(logp, logp, logp, rewards[0], mask, GRPOConfig())
     grpo.sample_groups(model, [prompt], GRPOConfig(group_size=2, max_completion_tokens=3), eos_ids=[EOS])
@@ -100,10 +109,10 @@ def test_a2_no_helper_changes_its_inputs():
 
 def test_a3_gradient_reaches_exactly_the_rows_that_predict_completion_tokens():
     prompt, completions = a_group(lengths=(3, 2))
-    packed = grpo.pack_group(prompt, completions)
+    packed = packing.pack_group(prompt, completions)
     L = packed.input_ids.shape[1]
     logits = torch.randn(L, 23, dtype=torch.float64, requires_grad=True)
-    logp, _ = grpo.token_logprobs(_Identity(23), logits[packed.predictors], torch.cat(completions), 1.0)
+    logp = packing.token_logprobs(_Identity(23), logits[packed.predictors], torch.cat(completions), 1.0)
     loss, _ = grpo.policy_loss(packed.unpack(logp), packed.unpack(logp).detach(), None, torch.tensor([1.0, -1.0]),
                                packed.mask, GRPOConfig())
     loss.backward()
@@ -120,15 +129,16 @@ class _Identity(torch.nn.Linear):
         self.weight.data.copy_(torch.eye(size))
 
 
-def test_a4_eos_is_part_of_a_completion_iff_it_was_sampled():
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a4_eos_is_part_of_a_completion_iff_it_was_sampled(engine):
     model = make_model()
     config = GRPOConfig(group_size=16, max_completion_tokens=6)
-    for group in sampled_groups(model, config, eos_ids=(EOS, 5)):
+    for group in sampled_groups(model, config, eos_ids=(EOS, 5), engine=ENGINES[engine]):
         for completion, cut in zip(group.completions, group.truncated, strict=True):
             ends = [i for i, token in enumerate(completion.tolist()) if token in (EOS, 5)]
             assert ends == ([] if cut else [len(completion) - 1])
             assert not cut or len(completion) == 6
-        packed = grpo.pack_group(group.prompt, group.completions)
+        packed = packing.pack_group(group.prompt, group.completions)
         assert packed.mask.sum(1).tolist() == [len(c) for c in group.completions]
     cuts = [cut for group in sampled_groups(model, config, prompts=3) for cut in group.truncated]
     assert any(cuts) and not all(cuts)
@@ -137,17 +147,18 @@ def test_a4_eos_is_part_of_a_completion_iff_it_was_sampled():
 def test_a4_padding_id_equal_to_eos_or_to_a_sampled_token_changes_nothing():
     prompt, completions = a_group()
     completions = [torch.cat([c, torch.tensor([EOS])]) for c in completions]
-    one = grpo.completion_logprobs(make_model(pad_token_id=EOS), grpo.pack_group(prompt, completions), 1.0)[0]
-    two = grpo.completion_logprobs(make_model(), grpo.pack_group(prompt, completions), 1.0)[0]
+    one = packing.completion_logprobs(make_model(pad_token_id=EOS), packing.pack_group(prompt, completions), 1.0)[0]
+    two = packing.completion_logprobs(make_model(), packing.pack_group(prompt, completions), 1.0)[0]
     assert torch.equal(one, two) and (one[:, 0] != 0).all()
 
 
-def test_a6_groups_come_prompt_major_in_prompt_order():
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a6_groups_come_prompt_major_in_prompt_order(engine):
     model = make_model()
     prompts = [a_group(prompt_length=n, seed=n)[0] for n in (9, 3, 6, 3, 8)]
     for rollout_batch in (4, 8, 100):
         config = GRPOConfig(group_size=4, max_completion_tokens=3, rollout_batch=rollout_batch)
-        groups = grpo.sample_groups(model, prompts, config, eos_ids=[EOS])
+        groups = grpo.sample_groups(model, prompts, config, eos_ids=[EOS], engine=ENGINES[engine])
         for prompt, group in zip(prompts, groups, strict=True):
             assert torch.equal(prompt, group.prompt) and len(group.completions) == 4
     # what was sampled for a prompt is likely under that prompt: its logps are recomputed from it
@@ -163,33 +174,36 @@ def test_a14_modes_come_back_even_after_an_exception_and_dropout_is_off_inside()
     model.model.layers[0].eval()
     before = [m.training for m in model.modules()]
     prompt, completions = a_group()
-    packed = grpo.pack_group(prompt, completions)
+    packed = packing.pack_group(prompt, completions)
     with pytest.raises(RuntimeError, match="stop"), grpo.dropout_off(model):
-        one, _ = grpo.completion_logprobs(model, packed, 1.0)
-        two, _ = grpo.completion_logprobs(model, packed, 1.0)
+        one, _ = packing.completion_logprobs(model, packed, 1.0)
+        two, _ = packing.completion_logprobs(model, packed, 1.0)
         assert torch.equal(one, two)
         raise RuntimeError("stop")
     assert [m.training for m in model.modules()] == before
 
 
-def test_a14_first_update_of_a_model_with_dropout_has_ratio_one():
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a14_first_update_of_a_model_with_dropout_has_ratio_one(engine):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=64,
                                                         resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1))
     model.train()
-    _, stats = _update(model, GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, updates_per_rollout=2), lr=0)
+    _, stats = _update(model, GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, updates_per_rollout=2), lr=0,
+                       engine=ENGINES[engine])
     assert stats["ratio_mean"] == 1.0 and stats["ratio_max"] == 1.0 and stats["sampler_gap"] < 1e-5
 
 
-def test_a15_left_padding_and_what_stands_in_it_change_nothing():
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a15_left_padding_and_what_stands_in_it_change_nothing(engine):
     model = make_model()
     short, long = a_group(prompt_length=3)[0], a_group(prompt_length=9, seed=1)[0]
     config = GRPOConfig(group_size=2, max_completion_tokens=5)
-    greedy = lambda prompts: grpo.sample_groups(model, prompts, config, eos_ids=[EOS], temperature=0.0)  # noqa: E731
+    greedy = lambda prompts: grpo.sample_groups(model, prompts, config, eos_ids=[EOS], temperature=0.0, engine=ENGINES[engine])  # noqa: E731
     alone, together = greedy([short])[0], greedy([short, long])[0]
     assert all(torch.equal(a, b) for a, b in zip(alone.completions, together.completions, strict=True))
     torch.testing.assert_close(torch.cat(alone.logps), torch.cat(together.logps))
-    ids, mask = decoding.left_pad([short, long], "cpu")
+    ids, mask = grpo.left_pad([short, long], "cpu")
     noise = torch.where(mask.bool(), ids, torch.full_like(ids, 17))
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     one, two = (model(x, attention_mask=mask, position_ids=position).logits[:, -1] for x in (ids, noise))
@@ -205,13 +219,13 @@ def test_a16_under_bf16_the_first_ratio_is_one_and_later_updates_see_the_new_wei
         groups = sampled_groups(model, config)
         stats = _apply(model, groups, _advantages(4), config, lr=0.5)
     assert all(logp.dtype == torch.float32 for logp in seen) and 0 < stats["sampler_gap"] < 0.05
-    assert attention._verdicts[model] == {"shared prompts": True, "packed rows in blocks": True}
+    assert attention._verdicts[model] == {"shared prompts": True, "packed rows": True}
 
-    once, batches = make_model(dtype=torch.float32), grpo.packed_batches(groups, config)
+    once, batches = make_model(dtype=torch.float32), grpo.micro_batches(groups, config)
     first, second = seen[:len(batches)], seen[len(batches):]
     for expected in (first, second):  # each update's log-probabilities are those of the weights it starts from
         with torch.autocast("cpu", torch.bfloat16), grpo.dropout_off(once):
-            fresh = [grpo.completion_logprobs(once, packed, 1.0)[0].detach() for _, _, packed in batches]
+            fresh = [FAST.logprobs(once, batch.prompts, batch.completions, 1.0).detach() for batch in batches]
         assert all(torch.equal(a, b) for a, b in zip(fresh, expected, strict=True))
         with torch.autocast("cpu", torch.bfloat16):
             stats = _apply(once, groups, _advantages(4), dataclasses.replace(config, updates_per_rollout=1), lr=0.5)
@@ -219,16 +233,17 @@ def test_a16_under_bf16_the_first_ratio_is_one_and_later_updates_see_the_new_wei
     assert not torch.equal(first[0], second[0])
 
 
-def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(monkeypatch):
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(monkeypatch, engine):
     model = make_model()
     model.gradient_checkpointing_enable()
     model.train()
     config, lengths = GRPOConfig(group_size=4, max_completion_tokens=6), []
-    grpo.sample_groups(model, [a_group()[0]], config, eos_ids=[])  # the first time, two ways of decoding are compared
+    grpo.sample_groups(model, [a_group()[0]], config, eos_ids=[], engine=ENGINES[engine])  # a look at a small model
     forward = type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, input_ids, **kwargs: (
         lengths.append(input_ids.shape[1]), forward(self, input_ids=input_ids, **kwargs))[1])
-    grpo.sample_groups(model, [a_group()[0]], config, eos_ids=[])
+    grpo.sample_groups(model, [a_group()[0]], config, eos_ids=[], engine=ENGINES[engine])
     assert lengths == [6, 1, 1, 1, 1, 1]  # one prefill of the prompt, then a token at a time
 
 
@@ -243,13 +258,14 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     assert sizes[0] == 1 and sizes[1:] == [n for n in longer_than if n]
 
 
-def test_what_is_drawn_for_a_prompt_depends_on_its_seed_alone():
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_what_is_drawn_for_a_prompt_depends_on_its_seed_alone(engine):
     model, config = make_model(), GRPOConfig(group_size=4, max_completion_tokens=6)
     prompts, seeds = [a_group(prompt_length=3 + i, seed=i)[0] for i in range(5)], [7, 8, 9, 7, 8]
 
     def texts(chosen, batch=256):
         groups = grpo.sample_groups(model, [prompts[i] for i in chosen], replace(config, rollout_batch=batch),
-                                    eos_ids=[EOS], seeds=[seeds[i] for i in chosen])
+                                    eos_ids=[EOS], seeds=[seeds[i] for i in chosen], engine=ENGINES[engine])
         return [[c.tolist() for c in group.completions] for group in groups]
 
     together = texts(range(5))
@@ -262,10 +278,11 @@ def test_what_is_drawn_for_a_prompt_depends_on_its_seed_alone():
 
 def test_a21_sampling_is_plain_temperature_sampling():
     logits = torch.tensor([[2.0, 0.0, -3.0]]).repeat(200_000, 1)
-    token, logp = grpo.sample_token(logits, 1.5, torch.rand(len(logits), generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    token, logp, entropy = grpo.sample_token(logits, 1.5, torch.rand(len(logits), generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     share = torch.bincount(token, minlength=3) / len(token)
     torch.testing.assert_close(share, torch.softmax(logits[0] / 1.5, -1), atol=4e-3, rtol=0)
     assert share[2] > 0  # nothing is cut off
+    torch.testing.assert_close(entropy[0], torch.distributions.Categorical(logits=logits[0] / 1.5).entropy())
 
 
 # ---- advantages
@@ -299,7 +316,7 @@ def test_a5_bad_rewards_are_refused():
 
 
 @pytest.mark.parametrize("name, value", [("group_size", 1), ("temperature", 0.0), ("loss", "ppo"), ("kl_coef", -1.0),
-                                         ("kl_estimator", "k4"), ("advantage_scale", "mean"), ("kl_coef", math.inf)])
+                                         ("kl_estimator", "k1"), ("advantage_scale", "mean"), ("kl_coef", math.inf)])
 def test_config_names_the_field_that_makes_no_sense(name, value):
     with pytest.raises(ValueError, match=name):
         GRPOConfig(**{name: value})
@@ -412,22 +429,13 @@ def test_kl_enters_per_token_with_its_coefficient():
 
 def test_a18_entropy_is_that_of_the_distribution():
     model, (prompt, completions) = make_model(), a_group()
-    packed = grpo.pack_group(prompt, completions)
-    _, entropy = grpo.completion_logprobs(model, packed, 0.8)
+    packed = packing.pack_group(prompt, completions)
+    _, entropy = packing.completion_logprobs(model, packed, 0.8)
     for row, completion in zip(entropy, completions, strict=True):
         z = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1:-1] / 0.8
         exact = torch.distributions.Categorical(logits=z).entropy()
         torch.testing.assert_close(row[:len(completion)], exact)
         assert (row[len(completion):] == 0).all()
-
-
-def test_the_length_penalty_has_dapos_values():
-    config = GRPOConfig(max_completion_tokens=100, overlong="penalise", overlong_buffer=40)
-    lengths = torch.tensor([[1.0, 60.0, 70.0], [80.0, 90.0, 100.0]])
-    torch.testing.assert_close(grpo.overlong_penalty(lengths, config),
-                               torch.tensor([[0.0, 0.0, -0.25], [-0.5, -0.75, -1.0]]))
-    fifth = grpo.overlong_penalty(lengths, GRPOConfig(max_completion_tokens=100))
-    torch.testing.assert_close(fifth, torch.tensor([[0.0, 0.0, 0.0], [0.0, -0.5, -1.0]]))
 
 
 def test_overlong_completions_can_be_masked_out():
@@ -448,31 +456,41 @@ def test_overlong_completions_can_be_masked_out():
 # ---- decoding
 
 
-@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_a_shared_prompt_gives_the_logits_of_copied_ones(family):
+def test_both_engines_sample_the_same_groups(family, temperature):
+    """Unequal prompts and lengths, rows and whole prompts that end early; log-probabilities and entropies too."""
     model = make_model(family)
     prompts = [torch.tensor(p) for p in ([5, 6, 7, 8, 9], [3, 4], [10, 11, 12])]
-    shared = decoding.start_decoding(model, prompts, 3, 6)
-    assert type(shared) is decoding.SharedDecoder and attention._verdicts[model] == {"shared prompts": True}
-    copying = decoding.CopyingDecoder(model, prompts, 3, 6)
-    generator = torch.Generator().manual_seed(0)
-    for leaving in ([], [1], [0, 6], [], [0, 1, 2], []):  # rows, at last all of a prompt
-        torch.testing.assert_close(shared.logits, copying.logits, rtol=1e-9, atol=1e-10)
-        rows = torch.tensor([i for i in range(len(copying.logits)) if i not in leaving])
-        tokens = torch.randint(3, 23, (len(rows),), generator=generator)
-        for decoder in (shared, copying):
-            decoder.keep(rows)
-            decoder.step(tokens)
-    assert shared.layout.mask.shape[0] == 2 and len(shared.logits) == 3
+    config = GRPOConfig(group_size=5, max_completion_tokens=9)
+    plain, fast = (grpo.sample_groups(model, prompts, config, eos_ids=(EOS, 5, 9), seeds=[1, 2, 3], engine=engine,
+                                      temperature=temperature) for engine in (PLAIN, FAST))
+    assert attention._verdicts[model] == {"shared prompts": True}
+    for one, two in zip(plain, fast, strict=True):
+        assert torch.equal(one.prompt, two.prompt) and one.truncated == two.truncated
+        for a, b in zip(one.completions, two.completions, strict=True):
+            assert torch.equal(a, b)
+        for name in ("logps", "entropies"):
+            torch.testing.assert_close(torch.cat(getattr(one, name)), torch.cat(getattr(two, name)), rtol=1e-5, atol=1e-6)
+    assert not temperature or len({len(c) for group in fast for c in group.completions}) > 2
 
 
-def test_a_model_whose_attention_cannot_be_exchanged_decodes_with_copies():
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a18_the_samplers_entropy_is_that_of_the_distribution(engine):
+    model = make_model()
+    for group in sampled_groups(model, GRPOConfig(group_size=3, max_completion_tokens=5, temperature=0.8), engine=ENGINES[engine]):
+        for completion, entropy in zip(group.completions, group.entropies, strict=True):
+            z = model(torch.cat([group.prompt, completion])[None]).logits[0, len(group.prompt) - 1:-1] / 0.8
+            torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=z).entropy().float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_whose_attention_cannot_be_exchanged_takes_the_plain_engine_with_one_warning():
     model = make_model(attn_implementation="eager")
     model.set_attn_implementation("eager")
-    with pytest.warns(UserWarning, match="cannot run shared prompts .*its attention is eager"), torch.no_grad():
-        decoder = decoding.start_decoding(model, [torch.tensor([3, 4, 5])], 2, 4)
-    assert type(decoder) is decoding.CopyingDecoder
+    config, prompts = GRPOConfig(group_size=2, max_completion_tokens=4), [torch.tensor([3, 4, 5])]
+    with pytest.warns(UserWarning, match="cannot run shared prompts .*its attention is eager") as warned:
+        groups = [grpo.sample_groups(model, prompts, config, eos_ids=[EOS], seeds=[1], engine=FAST)[0] for _ in range(2)]
+    assert len(warned) == 1 and torch.equal(groups[0].completions[0], groups[1].completions[0])
 
 
 # ---- packed groups
@@ -486,93 +504,88 @@ def test_packed_equals_padded_in_logprobs_and_gradients(family, tied, checkpoint
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     prompt, completions = a_group()
-    packed = grpo.pack_group(prompt, completions)
+    packed = packing.pack_group(prompt, completions)
     weights = torch.randn(packed.mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
-    for forward in (grpo.completion_logprobs, grpo.padded_logprobs):
+    for forward in (packing.packed_logprobs, padded_logprobs):
         model.zero_grad()
         with grpo.dropout_off(model):
-            logp, entropy = forward(model, packed, 0.7)
+            logp = forward(model, packed, 0.7)
             (logp * weights).sum().backward()
-        results.append((logp.detach(), entropy, gradients(model)))
-    assert attention._verdicts[model] == {"packed rows in blocks": True}
+        results.append((logp.detach(), gradients(model)))
+    assert packing.can_pack(model, 20)
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("way, elements", [("packed rows", None), ("packed rows in blocks", 1),
-                                           ("packed rows in blocks", 2 * 4 * 10 * 4)])
-def test_every_way_to_run_a_packed_row_has_the_gradients_of_padded_rows(monkeypatch, way, elements):
+@pytest.mark.parametrize("elements", [None, 1, 2 * 4 * 10 * 4])
+def test_a_packed_row_in_parts_has_the_gradients_of_padded_rows(monkeypatch, elements):
     if elements:  # so few that the completions are taken one or two at a time, their keys made again in backward
         monkeypatch.setattr(attention, "EXPANDED_ELEMENTS", elements)
-    model, packed = make_model(), grpo.pack_group(*a_group())
+    model, packed = make_model(), packing.pack_group(*a_group())
     results = []
-    for forward in (functools.partial(packing._packed_logprobs, way=way), grpo.padded_logprobs):
+    for forward in (packing.packed_logprobs, padded_logprobs):
         model.zero_grad()
-        logp, entropy = forward(model, packed, 0.7)
+        logp = forward(model, packed, 0.7)
         (logp * torch.arange(logp.numel()).view_as(logp)).sum().backward()
-        results.append((logp.detach(), entropy, gradients(model)))
+        results.append((logp.detach(), gradients(model)))
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-def test_eager_attention_takes_the_mask_way_and_says_so():
-    model = make_model(attn_implementation="eager")
-    model.set_attn_implementation("eager")
-    packed = grpo.pack_group(*a_group())
-    with pytest.warns(UserWarning, match="packed rows in blocks .*its attention is eager"):
-        logp, _ = grpo.completion_logprobs(model, packed, 1.0)
-    assert attention._verdicts[model] == {"packed rows in blocks": False, "packed rows": True}
-    torch.testing.assert_close(logp, grpo.padded_logprobs(model, packed, 1.0)[0], rtol=1e-5, atol=1e-5)
+def test_the_fast_engine_takes_completions_of_several_prompts():
+    model, prompts, completions = make_model(), [], []
+    for seed in range(3):
+        prompt, group = a_group(lengths=(3, 1, 4 + seed), prompt_length=4 + seed, seed=seed)
+        prompts, completions = prompts + [prompt] * 3, completions + group
+    results = []
+    for engine in (FAST, PLAIN):
+        model.zero_grad()
+        logp = engine.logprobs(model, prompts, completions, 0.7)
+        (logp * torch.arange(logp.numel()).view_as(logp)).sum().backward()
+        results.append((logp.detach(), gradients(model)))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
 def test_beyond_a_sliding_window_rows_are_padded():
     model = make_model("mistral", sliding_window=6)
     prompt, completions = a_group()
     assert not attention.window_allows(model, 7) and attention.window_allows(model, 6)
-    logp, _ = grpo.completion_logprobs(model, grpo.pack_group(prompt, completions), 1.0)
-    torch.testing.assert_close(logp, grpo.padded_logprobs(model, grpo.pack_group(prompt, completions), 1.0)[0])
+    logp, _ = packing.completion_logprobs(model, packing.pack_group(prompt, completions), 1.0)
+    torch.testing.assert_close(logp, padded_logprobs(model, packing.pack_group(prompt, completions), 1.0))
     assert model not in attention._verdicts
-    assert type(decoding.start_decoding(model, [prompt], 2, 4)) is decoding.CopyingDecoder
 
 
-def test_a_model_that_cannot_run_packed_rows_falls_back_with_a_warning():
-    class Leaky(torch.nn.Module):
-        """Ignores mask and layout, so completions would see one another."""
+def test_a_model_that_cannot_run_packed_rows_falls_back_with_a_warning(monkeypatch):
+    """Its layers do not pass the layout on, so completions would see one another."""
+    forward = Qwen2Attention.forward
+    monkeypatch.setattr(Qwen2Attention, "forward", lambda self, *args, layout=None, **options: forward(self, *args, **options))
+    model, packed = make_model(), packing.pack_group(*a_group())
+    with pytest.warns(UserWarning, match="Qwen2ForCausalLM cannot run packed rows "):
+        logp, _ = packing.completion_logprobs(model, packed, 1.0)
+    torch.testing.assert_close(logp, padded_logprobs(model, packed, 1.0))
 
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
 
-        def get_decoder(self):
-            return lambda attention_mask, layout=None, **kwargs: self.inner.get_decoder()(**kwargs)
-
-        def __getattr__(self, name):
-            return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
-
-        def forward(self, **kwargs):
-            return self.inner(**kwargs)
-
-    model, packed = Leaky(make_model()), grpo.pack_group(*a_group())
-    with pytest.warns(UserWarning, match="cannot run packed rows "):
-        logp, _ = grpo.completion_logprobs(model, packed, 1.0)
-    torch.testing.assert_close(logp, grpo.padded_logprobs(model.inner, packed, 1.0)[0])
+def test_bf16_weights_do_not_decide_what_a_model_can_run():
+    """Rounding of large weights would: the check is made on a small float32 model of the same layers."""
+    model = make_model(dtype=torch.bfloat16, initializer_range=3.0)
+    sampled_groups(model, GRPOConfig(group_size=4, max_completion_tokens=5))
+    FAST.logprobs(model, [torch.tensor([3, 4])] * 2, [torch.tensor([5]), torch.tensor([6, 7])], 1.0)
+    assert attention._verdicts[model] == {"shared prompts": True, "packed rows": True}
 
 
 def test_pack_group_layout():
-    packed = grpo.pack_group(torch.tensor([7, 8]), [torch.tensor([3]), torch.tensor([4, 5, 6])])
+    packed = packing.pack_group(torch.tensor([7, 8]), [torch.tensor([3]), torch.tensor([4, 5, 6])])
     assert packed.input_ids.tolist() == [[7, 8, 3, 4, 5, 6]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 2, 3, 4]]
     assert packed.segment_ids.tolist() == [0, 0, 1, 2, 2, 2]
     assert packed.predictors.tolist() == [1, 1, 3, 4]
     assert packed.mask.tolist() == [[True, False, False], [True, True, True]]
-    seen = (packed.attention_mask(torch.float32, "cpu")[0, 0] == 0).int().tolist()
-    assert seen == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
-                    [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 1]]
     for bad in ((torch.tensor([], dtype=torch.long), [torch.tensor([1])]), (torch.tensor([1]), []),
                 (torch.tensor([1]), [torch.tensor([], dtype=torch.long)])):
         with pytest.raises(ValueError, match="at least one token"):
-            grpo.pack_group(*bad)
+            packing.pack_group(*bad)
 
 
 class LargestLogits(TorchDispatchMode):
@@ -606,11 +619,10 @@ def test_a23_chunked_lm_head_has_the_naive_values_and_gradients(monkeypatch, kin
     expected = torch.autograd.grad((naive * weights).sum(), inputs)
     monkeypatch.setattr(packing, "LOGIT_CHUNK_ELEMENTS", 50 * 4)
     with LargestLogits(50) as largest:
-        logp, entropy = grpo.token_logprobs(head, hidden, targets, 0.9)
+        logp = packing.token_logprobs(head, hidden, targets, 0.9)
         found = torch.autograd.grad((logp * weights).sum(), inputs)
     assert largest.rows == 4
     torch.testing.assert_close(logp, naive, rtol=1e-12, atol=0)
-    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=z).entropy(), rtol=1e-12, atol=0)
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-13)
 
@@ -624,7 +636,7 @@ def test_a23_chunked_lm_head_under_bf16_autocast(monkeypatch):
     for elements, bf16 in ((50 * 4, True), (10**9, True), (10**9, False)):
         monkeypatch.setattr(packing, "LOGIT_CHUNK_ELEMENTS", elements)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logp, _ = grpo.token_logprobs(head, hidden, targets, 0.9)
+            logp = packing.token_logprobs(head, hidden, targets, 0.9)
         assert logp.dtype == torch.float32
         results.append((logp.detach(), *torch.autograd.grad((logp * weights).sum(), [hidden, head.weight])))
     for chunked, whole, exact in zip(*results, strict=True):
@@ -633,10 +645,9 @@ def test_a23_chunked_lm_head_under_bf16_autocast(monkeypatch):
 
 def test_a23_the_update_runs_lm_head_on_completion_positions_only(monkeypatch):
     model, (prompt, completions) = make_model(), a_group()
-    grpo.completion_logprobs(model, grpo.pack_group(prompt, completions), 1.0)  # the self-check is over
     rows = []
     model.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[0]))
-    grpo.completion_logprobs(model, grpo.pack_group(prompt, completions), 1.0)
+    packing.packed_logprobs(model, packing.pack_group(prompt, completions), 1.0)
     assert sum(rows) == sum(map(len, completions))
 
 
@@ -647,16 +658,67 @@ def _advantages(G, B=2):
     return torch.randn(B, G, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-def _apply(model, groups, advantages, config, lr, reference=None):
+def _apply(model, groups, advantages, config, lr, reference=None, engine=FAST):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    batches = grpo.packed_batches(groups, config)
-    ref_logps = grpo.reference_logprobs(reference, batches, config) if reference else None
-    return grpo.policy_update(model, optimizer, groups, batches, advantages, ref_logps, config)
+    batches = grpo.micro_batches(groups, config)
+    ref_logps = grpo.reference_logprobs(reference, batches, config, engine) if reference else None
+    return grpo.policy_update(model, optimizer, batches, advantages, ref_logps, config, engine)
 
 
-def _update(model, config, lr, reference=None):
-    groups = sampled_groups(model, config)
-    return groups, _apply(model, groups, _advantages(config.group_size), config, lr, reference)
+def _update(model, config, lr, reference=None, engine=FAST):
+    groups = sampled_groups(model, config, engine=engine)
+    return groups, _apply(model, groups, _advantages(config.group_size), config, lr, reference, engine)
+
+
+@pytest.mark.parametrize("updates, kl_coef", [(1, 0.0), (2, 0.1)])
+def test_three_whole_steps_are_the_same_with_both_engines(updates, kl_coef):
+    """float64, groups of unequal lengths, micro-batches: weights, statistics and what is sampled next."""
+    config = GRPOConfig(group_size=5, max_completion_tokens=7, kl_coef=kl_coef, updates_per_rollout=updates, micro_batch=2,
+                        clip_low=0.01, clip_high=0.01)
+    models, reference = {name: make_model() for name in ENGINES}, make_model(seed=1)
+    for step in range(3):
+        seen = {}
+        for name, engine in ENGINES.items():
+            groups = sampled_groups(models[name], config, prompts=3, seed=step, eos_ids=(EOS, 6, 12), engine=engine)
+            advantages = grpo.group_advantages(torch.tensor([[float(c[0] % 3) for c in g.completions] for g in groups]).double())
+            stats = _apply(models[name], groups, advantages, config, 0.5, reference if kl_coef else None, engine)
+            seen[name] = stats, [c.tolist() for g in groups for c in g.completions]
+        (fast, texts), (plain, expected) = seen["fast"], seen["plain"]
+        assert texts == expected and len({len(c) for c in texts}) > 1
+        assert {k: v for k, v in fast.items() if k != "sampler_gap"} == pytest.approx(
+            {k: v for k, v in plain.items() if k != "sampler_gap"}, rel=1e-9, abs=1e-12)
+        for one, two in zip(models["fast"].parameters(), models["plain"].parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
+
+
+def test_a13_statistics_are_means_over_all_tokens_of_flat_groups_too():
+    """One group flat: its tokens count with ratio 1 and no clipping, also where no pass is made for them."""
+    model = make_model()
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0)
+    groups, advantages = sampled_groups(model, config), _advantages(4)
+    advantages[0] = 0.0
+    stats = _apply(model, groups, advantages, config, lr=0)
+    counts = [sum(map(len, group.completions)) for group in groups]
+    assert stats["tokens"] == sum(counts) and stats["trained_tokens"] == counts[1] and stats["ratio_mean"] == 1.0
+    twice = replace(config, updates_per_rollout=2, clip_low=0.0, clip_high=0.0, max_grad_norm=1e9)
+    batches, optimizer = grpo.micro_batches(groups, twice), torch.optim.SGD(model.parameters(), lr=0.5)
+    old = [FAST.logprobs(model, b.prompts, b.completions, 1.0).detach() for b in batches]
+    stats = grpo.policy_update(model, optimizer, batches, advantages, None, replace(twice, updates_per_rollout=1), FAST)
+    new = [FAST.logprobs(model, b.prompts, b.completions, 1.0).detach() for b in batches]
+    A = advantages.flatten()
+    clipped = sum((((n > o) & (A[b.rows][:, None] > 0)) & b.mask).sum() for n, o, b in zip(new, old, batches, strict=True))
+    model = make_model()
+    stats = grpo.policy_update(model, torch.optim.SGD(model.parameters(), lr=0.5), batches, advantages, None, twice, FAST)
+    assert stats["clip_fraction_high"] == pytest.approx(clipped.item() / (2 * sum(counts)))  # two updates, none in the first
+
+
+def test_no_clipping_of_the_gradient_when_its_largest_norm_is_zero():
+    results = []
+    for norm in (0, 1e9):
+        model = make_model()
+        _update(model, GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, max_grad_norm=norm), lr=0.5)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results) and not torch.equal(results[0], torch.cat([p.detach().flatten() for p in make_model().parameters()]))
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
@@ -767,8 +829,7 @@ def test_a22_monte_carlo_gradient_converges_to_the_exact_policy_gradient():
     sequences = [torch.tensor(s) for s in itertools.product(range(3), repeat=2)]
     value = {tuple(s.tolist()): float((7 * s[0] + 3 * s[1] * s[1]) % 5) for s in sequences}
 
-    packed = grpo.pack_group(prompt, sequences)
-    logp, _ = grpo.completion_logprobs(model, packed, 1.0)  # [9, 2]
+    logp = PLAIN.logprobs(model, [prompt] * 9, sequences, 1.0)  # [9, 2]
     probabilities = logp.sum(-1).exp()
     assert probabilities.sum().item() == pytest.approx(1.0)
     rewards = torch.tensor([value[tuple(s.tolist())] for s in sequences], dtype=torch.float64)
@@ -778,7 +839,7 @@ def test_a22_monte_carlo_gradient_converges_to_the_exact_policy_gradient():
     G = 20_000
     config = GRPOConfig(group_size=G, max_completion_tokens=2, kl_coef=0.0, advantage_scale="none", loss="dr_grpo",
                         max_grad_norm=1e9, rollout_batch=G)
-    group = grpo.sample_groups(model, [prompt], config, eos_ids=[], seeds=[0])[0]
+    group = grpo.sample_groups(model, [prompt], config, eos_ids=[], seeds=[0], engine=FAST)[0]
     rewards = torch.tensor([[value[tuple(c.tolist())] for c in group.completions]], dtype=torch.float64)
     advantages = grpo.group_advantages(rewards, "none")
     # Equal sequences share a row: a row's weight is its summed advantage, so the packed row stays short.
@@ -808,10 +869,9 @@ def test_without_kl_flat_groups_cost_no_forward_and_change_no_gradient(monkeypat
     _apply(model, groups, advantages, config, lr=0)
     skipped = gradients(model)
     forwards = []
-    forward = grpo.completion_logprobs
-    monkeypatch.setattr(grpo, "completion_logprobs", lambda *args: (forwards.append(1), forward(*args))[1])
-    _apply(model, groups, advantages, config, lr=0)
+    counting = replace(FAST, logprobs=lambda *args: (forwards.append(1), FAST.logprobs(*args))[1])
+    _apply(model, groups, advantages, config, lr=0, engine=counting)
     assert len(forwards) == 2
-    _apply(model, groups, advantages + 1e-300, config, lr=0)  # not zero, so nothing is skipped
+    _apply(model, groups, advantages + 1e-300, config, lr=0, engine=counting)  # not zero, so nothing is skipped
     assert len(forwards) == 2 + 3
     torch.testing.assert_close(gradients(model), skipped, rtol=1e-10, atol=1e-14)
