@@ -21,18 +21,17 @@ from running import options
 from running.errors import UserError
 from running.guards import GuardConfig
 from running.options import option
-from sft import SHORT_TRACES, SFTConfig
+from sft import SFTConfig
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
 TINY = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
         "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
         "max_completion_tokens": 80, "save_every": 100, "eval_every": 40, "cold_start_steps": 300,
-        "cold_start_lr": 3e-3, "prompt_loss": 0.3, **SHORT_TRACES}
+        "cold_start_lr": 3e-3, "prompt_loss": 0.3}
 KINDS = {  # of pretrained models, up to so many parameters
-    1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": False, "cold_start_steps": 0},
-    4e9: {"group_size": 8, "prompts_per_step": 8, "lr": 1e-6, "gradient_checkpointing": True, "cold_start_steps": 0},
-    float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True,
-                   "cold_start_steps": 0},
+    1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": False},
+    4e9: {"group_size": 8, "prompts_per_step": 8, "lr": 1e-6, "gradient_checkpointing": True},
+    float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True},
 }
 LORA_LR = 10  # times the learning rate
 RECIPES = {  # arXiv 2605.03465; the 20 are the verified traces that form the memory's centroid
@@ -42,16 +41,18 @@ RECIPES = {  # arXiv 2605.03465; the 20 are the verified traces that form the me
 }
 
 
-def defaults_of_kind(config: dict | None, lora: bool) -> dict:
-    """Defaults of a model by its config.json; None: those of `tiny`."""
+def defaults_of_kind(config: dict | None, lora: bool, traces: bool) -> dict:
+    """Defaults of a model by its config.json; None: those of `tiny`. A pretrained one is cold-started where traces are
+    given."""
     if config is None:
         return TINY
+    start = {} if traces else {"cold_start_steps": 0}
     try:
         parameters = plan.Shape.of(config).parameters()
     except ValueError:  # an architecture whose size we cannot tell
-        return {"cold_start_steps": 0}
+        return start
     values = next(values for limit, values in KINDS.items() if parameters <= limit)
-    return values | ({"lr": LORA_LR * values["lr"]} if lora else {})
+    return start | values | ({"lr": LORA_LR * values["lr"]} if lora else {})
 
 
 def settings_of_run(folder: str) -> dict:
@@ -84,7 +85,8 @@ class RunConfig:
     split: str = option("train", "questions to train on")
     world: str = option("default", "of the demo: default, or hard (its teacher mostly slips)")
     start: str | None = option(None, "begin with this checkpoint of an earlier run of --model, without a cold start")
-    traces: str | None = option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory",
+    traces: str | None = option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory; "
+                                      "template: made from the gold SQL",
                                 common=True)
     output: str | None = option(None, "folder of the run (default: runs/DATA)", common=True)
     seed: int = option(0, "seed of everything random", common=True)
@@ -156,7 +158,8 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
     if not defaults:
         model = given.get("model", "tiny")
         config = None if model == "tiny" else config_of(model)
-        defaults = defaults_of_kind(config, given.get("lora_rank", 0) > 0) | RECIPES.get(given.get("recipe"), {})
+        kind = defaults_of_kind(config, lora=given.get("lora_rank", 0) > 0, traces=bool(given.get("traces")))
+        defaults = kind | RECIPES.get(given.get("recipe"), {})
     values = defaults | given
     try:
         settings = Settings(*(options.build(config, values) for config in CONFIGS))

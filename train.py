@@ -56,8 +56,9 @@ from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer
 from settings import MAY_CHANGE_ON_RESUME, Settings, memory_here, parse_settings, planned
-from sft import cold_start, taught_text, template_trace
+from sft import cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import MATCHES, SQLExecutor
+from text2sql.memory import TraceMemory, gate_for
 
 
 def main() -> int:
@@ -90,7 +91,8 @@ def run_all(s: Settings) -> int:
     print(f"{run.model}: {s.grpo.group_size} completions a question, {run.prompts_per_step} questions a step, learning "
           f"rate {run.lr:g}, gradient checkpointing {'on' if run.gradient_checkpointing else 'off'}"
           + (f", recipe {run.recipe}" if run.recipe != "none" else ""))
-    data = load_splits(run.data, run.data_dir, run.split, traces=run.traces, seed=run.seed,
+    traces = None if run.traces == "template" else run.traces
+    data = load_splits(run.data, run.data_dir, run.split, traces=traces, seed=run.seed,
                        world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
     data = not_seen_before(data, run.data, run.data_dir, run_config_of(run.start or run.model))
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
@@ -414,12 +416,14 @@ class Trainer:
 
     def cold_start(self) -> None:
         """Supervised steps on reasoning traces, so that GRPO starts from a policy that knows the format."""
-        s, tokenizer = self.s, self.policy.tokenizer
+        s = self.s
+        for note in cold_start_notes(s.sft, len(self.traced), len(self.data.train)):
+            print(note)
         if not s.sft.cold_start_steps or not self.traced:
             return
-        encoded, _ = self.builder.encode_all(self.traced)
-        pairs = [(torch.tensor(ids), torch.tensor(tokenizer.encode(taught_text(e),
-                  add_special_tokens=False) + [tokenizer.eos_token_id])) for e, ids in encoded]
+        pairs, notes = supervised_pairs(self.traced, self.builder, self.policy.tokenizer)
+        for note in notes:
+            print(note)
         loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast,
                           quiet=not distributed.is_main())
         print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
@@ -441,12 +445,21 @@ class Trainer:
                 frozen = copy.deepcopy(self.policy.model)
             frozen = frozen.requires_grad_(False).eval().get_decoder()
             memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
-        if memory is not None and not self.checkpoint:
-            verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
-            memory.add_many(verified)
-            print(f"memory: {len(memory)} of {len(verified)} verified traces passed the gate {dict(memory.rejections)}")
+        if memory is not None:
+            self.start_memory(memory)
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
                             user_reward=self.user_reward)
+
+    def start_memory(self, memory: TraceMemory) -> None:
+        """Thresholds that fit the verified traces (the same again when resumed), and at the start the traces."""
+        verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
+        memory.gate = gate_for(verified, memory.columns, memory.gate)
+        if self.checkpoint:
+            return
+        memory.add_many(verified)
+        print(f"memory: {len(memory)} of {len(verified)} verified traces passed the gate {dict(memory.rejections)}")
+        if note := memory.start_note(len(verified)):
+            print(f"warning: {note}")
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW on what is trained; the model is sharded before, where it is to be."""
@@ -490,14 +503,14 @@ class Trainer:
 
     @cached_property
     def traced(self) -> list:
-        """Examples with a verified trace; the tiny policy, which knows nothing, also learns from template traces."""
+        """Examples with a verified trace, or one made from the gold SQL: where it is asked for, and where the tiny
+        policy, which knows nothing, has no other."""
         traced = self.data.traced
-        if not traced and self.s.run.model == "tiny":
-            traced = [replace(e, trace=template_trace(e.gold_sqls[0], self.schemas[e.db_id])) for e in self.data.train]
-        golds = self.executor.run_gold([(e.db_id, e.gold_sqls[0]) for e in traced])
-        kept = [e for e, gold in zip(traced, golds, strict=True) if gold.status == "ok"]
-        if len(kept) < len(traced):
-            print(f"left out {len(traced) - len(kept)} of {len(traced)} traces: their gold SQL fails")
+        if self.s.run.traces == "template" or not traced and self.s.run.model == "tiny":
+            traced = template_traces(self.data.train, self.schemas)
+        kept, notes = teachable(traced, self.executor, self.schemas)
+        for note in notes:
+            print(note)
         return kept
 
     def _usable(self, examples: list, name: str) -> list:

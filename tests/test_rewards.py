@@ -424,7 +424,7 @@ def test_the_memory_is_what_the_settings_say(scope, expected):
     assert memory.add_many([("a", "name one"), ("b", "name two"), ("c", "name three"), ("c", "no column")]) == [
         True, True, True, False]
     assert memory.top_k == 2 and memory.rejections == {"columns": 1}
-    near = memory.neighbours("a", "name", 3)
+    near = memory.compare([("a", "name")], 3)[0][1]
     assert {one["db_id"] for one in near} <= expected and len(near) == min(2, len(expected))
     assert rewards.build_memory(RewardConfig(rewards="format,execution"), OPEN, {"a": SCHEMA}) is None
 

@@ -60,7 +60,7 @@ class PromptConfig:
     sample_values: int = option(3, "sample values shown per column in the full style", at_least=0, at_most=5)
     max_value_hints: int = option(6, "at most this many cells that the question mentions", at_least=0)
     max_prompt_tokens: int = option(2048, "longer prompts are shortened (sample values, then columns, then tables that "
-                                          "nothing mentions), else left out", at_least=1)
+                                          "nothing mentions), else left out", at_least=1, common=True)
 
     def __post_init__(self):
         try:
