@@ -107,7 +107,7 @@ class RewardConfig:
     lenient_format: bool = field(default=False, metadata={
         "help": "also take SQL inside a code fence", "common": True})
     embedder: str = field(default="hash", metadata={
-        "help": "embeds reasoning: hash (no model), policy (the reference), or a Hugging Face encoder", "common": True})
+        "help": "embeds reasoning: hash (no model), policy (the reference), or a Hugging Face encoder"})
     memory_top_k: int = field(default=20, metadata={
         "help": "verified traces that form the centroid", "at_least": 1})
     memory_scope: str = field(default="other", metadata={

@@ -86,8 +86,7 @@ class RunConfig:
     world: str = option("default", "of the demo: default, or hard (its teacher mostly slips)")
     start: str | None = option(None, "begin with this checkpoint of an earlier run of --model, without a cold start")
     traces: str | None = option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory; "
-                                      "template: made from the gold SQL",
-                                common=True)
+                                      "template: made from the gold SQL", common=True)
     output: str | None = option(None, "folder of the run (default: runs/DATA)", common=True)
     seed: int = option(0, "seed of everything random", common=True)
     steps: int = option(300, "GRPO steps", at_least=0, common=True)
@@ -103,14 +102,14 @@ class RunConfig:
     eval_questions: int = option(200, "at most this many questions in such an evaluation", at_least=0)
     test_questions: int = option(1000, "at most this many questions in the evaluations before and after; 0: none",
                                  at_least=0, common=True)
-    save_every: int = option(50, "steps between checkpoints; 0: only at the end", at_least=0, common=True)
+    save_every: int = option(50, "steps between checkpoints; 0: only at the end", at_least=0)
     match: str = option("bird", "when a result counts as the gold result", choices=("bird", "spider"))
     empty_gold: str = option("keep", "questions whose gold result has no rows", choices=("keep", "drop"))
     sql_workers: int = option(2, "processes that run SQL", at_least=1)
     sql_timeout: float = option(5.0, "seconds a query may take", above=0)
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0, common=True)
     verbose: int = option(0, "print a coloured group every so many steps; 0: never, without a number: 10", alone=10,
-                          at_least=0, common=True)
+                         at_least=0)
     tensorboard: bool = option(False, "also write TensorBoard events (needs tensorboard)")
     token_ratios_every: int = option(10, "keep what the update did to each token of one group, every so many steps; "
                                           "0: never", at_least=0)
