@@ -53,8 +53,7 @@ from running.guards import step_seconds
 from running.options import add_arguments, build, check, flag_of, option
 from running.run_folder import check_settings
 from running.wording import escape
-from settings import MAY_CHANGE_ON_RESUME, RunConfig, Settings, parse_settings
-from sft import SFTConfig
+from settings import MAY_CHANGE_ON_RESUME, RunConfig, Settings, SFTConfig, parse_settings
 
 ROOT = Path(__file__).resolve().parent
 BOTH = "format,execution,atomic=0.5,memory=0.5"

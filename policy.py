@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine import distributed
 from engine.attention import causal_lm
-from running.adapters import (
+from models.adapters import (
     FROZEN,
     TRAINED,
     adapters_in_force,
@@ -34,9 +34,8 @@ from running.adapters import (
     merged_weights,
     peft_quiet,
 )
-from running.errors import UserError
-from running.gguf_file import load_gguf
-from running.model_files import (
+from models.gguf_file import load_gguf
+from models.model_files import (
     ALIASES,
     base_of_adapters,
     config_of,
@@ -49,6 +48,7 @@ from running.model_files import (
     require_model,
     weight_files,
 )
+from running.errors import UserError
 
 __all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activations", "config_of", "free_space",
            "load_policy", "require_model", "train_tokenizer"]

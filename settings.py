@@ -21,7 +21,6 @@ from running import options
 from running.errors import UserError
 from running.guards import GuardConfig
 from running.options import option
-from sft import SFTConfig
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
 TINY = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
@@ -117,6 +116,17 @@ class RunConfig:
     sharding: str = option("auto", "spread parameters, gradients and optimizer state over processes (FSDP2); auto: on "
                                     "GPUs, without --lora-rank", choices=("auto", "on", "off"))
     resume: bool = option(False, "continue the run in the output folder from its newest checkpoint", common=True)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Settings of the cold start."""
+
+    cold_start_steps: int = option(400, "supervised steps before GRPO; 0: none", at_least=0, common=True)
+    cold_start_batch: int = option(32, "traces per supervised step", at_least=1)
+    cold_start_lr: float = option(1e-5, "peak learning rate of the cold start", above=0)
+    prompt_loss: float = option(0.0, "weight of the loss on prompt tokens; a policy from random weights learns to copy "
+                                     "from them", at_least=0)
 
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)

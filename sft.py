@@ -46,6 +46,7 @@ from running.guards import Heartbeat
 from running.options import add_arguments, build, check, option
 from scoring.answers import Examination, Progress
 from scoring.verdicts import MATCHES
+from settings import SFTConfig
 from sql_exec import SQLExecutor
 from text2sql.example import Example
 from text2sql.memory import MemoryGate, TraceMemory, gate_for
@@ -59,17 +60,6 @@ PASS_TOKENS, PASS_LOGITS = 2**14, 2**27  # of a forward pass of the cold start, 
 OFTEN = 50  # times that a cold start may show each trace before we say that there are few
 TAG = re.compile(r"</?think(?:ing)?\s*>", re.IGNORECASE)
 FENCE_MARK = re.compile(r"^[ \t]*```[\w+-]*[ \t]*$\n?|```(?:sql(?:ite)?\b)?", re.MULTILINE | re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """Settings of the cold start."""
-
-    cold_start_steps: int = option(400, "supervised steps before GRPO; 0: none", at_least=0, common=True)
-    cold_start_batch: int = option(32, "traces per supervised step", at_least=1)
-    cold_start_lr: float = option(1e-5, "peak learning rate of the cold start", above=0)
-    prompt_loss: float = option(0.0, "weight of the loss on prompt tokens; a policy from random weights learns to copy "
-                                     "from them", at_least=0)
 
 
 def completion_text(trace: str, sql: str) -> str:

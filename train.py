@@ -33,6 +33,7 @@ from engine.fast import ENGINES
 from grpo import (
     Group,
     dropout_off,
+    flat_groups,
     group_advantages,
     loss_normalizer,
     micro_batches,
@@ -50,7 +51,15 @@ from policy import (
     load_weights,
     require_model,
 )
-from rewards import RewardBreakdown, RewardError, RewardItem, RewardScorer, build_memory, load_reward_module
+from rewards import (
+    COMPONENTS,
+    RewardBreakdown,
+    RewardError,
+    RewardItem,
+    RewardScorer,
+    build_memory,
+    load_reward_module,
+)
 from running import show
 from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
@@ -221,7 +230,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
         ratios = self.token_ratios(groups, watched, before, self.group_logps(groups, watched))
         clock.lap("update")
-        return Step(examples, groups, breakdowns, advantages, distributed.merge_stats(stats), ratios, clock.laps)
+        stats = distributed.merge_stats(stats) | {"flat_groups": flat_groups(rewards).float().mean().item()}
+        return Step(examples, groups, breakdowns, advantages, stats, ratios, clock.laps)
 
     def log(self, step: Step) -> dict:
         """Writes what became of a step; returns its line of metrics."""
@@ -229,14 +239,14 @@ class Trainer:
         extra |= {"lr": self.learning_rate(), "memory_size": len(self.scorer.memory or ()),
                   "sql_worker_restarts": sum(distributed.gather(self.executor.worker_restarts)),
                   "questions_drawn": self.drawn}
-        metrics = step_metrics(self.step, step.groups, step.breakdowns, step.stats, step.seconds, extra)
+        metrics = step_metrics(self.step, step.groups, step.breakdowns, COMPONENTS, step.stats, step.seconds, extra)
         if not distributed.is_main():
             return metrics
         self.folder.log("metrics", [metrics])
         if self.events:
             for name, value in metrics.items():
                 self.events.add_scalar(name, value, self.step)
-        records = rollout_records(self.step, step.examples, step.groups, step.breakdowns, step.advantages,
+        records = rollout_records(self.step, step.examples, step.groups, step.breakdowns, COMPONENTS, step.advantages,
                                   step.token_ratios)
         self.folder.log("rollouts", records)
         if self.s.run.verbose and self.step % self.s.run.verbose == 0:

@@ -14,16 +14,15 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import socket
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 
-from engine import plan
-from grpo import flat_groups
-from rewards import COMPONENTS
 from running.errors import UserError, flush, write_whole
 
 TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
@@ -285,11 +284,11 @@ def parse_record(line: bytes) -> dict | None:
 # --------------------------------------------------------------------------------------------------- records
 
 
-def step_metrics(step: int, groups, breakdowns, stats: dict, seconds: dict, extra: dict) -> dict:
+def step_metrics(step: int, groups, breakdowns, components, stats: dict, seconds: dict, extra: dict) -> dict:
     """The line of metrics.jsonl for one step.
 
     Args:
-        groups: B sampled groups; breakdowns: B lists of G RewardBreakdowns;
+        groups: B sampled groups; breakdowns: B lists of G RewardBreakdowns; components: names of the rewards;
         stats: of `policy_update`; seconds: of each phase; extra: whatever else belongs to the step.
     """
     flat = [b for row in breakdowns for b in row]
@@ -297,11 +296,10 @@ def step_metrics(step: int, groups, breakdowns, stats: dict, seconds: dict, extr
     correct = torch.tensor([[float(b.correct) for b in row] for row in breakdowns])
     lengths = torch.tensor([float(len(c)) for group in groups for c in group.completions])
     truncated = [cut for group in groups for cut in group.truncated]
-    parts = {f"reward/{name}": sum(getattr(b, name) for b in flat) / len(flat) for name in COMPONENTS}
+    parts = {f"reward/{name}": sum(getattr(b, name) for b in flat) / len(flat) for name in components}
     statuses = Counter(b.status for b in flat)
     return {"step": step, "reward": totals.mean().item(), "reward_std": totals.std(dim=1).mean().item(), **parts,
             "execution_accuracy": correct.mean().item(),
-            "flat_groups": flat_groups(totals).float().mean().item(),
             "all_wrong_groups": (correct.sum(1) == 0).float().mean().item(),
             "all_right_groups": (correct.mean(1) == 1).float().mean().item(),
             **stats, "entropy": torch.cat([e for group in groups for e in group.entropies]).mean().item(),
@@ -313,18 +311,17 @@ def step_metrics(step: int, groups, breakdowns, stats: dict, seconds: dict, extr
             **extra}
 
 
-def rollout_records(step: int, examples, groups, breakdowns, advantages, watched: dict | None = None) -> list[dict]:
+def rollout_records(step: int, examples, groups, breakdowns, components, advantages, watched: dict) -> list[dict]:
     """The lines of rollouts.jsonl for one step: every group with its completions, rewards and advantages.
 
     `watched`, {number of a group: a dict a completion}, adds the tokens of that group and their probability ratios.
     """
-    watched = watched or {}
     return [{"step": step, "id": example.id, "db_id": example.db_id, "question": example.question,
              "evidence": example.evidence, "difficulty": example.difficulty, "gold_sqls": list(example.gold_sqls),
              "completions": [{
                  "text": b.text, "thought": b.thought, "sql": b.sql, "status": b.status, "error": b.error,
                  "correct": b.correct,
-                 "rewards": {"total": b.total} | {name: getattr(b, name) for name in COMPONENTS},
+                 "rewards": {"total": b.total} | {name: getattr(b, name) for name in components},
                  "advantage": advantages[i, j].item(), "tokens": len(group.completions[j]),
                  "truncated": group.truncated[j], "columns": list(b.columns),
                  "rows": [[value if isinstance(value, str | int | float | None) else repr(value) for value in row]
@@ -339,7 +336,11 @@ def peak_memory_mb() -> float:
     """The most memory held so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return plan.peak_memory() / 2**20
+    status = Path("/proc/self/status")  # on Linux, where ru_maxrss also counts what the process that started it held
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux
 
 
 def tensorboard_writer(folder: Path):

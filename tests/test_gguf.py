@@ -17,8 +17,8 @@ from transformers import (
 )
 
 import policy as policies
+from models import gguf_file, model_files
 from policy import build_tiny, load_policy
-from running import gguf_file, model_files
 from running.errors import UserError
 
 gguf = pytest.importorskip("gguf", reason="gguf is optional (requirements-extra.txt)")

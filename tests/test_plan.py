@@ -28,7 +28,7 @@ import policy as policies
 import settings
 import train
 from engine import attention, packing, plan
-from running import adapters, model_files
+from models import adapters, model_files, published
 from running.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def test_adapters_are_counted_exactly(tmp_path):
 
 
 def test_the_published_models_have_the_published_numbers_of_parameters():
-    counts = {size: plan.Shape.of(config).parameters() for size, config in plan.PUBLISHED.items()}
+    counts = {size: plan.Shape.of(config).parameters() for size, config in published.PUBLISHED.items()}
     assert counts == {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "3b": 3_085_938_688, "7b": 7_615_616_512,
                       "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
                       "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
@@ -77,7 +77,7 @@ def test_the_published_models_have_the_published_numbers_of_parameters():
                       "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952}
     for name, source in policies.ALIASES.items():
         size = name if name in counts else next(size for size in counts if f"-{size}" in name)
-        assert policies.config_of(name) == policies.config_of(source) == plan.PUBLISHED[size]
+        assert policies.config_of(name) == policies.config_of(source) == published.PUBLISHED[size]
 
 
 def test_the_tiny_policy_is_not_larger_than_planned():
@@ -88,7 +88,7 @@ def test_the_tiny_policy_is_not_larger_than_planned():
 @pytest.mark.parametrize("changes", [{}, {"gpu": True}, {"gpu": True, "lora_rank": 8}, {"checkpointing": True},
                                      {"gpu": True, "reference_on_cpu": True}, {"reference": False, "frozen_copy": True}])
 def test_totals_are_the_sums_of_their_lines(changes):
-    shape = plan.Shape.of(plan.PUBLISHED["3b"])
+    shape = plan.Shape.of(published.PUBLISHED["3b"])
     found = plan.phases(shape, plan.replace(WORK, **changes))
     lines = plan.table(found).splitlines()
     rows = {line[:22].strip(): line[22:].split() for line in lines}
@@ -146,7 +146,7 @@ def test_checkpointing_keeps_the_inputs_of_layers_only():
 
 @pytest.mark.parametrize("limit", [24, 40, 80])
 def test_the_flags_that_are_advised_make_it_fit_and_none_is_idle(limit):
-    shape = plan.Shape.of(plan.PUBLISHED["3b"])
+    shape = plan.Shape.of(published.PUBLISHED["3b"])
     work = plan.replace(WORK, prompt=2048, completion=512, group=32, gpu=True)
     given = {"--gradient-checkpointing": {"checkpointing": True}, "--reference-device": {"reference_on_cpu": True},
              "--micro-batch": {"micro_batch": 8}, "--rollout-batch": {"rollout_batch": 64}, "--lora-rank": {"lora_rank": 16}}

@@ -18,9 +18,9 @@ import grpo
 import policy as policies
 import sft
 import train
+from models import model_files
+from models.adapters import merged_weights
 from policy import Policy, Reference, build_tiny, load_policy, load_weights
-from running import model_files
-from running.adapters import merged_weights
 from running.errors import UserError
 
 TEXTS = ["table singer ; keep age > 350 ; count rows", "SELECT COUNT(*) FROM singer WHERE age > 350",

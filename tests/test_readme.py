@@ -32,7 +32,7 @@ PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in readme.PAGES}
 README, WALKTHROUGH, ABLATIONS = PAGES["README.md"], PAGES["docs/walkthrough.md"], PAGES["docs/ablations.md"]
 REWARDS, EXTEND, PITFALLS = PAGES["docs/rewards.md"], PAGES["docs/extend.md"], PAGES["docs/pitfalls.md"]
 OWN_REWARD = re.search(r"```python\n(def reward\(.*?)```", REWARDS, re.DOTALL)[1]
-FOLDERS = ("engine", "text2sql", "scoring", "running")
+FOLDERS = ("engine", "text2sql", "scoring", "models", "running")
 SMALLER = {  # appended to a command, so that it takes a second or two
     "train.py": "--cold-start-steps 2 --cold-start-batch 2 --steps 1 --prompts-per-step 2 --group-size 2 --eval-every 0 "
                 "--max-completion-tokens 12 --test-questions 0 --save-every 0 --threads 1 --sql-workers 1",

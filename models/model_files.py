@@ -14,9 +14,9 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from engine.plan import PUBLISHED
+from models.gguf_file import find_gguf, gguf_config, read_gguf
+from models.published import PUBLISHED
 from running.errors import UserError, parse_json, read_text
-from running.gguf_file import find_gguf, gguf_config, read_gguf
 
 ALIASES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
