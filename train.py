@@ -377,7 +377,7 @@ class Trainer:
             return
         encoded, _ = self.builder.encode_all(self.traced)
         pairs = [(torch.tensor(ids), torch.tensor(tokenizer.encode(taught_text(e),
-                  add_special_tokens=False) + [tokenizer.eos_token_id])) for e, ids in encoded]
+                  add_special_tokens=False) + [self.policy.end_id])) for e, ids in encoded]
         loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast,
                           quiet=not distributed.is_main())
         print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
