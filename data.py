@@ -49,6 +49,9 @@ def load_dataset(name: str, data_dir=None, split: str = "train", **demo_options)
             records, databases = demo_world.load(split, data_dir, **demo_options)
         except ValueError as error:
             raise UserError(str(error)) from error
+        except OSError as error:  # such as a checkout that may only be read
+            raise UserError(f"cannot write the demo's databases to {error.filename}: {error.strerror}; give a folder "
+                            "that can be written with --data-dir") from error
         return Dataset(examples_of(records, f"demo world, split {split}"), databases)
     split = split.strip().lower()
     if name in ("spider", "bird"):

@@ -131,9 +131,9 @@ def bare_trace(text: str) -> str:
     return FENCE_MARK.sub("", pieces[1] if closing[:1] == [False] else pieces[0]).strip()
 
 
-def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder,
-                     tokenizer) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
-    """(prompt, completion with EOS) of the traces whose prompt fits, and a sentence on those left out.
+def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder, tokenizer,
+                     end_id: int) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """(prompt, completion with `end_id`) of the traces whose prompt fits, and a sentence on those left out.
 
     Raises:
         UserError: there are traces, but no prompt fits.
@@ -143,7 +143,7 @@ def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder,
         raise UserError(f"no trace can be taught: the prompts of all {len(examples)} are longer than "
                         f"--max-prompt-tokens {builder.config.max_prompt_tokens}, even shortened")
     answers = encode_answers(tokenizer, [taught_text(example) for example, _ in encoded])
-    pairs = [(torch.tensor(ids), torch.tensor(answer + [tokenizer.eos_token_id]))
+    pairs = [(torch.tensor(ids), torch.tensor([*answer, end_id]))
              for (_, ids), answer in zip(encoded, answers, strict=True)]
     return pairs, [f"cold start: {note}" for note in notes]
 

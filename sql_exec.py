@@ -28,7 +28,6 @@ import sqlite3
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -674,9 +673,9 @@ def _read_execution(file: Path) -> Execution | None:
 
 def _write_execution(file: Path, execution: Execution) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
-        temporary.write(_to_json([getattr(execution, item.name) for item in fields(execution)]))
-    os.replace(temporary.name, file)  # readers see the old file, none, or the whole new one
+    scratch = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # with the mode of the umask
+    scratch.write_bytes(_to_json([getattr(execution, item.name) for item in fields(execution)]))
+    os.replace(scratch, file)  # readers see the old file, none, or the whole new one
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from policy import (
     Policy,
     Reference,
     build_tiny,
+    check_positions,
     checkpoint_activations,
     free_space,
     load_policy,
@@ -151,6 +152,7 @@ class Trainer:
         self.train_set = self._usable(data.train, "training")
         self.dev_set = self._usable(data.dev, "dev")
         self.test_sets = {name: self._usable(examples, name) for name, examples in data.tests.items()}
+        check_positions(self.policy, s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens)
         self.step, self.drawn, self.best, self.before = 0, 0, -1.0, {}  # drawn: questions used so far
         self.stop_requested = self.stopping = False  # by a signal to this process; agreed by all of them
         self.guards, self.heartbeat = Guards(s.guards), Heartbeat()
@@ -431,7 +433,7 @@ class Trainer:
             print(note)
         if not s.sft.cold_start_steps or not self.traced:
             return
-        pairs, notes = supervised_pairs(self.traced, self.builder, self.policy.tokenizer)
+        pairs, notes = supervised_pairs(self.traced, self.builder, self.policy.tokenizer, self.policy.end_id)
         for note in notes:
             print(note)
         loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast,

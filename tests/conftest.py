@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": "/nonexistent/hub"}  # models cached at home change no test
 
 import sqlite3
 import sys

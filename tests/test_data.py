@@ -753,3 +753,9 @@ def test_real_prompts_stay_under_their_limit(shared_data, style):
         for item, ids in kept[:5]:
             swapped = dataclasses.replace(item, gold_sqls=("SELECT 'other'",))
             assert make.encode(swapped) == ids and " ".join(item.question.split()[:2]) in make.text(item)
+
+
+def test_a_place_where_the_demo_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the demo's databases to .*file.*--data-dir"):
+        load_dataset("demo", tmp_path / "file")

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import policy as policies
+import train
 from models import gguf_file, model_files
 from policy import build_tiny, load_policy
 from running.errors import UserError
@@ -307,3 +308,17 @@ def test_the_real_smollm2_answers_a_question(monkeypatch, capsys):
     ids = real.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     answer = real.model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1]:]
     assert real.decode(answer) == "The capital of France is Paris." and answer[-1] == 2
+
+
+def test_a_run_on_a_gguf_file_ends_in_an_ordinary_folder(tmp_path, vocabulary, monkeypatch):
+    model = small_model(vocab=len(vocabulary[0]), max_position_embeddings=4096)
+    file = write_gguf(tmp_path / "m.gguf", model, vocabulary)
+    flags = ["--model", file, "--cold-start-steps", 2, "--cold-start-batch", 2, "--steps", 1, "--prompts-per-step", 1,
+             "--group-size", 2, "--max-completion-tokens", 8, "--eval-questions", 1, "--test-questions", 0, "--rewards",
+             "format", "--prompt-style", "compact", "--threads", 1, "--sql-workers", 1, "--output", tmp_path / "run"]
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
+    assert train.main() == 0
+    best = tmp_path / "run" / "best"
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(best), AutoTokenizer.from_pretrained(best)
+    assert not list(best.glob("*.gguf")) and {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert tokenizer.chat_template == CHAT and loaded.generation_config.eos_token_id == [2]

@@ -69,8 +69,7 @@ def test_every_end_token_of_the_checkpoint_ends_a_completion(tiny, tmp_path):
 
 def test_missing_and_broken_models_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(model_files, "hub_answers", lambda: False)
-    monkeypatch.setattr(model_files, "_cached", lambda *_: None)  # nor does the cache at home count,
-    monkeypatch.chdir(tmp_path)  # nor what runs in the checkout have left there
+    monkeypatch.chdir(tmp_path)  # what runs have left in the checkout does not count
     for name in ("qwen2.5-3b", "nobody/nothing"):
         with pytest.raises(UserError, match="neither a local folder nor reachable"):
             load_policy(name)

@@ -123,7 +123,7 @@ def test_pairs_of_prompts_that_fit_and_how_many_do_not(tiny_db):
 
     def pairs_within(tokens):
         builder = PromptBuilder({"music": tiny_db}, policy.tokenizer, PromptConfig(max_prompt_tokens=tokens))
-        return sft.supervised_pairs(examples, builder, policy.tokenizer)
+        return sft.supervised_pairs(examples, builder, policy.tokenizer, policy.end_id)
 
     pairs, notes = pairs_within(800)
     assert [policy.tokenizer.decode(completion) for _, completion in pairs] == [

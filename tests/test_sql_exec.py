@@ -726,3 +726,13 @@ def test_the_module_imports_the_standard_library_only():
 def test_execution_is_frozen():
     with pytest.raises(AttributeError):
         Execution("ok").status = "error"
+
+
+def test_what_is_cached_can_be_read_by_others(tiny_db, tmp_path):
+    """It gets the mode of the umask, as any file does."""
+    with SQLExecutor({"music": tiny_db}, workers=1, cache=tmp_path / "cache") as executor:
+        executor.run_gold([("music", "SELECT name FROM singer")])
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    modes = {path.stat().st_mode for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert modes == {plain.stat().st_mode}
