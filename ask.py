@@ -37,7 +37,7 @@ from running.errors import UserError, run_main, sound
 from running.options import add_arguments, build, check, option
 from running.wording import plural
 from scoring.answers import format_advice
-from scoring.voting import VOTES, Candidate, choose, load_for_sampling, rank_groups, sample_candidates
+from scoring.voting import VOTES, Candidate, choose, rank_groups, sample_candidates
 from sql_exec import Execution, SQLExecutor
 from text2sql import demo_world
 from text2sql.prompts import full_schema
@@ -134,7 +134,10 @@ class Asker:
         run = run_config_of(config.model) or {}
         self.lenient = config.lenient_format if config.lenient_format is not None else bool(run.get("lenient_format"))
         self.note = unknown_database(config.model, run, self.path)
-        self.policy = policy or load_for_sampling(config.model, config.threads)
+        if policy is None:
+            from policy import load_for_sampling  # here, so that --help does not wait for PyTorch
+            policy = load_for_sampling(config.model, config.threads)
+        self.policy = policy
         self.builder = PromptBuilder({"database": self.path}, self.policy.tokenizer, prompts)
         self.executor = SQLExecutor({"database": self.path}, config.workers, config.timeout,
                                     config.max_rows)

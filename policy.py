@@ -1,41 +1,61 @@
 """Policies: load, build and save a causal language model with its tokenizer. Nothing algorithmic.
 
 `tiny` is built here from random weights (a Qwen2 of about one million parameters and a byte-level BPE tokenizer
-trained on the questions at hand); everything else is a Hugging Face checkpoint: an alias, a hub id or a local folder.
+trained on the questions at hand); everything else is a checkpoint: an alias, a hub id, a local folder or a GGUF file.
 """
 
 import contextlib
 import copy
-import json
 import os
+import pickle
 import re
 import shutil
-import socket
-import urllib.parse
-import urllib.request
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 
+from engine import distributed
 from engine.attention import causal_lm
-from engine.plan import PUBLISHED
+from running.adapters import (
+    FROZEN,
+    TRAINED,
+    adapters_in_force,
+    add_frozen_adapters,
+    add_lora,
+    has_adapters,
+    import_peft,
+    live_weights,
+    merged_weights,
+    peft_quiet,
+)
 from running.errors import UserError
+from running.gguf_file import load_gguf
+from running.model_files import (
+    ALIASES,
+    base_of_adapters,
+    config_of,
+    inspect_folder,
+    known_prefix,
+    missing_model,
+    refuse_large_vocabulary,
+    refuse_quantised,
+    refuse_unfit,
+    require_model,
+    weight_files,
+)
 
-ALIASES = {
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
-    "qwen2.5-coder-0.5b": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
-    "qwen2.5-coder-1.5b": "Qwen/Qwen2.5-Coder-1.5B-Instruct",
-    "qwen2.5-coder-3b": "Qwen/Qwen2.5-Coder-3B-Instruct",
-    "qwen2.5-coder-7b": "Qwen/Qwen2.5-Coder-7B-Instruct",
-    "finer-sql-3b-bird": "griffith-bigdata/FINER-SQL-3B-BIRD",
-    "finer-sql-3b-spider": "griffith-bigdata/FINER-SQL-3B-Spider",
-}
+__all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activations", "config_of", "free_space",
+           "load_policy", "require_model", "train_tokenizer"]
+
+# What transformers and its readers of files raise for a checkpoint that is broken in one way or another.
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError,
+                  StrictDataclassError, pickle.UnpicklingError)
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -56,25 +76,47 @@ class Policy:
         """Text of a completion, without the token that ended it."""
         return self.tokenizer.decode([i for i in ids.tolist() if i not in self.eos_ids], skip_special_tokens=False)
 
+    @property
+    def end_id(self) -> int:
+        """The token that ends a completion that is taught: the tokenizer's EOS, or else the first that there is."""
+        eos = self.tokenizer.eos_token_id
+        return self.eos_ids[0] if eos is None else eos
+
     def save(self, folder: str | Path) -> None:
-        """Writes model and tokenizer so that plain transformers (and vLLM) load them."""
-        _quiet()
-        # Of a LoRA policy: the adapters, which `load_policy` puts on their base.
-        self.model.save_pretrained(folder, state_dict=self.weights)
-        self.tokenizer.save_pretrained(folder)
+        """Writes model and tokenizer so that plain transformers (and vLLM) load them; of a LoRA policy the adapters."""
+        options = {"selected_adapters": [TRAINED], "save_embedding_layers": False} if has_adapters(self.model) else {}
+        with _quiet():
+            self.model.save_pretrained(folder, state_dict=self.weights, **options)
+        self._finish(folder)
 
     def save_merged(self, folder: str | Path) -> None:
-        """As `save`, with LoRA adapters merged into the weights."""
-        if not hasattr(self.model, "merge_and_unload") or self.weights:  # sharded adapters stay as they are
+        """As `save`, with LoRA adapters merged into the weights, one after the other on the CPU."""
+        if not has_adapters(self.model) or self.weights:  # sharded adapters stay as they are
             return self.save(folder)
-        Policy(copy.deepcopy(self.model).merge_and_unload(), self.tokenizer, self.eos_ids).save(folder)
+        with _quiet():
+            causal_lm(self.model).save_pretrained(folder, state_dict=merged_weights(self.model))
+        self._finish(folder)
+
+    def _finish(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in Path(folder).rglob("*"):  # safetensors lets nobody else read what it writes
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
 
 
-def _quiet() -> None:
-    """Loading and saving draw no progress bars of their own amid ours."""
+@contextlib.contextmanager
+def _quiet():
+    """Loading and saving draw no progress bars amid ours, and print no report beside our sentence of what is wrong."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def build_tiny(texts: Iterable[str], *, seed: int, vocab_size: int = 1000, width: int = 128, layers: int = 4,
@@ -111,30 +153,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, numbers: int = 400):
 
 
 def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: torch.dtype = torch.float32) -> Policy:
-    """Loads a checkpoint by alias, local folder or hub id.
+    """Loads a checkpoint by alias, local folder, GGUF file or hub id.
 
     With `lora_rank` the weights are frozen and adapters of that rank are trained instead (needs peft).
 
     Raises:
         UserError: the checkpoint is not there or cannot be loaded, or peft is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    _quiet()
-    source = ALIASES.get(name, name)
+    source = require_model(name)
     if (Path(source) / "adapter_config.json").is_file():
-        return _load_adapters(Path(source), device, dtype)
-    require_model(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_missing_model(name, source, error)) from error
+        return _load_adapters(Path(source), device, lora_rank, dtype)
+    with _quiet():
+        model, tokenizer = _read_checkpoint(name, source, dtype)
     model.to(device)
     for weight in model.parameters():  # those of a file lie anywhere in memory, and products of matrices depend on
         weight.data = weight.data.clone()  # where their rows start, in the last digit: a resumed run would differ
     if lora_rank:
-        model = _add_lora(model, lora_rank)
+        model = add_lora(model, lora_rank)
     return Policy(model, tokenizer, _eos_ids(model, tokenizer))
 
 
@@ -142,9 +177,7 @@ def load_for_sampling(name: str, threads: int = 0) -> Policy:
     """A policy on the GPU in bfloat16 where there is one, else on the CPU; threads 0 is PyTorch's choice."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it tells how fast weights load, in the middle of our own output
-    logging.set_verbosity_error()  # and the tokenizer warns of long prompts, which we shorten or refuse
-
+    logging.set_verbosity_error()  # the tokenizer warns of long prompts, which we shorten or refuse
     if threads:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
@@ -152,107 +185,121 @@ def load_for_sampling(name: str, threads: int = 0) -> Policy:
     return load_policy(name)
 
 
-def _load_adapters(folder: Path, device: str, dtype: torch.dtype) -> Policy:
+def check_positions(policy: Policy, prompt: int, completion: int) -> None:
+    """Raises UserError: prompts and completions of so many tokens are longer than the model has positions."""
+    config = causal_lm(policy.model).config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and prompt + completion > positions:
+        raise UserError(f"prompts of {prompt} tokens and completions of {completion} are longer than the {positions} "
+                        "positions of the model: lower --max-prompt-tokens or --max-completion-tokens")
+
+
+def _read_checkpoint(name: str, source: str, dtype: torch.dtype):
+    """(model, tokenizer) of a folder, a hub id or a GGUF file. Raises UserError: it cannot be loaded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+    if source.lower().endswith(".gguf"):
+        if name != source:
+            print(f"{name}: from {source}", file=sys.stderr)
+        model, tokenizer, info = load_gguf(Path(source), dtype)
+        refuse_unfit(source, info)
+        model.name_or_path = ALIASES.get(name, name)  # where LoRA adapters look for their base
+        return model, tokenizer
+    names = inspect_folder(Path(source)) if Path(source).exists() else []
+    if prefix := known_prefix(names):
+        print(f"{source}: the prefix {prefix} is taken off the names of its weights", file=sys.stderr)
+    options = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
+    try:
+        refuse_quantised(source, PreTrainedConfig.get_config_dict(source)[0])
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, ignore_mismatched_sizes=True,
+                                                           output_loading_info=True, **options)
+    except LOADING_ERRORS as error:
+        raise UserError(missing_model(name, error)) from error
+    refuse_unfit(source, info)
+    refuse_large_vocabulary(source, tokenizer, model.get_input_embeddings().weight.shape[0])
+    return model, tokenizer
+
+
+def _load_adapters(folder: Path, device: str, lora_rank: int, dtype: torch.dtype) -> Policy:
     """A LoRA checkpoint: its base model, named in its adapter_config.json, with the adapters on, trainable."""
+    peft, names = import_peft(f"{folder} needs peft for its adapters"), inspect_folder(folder)
+    base = load_policy(base_of_adapters(folder), device=device, dtype=dtype)
     try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise UserError(f"{folder} needs peft for its adapters: pip install -r requirements-extra.txt") from error
-    base = load_policy(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"],
-                       device=device, dtype=dtype)
-    return Policy(PeftModel.from_pretrained(base.model, str(folder), is_trainable=True), base.tokenizer, base.eos_ids)
-
-
-def require_model(name: str) -> None:
-    """Raises UserError, within seconds, when a checkpoint is neither here nor can be fetched."""
-    source = ALIASES.get(name, name)
-    if Path(source).exists():
-        if not any((Path(source) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
-            raise UserError(f"{source} is not a model folder: it has no config.json")
-    elif not _cached_config(source) and not _hub_answers():
-        raise UserError(_missing_model(name, source, OSError("the hub cannot be reached")))
-
-
-def config_of(name: str) -> dict:
-    """The config.json of a checkpoint; of Qwen2.5 known here, else of its folder, the hub's cache or the hub.
-
-    Raises UserError: it is not there or not readable.
-    """
-    source = ALIASES.get(name, name)
-    size = re.search(r"-(0\.5|1\.5|3|7)b(?:-|$)", name.lower()) if source in ALIASES.values() else None
-    if size:
-        return PUBLISHED[f"{size[1]}b"]
-    require_model(name)
-    try:
-        if (Path(source) / "adapter_config.json").is_file():
-            return config_of(json.loads((Path(source) / "adapter_config.json").read_text())["base_model_name_or_path"])
-        if Path(source).exists():
-            file = Path(source) / "config.json"
-        else:
-            from huggingface_hub import hf_hub_download
-            file = _cached_config(source) or hf_hub_download(source, "config.json")
-        return json.loads(Path(file).read_text())
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_missing_model(name, source, error)) from error
-
-
-def _cached_config(source: str) -> str | None:
-    """The checkpoint's config.json in the hub's local cache."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(source, "config.json")
-    except HFValidationError:  # not even the form of a hub id
-        return None
-    return found if isinstance(found, str) else None
-
-
-def _hub_answers(seconds: float = 3.0) -> bool:
-    """Whether a connection to the hub opens soon; its own client would try again for a minute."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if HF_HUB_OFFLINE:
-        return False
-    if urllib.request.getproxies():
-        return True
-    endpoint = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=seconds).close()
-    except OSError:
-        return False
-    return True
-
-
-def _missing_model(name: str, source: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(source).exists():
-        return f"cannot load the model in {source}: {reason}"
-    known = ", ".join(["tiny", *ALIASES])
-    if source.count("/") > 1 or source.startswith((".", "~")):  # no hub id looks like this
-        return (f"there is no model in {source}: `python train.py` writes one to runs/demo/best, or choose one of "
-                f"{known}")
-    return (f"model '{name}' is neither a local folder nor reachable on the Hugging Face hub ({source}): get it with "
-            f"`hf download {source}` while online, give a folder, or choose one of {known}")
+        with peft_quiet():
+            model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+    except LOADING_ERRORS as error:
+        raise UserError(missing_model(str(folder), error)) from error
+    expected = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    if names:  # peft only warns
+        refuse_unfit(str(folder), {"missing_keys": expected - set(names), "unexpected_keys": set(names) - expected,
+                                   "mismatched_keys": ()})
+    rank = model.peft_config[TRAINED].r
+    if lora_rank not in (0, rank):
+        raise UserError(f"the adapters in {folder} have rank {rank}: leave out --lora-rank {lora_rank}")
+    return Policy(model, base.tokenizer, base.eos_ids)
 
 
 def _eos_ids(model, tokenizer) -> tuple[int, ...]:
-    """All ids that end a completion: the tokenizer's EOS and those of the generation config."""
-    configured = getattr(model, "generation_config", None)
-    ids = getattr(configured, "eos_token_id", None) or []
-    ids = {*([ids] if isinstance(ids, int) else ids), tokenizer.eos_token_id} - {None}
+    """All ids that end a completion: the tokenizer's EOS, those of the generation config, the chat template's."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = list(configured) if isinstance(configured, list | tuple) else [configured]
+    ids = {*ids, tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None}
     if not ids:
         raise UserError("the tokenizer has no EOS token, so completions would never end")
     return tuple(sorted(ids))
 
 
-def _add_lora(model, rank: int):
+def _end_of_turn(tokenizer) -> int | None:
+    """The control token with which the chat template closes an answer; None where there is none."""
+    import jinja2  # it is there where a chat template can be used
+
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
     try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("--lora-rank needs peft: pip install -r requirements-extra.txt") from error
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
-                                            task_type="CAUSAL_LM"))
+        closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
+    except (jinja2.TemplateError, TypeError, ValueError):  # of a template that wants another kind of chat
+        return None
+    ids = tokenizer.encode(closing.lstrip(), add_special_tokens=False)
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+@torch.no_grad()
+def load_weights(policy: Policy, folder: str | Path) -> None:
+    """Takes a saved policy's weights into this one's live model, tensor by tensor, so that there is no second model.
+
+    Merged weights go into the base of a LoRA policy, whose adapters then add nothing.
+    Raises UserError: they do not fit.
+    """
+    folder, adapted = Path(folder), has_adapters(policy.model)
+    adapters = (folder / "adapter_config.json").is_file()
+    _copy_saved(folder, live_weights(policy.model, TRAINED if adapters else ""))
+    if adapted and not adapters:
+        for name, weight in policy.model.named_parameters():
+            if f".lora_B.{TRAINED}." in name:
+                weight.zero_()
+
+
+@torch.no_grad()
+def _copy_saved(folder: Path, live: dict[str, torch.Tensor]) -> None:
+    """Copies the tensors of a saved folder onto those of the same name."""
+    names = set(inspect_folder(folder))
+    if not names <= live.keys():  # some architectures are saved under other names than they have in memory
+        saved = load_policy(str(folder)).model.state_dict()
+        tensors = ((name, saved[name]) for name in saved)
+    else:
+        tensors = ((name, file.get_tensor(name)) for path in weight_files(folder)
+                   for file in [safe_open(path, framework="pt")] for name in file.keys())  # noqa: SIM118
+    copied, mismatched = set(), []
+    for name, tensor in tensors:
+        if name in live and live[name].shape == tensor.shape:
+            distributed.copy_whole(live[name], tensor)
+            copied.add(id(live[name]))
+        elif name in live:
+            mismatched.append((name,))
+    refuse_unfit(str(folder), {"missing_keys": [name for name, weight in live.items() if id(weight) not in copied],
+                               "unexpected_keys": [], "mismatched_keys": mismatched})
 
 
 def checkpoint_activations(model) -> None:
@@ -266,20 +313,27 @@ def checkpoint_activations(model) -> None:
 
 
 class Reference:
-    """The frozen policy that the KL penalty pulls towards: a copy, or the same model with its adapters off.
+    """The frozen policy that the KL penalty pulls towards, that of step 0: a copy of the model, or of its adapters.
 
-    A copy may be kept on the CPU (`device`), from where it is lent to the GPU for its pass; bit for bit the same.
+    A copied model may be kept on the CPU (`device`), from where it is lent to the GPU for its pass; bit for bit the
+    same. Copied adapters are a second set in the same model, which is in force during that pass only.
     """
 
     def __init__(self, model, device: str | None = None):
-        self.adapters = hasattr(model, "disable_adapter")
+        self.adapters = has_adapters(model)
         self.model = model if self.adapters else _frozen_copy(model, device)
+        if self.adapters:
+            add_frozen_adapters(model)
+
+    def load(self, folder: str | Path) -> None:
+        """Makes the policy saved in this folder the reference: a resumed run's is that of its step 0."""
+        _copy_saved(Path(folder), live_weights(self.model, FROZEN if self.adapters else ""))
 
     @contextlib.contextmanager
     def active(self, device: str | None = None):
         """Yields the model with the reference's weights in force, on this device while it is used."""
         if self.adapters:
-            with self.model.disable_adapter():
+            with adapters_in_force(self.model, FROZEN):
                 yield self.model
             return
         at_home = [(tensor, tensor.data) for tensor in (*self.model.parameters(), *self.model.buffers())]

@@ -93,7 +93,7 @@ class RewardConfig:
     """The rewards."""  # ValueError for weights or names that make no sense
 
     rewards: str = field(default="format,execution,atomic,memory", metadata={
-        "help": "rewards that are summed, with optional weights: format,execution=2,atomic=0.5,memory"})
+        "help": "rewards that are summed, with optional weights: format,execution=2,atomic=0.5,memory", "common": True})
     atomic_when: str = field(default="wrong", metadata={
         "help": "which completions earn the atomic reward: all wrong ones, those that run, those that fail",
         "choices": ATOMIC_WHEN})
@@ -105,7 +105,7 @@ class RewardConfig:
     atomic_gamma: float = field(default=0.20, metadata={
         "help": "gamma in the atomic reward: the smaller, the steeper it rises near 0", "at_least": 0, "at_most": 1})
     lenient_format: bool = field(default=False, metadata={
-        "help": "also take SQL inside a code fence"})
+        "help": "also take SQL inside a code fence", "common": True})
     embedder: str = field(default="hash", metadata={
         "help": "embeds reasoning: hash (no model), policy (the reference), or a Hugging Face encoder"})
     memory_top_k: int = field(default=20, metadata={
@@ -113,7 +113,7 @@ class RewardConfig:
     memory_scope: str = field(default="other", metadata={
         "help": "compare with traces of other databases, the same, or any", "choices": SCOPES})
     reward_module: str | None = field(default=None, metadata={
-        "help": "a Python file with a function reward(...), see the README; user=W in --rewards weighs it"})
+        "help": "a Python file with a function reward(...), see docs/rewards.md; user=W in --rewards weighs it"})
 
     def __post_init__(self):
         for name, choices in (("atomic_when", ATOMIC_WHEN), ("memory_scope", SCOPES)):

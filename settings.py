@@ -21,18 +21,17 @@ from running import options
 from running.errors import UserError
 from running.guards import GuardConfig
 from running.options import option
-from sft import SHORT_TRACES, SFTConfig
+from sft import SFTConfig
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
 TINY = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
         "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
         "max_completion_tokens": 80, "save_every": 100, "eval_every": 40, "cold_start_steps": 300,
-        "cold_start_lr": 3e-3, "prompt_loss": 0.3, **SHORT_TRACES}
+        "cold_start_lr": 3e-3, "prompt_loss": 0.3}
 KINDS = {  # of pretrained models, up to so many parameters
-    1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": False, "cold_start_steps": 0},
-    4e9: {"group_size": 8, "prompts_per_step": 8, "lr": 1e-6, "gradient_checkpointing": True, "cold_start_steps": 0},
-    float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True,
-                   "cold_start_steps": 0},
+    1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": False},
+    4e9: {"group_size": 8, "prompts_per_step": 8, "lr": 1e-6, "gradient_checkpointing": True},
+    float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True},
 }
 LORA_LR = 10  # times the learning rate
 RECIPES = {  # arXiv 2605.03465; the 20 are the verified traces that form the memory's centroid
@@ -42,16 +41,18 @@ RECIPES = {  # arXiv 2605.03465; the 20 are the verified traces that form the me
 }
 
 
-def defaults_of_kind(config: dict | None, lora: bool) -> dict:
-    """Defaults of a model by its config.json; None: those of `tiny`."""
+def defaults_of_kind(config: dict | None, lora: bool, traces: bool) -> dict:
+    """Defaults of a model by its config.json; None: those of `tiny`. A pretrained one is cold-started where traces are
+    given."""
     if config is None:
         return TINY
+    start = {} if traces else {"cold_start_steps": 0}
     try:
         parameters = plan.Shape.of(config).parameters()
     except ValueError:  # an architecture whose size we cannot tell
-        return {"cold_start_steps": 0}
+        return start
     values = next(values for limit, values in KINDS.items() if parameters <= limit)
-    return values | ({"lr": LORA_LR * values["lr"]} if lora else {})
+    return start | values | ({"lr": LORA_LR * values["lr"]} if lora else {})
 
 
 def settings_of_run(folder: str) -> dict:
@@ -66,7 +67,7 @@ def settings_of_run(folder: str) -> dict:
 class RunConfig:
     """The run."""
 
-    model: str = option("tiny", "tiny, an alias of the README's table, a Hugging Face id or a local folder",
+    model: str = option("tiny", "tiny, an alias of docs/scale.md, a Hugging Face id, a local folder or a GGUF file",
                         common=True)
     engine: str = option("fast", "how sampling and log-probabilities are computed: fast, or plain as grpo.py shows it",
                          choices=("fast", "plain"), common=True)
@@ -84,8 +85,8 @@ class RunConfig:
     split: str = option("train", "questions to train on")
     world: str = option("default", "of the demo: default, or hard (its teacher mostly slips)")
     start: str | None = option(None, "begin with this checkpoint of an earlier run of --model, without a cold start")
-    traces: str | None = option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory",
-                                common=True)
+    traces: str | None = option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory; "
+                                      "template: made from the gold SQL", common=True)
     output: str | None = option(None, "folder of the run (default: runs/DATA)", common=True)
     seed: int = option(0, "seed of everything random", common=True)
     steps: int = option(300, "GRPO steps", at_least=0, common=True)
@@ -101,14 +102,14 @@ class RunConfig:
     eval_questions: int = option(200, "at most this many questions in such an evaluation", at_least=0)
     test_questions: int = option(1000, "at most this many questions in the evaluations before and after; 0: none",
                                  at_least=0, common=True)
-    save_every: int = option(50, "steps between checkpoints; 0: only at the end", at_least=0, common=True)
+    save_every: int = option(50, "steps between checkpoints; 0: only at the end", at_least=0)
     match: str = option("bird", "when a result counts as the gold result", choices=("bird", "spider"))
     empty_gold: str = option("keep", "questions whose gold result has no rows", choices=("keep", "drop"))
     sql_workers: int = option(2, "processes that run SQL", at_least=1)
     sql_timeout: float = option(5.0, "seconds a query may take", above=0)
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0, common=True)
     verbose: int = option(0, "print a coloured group every so many steps; 0: never, without a number: 10", alone=10,
-                          at_least=0, common=True)
+                         at_least=0)
     tensorboard: bool = option(False, "also write TensorBoard events (needs tensorboard)")
     token_ratios_every: int = option(10, "keep what the update did to each token of one group, every so many steps; "
                                           "0: never", at_least=0)
@@ -156,7 +157,8 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
     if not defaults:
         model = given.get("model", "tiny")
         config = None if model == "tiny" else config_of(model)
-        defaults = defaults_of_kind(config, given.get("lora_rank", 0) > 0) | RECIPES.get(given.get("recipe"), {})
+        kind = defaults_of_kind(config, lora=given.get("lora_rank", 0) > 0, traces=bool(given.get("traces")))
+        defaults = kind | RECIPES.get(given.get("recipe"), {})
     values = defaults | given
     try:
         settings = Settings(*(options.build(config, values) for config in CONFIGS))
@@ -178,7 +180,7 @@ def check_together(s: Settings) -> None:
 
 
 def planned(s: Settings) -> tuple[plan.Shape, plan.Work]:
-    """The model and the work that `--plan` reckons with. Raises UserError: its architecture is not known there."""
+    """The model and the work that `--plan` is about. Raises UserError: its architecture is not known there."""
     run = s.run
     try:
         shape = plan.Shape.of(plan.TINY if run.model == "tiny" else config_of(run.model))

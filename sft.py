@@ -1,9 +1,12 @@
 """Cold start: supervised fine-tuning on reasoning traces, so that GRPO starts from a policy that knows the format.
 
-The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>`, given the prompt.
+The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>`, given the prompt. What
+is taught is what the reward reads: tags and fences in a trace are taken off, and what `parse_completion` would then not
+read back is left out and counted.
 
-No teacher is needed to write the traces: `--mine` samples a model on questions with gold SQL, keeps what it got
-right, and writes a file that train.py takes as --traces, for its cold start and its memory.
+No teacher is needed to write the traces. A template derives them from the gold SQL (text2sql/traces.py), or `--mine`
+samples a model on questions with gold SQL, keeps what it got right, and writes a file that train.py takes as --traces,
+for its cold start and its memory. When mining is interrupted, the same command goes on where it stopped.
 
     python sft.py --mine mined.jsonl --model runs/demo/best
     python sft.py --mine mined.jsonl --model qwen2.5-coder-3b --data spider --data-dir SPIDER -n 4 --lenient-format
@@ -17,46 +20,56 @@ A trace is kept when
 """
 
 import argparse
+import json
 import math
 import os
 import random
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 
-import sqlparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from data import PromptBuilder, PromptConfig, columns_of, load_dataset
-from rewards import RewardConfig, build_memory
+from policy import load_for_sampling
+from rewards import RewardConfig, build_memory, parse_completion
 from running.errors import UserError, check_folder, json_lines, run_main, write_whole
 from running.guards import Heartbeat
-from running.options import add_arguments, build
+from running.options import add_arguments, build, check, option
 from scoring.answers import Examination, Progress
 from scoring.verdicts import MATCHES
-from scoring.voting import load_for_sampling
 from sql_exec import SQLExecutor
-from text2sql.memory import MemoryGate, TraceMemory
+from text2sql.example import Example
+from text2sql.memory import MemoryGate, TraceMemory, gate_for
+from text2sql.plain_text import encode_answers
+from text2sql.traces import TEMPLATE, TRACE_TEMPLATES, plan_trace, template_trace
+
+__all__ = ["MineConfig", "SFTConfig", "TRACE_TEMPLATES", "cold_start", "cold_start_notes", "completion_text",
+           "plan_trace", "supervised_pairs", "taught_text", "teachable", "template_trace", "template_traces"]
 
 PASS_TOKENS, PASS_LOGITS = 2**14, 2**27  # of a forward pass of the cold start, at most; 2**27 are 512 MiB in float32
-SHORT_TRACES = {"memory_min_words": 5, "memory_min_columns": 1}  # the gate for the demo, whose traces are short
+OFTEN = 50  # times that a cold start may show each trace before we say that there are few
+TAG = re.compile(r"</?think(?:ing)?\s*>", re.IGNORECASE)
+FENCE_MARK = re.compile(r"^[ \t]*```[\w+-]*[ \t]*$\n?|```(?:sql(?:ite)?\b)?", re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class SFTConfig:
     """Settings of the cold start."""
 
-    cold_start_steps: int = field(default=400, metadata={"help": "supervised steps before GRPO; 0: none"})
-    cold_start_batch: int = field(default=32, metadata={"help": "traces per supervised step"})
-    cold_start_lr: float = field(default=1e-5, metadata={"help": "peak learning rate of the cold start"})
-    prompt_loss: float = field(default=0.0, metadata={"help": "weight of the loss on prompt tokens; a policy from "
-                                                              "random weights learns to copy from them"})
+    cold_start_steps: int = option(400, "supervised steps before GRPO; 0: none", at_least=0, common=True)
+    cold_start_batch: int = option(32, "traces per supervised step", at_least=1)
+    cold_start_lr: float = option(1e-5, "peak learning rate of the cold start", above=0)
+    prompt_loss: float = option(0.0, "weight of the loss on prompt tokens; a policy from random weights learns to copy "
+                                     "from them", at_least=0)
 
 
 def completion_text(trace: str, sql: str) -> str:
@@ -69,9 +82,110 @@ def taught_text(example) -> str:
     return completion_text(example.trace, example.trace_sql or example.gold_sqls[0])
 
 
+# ---------------------------------------------------------------------------------------------- which traces are taught
+
+
+def template_traces(examples: Sequence[Example], schemas: Mapping, template: str = TEMPLATE) -> list[Example]:
+    """The examples, those without a trace with one of a template, made from their gold SQL.
+
+    Args:
+        schemas: {db_id: {table: [column, ...]}}.
+        template: one of TRACE_TEMPLATES.
+    """
+    write = TRACE_TEMPLATES[template]
+    return [example if example.trace else replace(example, trace=write(example.gold_sqls[0], schemas[example.db_id]))
+            for example in examples]
+
+
+def teachable(examples: Sequence[Example], executor, schemas: Mapping) -> tuple[list[Example], list[str]]:
+    """The traces that can be taught, without tags and fences, and a sentence a reason on those left out."""
+    known = [example for example in examples if example.db_id in schemas]
+    golds = executor.run_gold([(example.db_id, example.gold_sqls[0]) for example in known])
+    strangers = sorted({example.db_id for example in examples} - set(schemas))
+    reasons = Counter()
+    if strangers:
+        reasons[f"their db_id is not among the databases of the data (the first: {strangers[0]!r})"] = (
+            len(examples) - len(known))
+    kept = []
+    for example, gold in zip(known, golds, strict=True):
+        if gold.status != "ok":
+            reasons["their gold SQL fails"] += 1
+            continue
+        clean, reason = without_tags(example)
+        if reason:
+            reasons[reason] += 1
+        else:
+            kept.append(clean)
+    return kept, [f"left out {count} of {len(examples)} traces: {reason}" for reason, count in reasons.items()]
+
+
+def without_tags(example: Example) -> tuple[Example, str]:
+    """The example as it can be taught, so that it is read back as it is; and the reason where that cannot be."""
+    trace, sql = bare_trace(example.trace), example.trace_sql or example.gold_sqls[0]
+    if not trace:
+        return example, "without tags and fences they hold no reasoning"
+    if TAG.search(trace) or TAG.search(sql):
+        return example, "they hold several <think> tags"
+    read = parse_completion(completion_text(trace, sql), lenient=True)  # takes a fence off the SQL of a teacher
+    if read is None or read != parse_completion(completion_text(*read)):
+        return example, "their SQL is not one statement that can be read back"
+    return replace(example, trace=read[0], trace_sql=read[1] if example.trace_sql else ""), ""
+
+
+def bare_trace(text: str) -> str:
+    """The reasoning of a trace that may be a whole completion: what its tags enclose, without the marks of fences."""
+    closing = ["/" in tag for tag in TAG.findall(text)]
+    if closing not in ([], [False], [True], [False, True]):  # one may be missing: prompts can open, limits can cut
+        return text
+    pieces = TAG.split(text)
+    return FENCE_MARK.sub("", pieces[1] if closing[:1] == [False] else pieces[0]).strip()
+
+
+def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder,
+                     tokenizer) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """(prompt, completion with EOS) of the traces whose prompt fits, and a sentence on those left out.
+
+    Raises:
+        UserError: there are traces, but no prompt fits.
+    """
+    encoded, notes = builder.encode_all(examples)
+    if examples and not encoded:
+        raise UserError(f"no trace can be taught: the prompts of all {len(examples)} are longer than "
+                        f"--max-prompt-tokens {builder.config.max_prompt_tokens}, even shortened")
+    answers = encode_answers(tokenizer, [taught_text(example) for example, _ in encoded])
+    pairs = [(torch.tensor(ids), torch.tensor(answer + [tokenizer.eos_token_id]))
+             for (_, ids), answer in zip(encoded, answers, strict=True)]
+    return pairs, [f"cold start: {note}" for note in notes]
+
+
+def cold_start_notes(config: SFTConfig, traces: int, questions: int) -> list[str]:
+    """Sentences on a cold start that does not do what one may expect of it; `questions` are those to train on."""
+    steps = config.cold_start_steps
+    if not traces:
+        return [f"no cold start: --cold-start-steps {steps} has no traces to teach; give --traces FILE, or --traces "
+                "template for reasoning made from the gold SQL"] if steps else []
+    if not steps:
+        return [f"no cold start: {traces} traces are there, but --cold-start-steps is 0; they only fill the memory"]
+    times = round(steps * config.cold_start_batch / traces)
+    if times <= OFTEN:
+        return []
+    more = "--traces template makes one for every question; else " if traces < questions else ""
+    return [f"the cold start has only {traces} traces for {questions} training questions and shows each {times} times: "
+            f"{more}lower --cold-start-steps"]
+
+
+# ---------------------------------------------------------------------------------------------- teaching them
+
+
 def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig, *, seed: int,
                autocast: Callable = nullcontext, quiet: bool = False) -> float:
-    """Trains on (prompt [P], completion [C] with EOS) pairs; returns the loss of the last tenth, nats a token."""
+    """Trains on (prompt [P], completion [C] with EOS) pairs; returns the loss of the last tenth, nats a token.
+
+    Raises:
+        UserError: there are no pairs.
+    """
+    if not pairs:
+        raise UserError("the cold start has no trace to teach: give --traces, or --cold-start-steps 0 to go without it")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.cold_start_lr,
                                   betas=(0.9, 0.98), weight_decay=0.01)
     steps = config.cold_start_steps
@@ -159,29 +273,17 @@ def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompt
 
 
 def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
-    """`steps` batches of indices; every pair is seen once before any is seen again."""
+    """`steps` batches of indices; every pair is seen once before any is seen again.
+
+    Raises:
+        ValueError: there are no pairs.
+    """
+    if count < 1:
+        raise ValueError("there are no pairs to make batches of")
     rng, order = random.Random(seed), []
     while len(order) < size * steps:
         order += rng.sample(range(count), count)
     return [order[i * size:(i + 1) * size] for i in range(steps)]
-
-
-def template_trace(sql: str, schema: dict[str, list[str]]) -> str:
-    """A plain reasoning trace for a gold SQL without one: its tables, its columns, and the clauses it needs.
-
-    Args:
-        schema: {table: [column, ...]} of the database.
-    """
-    words = [value for kind, value in sqlparse.lexer.tokenize(sql) if kind not in sqlparse.tokens.Literal.String.Single]
-    spoken = {word.strip('"`[]').lower() for word in words}
-    tables = [table for table in schema if table.lower() in spoken]
-    columns = list(dict.fromkeys(c for table in tables for c in schema[table] if c.lower() in spoken))
-    known = ("join", "where", "group by", "having", "order by", "limit", "intersect", "union", "except")
-    clauses = [clause for clause in known
-               if any(word.lower().split() == clause.split() or word.lower().endswith(clause) for word in words)]
-    nested = ["subquery"] if sum(word.lower() == "select" for word in words) > 1 else []
-    return " ; ".join(f"{name} {' '.join(items)}" for name, items in
-                      (("tables", tables), ("columns", columns), ("clauses", clauses + nested or ["select"])) if items)
 
 
 # ---------------------------------------------------------------------------------------------- mining traces
@@ -191,37 +293,32 @@ def template_trace(sql: str, schema: dict[str, list[str]]) -> str:
 class MineConfig:
     """What to mine, and how much of it to keep."""
 
-    mine: str = field(default="", metadata={"help": "write verified traces to this .jsonl file"})
-    model: str = field(default="", metadata={"help": "the model to sample: an alias, a Hugging Face id or a folder"})
-    data: str = field(default="demo", metadata={"help": "demo, spider, bird, or your own .json or .jsonl"})
-    data_dir: str | None = field(default=None, metadata={"help": "folder of the data and its databases"})
-    split: str = field(default="train", metadata={"help": "which questions"})
-    world: str = field(default="default", metadata={"help": "of the demo: default, or hard (its teacher mostly slips)"})
-    limit: int = field(default=0, metadata={"help": "only this many questions, drawn by the seed; 0: all"})
-    samples: int = 8  # -n
-    temperature: float = field(default=1.0, metadata={"help": "of sampling"})
-    max_completion_tokens: int = field(default=512, metadata={"help": "a completion is cut at this many tokens"})
-    batch: int = field(default=256, metadata={"help": "completions decoded side by side"})
-    lenient_format: bool = field(default=False, metadata={"help": "also take SQL inside a code fence"})
-    max_per_question: int = field(default=2, metadata={"help": "at most this many traces of a question"})
-    max_per_cell: int = field(default=20, metadata={"help": "at most this many of a (database, difficulty)"})
-    embedder: str = field(default="hash", metadata={
-        "help": "tells how near traces are: hash (no model), policy (--model), or a Hugging Face encoder"})
-    seed: int = field(default=0, metadata={"help": "seed of sampling and choosing, and of the demo world"})
-    threads: int = field(default=0, metadata={"help": "CPU threads of PyTorch; 0: PyTorch's choice"})
-    workers: int = field(default=os.cpu_count() or 1, metadata={"help": "SQL worker processes"})
-    timeout: float = field(default=5.0, metadata={"help": "seconds a query may take"})
+    mine: str = option("", "write verified traces to this .jsonl file")
+    model: str = option("", "the model to sample: an alias, a Hugging Face id or a folder")
+    data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl")
+    data_dir: str | None = option(None, "folder of the data and its databases")
+    split: str = option("train", "which questions")
+    world: str = option("default", "of the demo: default, or hard (its teacher mostly slips)")
+    limit: int = option(0, "only this many questions, drawn by the seed; 0: all", at_least=0)
+    samples: int = field(default=8, metadata={"at_least": 1})  # -n
+    temperature: float = option(1.0, "of sampling", above=0)
+    max_completion_tokens: int = option(512, "a completion is cut at this many tokens", at_least=1)
+    batch: int = option(256, "completions decoded side by side", at_least=1)
+    lenient_format: bool = option(False, "also take SQL inside a code fence")
+    max_per_question: int = option(2, "at most this many traces of a question", at_least=1)
+    max_per_cell: int = option(20, "at most this many of a (database, difficulty)", at_least=1)
+    embedder: str = option("hash", "tells how near traces are: hash (no model), policy (--model), or a Hugging Face "
+                                   "encoder")
+    seed: int = option(0, "seed of sampling and choosing, and of the demo world")
+    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
+    workers: int = option(os.cpu_count() or 1, "SQL worker processes", at_least=1)
+    timeout: float = option(5.0, "seconds a query may take", above=0)
 
-    matches, keep_distinct, ways = MATCHES, True, ("sample",)  # how `Examination` answers and judges here
+    matches, keep_distinct, ways = tuple(MATCHES), True, ("sample",)  # how `Examination` answers and judges here
 
     def __post_init__(self):
         if not self.mine or not self.model:
             raise UserError("give --mine FILE and --model NAME: traces of which model are to be written where")
-        for name in ("samples", "temperature", "max_completion_tokens", "batch", "max_per_question", "max_per_cell",
-                     "workers", "timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                shown = "-n" if name == "samples" else "--" + name.replace("_", "-")
-                raise UserError(f"{shown} must be above zero, not {getattr(self, name)}")
         check_folder(self.mine)
 
     @property
@@ -238,39 +335,95 @@ def main() -> None:
     examples = dataset.examples
     if 0 < config.limit < len(examples):
         examples = random.Random(config.seed).sample(examples, config.limit)
+    progress = Progress(f"{config.mine}.progress", fingerprint(config, prompts, examples))
+    if progress.done:
+        print(f"continuing: {sum(map(len, progress.done.values()))} of {len(examples)} questions are done")
     policy = load_for_sampling(config.model, config.threads)
-    schemas = columns_of(dataset.databases)
     try:
-        memory = build_memory(RewardConfig(embedder=config.embedder), gate, schemas, policy.model.get_decoder(),
-                              policy.tokenizer)
+        memory = build_memory(RewardConfig(embedder=config.embedder), gate, columns_of(dataset.databases),
+                              policy.model.get_decoder(), policy.tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from error
-    builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
-    with SQLExecutor(dataset.databases, config.workers, config.timeout) as executor:
-        examination = Examination(policy, builder, executor, config, traces=config.samples)
-        records = examination.run(examples, Progress(None, {}))
+    records = sample(config, PromptBuilder(dataset.databases, policy.tokenizer, prompts), policy, examples, progress)
+    write_traces(config, records, memory, progress)
+
+
+def sample(config: MineConfig, builder: PromptBuilder, policy, examples: Sequence[Example],
+           progress: Progress) -> list[dict]:
+    """Lets the model answer; Ctrl-C says how to go on."""
+    with SQLExecutor(builder.databases, config.workers, config.timeout) as executor:
+        try:
+            return Examination(policy, builder, executor, config, traces=config.samples).run(examples, progress)
+        except KeyboardInterrupt:
+            print(f"\nwhat is done is kept in {progress.file}; the same command continues")
+            raise
+
+
+def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemory, progress: Progress) -> None:
+    """Chooses traces and writes the file. Raises UserError: there is none to write, and why."""
+    verified = [(trace["db_id"], trace["trace"]) for record in records for trace in record["traces"]]
+    memory.gate = gate_for(verified, memory.columns, memory.gate)
     kept = choose_traces(records, memory, config)
     summary = summary_of(records, kept, memory)
+    if not verified:
+        progress.finish()  # of no use to a command that reads answers in another way
+        raise UserError(f"no trace to write to {config.mine}: {summary}: {why_none_verified(records, config)}")
     if not kept:
-        raise UserError(f"no trace to write to {config.mine}: {summary}")
+        raise UserError(f"no trace to write to {config.mine}: {summary}: the gate refused "
+                        f"{memory.gate.explain(memory.rejections)}; what was sampled is kept in {progress.file}, so "
+                        "the same command with another gate is done at once")
     try:
         write_whole(Path(config.mine), json_lines(kept))
     except OSError as error:
         raise UserError(f"cannot write {config.mine}: {error.strerror}") from error
     print(f"{config.mine}: {summary}")
+    progress.finish()
 
 
 def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfig]:
-    """The command line; the gate has the demo's thresholds on the demo."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
                         help=f"completions sampled a question (default: {MineConfig.samples})")
-    configs = (MineConfig, MemoryGate, PromptConfig)
-    for config in configs:
-        add_arguments(parser, config)
+    kinds = (MineConfig, MemoryGate, PromptConfig)
+    for kind in kinds:
+        add_arguments(parser, kind)
     given = vars(parser.parse_args(arguments))
-    defaults = SHORT_TRACES if given.get("data", "demo") == "demo" else {}
-    return tuple(build(config, defaults | given) for config in configs)
+    try:
+        configs = tuple(build(kind, given) for kind in kinds)
+        for config in configs:
+            check(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return configs
+
+
+def fingerprint(config: MineConfig, prompts: PromptConfig, examples: Sequence[Example]) -> dict:
+    """All that the samples depend on: what is kept of others is not continued."""
+    free = {"mine", "max_per_question", "max_per_cell", "embedder", "threads", "workers"}
+    asked = json.dumps([[example.id, example.db_id, example.question, example.gold_sqls] for example in examples])
+    weights = sorted(Path(config.model).glob("*.safetensors")) + sorted(Path(config.model).glob("*.bin"))
+    return {**{name: value for name, value in vars(config).items() if name not in free}, **vars(prompts),
+            "questions": sha256(asked.encode()).hexdigest(),
+            "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]}
+
+
+def why_none_verified(records: Sequence[dict], config: MineConfig) -> str:
+    """What to do when no completion is verified: whether it is the format, the length or the SQL."""
+    fates = sum((Counter(record["samples"]["statuses"]) for record in records), Counter())
+    total = fates.total() or 1
+    met = 1 - (fates["format"] + fates["truncated"] + fates["too_long"]) / total
+    if not fates.total():
+        return "no prompt fits; raise --max-prompt-tokens"
+    if fates["truncated"] > total / 2:
+        return (f"{fates['truncated'] / total:.0%} of the completions were cut at --max-completion-tokens "
+                f"{config.max_completion_tokens}; raise it, or teach the model to stop (train.py --traces template)")
+    if met < 0.5:
+        fence = "" if config.lenient_format else " --lenient-format also takes SQL inside a code fence;"
+        return (f"only {met:.0%} of the completions met the format `<think> reasoning </think> SQL`;{fence} "
+                "train.py --traces template teaches it in a cold start")
+    return (f"{met:.0%} of the completions met the format, but none returned the gold result; try a larger -n, another "
+            "--model or easier questions")
 
 
 def choose_traces(records: Sequence[dict], memory: TraceMemory, config: MineConfig) -> list[dict]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import evaluate
 import report
-from data import PromptBuilder, Splits, columns_of, load_splits
+from data import PromptBuilder, Splits, columns_of, load_splits, not_seen_before, run_config_of
 from engine import distributed, plan
 from engine.fast import ENGINES
 from grpo import (
@@ -47,16 +47,18 @@ from policy import (
     checkpoint_activations,
     free_space,
     load_policy,
+    load_weights,
     require_model,
 )
-from rewards import RewardBreakdown, RewardItem, RewardScorer, build_memory, load_reward_module
+from rewards import RewardBreakdown, RewardError, RewardItem, RewardScorer, build_memory, load_reward_module
 from running import show
 from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer
 from settings import MAY_CHANGE_ON_RESUME, Settings, memory_here, parse_settings, planned
-from sft import cold_start, taught_text, template_trace
+from sft import cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import MATCHES, SQLExecutor
+from text2sql.memory import TraceMemory, gate_for
 
 
 def main() -> int:
@@ -89,8 +91,10 @@ def run_all(s: Settings) -> int:
     print(f"{run.model}: {s.grpo.group_size} completions a question, {run.prompts_per_step} questions a step, learning "
           f"rate {run.lr:g}, gradient checkpointing {'on' if run.gradient_checkpointing else 'off'}"
           + (f", recipe {run.recipe}" if run.recipe != "none" else ""))
-    data = load_splits(run.data, run.data_dir, run.split, traces=run.traces, seed=run.seed,
+    traces = None if run.traces == "template" else run.traces
+    data = load_splits(run.data, run.data_dir, run.split, traces=traces, seed=run.seed,
                        world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
+    data = not_seen_before(data, run.data, run.data_dir, run_config_of(run.start or run.model))
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
                                                    may_change=MAY_CHANGE_ON_RESUME))
     for note in data.notes:
@@ -100,12 +104,15 @@ def run_all(s: Settings) -> int:
                      cache=folder.path / "gold_cache") as executor:
         try:
             return Trainer(s, data, folder, executor).train()
-        except (UserError, KeyboardInterrupt) as error:
-            if distributed.is_main():
-                folder.discard_new()
-                if isinstance(error, KeyboardInterrupt) and folder.checkpoints():
-                    print(f"go on from step {folder.checkpoints()[-1][0]} with --resume --output {run.output}")
+        except RewardError as error:
+            raise UserError(str(error)) from error
+        except KeyboardInterrupt:
+            if distributed.is_main() and folder.checkpoints():
+                print(f"go on from step {folder.checkpoints()[-1][0]} with --resume --output {run.output}")
             raise
+        finally:
+            if distributed.is_main():
+                folder.discard_new()  # if it never had a checkpoint
 
 
 @dataclass
@@ -394,7 +401,10 @@ class Trainer:
         """Prints the held-out accuracy of the best policy by dev beside that of the start."""
         best = self.folder.path / "best"
         if self.s.run.eval_every and self.dev_set and best.exists():
-            self.policy = load_policy(str(best), device=self.device, dtype=self.base_dtype)
+            if self.sharded:
+                self.policy, self.sharded = load_policy(str(best), device=self.device, dtype=self.base_dtype), None
+            else:
+                load_weights(self.policy, best)  # into the same model, so that there is no second one
         after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         if not distributed.is_main():
             return
@@ -406,43 +416,50 @@ class Trainer:
 
     def cold_start(self) -> None:
         """Supervised steps on reasoning traces, so that GRPO starts from a policy that knows the format."""
-        s, tokenizer = self.s, self.policy.tokenizer
+        s = self.s
+        for note in cold_start_notes(s.sft, len(self.traced), len(self.data.train)):
+            print(note)
         if not s.sft.cold_start_steps or not self.traced:
             return
-        encoded, _ = self.builder.encode_all(self.traced)
-        pairs = [(torch.tensor(ids), torch.tensor(tokenizer.encode(taught_text(e),
-                  add_special_tokens=False) + [tokenizer.eos_token_id])) for e, ids in encoded]
+        pairs, notes = supervised_pairs(self.traced, self.builder, self.policy.tokenizer)
+        for note in notes:
+            print(note)
         loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast,
                           quiet=not distributed.is_main())
         print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
 
     def freeze_reference(self) -> Reference | None:
-        """The policy of step 0 for the KL penalty; None where there is no penalty."""
+        """The policy of step 0 for the KL penalty (`resume` gives it back its weights); None where there is none."""
         if not self.s.grpo.kl_coef:
             return None
-        on_cpu = self.s.run.reference_device == "cpu"
-        if self.checkpoint and not self.s.run.lora_rank:
-            start = distributed.on_main(self.folder.first_checkpoint)
-            frozen = load_policy(str(start), device="cpu" if on_cpu else self.device, dtype=self.base_dtype)
-            return Reference(frozen.model)
-        return Reference(self.policy.model, "cpu" if on_cpu else None)
+        return Reference(self.policy.model, "cpu" if self.s.run.reference_device == "cpu" else None)
 
     def make_scorer(self) -> RewardScorer:
         """The rewards, with the memory that the verified traces start."""
         s, memory = self.s, self.memory
         if s.rewards.embedder == "policy":  # the policy of step 0, so that embeddings do not move as it learns
-            start = self.policy
             if self.checkpoint:
                 first = distributed.on_main(self.folder.first_checkpoint)
-                start = load_policy(str(first), device=self.device, dtype=self.base_dtype)
-            frozen = copy.deepcopy(start.model).requires_grad_(False).eval().get_decoder()
+                frozen = load_policy(str(first), device=self.device, dtype=self.base_dtype).model
+            else:
+                frozen = copy.deepcopy(self.policy.model)
+            frozen = frozen.requires_grad_(False).eval().get_decoder()
             memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
-        if memory is not None and not self.checkpoint:
-            verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
-            memory.add_many(verified)
-            print(f"memory: {len(memory)} of {len(verified)} verified traces passed the gate {dict(memory.rejections)}")
+        if memory is not None:
+            self.start_memory(memory)
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
                             user_reward=self.user_reward)
+
+    def start_memory(self, memory: TraceMemory) -> None:
+        """Thresholds that fit the verified traces (the same again when resumed), and at the start the traces."""
+        verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
+        memory.gate = gate_for(verified, memory.columns, memory.gate)
+        if self.checkpoint:
+            return
+        memory.add_many(verified)
+        print(f"memory: {len(memory)} of {len(verified)} verified traces passed the gate {dict(memory.rejections)}")
+        if note := memory.start_note(len(verified)):
+            print(f"warning: {note}")
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW on what is trained; the model is sharded before, where it is to be."""
@@ -486,14 +503,14 @@ class Trainer:
 
     @cached_property
     def traced(self) -> list:
-        """Examples with a verified trace; the tiny policy, which knows nothing, also learns from template traces."""
+        """Examples with a verified trace, or one made from the gold SQL: where it is asked for, and where the tiny
+        policy, which knows nothing, has no other."""
         traced = self.data.traced
-        if not traced and self.s.run.model == "tiny":
-            traced = [replace(e, trace=template_trace(e.gold_sqls[0], self.schemas[e.db_id])) for e in self.data.train]
-        golds = self.executor.run_gold([(e.db_id, e.gold_sqls[0]) for e in traced])
-        kept = [e for e, gold in zip(traced, golds, strict=True) if gold.status == "ok"]
-        if len(kept) < len(traced):
-            print(f"left out {len(traced) - len(kept)} of {len(traced)} traces: their gold SQL fails")
+        if self.s.run.traces == "template" or not traced and self.s.run.model == "tiny":
+            traced = template_traces(self.data.train, self.schemas)
+        kept, notes = teachable(traced, self.executor, self.schemas)
+        for note in notes:
+            print(note)
         return kept
 
     def _usable(self, examples: list, name: str) -> list:
@@ -542,6 +559,8 @@ class Trainer:
         self.step, self.drawn = state["step"], state["drawn"]
         self.best, self.before = state["best"], state["before"]
         distributed.load_full_state(self.optimizer, state["optimizer"])
+        if self.reference:
+            self.reference.load(distributed.on_main(self.folder.first_checkpoint))
         if self.scorer.memory is not None:
             self.scorer.memory.load(checkpoint / "memory.npz")
         if distributed.is_main():

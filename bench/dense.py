@@ -25,6 +25,7 @@ from data import columns_of, load_splits  # noqa: E402
 from rewards import MemoryGate, RewardConfig, build_memory  # noqa: E402
 from running import options  # noqa: E402
 from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
+from text2sql.memory import gate_for  # noqa: E402
 
 DENSE = ("atomic", "memory")
 
@@ -47,7 +48,9 @@ def memory_ranks(records: list[dict], config: dict) -> list[tuple[float, float]]
                        test_size=config["test_questions"])
     memory = build_memory(options.build(RewardConfig, config), options.build(MemoryGate, config),
                           columns_of(data.databases))
-    memory.add_many([(example.db_id, example.trace) for example in data.traced if not example.trace_sql])
+    verified = [(example.db_id, example.trace) for example in data.traced if not example.trace_sql]
+    memory.gate = gate_for(verified, memory.columns, memory.gate)
+    memory.add_many(verified)
     pairs = []
     for _, groups in groupby(records, key=lambda record: record["step"]):
         groups = list(groups)

@@ -15,6 +15,7 @@ update of all weights by AdamW.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
@@ -104,26 +105,27 @@ def reward_of(number: int) -> float:
 # ---- here
 
 
-class ForcedSampler:
-    """`grpo.sample_token` for completions that get the lengths that they should; rows that have ended may leave."""
+def forced_lengths(lengths):
+    """The `sample_token` of grpo.py for one rollout of one group, whose completions get these lengths [G]."""
+    import grpo
 
-    def __init__(self, sample, lengths):
-        self.sample, self.left = sample, lengths
+    sampled = itertools.count()  # tokens of the longest completion so far
 
-    def __call__(self, logits, *rest):
-        if len(logits) < len(self.left):
-            self.left = self.left[self.left > 0]
-        logits, self.left = force_end(logits, self.left), self.left - 1
-        return self.sample(logits, *rest)
+    def sample_token(logits, temperature, uniform):
+        t = next(sampled)
+        rows = lengths if len(logits) == len(lengths) else lengths[lengths > t]  # rows that have ended may leave
+        return grpo_sample_token(force_end(logits, rows - t), temperature, uniform)
+
+    grpo_sample_token = grpo.sample_token
+    return sample_token
 
 
 def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
-    """Runs the steps as train.py does; the tokens sampled in each. padded: with the plain engine."""
+    """Runs the steps as train.py does, with the plain engine where `padded`; the tokens sampled in each."""
     import torch
 
     import grpo
-    from engine import decoding
-    from engine.fast import FAST
+    from engine import decoding, fast
     from policy import Reference
 
     config = grpo.GRPOConfig(group_size=plan.group, max_completion_tokens=plan.completion, kl_coef=plan.kl_coef)
@@ -131,7 +133,10 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=plan.device == "cuda")
     torch.manual_seed(plan.seed)
     reference, sampled = Reference(model) if plan.kl_coef else None, []
-    engine, lengths = grpo.PLAIN if padded else FAST, torch.tensor(plan.lengths(), device=plan.device)
+    engine = fast.ENGINES["plain" if padded else "fast"]
+    if not padded:
+        decoding.can_share(model, plan.prompt + plan.completion)  # looks once, before lengths are forced
+    lengths = torch.tensor(plan.lengths(), device=plan.device)
 
     def phase(name):  # as train.py does: bf16 arithmetic on a GPU, of weights as they are now
         stack = contextlib.ExitStack()
@@ -142,10 +147,10 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
     rewards = torch.tensor([[reward_of(i) for i in range(plan.group)]])
     for prompt in plan.prompts(model.config.vocab_size):
         clock.steps.append({})
-        sampler = ForcedSampler(grpo.sample_token, lengths)
+        forced = forced_lengths(lengths)
         with clock("step"):
-            with (phase("rollout"), mock.patch.object(grpo, "sample_token", sampler),
-                  mock.patch.object(decoding, "sample_token", sampler)):
+            with (phase("rollout"), mock.patch.object(grpo, "sample_token", forced),
+                  mock.patch.object(decoding, "sample_token", forced)):
                 groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END], engine=engine)
             batches = grpo.micro_batches(groups, config)
             ref_logps = None
@@ -299,7 +304,7 @@ def run_worker(side: str, folder: str, plan: Plan) -> dict:
         tokens = trl_steps(folder, plan, clock)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(plan.device)
-        model = policy._add_lora(model, plan.lora_rank) if plan.lora_rank else model
+        model = policy.add_lora(model, plan.lora_rank) if plan.lora_rank else model
         if plan.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         tokens = our_steps(model, plan, clock, padded=side == "padded")

@@ -3,8 +3,8 @@
     python bench/update_memory.py      # 2,400 tokens, a vocabulary of 151,936, width 896 (Qwen2.5-0.5B), float32
 
 From the hidden states of a group's completions to the gradients of lm_head and of the hidden states: here in chunks
-whose logits are computed again for backward (`packing.token_logprobs`), and naively, with all logits at once. Each
-runs in a fresh process. What is counted is how far the process's peak rises above what it held before the
+whose logits are computed again for backward (`packing.token_logprobs`), and the naive way, with all logits at once.
+Each runs in a fresh process. What is counted is how far the process's peak rises above what it held before the
 loss: lm_head, the hidden states, and room for both gradients. Prints a table in Markdown; the aim is at most 1 GB.
 """
 
@@ -34,7 +34,7 @@ def run_worker(way: str, sizes: dict) -> dict:
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import grpo
-    from engine.packing import token_logprobs
+    from engine import packing
 
     torch.set_num_threads(sizes["threads"])
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def run_worker(way: str, sizes: dict) -> dict:
         parameter.grad = torch.zeros_like(parameter).fill_(0.0)  # touched, so that it is counted before
     targets, advantages = torch.randint(V, (N,)), torch.tensor([1.0, -1.0])
     before, began = peak_mb(), time.perf_counter()
-    logp = (token_logprobs if way == "chunked" else naive_logprobs)(head, hidden, targets, 1.0)
+    logp = (packing.token_logprobs if way == "chunked" else naive_logprobs)(head, hidden, targets, 1.0)
     logp = logp.view(2, -1)
     loss, _ = grpo.policy_loss(logp, logp.detach(), None, advantages, torch.ones_like(logp), grpo.GRPOConfig())
     loss.backward()

@@ -1,11 +1,14 @@
-"""Brings README.md and ablations.md up to date: tables of flags and of ablations, line numbers of equations.
+"""Brings README.md and docs/*.md up to date: tables of flags and ablations, lines of equations, what a model needs.
 
     python docs/readme.py
 
-Flags are made from the fields of dataclasses (options.py), so the parser that a program builds is the whole truth; the
-tables stand between `<!-- flags -->` and `<!-- /flags -->`. Equation n is where grpo.py says `# eq. (n)`. Between
-`<!-- ablation NAME: measure; Δ measure -->` and `<!-- /ablation -->` stand means and differences of ablation-NAME.json,
-the ablation.json that ablate.py wrote.
+Generated text stands between `<!-- NAME -->` and `<!-- /NAME -->`:
+    flags                   every flag of every command. Flags are made from the fields of dataclasses
+                            (running/options.py), so the parser that a command builds is the whole truth
+    models                  the aliases of `--model`
+    needs                   what `train.py --plan` says of `--model qwen2.5-3b`
+    ablation NAME: a; Δ a   the measure a and its differences, from ablation-NAME.json, which ablate.py wrote
+Equation n is linked to the first line of grpo.py that says `# eq. (n)`.
 """
 
 import argparse
@@ -13,61 +16,90 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
+from textwrap import fill
 from unittest import mock
 
 DOCS = Path(__file__).resolve().parent
-README, ABLATIONS = DOCS.parent / "README.md", DOCS / "ablations.md"
-sys.path.insert(0, str(README.parent))
+ROOT = DOCS.parent
+sys.path.insert(0, str(ROOT))
 import ablate  # noqa: E402
+import policy  # noqa: E402
 import settings  # noqa: E402
+from engine import plan  # noqa: E402
+from running import options  # noqa: E402
 
-PROGRAMS = {  # program: what else its first line says
-    "train": "where the tiny policy has another default it is given after a slash",
-    "evaluate": "", "ask": "", "sft": "mining of traces", "ablate": "", "report": "", "show": ""}
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+COMMANDS = {  # module: how it is called
+    "train": "python train.py", "evaluate": "python evaluate.py", "ask": "python ask.py",
+    "sft": "python sft.py --mine FILE", "ablate": "python ablate.py", "report": "python report.py",
+    "running.show": "python -m running.show"}
 CORES = {("evaluate", "workers"), ("sft", "workers")}  # defaults that are the number of CPU cores
+EXAMPLE = ["--model", "qwen2.5-3b", "--data", "bird", "--plan", "80"]  # of `needs`; a number makes it a card's plan
+CARDS = (8, 12, 16, 24, 40, 48, 80, 141)  # gigabytes
 
 
 class Caught(Exception):
-    """Carries the parser of a program that is about to read its command line."""
+    """Carries the parser of a command that is about to read its command line."""
 
 
-def parser_of(program: str) -> argparse.ArgumentParser:
-    """The parser that a program builds."""
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser that a command builds."""
     def catch(parser, *_):
         raise Caught(parser)
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_known_args", catch):
+    with (mock.patch.object(argparse.ArgumentParser, "parse_known_args", catch),
+          mock.patch.object(sys, "argv", [f"{command}.py"])):
         try:
-            importlib.import_module(program).main()
+            importlib.import_module(command).main()
         except Caught as caught:
             return caught.args[0]
-    raise AssertionError(f"{program}.py reads no command line")
+    raise AssertionError(f"{command} reads no command line")
 
 
-def flag_table(program: str) -> str:
-    """A table of every flag of a program, a section a dataclass."""
-    tiny, pretrained, by_size = {}, {}, {}
-    if program == "train":
-        tiny, pretrained = settings.TINY_DEFAULTS, settings.PRETRAINED_DEFAULTS
-        by_size = {name for values in settings.SIZE_DEFAULTS.values() for name in values}
+# ---------------------------------------------------------------------------------------------- flags
+
+def flag_table(command: str) -> str:
+    """A table of every flag of a command, a section a dataclass."""
     lines = ["| flag | default | what it is |", "|---|---|---|"]
-    for group in parser_of(program)._action_groups:
-        actions = [action for action in group._group_actions if action.dest != "help"]
+    for group in parser_of(command)._action_groups:
+        actions = [action for action in group._group_actions if action.dest not in ("help", "help_all")]
         if actions and group.title not in ("options", "positional arguments"):
             lines.append(f"| **{group.title}** | | |")
-        for action in actions:
-            text, default = re.fullmatch(r"(.*?)(?: \(default: (.*)\))?", action.help.replace("%%", "%")).groups()
-            default = pretrained.get(action.dest, default)
-            cell = "CPU cores" if (program, action.dest) in CORES else f"`{default}`" if default is not None else ""
-            if action.dest in by_size:
-                cell, default = "[by size](#large-models)", tiny.get(action.dest, default)
-                cell += f" / `{default}`"
-            if str(tiny.get(action.dest, default)) != str(default):
-                cell += f" / `{tiny[action.dest]}`"
-            name = " ".join(filter(None, (", ".join(action.option_strings), values_of(action))))
-            lines.append(f"| `{name}` | {cell} | {text.replace('|', '/')} |")
+        lines += [flag_row(command, action) for action in actions]
     return "\n".join(lines)
+
+
+def flag_row(command: str, action: argparse.Action) -> str:
+    """A flag, its default and its help text; what the short help of train.py shows has a star."""
+    field = training_fields().get(action.dest) if command == "train" else None
+    help_text = options.help_of(field) if field and action.help == argparse.SUPPRESS else action.help
+    text, default = re.fullmatch(r"(.*?)(?: \(default: (.*)\))?", help_text.replace("%%", "%"), re.DOTALL).groups()
+    cell = "CPU cores" if (command, action.dest) in CORES else default_cell(command, action.dest, default)
+    name = " ".join(filter(None, (", ".join(action.option_strings), values_of(action))))
+    star = " *" if field and field.metadata.get("common") else ""
+    return f"| `{name}`{star} | {cell} | {text.replace('|', '/')} |"
+
+
+def default_cell(command: str, name: str, default: str | None) -> str:
+    """A default; of train.py that of pretrained models, and after a slash that of `tiny` where it is another."""
+    shown = f"`{default}`" if default is not None else ""
+    if command != "train":
+        return shown
+    tiny = settings.TINY.get(name, default)
+    pretrained = {str(values.get(name, default)) for values in settings.KINDS.values()}
+    if len(pretrained) > 1:
+        return f"[by size](scale.md#defaults-by-size) / `{tiny}`"
+    if {str(default)} != pretrained:
+        (default,) = pretrained
+        shown = f"`{default}`"
+    return shown if str(tiny) == str(default) else f"{shown} / `{tiny}`"
+
+
+def training_fields() -> dict:
+    """{name of a setting of train.py: its dataclass field}."""
+    return {field.name: field for config in settings.CONFIGS for field in fields(config)}
 
 
 def values_of(action: argparse.Action) -> str:
@@ -82,19 +114,48 @@ def values_of(action: argparse.Action) -> str:
 
 
 def flag_tables() -> str:
-    """The tables of all programs, each folded away."""
-    parts = []
-    for program, note in PROGRAMS.items():
-        if (README.parent / f"{program}.py").is_file():
-            summary = f"<code>{program}.py</code>{': ' + note if note else ''}"
-            parts.append(f"<details><summary>{summary}</summary>\n\n{flag_table(program)}\n\n</details>")
-    return "\n\n".join(parts)
+    """The tables of all commands, each under a heading."""
+    return "\n\n".join(f"## `{call}`\n\n{flag_table(command)}" for command, call in COMMANDS.items())
 
+
+# ---------------------------------------------------------------------------------------------- models
+
+def model_table() -> str:
+    """A row an alias."""
+    return "\n".join(["| `--model` | checkpoint |", "|---|---|", *(f"| `{alias}` | `{source}` |"
+                                                                   for alias, source in policy.ALIASES.items())])
+
+
+def needs() -> str:
+    """Card, disk and time of a training with `--model qwen2.5-3b`, with adapters and without."""
+    lora, full = memory_and_disk([*EXAMPLE, "--lora-rank", "16"]), memory_and_disk(EXAMPLE)
+    return fill(f"With `--lora-rank 16`, `--model qwen2.5-3b` needs {lora[0]:.1f} GB of GPU memory (a card of "
+                f"{card(lora[0])} GB) and {lora[1]:.0f} GB of disk for checkpoints. Training all weights needs "
+                f"{full[0]:.1f} GB (a card of {card(full[0])} GB) and {full[1]:.0f} GB of disk. `python train.py "
+                "--plan 24 --model qwen2.5-3b --lora-rank 16` computes this and loads nothing. The time of a step has "
+                "not been measured on a GPU yet.", width=120, break_on_hyphens=False)
+
+
+def memory_and_disk(arguments: list[str]) -> tuple[float, float]:
+    """Gigabytes of memory and of disk that a run on a GPU needs at its peak."""
+    s = settings.parse_settings(arguments)
+    shape, work = settings.planned(s)
+    trained = shape.adapters(work.lora_rank) if work.lora_rank else shape.parameters()
+    weights = 2 * shape.parameters() + 4 * trained if work.lora_rank else 4 * trained  # a frozen base is bf16
+    return plan.peak(plan.phases(shape, work))[1] / 1e9, plan.disk(weights, 4 * trained, s.run.keep) / 1e9
+
+
+def card(gigabytes: float) -> int:
+    """The smallest usual card on which so much memory can be planned for."""
+    return min(size for size in CARDS if gigabytes <= plan.SHARE * size)
+
+
+# ---------------------------------------------------------------------------------------------- equations, ablations
 
 def equation_lines() -> dict[int, int]:
     """{number of an equation: the first line of grpo.py's code that carries it}."""
     found = {}
-    for number, line in enumerate((README.parent / "grpo.py").read_text().splitlines(), 1):
+    for number, line in enumerate((ROOT / "grpo.py").read_text().splitlines(), 1):
         for equation in re.findall(r"# eq\. \((\d)\)", line):
             found.setdefault(int(equation), number)
     return found
@@ -108,23 +169,21 @@ def ablation_table(name: str, columns: str) -> str:
     return ablate.rows(summary, [name for name in names if not name.startswith("Δ ")], differences)
 
 
-def with_ablations(text: str) -> str:
-    """A text whose tables of ablations say what was measured."""
-    return re.sub(r"(<!-- ablation (\w+): (.*?) -->\n).*?(<!-- /ablation -->)",
-                  lambda found: found[1] + ablation_table(found[2], found[3]) + found[4], text, flags=re.DOTALL)
-
+# ---------------------------------------------------------------------------------------------- pages
 
 def up_to_date(text: str) -> str:
-    """The README as it should be."""
-    text = with_ablations(text)
+    """A page as it should be."""
     lines = equation_lines()
-    text = re.sub(r"\[eq\. \((\d)\)\]\(grpo\.py#L\d*\)",
-                  lambda found: f"[eq. ({found[1]})](grpo.py#L{lines[int(found[1])]})", text)
-    head, rest = text.split("<!-- flags -->")
-    _, tail = rest.split("<!-- /flags -->")
-    return f"{head}<!-- flags -->\n{flag_tables()}\n<!-- /flags -->{tail}"
+    text = re.sub(r"\[eq\. \((\d)\)\]\(((?:\.\./)?grpo\.py)#L\d*\)",
+                  lambda found: f"[eq. ({found[1]})]({found[2]}#L{lines[int(found[1])]})", text)
+    text = re.sub(r"(<!-- ablation (\w+): (.*?) -->\n).*?(<!-- /ablation -->)",
+                  lambda found: found[1] + ablation_table(found[2], found[3]) + found[4], text, flags=re.DOTALL)
+    for name, write in (("flags", flag_tables), ("models", model_table), ("needs", needs)):
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+                      lambda found, write=write: f"{found[1]}{write()}\n{found[2]}", text, flags=re.DOTALL)
+    return text
 
 
 if __name__ == "__main__":
-    README.write_text(up_to_date(README.read_text()))
-    ABLATIONS.write_text(with_ablations(ABLATIONS.read_text()))
+    for page in PAGES:
+        page.write_text(up_to_date(page.read_text()))

@@ -270,6 +270,15 @@ def load_full_state(optimizer, state: dict) -> None:
                 values[name] = distribute_tensor(value, weight.device_mesh, weight.placements)
 
 
+def copy_whole(weight, values: Tensor) -> None:
+    """Copies a whole tensor onto a parameter, of which each process may have a part."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(weight, DTensor):
+        values = distribute_tensor(values.to(weight.device), weight.device_mesh, weight.placements)
+    weight.copy_(values)
+
+
 def _full(value):
     """A sharded tensor as a whole on the CPU of process 0, None in the others; anything else as it is."""
     if not is_sharded(value):

@@ -4,9 +4,9 @@
     python train.py --plan 24 --model qwen2.5-3b --lora-rank 16    # is a card of 24 GB?
 
 A step has moments that need different things, so there is a column for each: while sampling there are keys and values,
-while updating there are gradients and activations. The peak is the largest column. It is reckoned for the longest
-prompts and completions that the flags allow, and for the code as it is here: packing.py, attention.py, decoding.py.
-Arithmetic only: this file imports nothing of the project, and bench/plan.py compares it with what is measured.
+while updating there are gradients and activations. The peak is the largest column, for the longest prompts
+and completions that the flags allow, with the code as it is here: packing.py, attention.py, decoding.py. Arithmetic
+only: this file imports nothing of the project, and bench/planned_memory.py compares it with what is measured.
 """
 
 import os
@@ -30,9 +30,27 @@ def _qwen(width: int, inner: int, layers: int, heads: int, kv_heads: int = 2, vo
             "tie_word_embeddings": tied}
 
 
-# What config.json of Qwen2.5 and Qwen2.5-Coder, base and Instruct, says on the hub.
+def _sizes(kind: str, width: int, inner: int, layers: int, heads: int, kv_heads: int, head: int,
+           vocabulary: int) -> dict:
+    return {"model_type": kind, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head, "vocab_size": vocabulary,
+            "tie_word_embeddings": True}
+
+
+# What config.json says on the hub: of Qwen2.5 and Qwen2.5-Coder, base and Instruct, by size; of the others by alias.
 PUBLISHED = {"0.5b": _qwen(896, 4864, 24, 14), "1.5b": _qwen(1536, 8960, 28, 12), "3b": _qwen(2048, 11008, 36, 16),
-             "7b": _qwen(3584, 18944, 28, 28, 4, 152064, tied=False)}
+             "7b": _qwen(3584, 18944, 28, 28, 4, 152064, tied=False),
+             "qwen3-0.6b": _sizes("qwen3", 1024, 3072, 28, 16, 8, 128, 151936),
+             "qwen3-1.7b": _sizes("qwen3", 2048, 6144, 28, 16, 8, 128, 151936),
+             "qwen3-4b": _sizes("qwen3", 2560, 9728, 36, 32, 8, 128, 151936),
+             "smollm2-135m": _sizes("llama", 576, 1536, 30, 9, 3, 64, 49152),
+             "smollm2-360m": _sizes("llama", 960, 2560, 32, 15, 5, 64, 49152),
+             "smollm2-1.7b": _sizes("llama", 2048, 8192, 24, 32, 32, 64, 49152),
+             "llama-3.2-1b": _sizes("llama", 2048, 8192, 16, 32, 8, 64, 128256),
+             "llama-3.2-3b": _sizes("llama", 3072, 8192, 28, 24, 8, 128, 128256),
+             "gemma-3-270m": _sizes("gemma3_text", 640, 2048, 18, 4, 1, 256, 262144),
+             "gemma-3-1b": _sizes("gemma3_text", 1152, 6912, 26, 4, 1, 256, 262144)}
+KINDS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")  # model types that can be planned
 TINY = _qwen(128, 384, 4, 4, vocabulary=1402)  # of policy.build_tiny, at most
 
 
@@ -54,8 +72,8 @@ class Shape:
     def of(cls, config: Mapping) -> "Shape":
         """From a config.json. Raises ValueError: another architecture, or a size is missing."""
         kind = config.get("model_type")
-        if kind not in ("qwen2", "qwen3", "llama", "mistral"):
-            raise ValueError(f"its model_type is {kind}; only qwen2, qwen3, llama and mistral can be planned")
+        if kind not in KINDS:
+            raise ValueError(f"its model_type is {kind}; only {', '.join(KINDS)} can be planned")
         try:
             D, inner, H = (config[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads"))
             V, layers = config["vocab_size"], config["num_hidden_layers"]
@@ -64,12 +82,14 @@ class Shape:
         Hk = config.get("num_key_value_heads") or H
         d = config.get("head_dim") or D // H
         inputs = (H + 2 * Hk) * d  # biases of q, k, v
-        biases = {"qwen2": inputs, "qwen3": 2 * d}.get(kind, 0)  # qwen3: norms of q and k
+        # qwen3 and gemma3: norms of q and k; gemma3: two more norms around attention and MLP
+        biases = {"qwen2": inputs, "qwen3": 2 * d, "gemma3_text": 2 * d + 2 * D}.get(kind, 0)
         if kind in ("qwen3", "llama") and config.get("attention_bias"):
             biases += inputs + D
         if kind == "llama" and config.get("mlp_bias"):
             biases += 2 * inner + D
-        return cls(V, D, inner, layers, H, Hk, d, bool(config.get("tie_word_embeddings")), biases)
+        tied = config.get("tie_word_embeddings", kind == "gemma3_text")
+        return cls(V, D, inner, layers, H, Hk, d, bool(tied), biases)
 
     def linears(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of the linear maps of a layer: q, k, v, o, gate, up, down."""

@@ -1,7 +1,7 @@
 """Guards: what tells a run that is left alone over night that something has gone wrong.
 
 Updates whose gradients are not finite are skipped by `grpo.policy_update`; here they are counted, and the run stops
-after `--max-skipped` in a row. Signs of a policy that no longer learns are warned of once, with what to try.
+after `--max-skipped` in a row. The run warns of each sign that a policy no longer learns once, with what to try.
 """
 
 import sys

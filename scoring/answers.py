@@ -177,6 +177,8 @@ class Progress:
             return
         settings = json.loads(json.dumps(settings))
         lines = read_text(self.file).split("\n")[:-1] if self.file.exists() else []
+        if len(lines) == 1:  # no batch was finished, so other settings do no harm
+            lines = []
         if lines:
             self._check(parse_json(lines[0], self.file, 1), settings)
         for number, line in enumerate(lines[1:], 2):

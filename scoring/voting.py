@@ -40,13 +40,6 @@ class Candidate:
         return "truncated" if self.truncated else "format"
 
 
-def load_for_sampling(name: str, threads: int = 0):
-    """That of policy.py, for those who still look for it here."""
-    from policy import load_for_sampling as load
-
-    return load(name, threads)
-
-
 def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int = 1, temperature: float = 0.0,
                       max_completion_tokens: int = 512, batch: int = 128, lenient: bool = False,
                       seed: int = 0) -> list[list[Candidate]]:

@@ -643,7 +643,7 @@ def test_no_wrong_prediction_of_two_systems_scores_one(shared_data):
 
 
 def test_mutated_queries_raise_nothing(shared_data):
-    """5,000 here; FUZZ=100000 or `python bench/rewards.py --fuzz 100000` for more."""
+    """5,000 here; FUZZ=100000 or `python bench/reward_speed.py --fuzz 100000` for more."""
     queries, schemas = real_queries(shared_data)
     rng = random.Random(1)
     for _ in range(int(os.environ.get("FUZZ", 5_000))):

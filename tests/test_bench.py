@@ -13,7 +13,7 @@ from settings import parse_settings
 from text2sql import demo_world
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.append(str(BENCH))  # behind the root, whose memory.py has the same name
+sys.path.append(str(BENCH))
 import dense  # noqa: E402
 import scaling  # noqa: E402
 import steps  # noqa: E402

@@ -715,13 +715,14 @@ def test_shortening_order(tiny_db):
         make = builder(tiny_db, style="full", max_prompt_tokens=limit)
         text = make.text(question)
         refused = make.encode(question) is None
-        lengths.append((len(text.split()), "-- 1, 2, 3" in text, "year" in text, refused))
+        lengths.append((len(text.split()), "-- 1, 2, 3" in text, "year" in text, "TABLE concert" in text, refused))
         assert "France" in text and "singer_id" in text and "no explanation." in text
     stages = list(dict.fromkeys(lengths))
-    # whole; without samples; without unmentioned columns; the last one again, but refused
+    # whole; without samples; without unmentioned columns; without unmentioned tables; the last one again, but refused
     assert [stage[1:] for stage in stages] == [
-        (True, True, False), (False, True, False), (False, False, False), (False, False, True)]
-    assert stages[0][0] > stages[1][0] > stages[2][0] == stages[3][0]
+        (True, True, True, False), (False, True, True, False), (False, False, True, False),
+        (False, False, False, False), (False, False, False, True)]
+    assert stages[0][0] > stages[1][0] > stages[2][0] > stages[3][0] == stages[4][0]
 
 
 def test_needed_columns(tiny_db):

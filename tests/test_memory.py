@@ -4,12 +4,22 @@ import random
 import subprocess
 import sys
 import zlib
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from text2sql.memory import HashEmbedder, MemoryGate, ModelEmbedder, TraceMemory, count_mentions, make_embedder
+from running.options import check
+from text2sql.memory import (
+    HashEmbedder,
+    MemoryGate,
+    ModelEmbedder,
+    TraceMemory,
+    count_mentions,
+    gate_for,
+    make_embedder,
+)
 
 OPEN = MemoryGate(memory_min_words=1, memory_min_columns=0, memory_min_density=0.0, memory_max_cosine=2.0)
 VECTORS = {"east": [1, 0], "north": [0, 1], "both": [1, 1], "west": [-1, 0], "nothing": [0, 0], "": [0, -1]}
@@ -102,6 +112,88 @@ def test_the_gate_of_the_paper(thought, reason):
     assert dict(memory.rejections) == ({reason: 1} if reason else {})
 
 
+# Thirty short traces, as a template writes them: 10 words, 2 columns; and two odd ones.
+SHORT = [("db", f"table singer{i} ; keep age > {i}0 ; show name") for i in range(30)]
+COLUMNS = {"db": ["Name", "AGE", "wage"]}
+
+
+def test_a_gate_without_thresholds_is_the_paper_s():
+    """30 words, 2000 words, 2 columns, 0.05 mentions a word."""
+    columns = frozenset({"name", "age"})
+    for words, reason in ((29, "length"), (30, None), (2000, None), (2001, "length")):
+        thought = " ".join("name" if i % 10 == 0 else "age" if i % 10 == 1 else f"w{i}" for i in range(words))
+        assert MemoryGate().rejection(thought, columns) == reason
+    assert MemoryGate().rejection("name " + " ".join(f"w{i}" for i in range(30)), columns) == "columns"
+    assert MemoryGate().rejection("name age " + " ".join(f"w{i}" for i in range(39)), columns) == "density"
+
+
+def test_thresholds_are_half_the_median_of_the_traces_and_never_stricter_than_the_paper_s():
+    traces = [*SHORT, ("db", "go"), ("db", "table singer ; " * 20)]
+    assert len(SHORT[0][1].split()) == 10
+    fitting = gate_for(traces, COLUMNS, MemoryGate())
+    assert fitting == MemoryGate(memory_min_words=5, memory_max_words=2000, memory_min_columns=1, memory_min_density=0.05)
+    memory = TraceMemory(HashEmbedder(), 512, gate=replace(fitting, memory_max_cosine=2.0), columns=COLUMNS)
+    assert sum(memory.add_many(traces)) == 30 and memory.rejections == {"length": 1, "repetition": 1}
+    assert sum(TraceMemory(HashEmbedder(), 512, columns=COLUMNS).add_many(traces)) == 0  # as it was: all refused
+
+    long = [("db", " ".join(f"name age w{i}" for i in range(600 + i))) for i in range(3)]  # 1800 words and more
+    assert gate_for(long, COLUMNS, MemoryGate()) == MemoryGate(30, 3606, 1, 0.05)
+    prose = [("db", f"we think about it for a while {i}") for i in range(5)]  # that names no column
+    fitting = gate_for(prose, COLUMNS, MemoryGate())
+    assert (fitting.memory_min_columns, fitting.memory_min_density) == (0, 0.0)
+    assert fitting.rejection(prose[0][1], frozenset({"name"})) is None
+    assert gate_for([], COLUMNS, MemoryGate()) == MemoryGate()
+
+
+def test_thresholds_that_are_given_stay():
+    given = MemoryGate(memory_min_words=7, memory_min_columns=2, memory_max_cosine=0.5, memory_min_density=0.0)
+    fitting = gate_for(SHORT, COLUMNS, given)
+    assert fitting == replace(given, memory_max_words=2000)
+    assert gate_for(SHORT, COLUMNS, MemoryGate(memory_max_words=3)).memory_min_words == 3
+    assert gate_for(SHORT, COLUMNS, MemoryGate(memory_min_words=2500)).memory_max_words == 2500
+    with pytest.raises(ValueError, match="at least 50 words .--memory-min-words. and at most 10 "):
+        MemoryGate(memory_min_words=50, memory_max_words=10)
+
+
+def test_a_memory_that_starts_empty_or_nearly_so_says_why_and_names_the_flags():
+    def note(gate, traces):
+        memory = TraceMemory(HashEmbedder(), 512, gate=gate, columns=COLUMNS)
+        memory.add_many(traces)
+        return memory.start_note(len(traces))
+
+    assert note(MemoryGate(), SHORT) == (
+        "the memory starts empty, with none of 30 verified traces: the gate refused 30 with fewer than 30 or more than "
+        "2000 words (--memory-min-words, --memory-max-words)")
+    strict = MemoryGate(memory_min_words=1, memory_min_columns=3)
+    assert "refused 30 with fewer than 3 columns of the schema (--memory-min-columns)" in note(strict, SHORT)
+    dense = MemoryGate(memory_min_words=1, memory_min_density=0.5)
+    assert "30 with fewer than 0.5 column mentions a word (--memory-min-density)" in note(dense, SHORT)
+    same = note(replace(OPEN, memory_max_cosine=0.9), SHORT[:1] * 30)
+    assert same == ("the memory starts with only 1 of 30 verified traces: the gate refused 29 that are nearly a stored "
+                    "one (--memory-max-cosine 0.9)")
+    assert "30 that repeat themselves" in note(replace(OPEN, memory_min_bigrams=1.0), [("db", "a b a b")] * 30)
+    assert "no verified traces" in note(MemoryGate(), []) and "at least 30 words" in note(MemoryGate(), [])
+    assert note(OPEN, SHORT) == "" == note(replace(OPEN, memory_max_cosine=0.9), SHORT[:1] * 10)  # one of ten is enough
+
+
+def test_every_number_of_the_gate_states_its_range():
+    bad = {"memory_min_words": -1, "memory_max_words": 0, "memory_min_columns": -1, "memory_min_density": -0.1,
+           "memory_min_bigrams": 1.5, "memory_max_cosine": 0.0}
+    assert set(bad) == {one.name for one in fields(MemoryGate)}
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {value}; it must be"):
+            check(MemoryGate(**{"memory_min_words": 0, name: value}))
+        with pytest.raises(ValueError, match="finite|no thought has"):
+            check(MemoryGate(**{"memory_min_words": 0, name: float("nan")}))
+    check(MemoryGate())
+
+
+def test_the_memory_needs_nothing_of_the_project(tmp_path):
+    (tmp_path / "memory.py").write_text((ROOT / "text2sql" / "memory.py").read_text())
+    code = "import memory; memory.gate_for([('a', 'b c')], {}, memory.MemoryGate()); memory.TraceMemory(len, 1)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={})
+
+
 def test_columns_of_several_words_are_found_as_phrases():
     mentions = count_mentions("Take the Free Meal (%) of each school, free meal (%) and its name.",
                               ["free meal (%)", "name", "school", "meal count", ""])
@@ -146,7 +238,7 @@ def test_growing_past_the_first_buffer():
     for i in range(300):
         memory.add(f"db{i}", str(i))
     assert len(memory) == 300 and memory.similarity("x", "123") == pytest.approx(1.0)
-    assert memory.neighbours("x", "123", 1)[0]["thought"] == "123"
+    assert memory.compare([("x", "123")], 1)[0][1][0]["thought"] == "123"
 
 
 def test_among_ten_thousand_traces_the_similarity_is_that_of_a_plain_search():
@@ -255,7 +347,7 @@ def test_wrong_shapes_and_settings_are_refused():
 
 
 def test_the_hash_embedder_is_the_same_in_another_process():
-    code = "from memory import HashEmbedder; print(HashEmbedder(64)(['join singer and concert']).tolist())"
+    code = "from text2sql.memory import HashEmbedder; print(HashEmbedder(64)(['join singer and concert']).tolist())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                          env={"PYTHONHASHSEED": "7"})
     assert eval(run.stdout) == HashEmbedder(64)(["join singer and concert"]).tolist()

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -26,6 +28,7 @@ import policy as policies
 import settings
 import train
 from engine import attention, packing, plan
+from running import adapters, model_files
 from running.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +41,8 @@ MODELS = [(Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
           (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
           (LlamaForCausalLM, LlamaConfig, {"head_dim": 24}),
           (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "attention_bias": True}),
-          (MistralForCausalLM, MistralConfig, {})]
+          (MistralForCausalLM, MistralConfig, {}),
+          (Gemma3ForCausalLM, Gemma3TextConfig, {"head_dim": 16})]
 WORK = plan.Work(prompt=200, completion=40, group=8, prompts=4, micro_batch=0, rollout_batch=256, reference=True,
                  reference_on_cpu=False, lora_rank=0, checkpointing=False, gpu=False)
 
@@ -60,15 +64,19 @@ def test_adapters_are_counted_exactly(tmp_path):
     pytest.importorskip("peft", reason="peft is optional")
     model = Qwen2ForCausalLM(Qwen2Config(**SMALL))
     shape = plan.Shape.of(saved_config(model, tmp_path))
-    adapted = policies._add_lora(model, 4)
+    adapted = adapters.add_lora(model, 4)
     assert shape.adapters(4) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def test_the_published_models_have_the_published_numbers_of_parameters():
     counts = {size: plan.Shape.of(config).parameters() for size, config in plan.PUBLISHED.items()}
-    assert counts == {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "3b": 3_085_938_688, "7b": 7_615_616_512}
+    assert counts == {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "3b": 3_085_938_688, "7b": 7_615_616_512,
+                      "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
+                      "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
+                      "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824,
+                      "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952}
     for name, source in policies.ALIASES.items():
-        size = next(size for size in counts if f"-{size}" in name)
+        size = name if name in counts else next(size for size in counts if f"-{size}" in name)
         assert policies.config_of(name) == policies.config_of(source) == plan.PUBLISHED[size]
 
 
@@ -97,7 +105,7 @@ def kept_for_backward(layers, width=128, autocast=False, lora=0, checkpointing=F
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=300, hidden_size=width, intermediate_size=320, num_hidden_layers=layers,
                                          num_attention_heads=4, num_key_value_heads=2))
-    model = policies._add_lora(model.bfloat16() if autocast else model, lora) if lora else model
+    model = adapters.add_lora(model.bfloat16() if autocast else model, lora) if lora else model
     if checkpointing:
         policies.checkpoint_activations(model)
     packed = packing.pack_group(torch.arange(WORK.prompt), [torch.arange(WORK.completion)] * WORK.group)
@@ -172,14 +180,14 @@ def test_a_model_that_cannot_be_planned_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
     with pytest.raises(UserError, match="has no intermediate_size"):
         train.planned(train.parse_settings(["--plan", "--model", str(tmp_path)]))
-    monkeypatch.setattr(policies, "_hub_answers", lambda: False)
+    monkeypatch.setattr(model_files, "hub_answers", lambda: False)
     with pytest.raises(UserError, match="hf download nobody/nothing"):
         train.parse_settings(["--plan", "--model", "nobody/nothing"])
 
 
 @pytest.mark.parametrize("more", [(), ("--lora-rank", "16")])
 def test_a_missing_model_is_told_before_data_is_read_or_a_folder_written(tmp_path, monkeypatch, more):
-    monkeypatch.setattr(policies, "_hub_answers", lambda: False)
+    monkeypatch.setattr(model_files, "hub_answers", lambda: False)
     monkeypatch.setattr(train, "load_splits", lambda *_, **__: pytest.fail("data was read"))
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "qwen2.5-3b", "--output", str(tmp_path / "run"), *more])
     with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-3B-Instruct"):
@@ -202,14 +210,13 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
     assert train.parse_settings([]).run.lr == settings.TINY["lr"]
 
 
-def test_the_readme_shows_the_defaults_by_size():
+def test_the_docs_show_the_defaults_by_size():
     rows = re.findall(r"^\| (?:up to \d B|more) \| (\d+) \| (\d+) \| (\S+) \((\S+)\) \| (on|off) \|$",
-                      (ROOT / "README.md").read_text(), re.MULTILINE)
+                      (ROOT / "docs" / "scale.md").read_text(), re.MULTILINE)
     shown = [{"group_size": int(G), "prompts_per_step": int(B), "lr": float(lr), "gradient_checkpointing": on == "on"}
              for G, B, lr, _, on in rows]
-    assert shown == list(settings.SIZE_DEFAULTS.values())
-    loras = [settings.of_size(int(size), True)["lr"] for size in (1e9, 4e9, 9e9)]
-    assert [float(lora) for *_, lora, _ in rows] == pytest.approx(loras)
+    assert shown == [{name: value for name, value in values.items() if name in shown[0]} for values in settings.KINDS.values()]
+    assert [float(lora) for *_, lora, _ in rows] == pytest.approx([settings.LORA_LR * one["lr"] for one in shown])
 
 
 def test_an_unknown_architecture_takes_the_general_defaults(tmp_path):

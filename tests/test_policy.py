@@ -3,16 +3,24 @@
 import builtins
 import contextlib
 import copy
+import json
+import os
+import shutil
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import grpo
 import policy as policies
 import sft
-from policy import Policy, Reference, build_tiny, load_policy
+import train
+from policy import Policy, Reference, build_tiny, load_policy, load_weights
+from running import model_files
+from running.adapters import merged_weights
 from running.errors import UserError
 
 TEXTS = ["table singer ; keep age > 350 ; count rows", "SELECT COUNT(*) FROM singer WHERE age > 350",
@@ -60,11 +68,13 @@ def test_every_end_token_of_the_checkpoint_ends_a_completion(tiny, tmp_path):
 
 
 def test_missing_and_broken_models_are_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(policies, "_hub_answers", lambda: False)
+    monkeypatch.setattr(model_files, "hub_answers", lambda: False)
+    monkeypatch.setattr(model_files, "_cached", lambda *_: None)  # nor does the cache at home count,
+    monkeypatch.chdir(tmp_path)  # nor what runs in the checkout have left there
     for name in ("qwen2.5-3b", "nobody/nothing"):
         with pytest.raises(UserError, match="neither a local folder nor reachable"):
             load_policy(name)
-    for name in ("runs/demo/best", str(tmp_path / "absent"), "./absent"):
+    for name in ("runs/demo/best", "m.gguf", str(tmp_path / "absent"), "./absent"):
         with pytest.raises(UserError, match=f"there is no model in {name}: `python train.py` writes one"):
             load_policy(name)
     with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-3B-Instruct"):
@@ -72,7 +82,7 @@ def test_missing_and_broken_models_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no config.json"):
         load_policy(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot load the model in"):
+    with pytest.raises(UserError, match=r"config.json, line 1: broken JSON"):
         load_policy(str(tmp_path))
 
 
@@ -87,22 +97,356 @@ def test_a_reference_is_a_frozen_copy(tiny):
         assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_lora_reference_is_the_model_with_its_adapters_off(tiny, tmp_path):
+# ---- LoRA
+
+
+@pytest.fixture
+def adapted(tiny, tmp_path):
+    """A LoRA policy whose cold start has moved its adapters."""
     pytest.importorskip("peft", reason="peft is optional")
-    tiny.save(tmp_path)
-    subject = load_policy(str(tmp_path), lora_rank=4)
-    trained = [p for p in subject.model.parameters() if p.requires_grad]
-    assert 0 < sum(p.numel() for p in trained) < 0.5 * sum(p.numel() for p in tiny.model.parameters())
-    packed = grpo.pack_group(torch.tensor(tiny.tokenizer.encode(TEXTS[2])), [torch.tensor([5, 9, 6]), torch.tensor([8, 7])])
+    tiny.save(tmp_path / "base")
+    subject = load_policy(str(tmp_path / "base"), lora_rank=4)
+    config = sft.SFTConfig(cold_start_steps=20, cold_start_batch=2, cold_start_lr=1e-2)
+    sft.cold_start(subject.model, _pairs(tiny), config, seed=0)
+    return subject
+
+
+def logits(model):
     with torch.no_grad():
-        for p in trained:
-            p.add_(0.3)
-        adapted, _ = grpo.completion_logprobs(subject.model, packed, 1.0)
-        with Reference(subject.model).active() as model:
-            reference, _ = grpo.completion_logprobs(model, packed, 1.0)
-    plain, _ = grpo.completion_logprobs(tiny.model.eval(), packed, 1.0)
-    torch.testing.assert_close(reference, plain)
-    assert (adapted - plain).abs().max() > 0.01
+        return model.eval()(torch.arange(3, 40)[None]).logits
+
+
+def trained_of(model):
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+
+
+def test_the_reference_of_adapters_is_the_policy_of_step_0_not_the_base(tiny, adapted):
+    trained, states = trained_of(adapted.model), torch.get_rng_state()
+    assert 0 < sum(p.numel() for _, p in trained) < 0.5 * sum(p.numel() for p in tiny.model.parameters())
+    start = logits(adapted.model)
+    assert (start - logits(tiny.model)).abs().max() > 0.1  # the cold start taught something
+    reference = Reference(adapted.model)
+    assert torch.equal(torch.get_rng_state(), states)
+    optimizer = torch.optim.AdamW([p for p in adapted.model.parameters() if p.requires_grad], lr=0.1)
+    for moved in (False, True, True):
+        with reference.active() as model:
+            assert torch.equal(logits(model), start)
+        with pytest.raises(ZeroDivisionError), reference.active():
+            1 / 0  # noqa: B018
+        now = trained_of(adapted.model)  # the same objects, and only they are trained
+        assert [(name, id(p)) for name, p in now] == [(name, id(p)) for name, p in trained]
+        assert torch.equal(logits(adapted.model), start) is not moved
+        adapted.model(torch.arange(3, 40)[None]).logits.square().mean().backward()
+        assert all(p.grad is not None for p in optimizer.param_groups[0]["params"])
+        optimizer.step()
+
+
+def test_only_the_trained_adapters_are_saved_and_the_reference_is_found_again_in_step_0(adapted, tmp_path):
+    start = logits(adapted.model)
+    Reference(adapted.model)
+    adapted.save(tmp_path / "step-0")
+    assert {path.name for path in (tmp_path / "step-0").iterdir() if "adapter" in path.name or path.is_dir()} == {
+        "adapter_config.json", "adapter_model.safetensors"}
+    assert all("reference" not in name for name in load_file(tmp_path / "step-0" / "adapter_model.safetensors"))
+    with torch.no_grad():
+        for _, weight in trained_of(adapted.model):
+            weight.add_(0.1)
+    end = logits(adapted.model)
+    adapted.save(tmp_path / "step-9")
+    again = load_policy(str(tmp_path / "step-9"))
+    reference = Reference(again.model)
+    with reference.active() as model:
+        assert torch.equal(logits(model), end)
+    reference.load(tmp_path / "step-0")
+    with reference.active() as model:
+        assert torch.equal(logits(model), start)
+    assert torch.equal(logits(again.model), end)
+
+
+def test_a_reference_copy_is_found_again_in_step_0(tiny, tmp_path):
+    tiny.save(tmp_path)
+    moved = copy.deepcopy(tiny.model)
+    with torch.no_grad():
+        for weight in moved.parameters():
+            weight.add_(0.1)
+    reference = Reference(moved, "cpu")
+    reference.load(tmp_path)
+    with reference.active() as model:
+        assert torch.equal(logits(model), logits(tiny.model))
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora-rank", "2")])
+def test_the_first_update_of_a_run_with_a_cold_start_has_no_kl_and_a_resumed_run_the_same(tiny, tmp_path, monkeypatch, lora):
+    if lora:
+        pytest.importorskip("peft", reason="peft is optional")
+    tiny.save(tmp_path / "base")
+
+    def run(folder, steps, *more):
+        flags = ["--model", tmp_path / "base", *lora, "--cold-start-steps", 8, "--cold-start-lr", 1e-2, "--kl-coef", 0.1,
+                 "--lr", 1e-2, "--steps", steps, "--prompts-per-step", 1, "--group-size", 2, "--max-completion-tokens", 8,
+                 "--eval-every", 0, "--test-questions", 0, "--save-every", 1, "--rewards", "format", "--sql-workers", 1,
+                 "--advantage-scale", "none", "--prompt-style", "compact", "--lr-warmup", 0, "--threads", 1,
+                 "--output", tmp_path / folder, *more]
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
+        assert train.main() == 0
+        return [json.loads(line)["kl"] for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+
+    whole = run("whole", 3)
+    assert whole[0] == 0.0
+    run("resumed", 3)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-3")
+    assert run("resumed", 3, "--resume") == whole
+
+
+def test_a_lora_policy_warns_of_nothing(tiny, tmp_path):
+    pytest.importorskip("peft", reason="peft is optional")
+    tiny.save(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        subject = load_policy(str(tmp_path / "base"), lora_rank=2)
+        Reference(subject.model)
+        subject.save(tmp_path / "adapters")
+        subject.save_merged(tmp_path / "merged")
+        load_policy(str(tmp_path / "adapters"))
+        load_policy(str(tmp_path / "merged"))
+
+
+def test_adapters_that_do_not_fit_are_refused(adapted, tmp_path):
+    adapted.save(tmp_path / "adapters")
+    file = tmp_path / "adapters" / "adapter_model.safetensors"
+    whole = load_file(file)
+    first = sorted(whole)[0]
+    for weights, sentence in ((dict(list(whole.items())[1:]), "lacks 1 weight"),
+                              (whole | {"base_model.model.other": torch.ones(2)}, "has no place for 1 weight .*other"),
+                              (whole | {first: torch.ones(3, 3)}, "size mismatch|other shapes")):
+        save_file(weights, file)
+        with pytest.raises(UserError, match=sentence):
+            load_policy(str(tmp_path / "adapters"))
+    save_file(whole, file)
+    with pytest.raises(UserError, match="have rank 4: leave out --lora-rank 8"):
+        load_policy(str(tmp_path / "adapters"), lora_rank=8)
+    (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="does not name the model that the adapters were trained on"):
+        load_policy(str(tmp_path / "adapters"))
+
+
+def test_weights_are_loaded_into_the_live_model(tiny, adapted, tmp_path):
+    """Merged weights and adapters into a LoRA policy, plain weights into a plain one; the tensors stay where they are."""
+    at_best = logits(adapted.model)
+    adapted.save(tmp_path / "adapters")
+    adapted.save_merged(tmp_path / "merged")
+    with torch.no_grad():
+        for _, weight in trained_of(adapted.model):
+            weight.add_(0.1)
+    places = [weight.data_ptr() for weight in adapted.model.parameters()]
+    load_weights(adapted, tmp_path / "adapters")
+    assert torch.equal(logits(adapted.model), at_best)
+    load_weights(adapted, tmp_path / "merged")
+    torch.testing.assert_close(logits(adapted.model), at_best)
+    assert torch.equal(logits(adapted.model), logits(load_policy(str(tmp_path / "merged")).model))
+    assert places == [weight.data_ptr() for weight in adapted.model.parameters()]
+    plain = Policy(copy.deepcopy(tiny.model), tiny.tokenizer, tiny.eos_ids)
+    plain.save(tmp_path / "plain")
+    expected = logits(plain.model)
+    with torch.no_grad():
+        plain.model.model.norm.weight.add_(1.0)
+    load_weights(plain, tmp_path / "plain")
+    assert torch.equal(logits(plain.model), expected)
+    other = build_tiny(TEXTS, seed=1, vocab_size=320, width=16, layers=1)
+    with pytest.raises(UserError, match="do not fit .*has other shapes of"):
+        load_weights(other, tmp_path / "plain")
+
+
+def test_nothing_is_copied_on_the_way_to_a_merged_folder(adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr(copy, "deepcopy", lambda *_: pytest.fail("a second model was made"))
+    monkeypatch.setattr(type(adapted.model), "merge_and_unload", lambda *_: pytest.fail("merged in place"), raising=False)
+    before = {name: weight.clone() for name, weight in adapted.model.state_dict().items()}
+    merged_weights(adapted.model)
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted.model.state_dict().items())
+
+
+# ---- what is wrong with a checkpoint
+
+
+def test_what_is_saved_has_the_mode_of_the_umask(adapted, tmp_path):
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        try:
+            adapted.save(tmp_path / f"{mask}" / "adapters")
+            adapted.save_merged(tmp_path / f"{mask}" / "merged")
+        finally:
+            os.umask(before)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / f"{mask}").rglob("*") if path.is_file()}
+        assert set(modes.values()) == {0o666 & ~mask} and "model.safetensors" in modes
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    tiny.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def changed(folder, change):
+    """Rewrites the weights of a checkpoint."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def untied(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+UNFIT = {
+    "a layer is missing": (lambda w: {n: t for n, t in w.items() if ".layers.1." not in n}, r"lacks 12 weights \(model.layers.1.*, …\)"),
+    "one more": (lambda w: w | {"model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)}, r"has no place for 1 weight \(model.layers.7"),
+    "another shape": (lambda w: w | {"model.norm.weight": torch.ones(7)}, r"has other shapes of 1 weight \(model.norm.weight\)"),
+    "another vocabulary": (lambda w: w | {"model.embed_tokens.weight": torch.ones(99, 32)}, r"has other shapes of .*embed_tokens"),
+    "some prefixed": (lambda w: {("module." + n if "mlp" in n else n): t for n, t in w.items()}, "lacks .*; has no place for"),
+    "another prefix": (lambda w: {"student." + n: t for n, t in w.items()}, "lacks"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_weights_that_do_not_fit_end_the_run(checkpoint, name, capfd):
+    change, sentence = UNFIT[name]
+    changed(checkpoint, change)
+    with pytest.raises(UserError, match=f"the weights in {checkpoint} do not fit its config: it {sentence}"):
+        load_policy(str(checkpoint))
+    assert capfd.readouterr() == ("", "")  # transformers' own report would stand beside the sentence
+
+
+def test_a_tied_head_may_be_absent_and_an_untied_one_not(checkpoint):
+    assert "lm_head.weight" not in load_file(checkpoint / "model.safetensors")
+    load_policy(str(checkpoint))
+    untied(checkpoint)
+    with pytest.raises(UserError, match=r"lacks 1 weight \(lm_head.weight\)"):
+        load_policy(str(checkpoint))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."])
+def test_known_prefixes_are_taken_off_and_said(checkpoint, tiny, prefix, capsys):
+    changed(checkpoint, lambda weights: {prefix + name: weight for name, weight in weights.items()})
+    assert torch.equal(logits(load_policy(str(checkpoint)).model), logits(tiny.model))
+    assert f"the prefix {prefix} is taken off" in capsys.readouterr().err
+
+
+def _write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def _cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _config(**changes):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return change
+
+
+def _without(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def _larger_tokenizer(folder):
+    larger = build_tiny(TEXTS, seed=0, vocab_size=340, width=16, layers=1).tokenizer
+    larger.add_tokens(["<more>"] * 1 + [f"<{i}>" for i in range(30)])
+    larger.save_pretrained(folder)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
+BROKEN = {
+    "LFS weights": (_write("model.safetensors", POINTER), "model.safetensors is a Git LFS pointer, .* `git lfs pull`"),
+    "LFS tokenizer": (_write("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
+    "truncated": (_cut, "model.safetensors is truncated: it has .* bytes of"),
+    "header cut": (_write("model.safetensors", b"\xff\0\0"), "model.safetensors is empty, truncated or damaged"),
+    "not safetensors": (_write("model.safetensors", b"\x10" + b"\0" * 7 + b"nothing like JSON"), "is empty, truncated or damaged"),
+    "no weights": (_without("model.safetensors"), "has a config but no weights"),
+    "no tokenizer": (_without("tokenizer.json"), "has no tokenizer"),
+    "empty tokenizer": (_write("tokenizer.json", b""), "cannot load the model in"),
+    "large tokenizer": (_larger_tokenizer, "has ids up to 3.., but the model's embedding has only 324 rows"),
+    "4 bits": (_config(quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}), r"quantised \(bitsandbytes, 4 bits\)"),
+    "GPTQ": (_config(quantization_config={"bits": 4, "quant_method": "gptq"}), r"quantised \(gptq, 4 bits\)"),
+    "AWQ": (_config(quantization_config={"bits": 4, "quant_method": "awq"}), r"quantised \(awq, 4 bits\)"),
+    "FP8": (_config(quantization_config={"quant_method": "fp8"}), r"quantised \(fp8\)"),
+    "unknown kind": (_config(model_type="nonsense"), "cannot load the model in"),
+    "wrong type": (_config(num_hidden_layers="two"), "cannot load the model in"),
+    "no kind": (_write("config.json", b"{}"), "config.json names no model_type"),
+    "config is a list": (_write("config.json", b"[]"), "config.json names no model_type"),
+    "an index without its part": (lambda folder: (_without("model.safetensors")(folder), _write(
+        "model.safetensors.index.json", b'{"weight_map": {"a": "gone.safetensors"}}')(folder)), "cannot read .*gone.safetensors"),
+    "a broken index": (lambda folder: (_without("model.safetensors")(folder), _write(
+        "model.safetensors.index.json", b"[]")(folder)), "does not say which file holds which weight"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_one_sentence(checkpoint, name):
+    change, sentence = BROKEN[name]
+    change(checkpoint)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_policy(str(checkpoint))
+    assert "\n" not in str(caught.value) and str(checkpoint) in str(caught.value)
+
+
+def test_the_folder_of_a_run_names_its_policy(tiny, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text('{"steps": 3}')
+    with pytest.raises(UserError, match="is the folder of a run, not of a model: it has saved no policy yet"):
+        load_policy(str(run))
+    for step in (9, 10):
+        tiny.save(run / "checkpoints" / f"step-{step}")
+    for folder in (run, run / "checkpoints"):
+        with pytest.raises(UserError, match=f"use {run}/checkpoints/step-10$"):
+            load_policy(str(folder))
+    tiny.save(run / "best")
+    with pytest.raises(UserError, match=f"use {run}/best$"):
+        policies.config_of(str(run))
+    load_policy(str(run / "best"))
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="is a file, but neither a model folder nor a GGUF file"):
+        load_policy(str(tmp_path / "weights.bin"))
+
+
+def test_prompts_longer_than_the_positions_of_a_model_are_told(tiny):
+    policies.check_positions(tiny, 4000, 96)
+    with pytest.raises(UserError, match="prompts of 4000 tokens and completions of 97 are longer than the 4096 positions"):
+        policies.check_positions(tiny, 4000, 97)
+
+
+# ---- token ids
+
+
+def test_token_0_may_end_a_completion_whoever_says_so(tiny, tmp_path):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    assert tokenizer.eos_token_id == 0
+    model = copy.deepcopy(tiny.model)
+    for configured, expected in ((0, (0,)), ([0], (0,)), ([5, 0], (0, 5)), (None, (0,)), (5, (0, 5))):
+        model.generation_config.eos_token_id = configured
+        assert policies._eos_ids(model, tokenizer) == expected
+    tokenizer.eos_token = None
+    for configured, expected in ((0, (0,)), ([0, 5], (0, 5))):
+        model.generation_config.eos_token_id = configured
+        assert policies._eos_ids(model, tokenizer) == expected
+        assert Policy(model, tokenizer, expected).end_id == 0
+    model.generation_config.eos_token_id = None
+    with pytest.raises(UserError, match="no EOS token"):
+        policies._eos_ids(model, tokenizer)
+
+
+def test_the_token_with_which_the_chat_template_closes_an_answer_ends_a_completion(tiny):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    assert tokenizer.eos_token == "<|endoftext|>"
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    for closing, expected in (("<end_of_turn>", (0, end)), (" <end_of_turn>\n", (0, end)), ("\n", (0,)),
+                              ("{{ raise_exception('no') }}", (0,))):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + closing + "{% endfor %}"
+        assert policies._eos_ids(tiny.model, tokenizer) == expected
 
 
 def test_lora_without_peft_says_what_to_install(tiny, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""README and walkthrough say what the code says: numbers, equations, flags, files, commands, links."""
+"""README and docs say what the code says: numbers, equations, flags, files, commands, links, edits."""
 
 import doctest
 import importlib.util
@@ -6,8 +6,8 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+import types
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -19,37 +19,48 @@ from little_policy import LESSONS, little_policy_folder
 import ablate
 from grpo import GRPOConfig, group_advantages, policy_loss
 from rewards import load_reward_module
+from running import options
 from running.errors import UserError
-from sql_exec import Execution
+from settings import parse_settings
+from sql_exec import MATCHES, Execution, SQLExecutor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 import readme  # noqa: E402
 
-README = (ROOT / "README.md").read_text()
-WALKTHROUGH = (ROOT / "docs" / "walkthrough.md").read_text()
-ABLATIONS = (ROOT / "docs" / "ablations.md").read_text()
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in readme.PAGES}
+README, WALKTHROUGH, ABLATIONS = PAGES["README.md"], PAGES["docs/walkthrough.md"], PAGES["docs/ablations.md"]
+REWARDS, EXTEND, PITFALLS = PAGES["docs/rewards.md"], PAGES["docs/extend.md"], PAGES["docs/pitfalls.md"]
+OWN_REWARD = re.search(r"```python\n(def reward\(.*?)```", REWARDS, re.DOTALL)[1]
+FOLDERS = ("engine", "text2sql", "scoring", "running")
 SMALLER = {  # appended to a command, so that it takes a second or two
     "train.py": "--cold-start-steps 2 --cold-start-batch 2 --steps 1 --prompts-per-step 2 --group-size 2 --eval-every 0 "
                 "--max-completion-tokens 12 --test-questions 0 --save-every 0 --threads 1 --sql-workers 1",
     "evaluate.py": "--max-completion-tokens 16 --workers 1", "ask.py": "-n 100 --max-completion-tokens 24 --workers 1",
     "sft.py": "--max-completion-tokens 24 --workers 1 --memory-min-words 2 --memory-min-columns 0 --memory-min-density 0",
-    "report.py": "", "show.py": "--step 1"}
+    "report.py": "", "running.show": "--step 1"}
 
 
 def commands():
-    """The lines of the README's plain code blocks that are commands."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    lines = [line.partition(" #")[0].strip() for kind, block in blocks if not kind for line in block.splitlines()]
-    inline = re.findall(r"`((?:python|make|torchrun) [^`]+)`", README)
-    return [line for line in lines + inline if re.match(r"(python|make|pip|torchrun) ", line)]
+    """The commands in plain code blocks and in the text of all pages, the README's first."""
+    found = []
+    for page in PAGES.values():
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+        lines = [line.partition(" #")[0].strip() for kind, block in blocks if not kind for line in block.splitlines()]
+        inline = re.findall(r"`((?:python|make|torchrun|pip) [^`]+)`", re.sub(r"^#.*$|^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE))
+        found += [" ".join(line.split()) for line in lines + inline if re.match(r"(python|make|pip|torchrun) ", line)]
+    return list(dict.fromkeys(found))
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/walkthrough.md"])
-def test_every_number_shown_is_computed_by_the_code(document, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the README makes a database
-    result = doctest.testfile(str(ROOT / document), module_relative=False)
-    assert result.failed == 0 and result.attempted > 20
+def test_the_readme_fits_one_sitting():
+    assert len((ROOT / "README.md").read_bytes()) <= 20_000
+
+
+@pytest.mark.parametrize("page, least", [("README.md", 12), ("docs/walkthrough.md", 20), ("docs/rewards.md", 12)])
+def test_every_number_shown_is_computed_by_the_code(page, least, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # pages make a database
+    result = doctest.testfile(str(ROOT / page), module_relative=False)
+    assert result.failed == 0 and result.attempted >= least
 
 
 def cells(line):
@@ -92,9 +103,18 @@ def test_grpo_stays_short():
     assert len((ROOT / "grpo.py").read_text().splitlines()) < 400
 
 
-def test_flags_line_numbers_and_measured_tables_are_up_to_date():
-    assert readme.up_to_date(README) == README, "run: python docs/readme.py"
-    assert readme.with_ablations(ABLATIONS) == ABLATIONS, "run: python docs/readme.py"
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_generated_is_up_to_date(page):
+    assert readme.up_to_date(PAGES[page]) == PAGES[page], "run: python docs/readme.py"
+
+
+def test_every_setting_of_a_run_is_in_the_table_of_flags():
+    table = PAGES["docs/flags.md"].split("## `python evaluate.py`")[0]
+    for field in readme.training_fields().values():
+        if "help" in field.metadata:
+            row = next(line for line in table.splitlines() if re.match(rf"\| `{options.flag_of(field)}[ ,]", line))
+            assert field.metadata["help"].partition(" (default")[0].replace("|", "/") in row
+            assert ("` * |" in row) == bool(field.metadata.get("common")), row
 
 
 def test_ablations_are_those_of_the_commands_shown():
@@ -104,7 +124,8 @@ def test_ablations_are_those_of_the_commands_shown():
         content = json.loads(file.read_text())
         assert f"python {content['command']}\n" in ABLATIONS, f"{file.name} was made by {content['command']}"
         starts, runs = ablate.plan(*ablate.parse_arguments(content["command"].split()[1:]))
-        assert list(content["runs"]) == list(dict.fromkeys(run.cell for run in starts + runs))
+        cells_now = list(dict.fromkeys(run.cell for run in starts + runs))  # k1 was a loss when this was measured
+        assert cells_now == [cell for cell in content["runs"] if "k1" not in cell.split()]
         assert all(set(content["runs"][run.cell]) >= {str(run.seed)} for run in runs)  # every run was finished
         summary = ablate.rounded(ablate.summarise(content["runs"], content["baseline"]))
         assert summary.keys() == content["summary"].keys()
@@ -115,14 +136,14 @@ def test_ablations_are_those_of_the_commands_shown():
 
 
 def test_commands_of_every_program_are_found():
-    assert {"train.py", "evaluate.py", "ask.py", "sft.py", "ablate.py", "report.py", "show.py"} <= {
+    assert {"train.py", "evaluate.py", "ask.py", "sft.py", "ablate.py", "report.py", "running.show"} <= {
         word for command in commands() for word in command.split()}
-    assert "make demo" in commands() and "make test" in commands()
+    assert commands()[:2] == ["make demo", "make test"]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with all that the README's commands mention, small: data in three layouts, a model, a run."""
+    """A folder with all that the commands mention, small: data in three layouts, a model, a run."""
     folder = tmp_path_factory.mktemp("readme")
     for place in ("my_databases", "SPIDER/database/music", "BIRD/train/train_databases/music"):
         (folder / place).mkdir(parents=True)
@@ -133,69 +154,144 @@ def workplace(tmp_path_factory):
     splits = [record | {"split": split} for record in records for split in ("train", "dev", "test")]
     (folder / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in splits))
     (folder / "FILE").write_text("".join(f"{record['query']}\n" for record in records))
-    (folder / "my_rewards.py").write_text(re.search(r"```python\n(def reward\(.*?)```", README, re.DOTALL)[1])
+    (folder / "my_rewards.py").write_text(OWN_REWARD)
     shutil.copy(database, folder / "shop.sqlite")
     return folder, str(little_policy_folder(database))
 
 
-@pytest.mark.parametrize("command", list(dict.fromkeys(commands())))
+@pytest.mark.parametrize("command", commands())
 def test_every_command_runs(command, workplace, monkeypatch):
-    """As it stands in the README, with a small model and data, and fewer steps; all in one folder, in their order."""
+    """As it stands on the page, with a small model and data, and fewer steps; all in one folder, in their order."""
     folder, model = workplace
     words = ["0" if word == "S" else model if word in ("path/to/checkpoint", "runs/demo/best") or "qwen" in word else word
              for word in shlex.split(command)]
     if words[0] in ("make", "pip"):
-        assert words[0] == "make" or words[1:] == ["install", "-r", "requirements.txt"]  # which `make test` begins with
-        target = words[1] if words[0] == "make" else "test"
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert f"make {target}" in (ROOT / ".ci" / "run").read_text()
+        assert_named_in_makefile(words)
         return
-    script = next(word for word in words if word.endswith(".py"))
+    script = next(word for word in words if word.endswith(".py") or word == "running.show")
+    if script.startswith(("bench/", "docs/")):
+        assert (ROOT / script).is_file()
+        return
+    if "--help" in words or "--help-all" in words:  # tests of their own
+        return
     if script == "ablate.py":
-        readme.parser_of("ablate").parse_args(words[2:])
-        assert "ablate" in (ROOT / "tests" / "test_ablate.py").read_text()  # which runs it on a small grid
+        ablate.plan(*ablate.parse_arguments(words[2:]))  # tests/test_ablate.py runs it on a small grid
         return
-    words += SMALLER[script].split()
-    if "--data" not in words and script == "train.py" or "demo" in words:  # .ci/run runs the real demo
-        words += ["--data", "mine.jsonl", "--data-dir", "my_databases"]
-    if script == "train.py" and "--output" not in words:
-        words += ["--output", f"runs/{len(list(folder.glob('runs/*')))}" if (folder / "runs/demo").exists() else "runs/demo"]
+    arguments = words[words.index(script) + 1:]
+    if "--resume" in arguments:  # the run decides the rest
+        arguments += ["--eval-every", "0"]
+    else:
+        arguments += SMALLER[script].split()
+        if "--data" not in words and script == "train.py" or "demo" in words:  # .ci/run runs the real demo
+            arguments += ["--data", "mine.jsonl", "--data-dir", "my_databases"]
+        if script == "train.py" and "--output" not in words:
+            arguments += ["--output", f"runs/{len(list(folder.glob('runs/*')))}" if (folder / "runs/demo").exists() else "runs/demo"]
     monkeypatch.chdir(folder)
     if words[0] == "torchrun":
-        words[words.index(script)] = str(ROOT / script)
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        parse_settings(arguments)  # tests/test_distributed.py runs several processes
         return
-    monkeypatch.setattr(sys, "argv", words[1:])
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
     try:
-        assert importlib.import_module(script[:-3]).main() in (0, None)
+        assert importlib.import_module(script.removesuffix(".py")).main() in (0, None)
     except UserError as error:
         missing = re.search("needs (peft|tensorboard)", str(error))  # optional, see requirements-extra.txt
         assert missing and importlib.util.find_spec(missing[1]) is None, error
 
 
+def assert_named_in_makefile(words):
+    """A `make` target exists, and what `pip` installs is what a target installs."""
+    makefile = (ROOT / "Makefile").read_text()
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
+        assert words[1] not in ("demo", "test") or f"make {words[1]}" in (ROOT / ".ci" / "run").read_text()
+    else:
+        assert " ".join(words[1:]).replace("install ", "install --quiet ") in makefile
+
+
 def test_the_file_tree_is_complete():
     tree = re.search(r"## The files\n\n```\n(.*?)```", README, re.DOTALL)[1]
-    names = {line.split()[0] for line in tree.splitlines()}
-    assert all(len(line.split(maxsplit=1)) == 2 for line in tree.splitlines()), "one comment a file"
-    files = {path.name for path in ROOT.glob("*.py")} | {"report_template.html", "Makefile", ".ci/run"}
-    assert names == files | {"bench/", "docs/", "tests/"}
-    for folder in ("bench", "docs"):
-        for path in (ROOT / folder).glob("*.py"):
-            line = next(line for line in tree.splitlines() if line.startswith(f"{folder}/"))
-            assert path.name in line, path
+    shown, folder = {}, ""
+    for line in tree.splitlines():
+        name, comment = line.split(maxsplit=1)
+        folder = folder if line.startswith(" ") else name if name.endswith("/") else ""
+        shown[folder + name if line.startswith(" ") else name] = comment
+    files = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).glob("*.*"))]
+    assert set(shown) == {str(path.relative_to(ROOT)) for path in files} | {f"{name}/" for name in FOLDERS} | {
+        "bench/", "docs/", "tests/", "Makefile", ".ci/run"}
+    assert list(shown)[:6] == ["train.py", "evaluate.py", "grpo.py", "rewards.py", "sql_exec.py", "data.py"]
+    assert len(list(ROOT.glob("*.py"))) <= 12
 
 
-@pytest.mark.parametrize("room, parts", [("grpo", {"packing", "attention", "decoding"}), ("rewards", {"atomic", "memory"}),
-                                         ("sql_exec", set())])
+def test_every_bench_is_named_and_the_makefile_runs_those_that_exist():
+    scripts = {path.stem for path in (ROOT / "bench").glob("*.py")}
+    assert scripts == set(re.findall(r"bench/(\w+)\.py", PAGES["docs/speed.md"]))
+    run = re.search(r"for script in (.*?);", (ROOT / "Makefile").read_text())[1].split()
+    assert set(run) <= scripts
+
+
+@pytest.mark.parametrize("room, parts", [("grpo", set()), ("sql_exec", set()),
+                                         ("rewards", {"sql_exec", "text2sql.atomic", "text2sql.memory"})])
 def test_rooms_that_stand_alone_import_their_parts_only(room, parts):
-    ours = {path.stem for path in ROOT.glob("*.py")}
+    ours = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
     for name in {room, *parts}:
-        imports = re.findall(r"^ *(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.MULTILINE)
-        assert set(imports) & ours <= parts, name
+        source = (ROOT / f"{name.replace('.', '/')}.py").read_text()
+        imports = re.findall(r"^ *(?:from|import) ([\w.]+)", source, re.MULTILINE)
+        assert {module for module in imports if module.split(".")[0] in ours} <= parts, name
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("docs/*.py")]),
+def edits(page, section):
+    """[(file, old text, new text)] of the diffs in a section of a page."""
+    text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)[1]
+    found = []
+    for file, diff in re.findall(r"^```diff (\S+)\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE):
+        lines = diff.splitlines()
+        found.append((file, *("\n".join(line[1:] for line in lines if line[0] in signs) for signs in (" -", " +"))))
+    return found
+
+
+def edited(section):
+    """The module that the edits of a section of docs/extend.md make of one file; each must fit in one place."""
+    changes = edits(EXTEND, section)
+    (file,) = {file for file, _, _ in changes}
+    source = (ROOT / file).read_text()
+    assert len(changes) <= 3
+    for _, old, new in changes:
+        assert source.count(old) == 1, f"docs/extend.md: {file} has this {source.count(old)} times:\n{old}"
+        source = source.replace(old, new)
+    module = types.ModuleType("edited")
+    module.__file__ = str(ROOT / file)
+    sys.modules["edited"] = module  # where dataclasses look for the names in their annotations
+    exec(compile(source, file, "exec"), module.__dict__)
+    return module
+
+
+def test_the_edits_that_change_the_loss_work():
+    grpo = edited("Change the loss")
+    torch.manual_seed(0)
+    old, A, mask = torch.randn(4, 3), torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4, 3).bool()
+
+    def gradient(logp, loss):
+        logp = logp.clone().requires_grad_()
+        grpo.policy_loss(logp, old, None, A, mask, grpo.GRPOConfig(loss=loss))[0].backward()
+        return logp.grad
+
+    torch.testing.assert_close(gradient(old, "cispo"), gradient(old, "dapo"))  # all ratios are 1
+    moved = old + 0.5 * A[:, None]  # beyond the clip range in the wanted direction
+    assert not gradient(moved, "dapo").any() and gradient(moved, "cispo").all()
+
+
+def test_the_edits_that_add_a_reward_work(tmp_path):
+    rewards = edited("Add a reward")
+    gold, config = "SELECT name FROM singer", rewards.RewardConfig(rewards="format,execution,length=0.5")
+    texts = [f"<think> all names </think> {sql}" for sql in (gold, gold + " LIMIT 0", "SELECT 1")]
+    with SQLExecutor({"music": tiny_database(tmp_path / "music.sqlite")}, workers=1) as executor:
+        scorer = rewards.RewardScorer(config, executor, {}, match=MATCHES["bird"])
+        scored = scorer.score([rewards.RewardItem("music", [gold], text) for text in texts])
+    assert [one.length for one in scored] == pytest.approx([1.0, len(gold) / (len(gold) + 8), 8 / len(gold)])
+    assert scored[0].total == 1 + 2 + 0.5 and scored[0].total > scored[1].total > scored[2].total
+
+
+@pytest.mark.parametrize("path", sorted(path for path in ROOT.glob("**/*.py") if path.relative_to(ROOT).parts[0] in (path.name, *FOLDERS, "bench", "docs")),
                          ids=lambda path: path.name)
 def test_d_nothing_is_tied_to_one_machine(path):
     """No address but this machine's own, no home folder, no killing of processes by name."""
@@ -206,7 +302,7 @@ def test_d_nothing_is_tied_to_one_machine(path):
 
 
 def test_the_reward_of_ones_own_runs(tmp_path):
-    source = re.search(r"```python\n(def reward\(.*?)```", README, re.DOTALL)[1]
+    source = OWN_REWARD
     assert len(source.strip().splitlines()) <= 10
     (tmp_path / "my_rewards.py").write_text(source)
     reward = load_reward_module(tmp_path / "my_rewards.py")
@@ -219,17 +315,31 @@ def test_the_reward_of_ones_own_runs(tmp_path):
     assert 0 < value("S" * 200) < 1 and value("S" * 500) == 0.0
 
 
-def test_links_pictures_and_named_tests_exist():
-    for text, folder in ((README, ROOT), (WALKTHROUGH, ROOT / "docs"), (ABLATIONS, ROOT / "docs")):
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-            assert (folder / target).exists(), target
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
-        assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-                          for title in re.findall(r"^#+ (.*)$", README, re.MULTILINE)]
+@pytest.mark.parametrize("page", PAGES)
+def test_links_pictures_and_scripts_exist(page):
+    folder = (ROOT / page).parent
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", PAGES[page]):
+        linked = (folder / target).resolve() if target else ROOT / page
+        assert linked.exists(), target
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors(linked.read_text()), f"{target}#{anchor}"
+    for script in re.findall(r"bench/\w+\.py", PAGES[page]):
+        assert (ROOT / script).is_file(), script
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+
+
+def test_pictures_are_small_and_there_is_one_in_the_readme():
     pictures = re.findall(r"\]\((docs/\w+\.png)\)", README)
-    assert len(pictures) == 2 and all((ROOT / picture).stat().st_size < 150_000 for picture in pictures)
+    assert len(pictures) == 1 and all(path.stat().st_size < 150_000 for path in (ROOT / "docs").glob("*.png"))
+
+
+def test_named_tests_exist():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", README)
+    named = re.findall(r"`(test_\w+)`", PITFALLS)
     assert len(named) >= 20
     for name in named:
         assert f"def {name}(" in tests, name

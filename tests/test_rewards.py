@@ -276,7 +276,7 @@ def test_memory_learns_after_the_whole_step_is_scored(executor):
     assert subject.score([item("SELECT 1", "sort the cities")])[0].memory == pytest.approx(1.0)
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
 
 
 def test_each_thought_is_embedded_once_and_all_of_a_step_in_one_batch(executor):
@@ -313,12 +313,12 @@ def test_an_error_of_the_embedder_and_a_missing_part_are_not_swallowed(executor)
         scorer(executor)
 
 
-README_EXAMPLE = next(part for part in README.split("```python\n")[1:] if part.startswith("def reward")).split("```")[0]
+OWN_REWARD = next(part for part in PAGE.split("```python\n")[1:] if part.startswith("def reward")).split("```")[0]
 
 
 def test_a_reward_of_ones_own(executor, tmp_path):
     path = tmp_path / "my_rewards.py"
-    path.write_text(README_EXAMPLE)
+    path.write_text(OWN_REWARD)
     config = RewardConfig(rewards="format,execution=2,user=0.5", reward_module=str(path))
     subject = RewardScorer(config, executor, {"towns": SCHEMA}, match=MATCHES["bird"],
                            user_reward=rewards.load_reward_module(path))
@@ -424,7 +424,7 @@ def test_the_memory_is_what_the_settings_say(scope, expected):
     assert memory.add_many([("a", "name one"), ("b", "name two"), ("c", "name three"), ("c", "no column")]) == [
         True, True, True, False]
     assert memory.top_k == 2 and memory.rejections == {"columns": 1}
-    near = memory.neighbours("a", "name", 3)
+    near = memory.compare([("a", "name")], 3)[0][1]
     assert {one["db_id"] for one in near} <= expected and len(near) == min(2, len(expected))
     assert rewards.build_memory(RewardConfig(rewards="format,execution"), OPEN, {"a": SCHEMA}) is None
 

@@ -1,6 +1,6 @@
-"""sft.py: the cold start's prompt loss, and mining: which traces are kept, how many, and that the trainer takes them.
+"""sft.py: which traces are taught, the cold start's prompt loss, and mining: which traces are kept, and how it goes on.
 
-The losses, batches and template traces of the cold start are in test_policy.py.
+The losses and batches of the cold start are in test_policy.py, template traces in test_traces.py.
 """
 
 import json
@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -17,10 +17,14 @@ from little_policy import LESSONS, little_policy_folder
 
 import sft
 import train
-from data import load_splits
+from data import Example, PromptBuilder, PromptConfig, columns_of, load_splits
 from policy import build_tiny
+from rewards import RewardConfig, build_memory, parse_completion
 from running.errors import UserError
-from text2sql.memory import HashEmbedder, MemoryGate, TraceMemory
+from running.options import check
+from scoring.answers import Examination
+from sql_exec import SQLExecutor
+from text2sql.memory import HashEmbedder, MemoryGate, TraceMemory, gate_for
 
 OPEN_GATE = ["--memory-min-words", 1, "--memory-min-columns", 0, "--memory-min-density", 0]
 OPEN = MemoryGate(memory_min_words=1, memory_min_columns=0, memory_min_density=0.0, memory_max_cosine=2.0)
@@ -43,6 +47,102 @@ def test_prompt_loss_also_teaches_the_prompt():
             losses[weight] = [loss.item() for loss in sft.supervised_losses(start.model, pairs, with_prompts=True)]
         assert reported < 0.5 and losses[weight][0] < 0.5  # the completion's loss is what is reported
     assert losses[1.0][1] < 0.5 < losses[0.0][1]
+
+
+def test_a_cold_start_without_a_pair_is_refused_and_does_not_loop_for_ever():
+    with pytest.raises(UserError, match="no trace to teach: give --traces, or --cold-start-steps 0"):
+        sft.cold_start(None, [], sft.SFTConfig(cold_start_steps=2), seed=0)
+    with pytest.raises(ValueError, match="no pairs"):
+        sft._batches(0, 32, 2, seed=0)
+
+
+# ---- which traces are taught
+
+
+SCHEMAS = {"music": {"singer": ["singer_id", "name", "country", "age"], "concert": ["concert_id", "year"]}}
+
+
+def taught(trace, sql="SELECT 1", trace_sql=""):
+    return Example("q", "music", "?", (sql,), trace=trace, trace_sql=trace_sql)
+
+
+def test_template_traces_fill_what_is_empty_and_keep_what_is_there():
+    sql = "SELECT name FROM singer WHERE age > 3"
+    examples = [taught("", sql), taught("mine", sql)]
+    assert [one.trace for one in sft.template_traces(examples, SCHEMAS, "terse")] == [
+        "tables singer ; columns name age ; clauses where", "mine"]
+    plan, _ = sft.template_traces(examples, SCHEMAS, "plan")
+    assert plan == replace(examples[0], trace="From singer: name, age. Keep rows where age > 3. Show name.")
+    assert sft.template_traces(examples, SCHEMAS) == sft.template_traces(examples, SCHEMAS, sft.TEMPLATE)
+    assert list(sft.TRACE_TEMPLATES.values()) == [sft.template_trace, sft.plan_trace]
+
+
+@pytest.mark.parametrize("trace, bare", [
+    ("look at singer", "look at singer"),
+    ("<think> look at singer </think>", "look at singer"),
+    ("<think>\nlook\nat singer\n</think>\n\nSELECT name FROM singer", "look\nat singer"),  # a whole completion
+    ("<think>look at singer</think>\n```sql\nSELECT 1\n```", "look at singer"),
+    ("look at singer </think> SELECT 1", "look at singer"),  # the prompt opened the tag
+    ("<think> look at singer", "look at singer"),  # cut at a limit
+    ("Sure!\n<think>look at singer</think>", "look at singer"),
+    ("<Thinking>look at singer</THINKING>", "look at singer"),
+    ("```\nlook at singer\n```", "look at singer"),
+    ("look at\n```sql\nSELECT name\n```\nof singer", "look at\nSELECT name\nof singer"),
+    ("look at ```sql SELECT name``` of singer", "look at  SELECT name of singer")])
+def test_tags_and_fences_of_a_trace_are_taken_off(tiny_db, trace, bare):
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        (kept,), notes = sft.teachable([taught(trace)], executor, SCHEMAS)
+    assert kept.trace == bare and notes == []
+    assert parse_completion(sft.taught_text(kept)) == (bare, "SELECT 1")
+
+
+def test_traces_that_cannot_be_taught_are_left_out_and_counted_by_their_reason(tiny_db):
+    examples = [
+        taught("look"), taught("fine", trace_sql="SELECT 2"), taught("fenced", trace_sql="```sql\nSELECT 3\n```"),
+        taught("look", "SELECT nothing FROM nowhere"), taught("look", "DELETE"),
+        replace(taught("look"), db_id="zoo"), replace(taught("look", "SELECT nothing"), db_id="bar"),
+        taught("<think></think> SELECT 1"), taught("<think>one</think> SELECT 1 <think>two</think>"),
+        taught("<think>a<think>b</think></think>"), taught("look", "SELECT '<think>'"),
+        taught("look", trace_sql="SELECT 1; SELECT 2"), taught("look", trace_sql="the SQL is SELECT 1")]
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        kept, notes = sft.teachable(examples, executor, SCHEMAS)
+        assert sft.teachable([], executor, SCHEMAS) == ([], [])
+    assert [(one.trace, one.trace_sql) for one in kept] == [("look", ""), ("fine", "SELECT 2"), ("fenced", "SELECT 3")]
+    assert sorted(notes) == sorted([
+        "left out 2 of 13 traces: their db_id is not among the databases of the data (the first: 'bar')",
+        "left out 2 of 13 traces: their gold SQL fails",
+        "left out 1 of 13 traces: without tags and fences they hold no reasoning",
+        "left out 3 of 13 traces: they hold several <think> tags",
+        "left out 2 of 13 traces: their SQL is not one statement that can be read back"])
+
+
+def test_pairs_of_prompts_that_fit_and_how_many_do_not(tiny_db):
+    policy = build_tiny(["singer ( name , age )", "<think> look </think> SELECT 1"] * 3, seed=0, vocab_size=300, width=32,
+                        layers=1)
+    examples = [taught("look"), replace(taught("look"), question="Who? " * 400), taught("see")]
+
+    def pairs_within(tokens):
+        builder = PromptBuilder({"music": tiny_db}, policy.tokenizer, PromptConfig(max_prompt_tokens=tokens))
+        return sft.supervised_pairs(examples, builder, policy.tokenizer)
+
+    pairs, notes = pairs_within(800)
+    assert [policy.tokenizer.decode(completion) for _, completion in pairs] == [
+        f"<think> {word} </think> SELECT 1{policy.tokenizer.eos_token}" for word in ("look", "see")]
+    assert notes == ["cold start: left out 1 of 3 questions: their prompt, even shortened, is longer than 800 tokens"]
+    with pytest.raises(UserError, match="the prompts of all 3 are longer than --max-prompt-tokens 5, even shortened"):
+        pairs_within(5)
+    assert len(pairs_within(10**5)[0]) == 3 and pairs_within(10**5)[1] == []
+
+
+@pytest.mark.parametrize("steps, traces, words", [
+    (200, 0, "no cold start: --cold-start-steps 200 has no traces to teach; give --traces FILE, or --traces template"),
+    (0, 0, ""), (20, 20, ""),
+    (0, 7, "7 traces are there, but --cold-start-steps is 0"),
+    (20, 1, "only 1 traces for 46 training questions and shows each 640 times: --traces template makes one for every"),
+    (200, 46, "only 46 traces for 46 training questions and shows each 139 times: lower --cold-start-steps")])
+def test_a_cold_start_that_does_less_than_one_expects_is_told(steps, traces, words):
+    notes = sft.cold_start_notes(sft.SFTConfig(cold_start_steps=steps), traces, 46)
+    assert len(notes) == bool(words) and words in "".join(notes)
 
 
 # ---- choosing, by hand
@@ -155,20 +255,86 @@ def test_traces_of_held_back_questions_do_not_reach_training(tmp_path, tiny_db):
 
 
 def test_nothing_to_keep_is_said_with_the_reasons_and_writes_nothing(own_data, tmp_path):
-    done = subprocess.run([sys.executable, "sft.py", *map(str, own_data), "-n", "2", "--limit", "6"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "sft.py", *map(str, own_data), "-n", "2", "--limit", "6", "--memory-min-words",
+                           "30"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     error = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and error.startswith(f"error: no trace to write to {tmp_path / 'mined.jsonl'}: 12 comp")
-    assert "(length " in error and "0 kept" in error and not (tmp_path / "mined.jsonl").exists()  # the paper's gate
+    assert "(length " in error and "0 kept" in error and not (tmp_path / "mined.jsonl").exists()
+    assert "with fewer than 30 or more than 2000 words (--memory-min-words, --memory-max-words)" in error
+    assert f"kept in {tmp_path / 'mined.jsonl'}.progress, so the same command with another gate is done at once" in error
+
+
+def test_refused_traces_are_counted_by_threshold_and_another_gate_needs_no_new_samples(own_data, tmp_path, monkeypatch,
+                                                                                      capsys):
+    with pytest.raises(UserError, match=r"refused \d+ with fewer than 9 columns of the schema \(--memory-min-columns\)"):
+        mine(monkeypatch, *own_data, "-n", 4, "--memory-min-columns", 9)
+    assert (tmp_path / "mined.jsonl.progress").exists()
+    monkeypatch.setattr(Examination, "answer", lambda *_: pytest.fail("sampled anew"))
+    mine(monkeypatch, *own_data, "-n", 4, *OPEN_GATE)
+    assert "continuing: 24 of 24 questions are done" in capsys.readouterr().out
+    assert (tmp_path / "mined.jsonl").exists() and not (tmp_path / "mined.jsonl.progress").exists()
+
+
+def test_short_traces_pass_a_gate_that_is_chosen_from_them(own_data, tmp_path, monkeypatch, capsys):
+    """Its traces have 3 to 6 words: all were refused by the paper's 30."""
+    mine(monkeypatch, *own_data, "-n", 4)
+    assert "length" not in capsys.readouterr().out and (tmp_path / "mined.jsonl").exists()
+
+
+def test_ctrl_c_loses_nothing(own_data, tmp_path, monkeypatch, capsys):
+    arguments = [*own_data, *OPEN_GATE, "-n", 4, "--batch", 8]  # three batches of eight questions
+    mine(monkeypatch, *arguments)
+    whole, answer, calls = (tmp_path / "mined.jsonl").read_bytes(), Examination.answer, []
+    (tmp_path / "mined.jsonl").unlink()
+
+    def interrupted(self, examples, levels, number):
+        calls.append(number)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return answer(self, examples, levels, number)
+
+    monkeypatch.setattr(Examination, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mine(monkeypatch, *arguments)
+    assert f"kept in {tmp_path / 'mined.jsonl'}.progress; the same command continues" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another temperature"):
+        mine(monkeypatch, *arguments, "--temperature", 0.5)
+    mine(monkeypatch, *arguments)
+    assert calls == [0, 8, 8, 16] and "continuing: 8 of 24 questions are done" in capsys.readouterr().out
+    assert (tmp_path / "mined.jsonl").read_bytes() == whole and not (tmp_path / "mined.jsonl.progress").exists()
+
+
+def of_fates(**statuses):
+    return [{"samples": {"statuses": statuses}, "traces": []}]
+
+
+@pytest.mark.parametrize("statuses, flags, words", [
+    ({"format": 88, "ok": 12}, {}, "only 12% of the completions met the format `<think> reasoning </think> SQL`; "
+                                   "--lenient-format also takes SQL inside a code fence; train.py --traces template"),
+    ({"format": 100}, {"lenient_format": True}, "only 0% of the completions met the format `<think> reasoning </think> "
+                                                "SQL`; train.py --traces template"),
+    ({"truncated": 60, "ok": 40}, {}, "60% of the completions were cut at --max-completion-tokens 512; raise it"),
+    ({"error": 70, "format": 10}, {}, "88% of the completions met the format, but none returned the gold result"),
+    ({}, {}, "no prompt fits; raise --max-prompt-tokens")])
+def test_nothing_verified_names_the_reason(statuses, flags, words):
+    assert words in sft.why_none_verified(of_fates(**statuses), sft.MineConfig(mine="x.jsonl", model="m", **flags))
+
+
+def test_a_model_that_never_meets_the_format_is_told_so(own_data, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"0 different ones verified.*(met the format|were cut at)"):
+        mine(monkeypatch, *own_data, "-n", 2, "--limit", 4, "--max-completion-tokens", 2)
+    assert not (tmp_path / "mined.jsonl.progress").exists()  # which another way of reading could not continue
 
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "give --mine FILE and --model NAME"),
     (["--mine", "x.jsonl"], "give --mine FILE and --model NAME"),
     (["--mine", "/nowhere/x.jsonl", "--model", "m"], "cannot write /nowhere/x.jsonl"),
-    (["--mine", "x.jsonl", "--model", "m", "-n", "0"], "-n must be above zero"),
-    (["--mine", "x.jsonl", "--model", "m", "--temperature", "0"], "--temperature must be above zero"),
-    (["--mine", "x.jsonl", "--model", "m", "--max-per-cell", "0"], "--max-per-cell must be above zero"),
+    (["--mine", "x.jsonl", "--model", "m", "-n", "0"], "--samples is 0; it must be at least 1"),
+    (["--mine", "x.jsonl", "--model", "m", "--temperature", "0"], "--temperature is 0.0; it must be above 0"),
+    (["--mine", "x.jsonl", "--model", "m", "--max-per-cell", "0"], "--max-per-cell is 0; it must be at least 1"),
+    (["--mine", "x.jsonl", "--model", "m", "--memory-min-bigrams", "2"], "--memory-min-bigrams is 2.0; it must be at most 1"),
+    (["--mine", "x.jsonl", "--model", "m", "--memory-min-words", "9", "--memory-max-words", "3"], "no thought has at least 9"),
     (["--mine", "x.jsonl", "--model", "m", "--data", "gone.json"], "cannot read gone.json")])
 def test_bad_command_lines(monkeypatch, arguments, words):
     with pytest.raises(UserError) as error:
@@ -179,13 +345,38 @@ def test_bad_command_lines(monkeypatch, arguments, words):
 def test_a_bad_embedder_or_a_folder_in_the_way_is_one_sentence(own_data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="neither hash, policy"):
         mine(monkeypatch, *own_data, "--embedder", tmp_path / "none")
+    # the file of an interruption before the first batch keeps nothing, and so does not block other settings
     (tmp_path / "mined.jsonl").mkdir()
     with pytest.raises(UserError, match="cannot write"):
         mine(monkeypatch, *own_data, *OPEN_GATE, "-n", 2, "--limit", 6, "--embedder", "policy")
 
 
-def test_the_demo_has_a_gate_of_its_own():
+@pytest.mark.parametrize("config, bad", [
+    (sft.SFTConfig, {"cold_start_steps": -1, "cold_start_batch": 0, "cold_start_lr": 0.0, "prompt_loss": -0.1}),
+    (sft.MineConfig, {"limit": -1, "samples": 0, "temperature": 0.0, "max_completion_tokens": 0, "batch": 0,
+                      "max_per_question": 0, "max_per_cell": 0, "threads": -3, "workers": 0, "timeout": 0.0})])
+def test_every_number_states_its_range(config, bad):
+    given = {"mine": "x.jsonl", "model": "m"} if config is sft.MineConfig else {}
+    numbers = {one.name for one in fields(config) if isinstance(one.default, int | float) and one.type not in (bool, "bool")}
+    assert numbers - {"seed"} == set(bad)
+    check(config(**given))
+    for name, value in bad.items():
+        for wrong in (value, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {wrong}; it must be"):
+                check(config(**given, **{name: wrong}))
+
+
+def test_the_gate_fits_the_demo_s_traces_as_its_own_thresholds_did(tmp_path):
+    """5 words and one column were set by hand for them; what is chosen from them now is the same."""
     given = ["--mine", "x.jsonl", "--model", "m"]
-    assert sft.parse_arguments(given)[1] == MemoryGate(**sft.SHORT_TRACES)
-    assert sft.parse_arguments([*given, "--memory-min-words", "9"])[1].memory_min_words == 9
-    assert sft.parse_arguments([*given, "--data", "own.json"])[1] == MemoryGate()
+    assert sft.parse_arguments(given)[1] == MemoryGate()
+    assert sft.parse_arguments([*given, "--memory-min-words", "9"])[1] == MemoryGate(memory_min_words=9)
+    splits = load_splits("demo", tmp_path, seed=0)
+    schemas = columns_of(splits.databases)
+    memory = build_memory(RewardConfig(), MemoryGate(), schemas)
+    verified = [(one.db_id, one.trace) for one in splits.traced if not one.trace_sql]
+    memory.gate = gate_for(verified, memory.columns, memory.gate)
+    assert memory.gate == MemoryGate(5, 2000, 1, 0.05)
+    memory.add_many(verified)
+    assert (len(memory), len(verified), memory.rejections) == (1656, 1902, {"duplicate": 246})
+    assert memory.start_note(len(verified)) == ""

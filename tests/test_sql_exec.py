@@ -1,21 +1,27 @@
 """The executor: statuses, values, caching, life and death of its workers; one test for each row of
 PITFALLS part B that concerns running SQL (B2, B3, B5, B10 and the comparators are in test_sql_match.py)."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from conftest import tiny_database
 
 import sql_exec
+from running.errors import UserError
 from sql_exec import Execution, SQLExecutor, bird_match
+from text2sql.schema import read_schema, schema_columns, value_index
 
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c"
 # One call of a C function that runs for ages: SQLite's own interrupt cannot stop it, only a kill can.
@@ -103,7 +109,7 @@ def test_columns_and_seconds_are_reported(executor):
 
 
 def test_run_many_keeps_order_and_runs_identical_pairs_once(executor, tiny_db):
-    executor.add_database("again", tiny_db)
+    executor.databases["again"] = tiny_db
     pairs = [(["music", "again"][i % 2], f"SELECT {i % 7}, '{i % 2}'") for i in range(200)]
     results = executor.run_many(pairs)
     assert [result.rows for result in results] == [[(i % 7, str(i % 2))] for i in range(200)]
@@ -188,7 +194,7 @@ def test_a_wal_database_is_read_with_its_writer_and_without_leaving_files(hasty,
     assert [path.name for path in tiny_db.parent.iterdir()] == [tiny_db.name]
 
 
-def test_a_wal_database_copied_with_its_log_is_an_error_that_leaves_no_files(hasty, tiny_db, tmp_path):
+def test_a_wal_database_copied_with_its_log_is_an_error_that_leaves_no_files(tiny_db, tmp_path):
     """Reading the log takes an index file beside it, which a read-only worker must not create."""
     writer = sqlite3.connect(tiny_db, isolation_level=None)
     writer.execute("PRAGMA journal_mode = WAL")
@@ -199,27 +205,200 @@ def test_a_wal_database_copied_with_its_log_is_an_error_that_leaves_no_files(has
     log = Path(f"{copy}-wal")
     log.write_bytes(Path(f"{tiny_db}-wal").read_bytes())
     writer.close()
-    hasty.add_database("copy", copy)
-    execution = hasty.run("copy", "SELECT count(*) FROM singer")
-    assert execution.status == "error" and "write-ahead log" in execution.error
-    assert sorted(path.name for path in copy.parent.iterdir()) == [copy.name, log.name]
-    sqlite3.connect(copy).execute("SELECT count(*) FROM singer").connection.close()  # as the sentence advises
-    assert hasty.run("copy", "SELECT count(*) FROM singer").rows == [(4,)]
-    copy.write_bytes(copy.read_bytes())
-    log.write_bytes(b"")  # an empty log says nothing
-    assert hasty.run("copy", "SELECT count(*) FROM singer").rows == [(4,)]
+    with SQLExecutor({"copy": copy}, workers=1) as executor:
+        execution = executor.run("copy", "SELECT count(*) FROM singer")
+        assert execution.status == "error" and f"{copy}: it has a write-ahead log" in execution.error
+        with pytest.raises(UserError, match="music.sqlite: it has a write-ahead log .* open and close it once"):
+            read_schema(copy)
+        assert sorted(path.name for path in copy.parent.iterdir()) == [copy.name, log.name]
+        sqlite3.connect(copy).execute("SELECT count(*) FROM singer").connection.close()  # as the sentence advises
+        assert executor.run("copy", "SELECT count(*) FROM singer").rows == [(4,)]
+        copy.write_bytes(copy.read_bytes())
+        log.write_bytes(b"")  # an empty log says nothing
+        assert executor.run("copy", "SELECT count(*) FROM singer").rows == [(4,)]
+
+
+# One way of opening a database, for schemas, hints and queries ---------------------------------------------
+
+
+@pytest.fixture
+def wal_db(tmp_path) -> Path:
+    """The music database in WAL mode, closed as it should be, in a folder of its own."""
+    (tmp_path / "wal").mkdir()
+    path = tiny_database(tmp_path / "wal" / "music.sqlite")
+    sqlite3.connect(path).execute("PRAGMA journal_mode = WAL").connection.close()
+    return path
+
+
+def names_read(path) -> tuple[list[str], list[str], list[tuple]]:
+    """The tables that the schema has, the cells that hints find, and what the executor counts."""
+    with SQLExecutor({"music": path}, workers=1) as executor:
+        execution = executor.run("music", "SELECT count(*) FROM singer")
+        assert execution.status == "ok", execution.error
+    hints = value_index(path).hints("are Ana and Di singers?", 9)
+    return [table.name for table in read_schema(path).tables], [hint.value for hint in hints], execution.rows
+
+
+def files_beside(path: Path) -> dict[str, str]:
+    return {file.name: digest(file) for file in path.parent.iterdir()}
+
+
+def killed_while_writing(path: Path, statements: str) -> None:
+    """Run statements in a process that ends without closing the database."""
+    code = "import os, sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); " \
+           "[c.execute(statement) for statement in sys.argv[2].split(';')]; os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, str(path), statements], check=True)
+
+
+@contextlib.contextmanager
+def as_a_stranger(path: Path):
+    """A copy of the database, with what lies beside it, in a folder in which this process may only read."""
+    folder = Path(tempfile.mkdtemp())
+    for file in path.parent.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+        (folder / file.name).chmod(0o444)
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        if os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            pytest.skip("this account may write everywhere")
+        yield folder / path.name
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_cleanly_closed_wal_database_is_read_by_all_in_turn_and_nothing_is_left(wal_db):
+    for _ in range(2):  # the executor after the schema, too
+        assert names_read(wal_db) == (["singer", "concert"], ["Ana"], [(3,)])
+        assert [file.name for file in wal_db.parent.iterdir()] == [wal_db.name]
+
+
+def test_empty_files_that_another_reader_left_do_no_harm(wal_db):
+    other = sqlite3.connect(f"file:{wal_db}?mode=ro", uri=True)
+    other.execute("SELECT * FROM singer").fetchall()
+    other.close()
+    before = files_beside(wal_db)
+    assert len(before) == 3 and names_read(wal_db)[2] == [(3,)] and files_beside(wal_db) == before
+
+
+def test_a_live_log_is_read_by_all_and_its_writer_can_tidy_up(wal_db):
+    writer = sqlite3.connect(wal_db, isolation_level=None)
+    with SQLExecutor({"music": wal_db}, workers=1) as executor:
+        for number, statement in enumerate(["INSERT INTO singer (name) VALUES ('Di')", "CREATE TABLE song (title)"]):
+            writer.execute(statement)
+            assert names_read(wal_db) == (["singer", "concert", "song"][: 2 + number], ["Ana", "Di"], [(4,)])
+            assert executor.run("music", "SELECT count(*) FROM singer").rows == [(4,)]
+        writer.close()  # while the executor is open
+        assert [file.name for file in wal_db.parent.iterdir()] == [wal_db.name]
+        assert executor.run("music", "SELECT count(*) FROM song").rows == [(0,)]
+
+
+def test_the_log_of_a_writer_that_was_killed_is_read_and_kept(wal_db):
+    killed_while_writing(wal_db, "INSERT INTO singer (name) VALUES ('Di');BEGIN;DELETE FROM singer")
+    before = files_beside(wal_db)
+    assert len(before) == 3
+    assert names_read(wal_db) == (["singer", "concert"], ["Ana", "Di"], [(4,)])
+    assert files_beside(wal_db) == before
+
+
+def test_a_log_is_found_behind_a_link(wal_db, tmp_path):
+    link = tmp_path / "link.sqlite"
+    link.symlink_to(wal_db)
+    writer = sqlite3.connect(wal_db, isolation_level=None)
+    writer.execute("INSERT INTO singer (name) VALUES ('Di')")
+    assert names_read(link) == (["singer", "concert"], ["Ana", "Di"], [(4,)])
+    writer.close()
+
+
+@pytest.mark.parametrize("state", ["closed", "killed", "journal"])
+def test_a_folder_without_write_permission_is_enough(wal_db, state):
+    if state == "killed":
+        killed_while_writing(wal_db, "INSERT INTO singer (name) VALUES ('Di')")
+    elif state == "journal":
+        sqlite3.connect(wal_db).execute("PRAGMA journal_mode = DELETE").connection.close()
+    with as_a_stranger(wal_db) as path:
+        before = files_beside(path)
+        assert len(before) == (3 if state == "killed" else 1)
+        assert schema_columns(read_schema(path))["singer"][0] == "singer_id"
+        assert [hint.value for hint in value_index(path).hints("Ana", 1)] == ["Ana"]
+        with contextlib.closing(sql_exec.open_database(path)) as connection:
+            assert connection.execute("SELECT count(*) FROM singer").fetchall() == [(3 + (state == "killed"),)]
+        assert files_beside(path) == before
+
+
+def test_an_unfinished_transaction_is_told_and_not_kept(tiny_db, tmp_path):
+    killed_while_writing(tiny_db, "PRAGMA cache_size = 1;BEGIN;"
+                                  "CREATE TABLE t AS SELECT randomblob(9000) FROM singer, concert, singer a, concert b")
+    gold = ("music", "SELECT count(*) FROM singer")
+    with SQLExecutor({"music": tiny_db}, cache=tmp_path / "cache") as executor:
+        assert "unfinished transaction" in executor.run_gold([gold])[0].error
+        with pytest.raises(UserError, match="music.sqlite: it has an unfinished transaction: open and close it once"):
+            read_schema(tiny_db)
+        sqlite3.connect(tiny_db).execute("SELECT count(*) FROM singer").connection.close()
+        assert executor.run_gold([gold])[0].rows == [(3,)]
+
+
+VIRTUAL = """
+    CREATE VIRTUAL TABLE area USING rtree(id, x0, x1, +label);
+    INSERT INTO area VALUES (1, 0, 2, 'park'), (2, 5, 9, 'lake');
+    CREATE VIRTUAL TABLE grid USING rtree_i32(id, x0, x1);
+    CREATE VIRTUAL TABLE page USING fts5(title, body); INSERT INTO page VALUES ('One', 'a b'), ('Two', 'c d');
+    CREATE VIRTUAL TABLE terms USING fts5vocab(page, 'row');
+    CREATE VIRTUAL TABLE old USING fts4(title); INSERT INTO old VALUES ('a b');
+    CREATE VIEW far AS SELECT label FROM area WHERE x0 > 3;
+    CREATE TABLE park_node (a); CREATE TABLE page_views (n);
+"""
 
 
 def test_virtual_tables_can_be_read(executor, tiny_db):
     connection = sqlite3.connect(tiny_db)
-    for kind in ("fts4", "fts5"):
-        connection.execute(f"CREATE VIRTUAL TABLE {kind}t USING {kind}(t)")
-        connection.execute(f"INSERT INTO {kind}t VALUES ('a b')")
+    connection.executescript(VIRTUAL)
+    connection.close()
+    for sql, rows in [
+        ("SELECT label, x1 FROM area WHERE x0 <= 1 AND x1 >= 1", [("park", 2.0)]),
+        ("SELECT a.label FROM area a JOIN area b ON a.id = b.id + 1", [("lake",)]),
+        ("SELECT * FROM far", [("lake",)]),
+        ("SELECT count(*) FROM grid", [(0,)]),
+        ("SELECT title FROM page WHERE page MATCH 'd' ORDER BY rank", [("Two",)]),
+        ("SELECT highlight(page, 1, '<', '>') FROM page('b')", [("a <b>",)]),
+        ("SELECT term FROM terms ORDER BY term LIMIT 2", [("a",), ("b",)]),
+        ("SELECT title FROM old WHERE old MATCH 'b'", [("a b",)]),
+        ("SELECT sum(value) FROM json_each('[1, 2]')", [(3,)]),
+    ]:
+        for _ in range(2):
+            execution = executor.run("music", sql)
+            assert execution.rows == rows, (sql, execution.error)
+    before = digest(tiny_db)
+    for shadow in ("area_node", "page_data", "old_content"):
+        for sql in (f"DELETE FROM {shadow}", f"WITH x AS (SELECT 1) DELETE FROM {shadow}"):
+            assert executor.run("music", sql).status == "refused"
+    assert digest(tiny_db) == before
+
+
+def test_a_virtual_table_of_an_unknown_kind_spoils_no_other(executor, tiny_db):
+    connection = sqlite3.connect(tiny_db)
+    connection.execute("PRAGMA writable_schema = ON")
+    connection.execute("INSERT INTO sqlite_master VALUES ('table', 'geo', 'geo', 0, 'CREATE VIRTUAL TABLE geo USING far()')")
     connection.commit()
     connection.close()
-    assert executor.run("music", "SELECT t FROM fts4t WHERE fts4t MATCH 'b'").rows == [("a b",)]
-    assert executor.run("music", "SELECT t FROM fts5t WHERE fts5t MATCH 'b'").rows == [("a b",)]
-    assert executor.run("music", "SELECT sum(value) FROM json_each('[1, 2]')").rows == [(3,)]
+    assert executor.run("music", "SELECT count(*) FROM singer").rows == [(3,)]
+    assert executor.run("music", "SELECT * FROM geo").error == "no such module: far"
+    assert [table.name for table in read_schema(tiny_db).tables] == ["singer", "concert"]
+
+
+def test_shadow_tables_are_no_part_of_a_schema(tiny_db):
+    connection = sqlite3.connect(tiny_db)
+    connection.executescript(VIRTUAL)
+    connection.close()
+    columns = schema_columns(read_schema(tiny_db))
+    assert columns == {"singer": columns["singer"], "concert": columns["concert"], "area": ["id", "x0", "x1", "label"],
+                       "grid": ["id", "x0", "x1"], "page": ["title", "body"], "terms": ["term", "doc", "cnt"],
+                       "old": ["title"], "far": ["label"], "park_node": ["a"], "page_views": ["n"]}
 
 
 # PITFALLS part B --------------------------------------------------------------------------------------------
@@ -333,6 +512,63 @@ def test_gold_results_come_from_the_cache_until_content_or_limits_change(tiny_db
     assert not list(cache.rglob("*.tmp"))
 
 
+VOLATILE = [
+    "SELECT random()", "SELECT name FROM singer ORDER BY RANDOM() LIMIT 1", "SELECT hex(randomblob(4))",
+    "SELECT CURRENT_TIMESTAMP", "SELECT current_date", "SELECT 1 WHERE current_time > ''", "SELECT date()",
+    "SELECT date('now')", "SELECT DATETIME('NOW', '-1 day')", "SELECT time('n' || 'ow')", "SELECT julianday()",
+    "SELECT strftime('%Y', 'now') - age FROM singer", "SELECT strftime('%s')",
+    *["SELECT unixepoch()"] * (sqlite3.sqlite_version_info >= (3, 38)),
+    "WITH x AS (SELECT * FROM recent) SELECT count(*) FROM x", "SELECT date(d) FROM diary",
+    "SELECT 1 LIMIT abs(random()) % 3", "SELECT abs(-9223372036854775808 + 0 * random())",
+    "SELECT datetime(0, 'unixepoch', 'localtime')",
+    "SELECT count(*) FROM concert WHERE year < (SELECT max(y) FROM (SELECT strftime('%Y') AS y))",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sql", VOLATILE)
+def test_results_that_depend_on_time_or_chance_are_not_kept(tiny_db, tmp_path, sql):
+    connection = sqlite3.connect(tiny_db)
+    connection.executescript("CREATE VIEW recent AS SELECT * FROM concert WHERE year > strftime('%Y', 'now') - 9;"
+                             "CREATE TABLE diary (d TEXT); INSERT INTO diary VALUES ('now');")
+    connection.close()
+    with SQLExecutor({"music": tiny_db}, workers=1, cache=tmp_path / "cache") as executor:
+        constant, changing = executor.run_gold([("music", "SELECT 'random()', 'now', 7 AS random"), ("music", sql)])
+    assert changing.volatile and not constant.volatile and changing.status in ("ok", "error")
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("match", sql_exec.MATCHES.values(), ids=sql_exec.MATCHES)
+def test_a_gold_of_chance_agrees_with_itself_and_is_drawn_anew(tiny_db, tmp_path, match):
+    sqls = ["SELECT random()", "SELECT DISTINCT name FROM singer ORDER BY random()", "SELECT CURRENT_TIMESTAMP", "SELECT 1"]
+    drawn = []
+    for _ in range(2):
+        with SQLExecutor({"music": tiny_db}, cache=tmp_path / "cache") as executor:
+            results = sql_exec.Results(executor, [("music", sql, (sql,)) for sql in sqls], [match])
+        assert all(results.is_right("music", sql, (sql,), match) for sql in sqls)
+        drawn.append(results.gold("music", sqls[0]).rows)
+    assert drawn[0] != drawn[1]
+
+
+def test_results_that_an_older_form_of_the_cache_froze_are_not_believed(tiny_db, tmp_path, monkeypatch):
+    with SQLExecutor({"music": tiny_db}, cache=tmp_path) as executor:
+        new = executor._cache_file("music", "SELECT 1")
+        monkeypatch.setattr(sql_exec, "CACHE_FORM", "1")
+        assert new != executor._cache_file("music", "SELECT 1")
+
+
+def test_a_result_is_not_kept_for_a_database_that_changed_meanwhile(tiny_db, tmp_path, monkeypatch):
+    run_many, gold = SQLExecutor.run_many, ("music", "SELECT count(*) FROM singer")
+
+    def late(executor, pairs):  # a writer comes between the look at the file and the query
+        sqlite3.connect(tiny_db).executescript("INSERT INTO singer (name) VALUES ('Di')")
+        return run_many(executor, pairs)
+
+    with SQLExecutor({"music": tiny_db}, cache=tmp_path / "cache") as executor:
+        monkeypatch.setattr(SQLExecutor, "run_many", late)
+        assert executor.run_gold([gold])[0].rows == [(4,)]
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
 def test_damaged_and_stale_cache_entries_are_run_again(tiny_db, tmp_path):
     with SQLExecutor({"music": tiny_db}, timeout=0.2, cache=tmp_path / "cache") as executor:
         good = executor.run_gold([("music", "SELECT 1")])
@@ -418,7 +654,7 @@ def test_a_worker_that_dies_costs_its_query_only(hasty):
 
 BABBLE = [
     b"\xff" * 9, b"\0\0\0\2{}", b"\0\0\0\1[", b"\0\0\0\7[1,2,3]", b"\0\0\0\4null", b"\0\0\0\2[]" * 9,
-    b"\0\0\0\x1a" + b'[0,0,"ok",null,0,[],[1,2]]', b"\0\0\0\x17" + b'[0,0,"fine",null,0,0,0]', b"", b"\0",
+    b"\0\0\0\x1c" + b'[0,0,"ok",null,0,0,[],[1,2]]', b"\0\0\0\x19" + b'[0,0,"fine",null,0,0,0,0]', b"", b"\0",
     b"\0\0\x27\x10" + b"[" * 10_000, b"\0\0\x27\x10" + b"9" * 10_000,
 ]  # fmt: skip
 

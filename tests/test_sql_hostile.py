@@ -87,6 +87,10 @@ PRAGMA temp_store_directory = '/'
 PRAGMA trusted_schema = ON
 PRAGMA hard_heap_limit = 0
 PRAGMA wal_checkpoint(TRUNCATE)
+WITH x AS (SELECT 1) DELETE FROM area_node
+WITH x AS (SELECT 1) INSERT INTO area VALUES (2, 0, 1)
+WITH x AS (SELECT 1) UPDATE page_data SET block = x'00'
+WITH x AS (SELECT 1) INSERT INTO page (page) VALUES ('optimize')
 EXPLAIN DELETE FROM t
 EXPLAIN QUERY PLAN SELECT 1
 .shell touch pwned
@@ -137,6 +141,8 @@ SELECT sqlite_version(), sqlite_source_id()
 SELECT 'a' || char(0) || 'b'
 SELECT name, sql FROM sqlite_master
 SELECT * FROM json_each('[1, null, "x"]')
+SELECT area.*, page.* FROM area, page WHERE page MATCH 'b' AND x0 < 1
+SELECT * FROM area_node, page_data
 SELECT CASE WHEN 1 THEN 2 END, 1 IS NOT DISTINCT FROM 1, NOT NULL
 """
 ENDLESS = [
@@ -241,6 +247,10 @@ def arena(tmp_path_factory):
         CREATE TABLE broken (b TEXT);
         INSERT INTO broken VALUES (CAST(x'61ff' AS TEXT)), (CAST(x'eda080' AS TEXT)), (x'00'), ('');
         INSERT INTO broken VALUES (1e999), (-1e999), (NULL), ('a' || char(0)), (4.9e-324);
+        CREATE VIRTUAL TABLE area USING rtree(id, x0, x1);
+        CREATE VIRTUAL TABLE page USING fts5(body);
+        INSERT INTO area VALUES (1, 0, 1);
+        INSERT INTO page VALUES ('a b');
         CREATE TABLE big (x INTEGER);
         WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 20000)
         INSERT INTO big SELECT x FROM c;

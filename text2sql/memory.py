@@ -12,6 +12,7 @@ Importing this file needs numpy only; torch and transformers are imported by the
 """
 
 import json
+import math
 import re
 import zipfile
 import zlib
@@ -29,35 +30,96 @@ RECENT = 4096  # texts whose embeddings are kept, so that none is embedded twice
 BLOCK = 256  # queries a matrix product, which bounds its memory
 
 
+# The paper's thresholds of what depends on how long traces are and how they name columns.
+PAPER = {"memory_min_words": 30, "memory_max_words": 2000, "memory_min_columns": 2, "memory_min_density": 0.05}
+CHOSEN = "chosen from the traces unless given"
+
+
 @dataclass(frozen=True)
 class MemoryGate:
-    """Which correct thoughts enter the memory; the defaults are the paper's."""
+    """Which correct thoughts enter the memory.
 
-    memory_min_words: int = field(default=30, metadata={
-        "help": "a stored thought has at least this many words"})
-    memory_max_words: int = field(default=2000, metadata={"help": "and at most this many"})
-    memory_min_columns: int = field(default=2, metadata={
-        "help": "it mentions at least this many schema columns"})
-    memory_min_density: float = field(default=0.05, metadata={"help": "column mentions per word, at least"})
-    memory_min_bigrams: float = field(default=0.6, metadata={"help": "share of unique bigrams, at least"})
+    A threshold that is None is the paper's; `gate_for` first replaces it by one that fits the traces.
+    """
+
+    memory_min_words: int | None = field(default=None, metadata={
+        "help": f"a stored thought has at least this many words; {CHOSEN}, at most 30", "at_least": 0})
+    memory_max_words: int | None = field(default=None, metadata={
+        "help": f"a stored thought has at most this many words; {CHOSEN}, at least 2000", "at_least": 1})
+    memory_min_columns: int | None = field(default=None, metadata={
+        "help": f"it mentions at least this many columns of the schema; {CHOSEN}, at most 2", "at_least": 0})
+    memory_min_density: float | None = field(default=None, metadata={
+        "help": f"it has at least this many column mentions a word; {CHOSEN}, at most 0.05", "at_least": 0})
+    memory_min_bigrams: float = field(default=0.6, metadata={
+        "help": "at least this share of its word pairs are different", "at_least": 0, "at_most": 1})
     memory_max_cosine: float = field(default=0.9, metadata={
-        "help": "its nearest stored trace is less similar"})
+        "help": "its nearest stored trace is less similar than this", "above": 0})
+
+    def __post_init__(self):
+        least, most = self.memory_min_words, self.memory_max_words
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"no thought has at least {least} words (--memory-min-words) and at most {most} "
+                             "(--memory-max-words)")
+
+    def threshold(self, name: str) -> float:
+        """The threshold of that name; the paper's where none was given or chosen."""
+        return PAPER[name] if getattr(self, name) is None else getattr(self, name)
 
     def rejection(self, thought: str, columns: Iterable[str] | None) -> str | None:
         """Why a thought does not enter, or None; without `columns` (lower case) their rules do not apply."""
         words = thought.split()
-        if not self.memory_min_words <= len(words) <= self.memory_max_words:
+        if not self.threshold("memory_min_words") <= len(words) <= self.threshold("memory_max_words"):
             return "length"
         bigrams = list(zip(words, words[1:], strict=False))
         if bigrams and len(set(bigrams)) < self.memory_min_bigrams * len(bigrams):
             return "repetition"
         if columns is not None:
             mentions = count_mentions(thought, columns)
-            if len(mentions) < self.memory_min_columns:
+            if len(mentions) < self.threshold("memory_min_columns"):
                 return "columns"
-            if mentions.total() < self.memory_min_density * len(words):
+            if mentions.total() < self.threshold("memory_min_density") * len(words):
                 return "density"
         return None
+
+    def explain(self, rejections: Mapping[str, int]) -> str:
+        """How many thoughts each threshold has refused, the most first, with the flag that moves it."""
+        least, most = self.threshold("memory_min_words"), self.threshold("memory_max_words")
+        meanings = {
+            "length": f"with fewer than {least} or more than {most} words (--memory-min-words, --memory-max-words)",
+            "repetition": "that repeat themselves: too few of their word pairs are different (--memory-min-bigrams "
+                          f"{self.memory_min_bigrams:g})",
+            "columns": f"with fewer than {self.threshold('memory_min_columns')} columns of the schema "
+                       "(--memory-min-columns)",
+            "density": f"with fewer than {self.threshold('memory_min_density'):g} column mentions a word "
+                       "(--memory-min-density)",
+            "duplicate": f"that are nearly a stored one (--memory-max-cosine {self.memory_max_cosine:g})"}
+        return ", ".join(f"{count} {meanings[reason]}" for reason, count in Counter(rejections).most_common() if count)
+
+
+def gate_for(traces: Sequence[tuple[str, str]], columns: Mapping[str, Iterable[str]], gate: MemoryGate) -> MemoryGate:
+    """The gate with thresholds that fit these (db_id, thought) pairs in the place of those that are None.
+
+    The rule is the same for all: half the median of the traces, but never stricter than the paper's threshold (at most
+    30 words, 2 columns and 0.05 mentions a word). The longest thought allowed has twice the median, at least 2000
+    words. So a thought is refused when it is far shorter than, or mentions far less than, the usual verified trace.
+    Without traces the gate stays as it is. `columns`: {db_id: column names}.
+    """
+    if not traces:
+        return gate
+    known = {db_id: lower_case(names) for db_id, names in columns.items()}
+    words = [len(thought.split()) for _, thought in traces]
+    mentions = [count_mentions(thought, known.get(db_id, ())) for db_id, thought in traces]
+    usual = float(np.median(words))
+    fitting = {
+        "memory_min_words": min(PAPER["memory_min_words"], int(usual / 2)),
+        "memory_max_words": max(PAPER["memory_max_words"], int(2 * usual)),
+        "memory_min_columns": min(PAPER["memory_min_columns"], int(np.median([len(one) for one in mentions]) / 2)),
+        "memory_min_density": min(PAPER["memory_min_density"], float(np.median(
+            [one.total() / max(count, 1) for one, count in zip(mentions, words, strict=True)]) / 2))}
+    given = {name: value for name, value in vars(gate).items() if value is not None}
+    fitting["memory_min_words"] = min(fitting["memory_min_words"], given.get("memory_max_words", math.inf))
+    fitting["memory_max_words"] = max(fitting["memory_max_words"], given.get("memory_min_words", 0))
+    return MemoryGate(**fitting | given)
 
 
 def count_mentions(text: str, columns: Iterable[str]) -> Counter:
@@ -153,6 +215,20 @@ class TraceMemory:
         self.thoughts.append(thought)
         self.db_ids.append(db_id)
 
+    def start_note(self, offered: int) -> str:
+        """A sentence when few or none of the verified traces offered at the start got in, else nothing."""
+        gate = self.gate
+        if not offered:
+            words, columns = gate.threshold("memory_min_words"), gate.threshold("memory_min_columns")
+            return ("the memory starts empty, for there are no verified traces; the reasoning of correct completions "
+                    f"enters it when it has at least {words} words and mentions at least {columns} columns "
+                    "(--memory-min-words, --memory-min-columns)")
+        if len(self) >= offered / 10:
+            return ""
+        start = f"with only {len(self)}" if len(self) else "empty, with none"
+        return (f"the memory starts {start} of {offered} verified traces: the gate refused "
+                + gate.explain(self.rejections))
+
     # ---- reading
 
     def similarity(self, db_id: str, thought: str) -> float:
@@ -178,10 +254,6 @@ class TraceMemory:
                     {"db_id": self.db_ids[i], "thought": self.thoughts[i], "similarity": float(row[i])}
                     for i in nearest[:count]]))
         return result
-
-    def neighbours(self, db_id: str, thought: str, count: int = 3) -> list[dict]:
-        """The nearest traces in scope, at most `top_k`."""
-        return self.compare([(db_id, thought)], count)[0][1]
 
     def _to_centroid(self, vector: np.ndarray, nearest: np.ndarray) -> float:
         if not len(nearest):

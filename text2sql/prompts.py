@@ -9,20 +9,30 @@ tokenizer's chat template when it has one. `compact` is for the tiny from-scratc
     question : How many singers are from France ?
     answer :
 
-A prompt that is too long is shortened, never cut: (1) sample values go, (2) columns go that neither the
-question or evidence, nor a hint, nor a key mentions. What still does not fit is left out and counted.
-The gold SQL is never read here.
+A prompt that is too long is shortened, never cut, in this order:
+    (1) sample values go;
+    (2) columns go that neither the question or evidence, nor a hint, nor a key mentions;
+    (3) tables go of which nothing is mentioned, be it a word of the name, a column or a cell;
+    (4) tables go whose whole name is not mentioned, nor a cell of them, where there are others.
+With a mentioned table stay those that its foreign keys point to, and tables that link two mentioned ones. What still
+does not fit is left out and counted. `--tables` names the only tables that prompts may show.
+
+What users and databases say is plain text, whatever it looks like (see plain_text.py): control tokens come from the
+chat template alone. The gold SQL is never read here.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from running.errors import UserError
+from running.options import check, option
 from text2sql.example import Example
+from text2sql.plain_text import MARK, control_tokens, encode, guarded
 from text2sql.schema import (
     STOP_WORDS,
     Column,
@@ -44,23 +54,25 @@ RULES = ("First reason step by step inside <think> and </think>. Then write exac
 @dataclass(frozen=True)
 class PromptConfig:
     """How prompts are written."""
-    style: str = field(default="auto", metadata={
-        "help": "full, compact, or auto: full when the tokenizer has a chat template, else compact",
-        "flag": "prompt_style", "choices": ("auto", "full", "compact")})
-    sample_values: int = field(default=3, metadata={
-        "help": "sample values shown per column in the full style (0 to 5)"})
-    max_value_hints: int = field(default=6, metadata={
-        "help": "at most this many cells that the question mentions"})
-    max_prompt_tokens: int = field(default=2048, metadata={
-        "help": "longer prompts are shortened (sample values, then columns nothing mentions), else left out"})
+    style: str = option("auto", "full, compact, or auto: full when the tokenizer has a chat template, else compact",
+                        flag="prompt_style", choices=("auto", "full", "compact"))
+    tables: str = option("", "show these tables only, a,b (default: all)")
+    sample_values: int = option(3, "sample values shown per column in the full style", at_least=0, at_most=5)
+    max_value_hints: int = option(6, "at most this many cells that the question mentions", at_least=0)
+    max_prompt_tokens: int = option(2048, "longer prompts are shortened (sample values, then columns, then tables that "
+                                          "nothing mentions), else left out", at_least=1, common=True)
 
     def __post_init__(self):
-        if self.style not in ("auto", "full", "compact"):
-            raise UserError(f"prompt style must be auto, full or compact, not {self.style!r}")
-        if not 0 <= self.sample_values <= 5:
-            raise UserError(f"sample_values must be 0 to 5, not {self.sample_values}")
-        if self.max_value_hints < 0 or self.max_prompt_tokens < 1:
-            raise UserError("max_value_hints must be at least 0 and max_prompt_tokens at least 1")
+        try:
+            check(self)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    @property
+    def table_names(self) -> list[str]:
+        """The names of `tables`; one with a comma in it stands in double quotes."""
+        names = next(csv.reader([self.tables], skipinitialspace=True), [])
+        return [name.strip() for name in names if name.strip()]
 
 
 class PromptBuilder:
@@ -74,11 +86,14 @@ class PromptBuilder:
         self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
         automatic = "full" if self.has_chat_template else "compact"
         self.style = automatic if config.style == "auto" else config.style
+        self._control = control_tokens(tokenizer)
         self._schema_texts: dict[tuple[str, int], str] = {}
+        for db_id in databases if config.table_names else ():  # a wrong name is told before the first question
+            self.schema(db_id)
 
     def text(self, example: Example) -> str:
         """The prompt as the model sees it, shortened if need be (it may still be too long, see `encode`)."""
-        return self._fit(example)[0]
+        return self._fit(example)[0].replace(MARK, "")
 
     def encode(self, example: Example) -> list[int] | None:
         """The prompt's token ids, or None when it does not fit even after shortening."""
@@ -100,14 +115,27 @@ class PromptBuilder:
         if not self.config.max_value_hints:
             return []
         index = value_index(self.databases[example.db_id])
-        return index.hints(_mentioning(example), self.config.max_value_hints)
+        shown = {table.name for table in self.schema(example.db_id).tables} if self.config.table_names else None
+        return index.hints(_mentioning(example), self.config.max_value_hints, shown)
+
+    def schema(self, db_id: str) -> Schema:
+        """The tables that prompts may show."""
+        schema, wanted = read_schema(self.databases[db_id]), self.config.table_names
+        if not wanted:
+            return schema
+        known = {table.name.lower(): table.name for table in schema.tables}
+        for name in wanted:
+            if name.lower() not in known:
+                names = ", ".join(list(known.values())[:20]) + (" and others" if len(known) > 20 else "")
+                raise UserError(f"--tables: {self.databases[db_id]} has no table {name!r}; it has {names}")
+        return only_tables(schema, {name.lower() for name in wanted})
 
     # ------------------------------------------------------------------------------------ shortening
 
     def _fit(self, example) -> tuple[str, list[int]]:
         """The first prompt that fits, going down the shortening order; the shortest one when none does."""
         hints = self.hints(example)
-        for level in (0, 1, 2) if self.style == "full" else (0, 2):  # compact prompts have no sample values
+        for level in (0, 1, 2, 3, 4) if self.style == "full" else (0, 2, 3, 4):  # compact ones have no sample values
             text = self._wrap(self._body(example, hints, level))
             ids = self._ids(text)
             if len(ids) <= self.config.max_prompt_tokens:
@@ -115,12 +143,14 @@ class PromptBuilder:
         return text, ids
 
     def _schema_text(self, example, hints, level) -> str:
-        """The database at a shortening level: 0 everything, 1 no sample values, 2 needed columns only."""
+        """The database at a level of shortening: 0 whole, 1 no sample values, 2 fewer columns, 3 and 4 fewer tables."""
         key = (example.db_id, level)
         if key in self._schema_texts:
             return self._schema_texts[key]
-        schema = read_schema(self.databases[example.db_id])
-        if level == 2:  # depends on the question, so it is not cached
+        schema = self.schema(example.db_id)
+        if level >= 2:  # depends on the question, so it is not cached
+            if level >= 3:
+                schema = needed_tables(schema, mentioned_tables(schema, _mentioning(example), hints)[level - 3])
             schema = needed_columns(schema, _mentioning(example), hints)
         if self.style == "full":
             text = full_schema(schema, self.config.sample_values if level == 0 else 0)
@@ -133,7 +163,7 @@ class PromptBuilder:
     # --------------------------------------------------------------------------------------- writing
 
     def _body(self, example, hints, level) -> str:
-        """The prompt before the chat template."""
+        """The prompt before the chat template; of its text, only the rules may hold control tokens."""
         schema = self._schema_text(example, hints, level)
         if self.style == "compact":
             lines = [schema]
@@ -141,7 +171,8 @@ class PromptBuilder:
                 lines.append("hint : " + " ; ".join(compact_hint(hint) for hint in hints))
             if example.evidence:
                 lines.append("evidence : " + space_out(example.evidence))
-            return "\n".join([*lines, "question : " + space_out(example.question), "answer :\n"])
+            lines += ["question : " + space_out(example.question), "answer :\n"]
+            return guarded("\n".join(lines), self._control)
         parts = ["Database schema:\n" + schema]
         if hints:
             parts.append("Values in the database that the question mentions:\n"
@@ -149,7 +180,8 @@ class PromptBuilder:
                                      f"{quote_value(hint.value)}" for hint in hints))
         if example.evidence:
             parts.append("Evidence: " + example.evidence)
-        return "\n\n".join([*parts, "Question: " + example.question, RULES])
+        parts.append("Question: " + example.question)
+        return guarded("\n\n".join(parts), self._control) + "\n\n" + RULES
 
     def _wrap(self, body: str) -> str:
         """The body as the tokenizer's chat template wants it, ready for the answer."""
@@ -158,15 +190,18 @@ class PromptBuilder:
         if not self.has_chat_template:
             return f"{SYSTEM}\n\n{body}\n\nAnswer:\n"
         from jinja2.exceptions import TemplateError
-        options = {"tokenize": False, "add_generation_prompt": True}
-        system, user = {"role": "system", "content": SYSTEM}, {"role": "user", "content": body}
-        try:
-            text = self.tokenizer.apply_chat_template([system, user], **options)
-        except TemplateError:  # some templates (Gemma's) refuse a system message
-            user["content"] = f"{SYSTEM}\n\n{body}"
-            text = self.tokenizer.apply_chat_template([user], **options)
-        # Templates of some reasoning models open <think> themselves; ours must be part of the answer.
-        return re.sub(r"<think>\s*$", "", text)
+        system = {"role": "system", "content": SYSTEM}
+        both = {"role": "user", "content": f"{SYSTEM}\n\n{body}"}  # some templates (Gemma's) refuse a system message
+        for messages in ([system, {"role": "user", "content": body}], [both]):
+            try:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                break
+            except TemplateError as error:
+                problem = error
+        else:
+            raise UserError(f"the model's chat template fails ({problem}); --prompt-style compact goes without it")
+        # Templates of reasoning models may open <think>, close it, or do both: ours is part of the answer.
+        return re.sub(r"(<think>\s*)?(</think>\s*)?$", "", text)
 
     def _ids(self, text: str) -> list[int]:
         """Token ids; a chat template writes its own special tokens, so none are added after it.
@@ -176,10 +211,7 @@ class PromptBuilder:
         if self.tokenizer is None:
             return []
         templated = self.style == "full" and self.has_chat_template
-        ids = list(self.tokenizer(text, add_special_tokens=not templated)["input_ids"])
-        if not templated and ids and ids[-1] == getattr(self.tokenizer, "eos_token_id", None):
-            ids.pop()  # some tokenizers end every text; the answer is still to come
-        return ids
+        return encode(self.tokenizer, text, add_special_tokens=not templated)
 
 
 # ------------------------------------------------------------------------------------------- full style
@@ -248,7 +280,7 @@ def space_out(text: str) -> str:
 
 def needed_columns(schema: Schema, text: str, hints: Iterable[Hint]) -> Schema:
     """The schema with only the columns that the text, a hint or a key mentions; every table stays."""
-    spoken = {form for word in words(text) for form in (word, word.removesuffix("s"))}
+    spoken = _spoken(text)
     hinted = {(hint.table, hint.column) for hint in hints}
     targets = {(table.lower(), column.lower()) for source in schema.tables for key in source.columns
                for table, column in key.references}
@@ -262,10 +294,58 @@ def needed_columns(schema: Schema, text: str, hints: Iterable[Hint]) -> Schema:
                         for table in schema.tables))
 
 
+def mentioned_tables(schema: Schema, text: str, hints: Iterable[Hint]) -> tuple[set[str], set[str]]:
+    """The tables (lower case) of which a word of the name, a column or a cell is mentioned; of these, those mentioned
+    by their whole name or a cell, or all where there are none."""
+    spoken, hinted = _spoken(text), {hint.table.lower() for hint in hints}
+    somehow, wholly = set(hinted), set(hinted)
+    for table in schema.tables:
+        name, parts = table.name.lower(), [part for part in _parts(table.name) if part not in STOP_WORDS]
+        if name in spoken or parts and all(_forms(part) & spoken for part in parts):
+            wholly.add(name)
+        if any(_is_mentioned(known, spoken) for known in (table.name, *(column.name for column in table.columns))):
+            somehow.add(name)
+    somehow |= wholly
+    return somehow, wholly or somehow
+
+
+def needed_tables(schema: Schema, mentioned: set[str]) -> Schema:
+    """The schema with the mentioned tables, those that their foreign keys point to, and those that link two of them;
+    where none is mentioned, all of it."""
+    targets = {table.name.lower(): {target.lower() for column in table.columns for target, _ in column.references}
+               for table in schema.tables}
+    linking = {name for name, pointed_to in targets.items() if len(pointed_to & mentioned) > 1}
+    pointed_to = {target for name in mentioned & targets.keys() for target in targets[name]}
+    return only_tables(schema, mentioned | linking | pointed_to) if mentioned else schema
+
+
+def only_tables(schema: Schema, names: set[str]) -> Schema:
+    """The schema with the tables of these names (lower case) alone; foreign keys to others are not told."""
+    def told(column):
+        return replace(column, references=tuple(pair for pair in column.references if pair[0].lower() in names))
+
+    return Schema(tuple(replace(table, columns=tuple(map(told, table.columns)))
+                        for table in schema.tables if table.name.lower() in names))
+
+
+def _spoken(text: str) -> set[str]:
+    """The words of a text, and their singulars."""
+    return {form for word in words(text) for form in _forms(word)}
+
+
+def _forms(word: str) -> set[str]:
+    """A word and what its singular may be."""
+    return {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)} - {""}
+
+
+def _parts(name: str) -> list[str]:
+    """The words in a name: "HomeTown" and "home_town" have "home" and "town"."""
+    return words(re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", name))
+
+
 def _is_mentioned(name: str, spoken: set[str]) -> bool:
-    """True when a telling word of the name is spoken: "HomeTown" and "home_town" by "town"."""
-    parts = words(re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", name))
-    return name.lower() in spoken or any(part in spoken or part.removesuffix("s") in spoken for part in parts
+    """True when a telling word of the name is spoken: "HomeTown" by "town"."""
+    return name.lower() in spoken or any(_forms(part) & spoken for part in _parts(name)
                                          if len(part) > 2 and part not in STOP_WORDS)
 
 

@@ -1,12 +1,12 @@
 """What is inside a database: its tables, keys and sample values, and the cells a question mentions.
 
-Everything is read from the SQLite file itself, through a read-only connection, so the same code
-serves the demo world, Spider, BIRD and a user's own file. `ValueIndex` finds *value hints*: cells of
+Everything is read from the SQLite file itself, opened as the executor opens it, so the same code
+serves the demo world, Spider, BIRD and a user's own file. What virtual tables (full text, R-trees) keep
+for themselves in "shadow" tables is left out. `ValueIndex` finds *value hints*: cells of
 text columns that occur word for word in the question ("singers from France" -> country = 'France').
 Nothing here ever sees a gold query.
 """
 
-import os
 import re
 import sqlite3
 from collections import defaultdict
@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import quote
 
 from running.errors import UserError
+from sql_exec import database_stamp, open_database
 
 SAMPLES_KEPT = 5           # sample values read per column; a prompt shows at most this many
 SAMPLE_ROWS = 10_000       # samples come from the first rows only, so a huge table costs nothing
@@ -80,15 +80,13 @@ def is_sqlite(path):
 
 
 def open_readonly(path) -> sqlite3.Connection:
-    """A read-only connection that decodes invalid UTF-8 with replacement and gives up endless queries."""
+    """A connection that reads a database; what hinders it is a UserError."""
     try:
-        if not is_sqlite(path):
-            raise UserError(f"{path} is not a SQLite database")
-        connection = sqlite3.connect(f"file:{quote(str(Path(path).resolve()))}?mode=ro", uri=True)
+        return open_database(path)
     except OSError as error:
         raise UserError(f"cannot read the database {path}: {error.strerror}") from error
-    connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-    return connection
+    except sqlite3.Error as error:
+        raise UserError(f"cannot read the database {path}: {error}") from error
 
 
 def bounded_query(connection, sql, parameters=()):
@@ -122,25 +120,23 @@ def quote_value(value) -> str:
 
 def read_schema(path) -> Schema:
     """Tables with typed columns, keys and sample values of a database; read once while it is unchanged."""
-    return _read_schema(str(path), file_version(path))
+    return _read_schema(str(path), _version(path))
 
 
-def file_version(path) -> tuple[int, int]:
-    """Changes when the file does: its modification time and size."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise UserError(f"cannot read the database {path}: {error.strerror}") from error
-    return status.st_mtime_ns, status.st_size
+def _version(path) -> str:
+    """Changes when the database does."""
+    return str(database_stamp(path))
 
 
 @lru_cache(maxsize=1024)
-def _read_schema(path: str, _version) -> Schema:
+def _read_schema(path: str, version: str) -> Schema:
     connection = open_readonly(path)
     try:
+        shadows = bounded_query(connection, "SELECT name FROM pragma_table_list WHERE schema = 'main' "
+                                            "AND type = 'shadow'")  # none is told before SQLite 3.37
         names = [name for (name,) in connection.execute(
             "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') "
-            "AND substr(name, 1, 7) != 'sqlite_'")]
+            "AND substr(name, 1, 7) != 'sqlite_'") if (name,) not in shadows]
         columns = {name: _read_columns(connection, name) for name in names}
         references = {name: _read_references(connection, name, columns) for name in names}
         return Schema(tuple(
@@ -150,7 +146,7 @@ def _read_schema(path: str, _version) -> Schema:
                 for column, kind, key in columns[name]))
             for name in names if columns[name]))
     except sqlite3.DatabaseError as error:
-        raise UserError(f"{path} cannot be read as a SQLite database: {error}") from error
+        raise UserError(f"cannot read the database {path}: {error}") from error
     finally:
         connection.close()
 
@@ -214,11 +210,11 @@ def words(text: str) -> list[str]:
 
 def value_index(path) -> "ValueIndex":
     """The index of a database file, built once while the file is unchanged."""
-    return _value_index(str(path), file_version(path))
+    return _value_index(str(path), _version(path))
 
 
 @lru_cache(maxsize=1024)
-def _value_index(path: str, _version) -> "ValueIndex":
+def _value_index(path: str, version: str) -> "ValueIndex":
     return ValueIndex(path)
 
 
@@ -239,7 +235,7 @@ class ValueIndex:
                 for column in table.columns:
                     room -= self._add_column(connection, table.name, column.name, room)
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path} cannot be read as a SQLite database: {error}") from error
+            raise UserError(f"cannot read the database {path}: {error}") from error
         finally:
             connection.close()
 
@@ -258,8 +254,11 @@ class ValueIndex:
                 taken += len(value)
         return taken
 
-    def hints(self, text: str, limit: int) -> list[Hint]:
-        """At most `limit` cells the text mentions: longest matches first, none inside a longer match."""
+    def hints(self, text: str, limit: int, tables: set[str] | None = None) -> list[Hint]:
+        """At most `limit` cells the text mentions: longest matches first, none inside a longer match.
+
+        tables: those whose cells count, all by default.
+        """
         spoken = words(text)
         as_written = set(WORD.findall(text))
         covered = [False] * len(spoken)
@@ -268,6 +267,8 @@ class ValueIndex:
             matches = []
             for start in range(len(spoken) - length + 1):
                 cells = self._lookup(spoken[start:start + length], as_written)
+                if tables is not None:
+                    cells = [cell for cell in cells if cell.table in tables]
                 if cells and not all(covered[start:start + length]):
                     matches.append((start, cells))
             for start, cells in matches:
