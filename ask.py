@@ -86,7 +86,6 @@ class AskConfig:
 @dataclass(frozen=True)
 class Reply:
     """The winning candidate with what it returned, and what became of the others."""
-    question: str
     answer: Candidate
     execution: Execution
     groups: list[tuple[int, str, int]]  # (votes, SQL, rows) of each group of equal results, the winner first
@@ -168,7 +167,7 @@ class Asker:
         failures = {status: count for status, count in statuses.most_common() if status != "ok"}
         winner = choose(candidates, executions, config.vote)
         votes = [(len(group), candidates[group[0]].sql, len(executions[group[0]].rows)) for group in groups]
-        return Reply(question, candidates[winner], executions[winner], votes, failures,
+        return Reply(candidates[winner], executions[winner], votes, failures,
                      time.perf_counter() - began, format_advice(statuses, self.lenient))
 
     def run(self, sql: str) -> Execution:

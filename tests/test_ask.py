@@ -281,6 +281,13 @@ def test_command_line(tiny_db, monkeypatch, capsys):
     assert "reasoning: sort singer by age" in printed and "\nBo\n(1 row)\n" in printed
 
 
+def test_the_folder_of_a_run_is_no_model(tmp_path, tiny_db):
+    run = Path(trained(tmp_path / "x")).parent
+    (run / "checkpoints" / "step-0").mkdir(parents=True)
+    done = run_cli("--model", run, "--database", tiny_db, "Who?")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"use {run / 'best'}" in done.stderr
+
+
 @pytest.fixture
 def odd_files(tmp_path):
     (tmp_path / "text.sqlite").write_text("hello")
