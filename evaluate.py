@@ -41,6 +41,7 @@ from tqdm import tqdm
 from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset, load_for_evaluation, run_config_of
 from rewards import unwrap_fence
 from running.errors import UserError, check_folder, json_lines, parse_json, read_text, run_main, write_text
+from running.guards import Heartbeat
 from running.options import add_arguments, build, check, option
 from scoring.answers import Examination, Progress, format_advice, scores_of
 from scoring.compare import compare, print_comparison
@@ -151,10 +152,21 @@ class EvaluateConfig:
 # ----------------------------------------------------------------------------------------- from a policy
 
 def greedy_sqls(policy, encoded_prompts: list[list[int]], max_completion_tokens: int, batch: int = 128,
-                lenient: bool = False) -> list[str]:
+                lenient: bool = False, progress: bool = False) -> list[str]:
     """The SQL of the greedy completion for each prompt, in order; empty where the format is broken."""
-    candidates = sample_candidates(policy, encoded_prompts, 1, 0.0, max_completion_tokens, batch, lenient)
-    return [greedy.sql for greedy, in candidates]
+    order = sorted(range(len(encoded_prompts)), key=lambda i: len(encoded_prompts[i]))  # like lengths side by side
+    sqls, heartbeat = {}, Heartbeat()
+    bar = tqdm(total=len(order), desc="answering", unit="question", leave=False, disable=None if progress else True)
+    with bar:
+        for start in range(0, len(order), batch):
+            part = order[start:start + batch]
+            candidates = sample_candidates(policy, [encoded_prompts[i] for i in part], 1, 0.0, max_completion_tokens,
+                                           batch, lenient)
+            sqls |= {i: greedy.sql for i, (greedy,) in zip(part, candidates, strict=True)}
+            bar.update(len(part))
+            if progress:
+                heartbeat.beat(f"answered {len(sqls)} of {len(order)} questions")
+    return [sqls[i] for i in range(len(order))]
 
 
 def fingerprint(config: EvaluateConfig, prompts: PromptConfig, examples: Sequence[Example]) -> dict:

@@ -146,7 +146,7 @@ class Trainer:
         self.s, self.data, self.folder, self.executor = s, data, folder, executor
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.engine, self.sharded = ENGINES[s.run.engine], None
-        self.checkpoint = distributed.on_main(folder.newest_whole) if s.run.resume else None  # (step, folder)
+        self.checkpoint = distributed.on_main(folder.newest_whole) if folder.resumes else None  # (step, folder)
         self.policy = self._load_policy()
         self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
         self.train_set = self._usable(data.train, "training")
@@ -176,6 +176,8 @@ class Trainer:
         self.optimizer = self.make_optimizer()
         if self.checkpoint:
             self.resume(*self.checkpoint)
+        elif distributed.is_main():
+            self.folder.cut_logs(0)  # of a run whose checkpoints are gone
         if self.step == 0:
             self.save()  # step 0 is the reference, and what costs most of a short run
         if not self.before and self.test_sets:
@@ -390,7 +392,8 @@ class Trainer:
         examples, mine = [example for example, _ in questions], distributed.share_of(len(questions))
         with self.autocast(), distributed.unsharded(self.sharded):
             sqls = evaluate.greedy_sqls(self.policy, [ids for _, ids in questions[mine]],
-                                        self.s.grpo.max_completion_tokens, lenient=self.s.rewards.lenient_format)
+                                        self.s.grpo.max_completion_tokens, lenient=self.s.rewards.lenient_format,
+                                        progress=distributed.is_main())
         scores = evaluate.score_predictions(examples[mine], sqls, self.executor,
                                             levels=evaluate.difficulty_levels(examples)[mine])
         return evaluate.summarise(distributed.merge(scores))

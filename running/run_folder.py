@@ -47,12 +47,13 @@ class RunFolder:
     def __init__(self, path: str | Path, settings: dict, *, resume: bool, may_change: tuple[str, ...] = ()):
         self.path = Path(path)
         config = self.path / "config.json"
+        self.resumes = resume or self._has_only_begun(settings, may_change)
         if resume:
             check_settings(self.path, settings, may_change)
-        elif self.path.exists() and not self._is_free():
+        elif self.path.exists() and not self.resumes and not self._is_free():
             raise UserError(f"{self.path} already holds a run or other files: continue it with --resume, choose "
                             "another --output, or delete it")
-        self.is_new = not resume
+        self.is_new = not self.resumes
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -61,6 +62,16 @@ class RunFolder:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
         for scratch in [*self.path.glob("checkpoints/.new-*"), *self.path.glob(".new-*"), *self.path.glob(".old-*")]:
             shutil.rmtree(scratch)  # left by a kill while saving
+
+    def _has_only_begun(self, settings: dict, may_change: tuple[str, ...]) -> bool:
+        """Whether the same command was stopped before its first step: it goes on from its cold start."""
+        if [step for step, _ in self.checkpoints()] != [0] or (self.path / "metrics.jsonl").exists():
+            return False
+        try:
+            check_settings(self.path, settings, may_change)
+        except UserError:
+            return False
+        return True
 
     def _is_free(self) -> bool:
         """Whether nothing is lost when a run begins here."""

@@ -155,7 +155,12 @@ def test_a_run_that_never_saved_a_checkpoint_does_not_block_its_folder(tmp_path)
     (tmp_path / "gold_cache").mkdir()
     folder = RunFolder(tmp_path, {"seed": 1}, resume=False)
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
+    assert not folder.resumes
     folder.save_checkpoint(0, Empty(), {})
+    assert RunFolder(tmp_path, {"seed": 1}, resume=False).resumes  # the same command goes on from its cold start
+    with pytest.raises(UserError, match="already holds a run.*--resume"):
+        RunFolder(tmp_path, {"seed": 2}, resume=False)
+    folder.log("metrics", [{"step": 1}])
     with pytest.raises(UserError, match="already holds a run.*--resume"):
         RunFolder(tmp_path, {"seed": 1}, resume=False)
 

@@ -121,8 +121,11 @@ def test_an_interrupt_before_the_first_step_keeps_the_cold_start(tmp_path):
     arguments = [*SHORT, "--steps", "1", "--output", str(folder)]
     stopped = subprocess.run([sys.executable, "-c", code, "x", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert stopped.returncode == 130 and "go on from step 0 with --resume" in stopped.stdout, stopped.stderr[-2000:]
-    output = run(*arguments, "--resume")
+    output = run(*arguments)  # the same command goes on
     assert "resuming from" in output and "cold start:" not in output and "before GRPO" in output
+    shutil.rmtree(folder / "checkpoints")
+    again = run(*arguments, "--resume")  # with all checkpoints gone it starts anew, and so do the logs
+    assert "cold start:" in again and [m["step"] for m in lines(folder / "metrics.jsonl")] == [1]
 
 
 @pytest.mark.parametrize("flags, told", [
