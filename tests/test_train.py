@@ -299,7 +299,7 @@ def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_rewar
     rows = {0: [right, wrong[0]], 1: [wrong[0], wrong[1]], 2: [right, right], 3: [wrong[2], right], 4: [wrong[1], right]}
     trainer = object.__new__(train.Trainer)
     trainer.policy = type("Policy", (), {"device": "cpu", "model": None, "eos_ids": ()})
-    trainer.device, trainer.step, trainer.drawn = "cpu", 1, 0
+    trainer.device, trainer.step, trainer.drawn, trainer.engine, trainer.sharded = "cpu", 1, 0, None, None
     trainer.score = lambda examples, groups: [(e, group, rows[e]) for e, group in zip(examples, groups, strict=True)]
     monkeypatch.setattr(train, "sample_groups", lambda model, prompts, *_, **__: [f"group {int(p[0])}" for p in prompts])
 
@@ -315,7 +315,7 @@ def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_rewar
     assert rolled(5, [0, 1, 2, 3]) == [0, 3]  # all wrong but unequal in reward (1), all right (2): replaced
     assert rolled(5, [1, 2, 0, 3, 4, 4]) == [0, 3]  # no more rollouts than needed
     assert rolled(1, [1, 2, 0, 2]) == [0, 2]  # not enough: filled up, to be given advantage 0
-    assert [train.teaches(rows[q]) for q in rows] == [True, False, False, True, True]
+    assert [train.has_right_and_wrong(rows[q]) for q in rows] == [True, False, False, True, True]
 
 
 def test_a_run_with_dynamic_sampling_and_a_length_penalty_resumes_bit_for_bit(tmp_path):
