@@ -100,8 +100,8 @@ class AblateConfig:
     grid: str = option("", f"a named grid: {', '.join(GRIDS)}")
     seeds: int = option(5, "seeds 0, 1, ...", at_least=1)
     jobs: int = option(1, "runs at once; each takes its share of the CPU's cores unless --threads is given", at_least=1)
-    samples: int = option(30, "sampled answers a question, measuring", at_least=2)
-    questions: int = option(200, "held-out questions, the first so many; 0: all", at_least=0)
+    samples: int = option(30, "answers sampled per question when a run is measured", at_least=2)
+    questions: int = option(200, "held-out questions to measure on, the first ones; 0: all", at_least=0)
     keep: bool = option(False, "keep the checkpoints and rollouts of finished runs")
     output: Path | None = option(None, "folder of the ablation (default: runs/ablation-GRID)")
     vary: tuple[str, ...] = ()  # FLAG=A,B,C, each a dimension of the grid
@@ -251,7 +251,7 @@ class Workers:
 
     def __init__(self, threads: int = 1):
         self.processes, self.lock, self.stopping = set(), threading.Lock(), False
-        # PyTorch is given --threads; numpy takes all cores unless its library is told so.
+        # PyTorch is given --threads; numpy takes all cores unless its library is limited.
         self.environment = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads),
                             "TQDM_MININTERVAL": "30"} | os.environ
 
@@ -499,7 +499,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[AblateConfig, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, epilog="Every other flag goes to train.py, for all runs.")
     parser.add_argument("--vary", action="append", default=[], metavar="FLAG=A,B,C",
-                        help="values of a flag of train.py; with ; between them where they have commas")
+                        help="values of a flag of train.py; separated by ; where values have commas")
     add_arguments(parser, AblateConfig)
     given, common = parser.parse_known_args(arguments)
     for flag in common:

@@ -1,12 +1,12 @@
 """Ask your own SQLite database a question, with a trained model.
 
     python ask.py --model runs/demo/best --database shop.sqlite "Who is the oldest customer?"
-    python ask.py --model runs/demo/best --database shop.sqlite            # ask again and again; .help
+    python ask.py --model runs/demo/best --database shop.sqlite            # a prompt for questions; .help
     python ask.py --model runs/demo/best --database shop.sqlite --serve    # on a page, http://127.0.0.1:8000
 
 The model answers -n times. Candidates that return the same rows vote together and the winner is shown, with
 its SQL and how many agreed. The database is opened read-only by a process of its own (see sql_exec.py):
-whatever the model writes, nothing in it can change.
+whatever the model writes, it cannot change the database.
 """
 
 import argparse
@@ -57,13 +57,13 @@ Type a question, or one of
 
 @dataclass(frozen=True)
 class AskConfig:
-    """Whom and what to ask, and how."""  # ValueError for values that make no sense
+    """What to ask, and how."""  # ValueError for values that make no sense
     model: str = option("runs/demo/best", "an alias, a Hugging Face id or a local folder")
     database: str = option("", "the SQLite file to ask")
     samples: int = option(10, "candidates that vote; 1 is the greedy answer", at_least=1)  # also -n
     temperature: float = option(1.0, "of sampling", above=0)
     vote: str = option("value-aware", "how the candidates vote", choices=VOTES)
-    evidence: str = option("", "what the model should know besides the database, in words")
+    evidence: str = option("", "what the model should know besides the database, in your words")
     think: bool = option(False, "show the model's reasoning")
     rows: int = option(20, "rows of a result that are shown", at_least=1)
     max_completion_tokens: int = option(512, "an answer is cut at this many tokens", at_least=1)
@@ -430,11 +430,11 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, AskConfig, Prom
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", nargs="?", help="asked once; without it, a prompt to ask again and again")
+    parser.add_argument("question", nargs="?", help="the question; without it, a prompt for as many as you like")
     parser.add_argument("-n", dest="samples", type=int, default=argparse.SUPPRESS, metavar="N",
                         help="the same as --samples")
     parser.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT",
-                        help="answer on a page of this machine instead (default port: 8000; 0: any free one)")
+                        help="answer on a page in the browser instead (default port: 8000; 0: any free one)")
     add_arguments(parser, AskConfig)
     add_arguments(parser, PromptConfig)
     given = parser.parse_args(arguments)

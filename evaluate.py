@@ -6,17 +6,17 @@
     python evaluate.py --compare A.json B.json                     # difference, and questions that flipped
 
 What is measured, for every question
-  (1) status    what became of the answer as written: ok, error, timeout, refused, too_large; of a model also
-                format (the answer is no reasoning followed by one query), truncated (nor did it end), and
+  (1) status    what became of the answer as written: ok, error, timeout, refused, too_large; for a model also
+                format (not reasoning followed by one query), truncated (the same, cut at the length limit), and
                 too_long (its prompt does not fit)
   (2) bird      BIRD's comparison: the same set of rows, columns in order
   (3) spider    Spider's test-suite comparison: the same bag of rows under some order of the columns, in row
-                order where the gold says ORDER BY; both queries are first rewritten as the official script
+                order where the gold has ORDER BY; both queries are first rewritten as the official script
                 does (no DISTINCT unless --keep-distinct). On one database, or with --test-suite on every
                 .sqlite of its folder
   (4) soft-F1   BIRD's partial credit for overlapping cells; with --r-ves N also BIRD's efficiency score
 
-With -n the model answers n times; voting.py says how one answer comes out of them. Both votes, the greedy
+With -n the model answers n times; scoring/voting.py says how one answer is chosen from them. Both votes, the greedy
 answer and pass@k are reported side by side; --vote selects the one that counts. An evaluation with --json or
 --progress that was interrupted continues where it stopped when the same command is given again.
 
@@ -79,15 +79,15 @@ class EvaluateConfig:
     predictions: str = option("", "or predicted SQL: Spider's lines, BIRD's .json, or a .jsonl")
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl")
     data_dir: str | None = option(None, "folder of the data and its databases")
-    split: str = option("dev", "which questions")
-    world: str = option("default", "of the demo: default, or hard (its teacher mostly slips)")
-    limit: int = option(0, "only the first so many questions; 0: all", at_least=0)
+    split: str = option("dev", "the split to evaluate on")
+    world: str = option("default", "world of the demo: default, or hard, where most traces are wrong")
+    limit: int = option(0, "only this many questions, the first; 0: all", at_least=0)
     exclude: str | None = option(None, "file with a JSON list of question ids to leave out")
     samples: int = field(default=1, metadata={"at_least": 1})  # -n
     temperature: float | None = option(None, "of sampling; 0 is greedy (default: 1 with -n above 1, else 0)",
                                        at_least=0)
     vote: str = option("value-aware", "which answer counts; none: the greedy one", choices=(*VOTES, "none"))
-    greedy: bool = option(True, "beside the samples, also the greedy answer")
+    greedy: bool = option(True, "also give the greedy answer, beside the samples")
     max_completion_tokens: int = option(512, "a completion is cut at this many tokens", at_least=1)
     batch: int = option(256, "completions decoded side by side", at_least=1)
     lenient_format: bool | None = option(None, "also take SQL inside a code fence (default: as the run that made the "
@@ -95,12 +95,12 @@ class EvaluateConfig:
     seed: int = option(0, "seed of sampling, and of the demo world", at_least=0, at_most=HIGHEST_SEED)
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
     match: str = option(",".join(MATCHES), "comparisons, separated by commas")
-    keep_distinct: bool = option(False, "Spider's comparison minds DISTINCT")
+    keep_distinct: bool = option(False, "let Spider's comparison keep DISTINCT")
     test_suite: bool = option(False, "compare on every .sqlite in a database's folder")
     r_ves: int = option(0, "BIRD's efficiency score, from this many timed runs a query (BIRD: 100); 0: no", at_least=0)
     skip_bad_gold: bool = option(False, "leave out questions whose gold query fails")
     json: str | None = option(None, "write the scores to this file")
-    progress: str | None = option(None, "where to keep what is done (default: beside --json)")
+    progress: str | None = option(None, "where to keep the work done so far (default: beside --json)")
     predictions_out: str | None = option(None, "write the answers: .sql as Spider, .json as BIRD, .jsonl")
     save_traces: str | None = option(None, "write correct answers with their reasoning, for train's --traces")
     workers: int = option(os.cpu_count() or 1, "SQL worker processes", at_least=1)
@@ -297,7 +297,7 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
-                        help="answers a question to vote over (default: 1, the greedy one)")
+                        help="answers per question, which vote (default: 1, the greedy answer)")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two --json files")
     add_arguments(parser, EvaluateConfig)
     add_arguments(parser, PromptConfig)

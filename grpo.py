@@ -52,7 +52,8 @@ class GRPOConfig:
     clip_high: float = _setting(0.2, "the ratio is clipped above at 1 + clip_high (DAPO: 0.28)", at_least=0)
     kl_coef: float = _setting(0.04, "weight of the KL to the reference; 0 needs no reference", at_least=0, common=True)
     kl_estimator: str = _setting("k3", "per-token estimator of the KL in the loss", choices=("k2", "k3"))
-    loss: str = _setting("grpo", "average of token losses", choices=("grpo", "dapo", "dr_grpo", "gspo"), common=True)
+    loss: str = _setting("grpo", "how token losses are averaged; gspo also takes one ratio per completion", common=True,
+                         choices=("grpo", "dapo", "dr_grpo", "gspo"))
     advantage_scale: str = _setting("group", "whose std divides advantages", choices=("group", "batch", "none"))
     updates_per_rollout: int = _setting(1, "optimizer steps on each batch of rollouts", at_least=1)
     micro_batch: int = _setting(0, "completions per forward pass of the update; 0: the whole group", at_least=0)
@@ -94,7 +95,7 @@ def dropout_off(model):
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for module, _ in modes:  # training mode is what switches on a layer's checkpointing; its dropout is in children
+        for module, _ in modes:  # a layer checkpoints only in training mode; its children, dropout too, stay in eval
             if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
                 module.training = True
         yield
@@ -105,7 +106,7 @@ def dropout_off(model):
 
 # ---- sample
 def plain_decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature: float, eos_ids) -> list[Group]:
-    """Samples B groups: one prefill of B·G rows, then a token of every row at a time. uniform: [B, G, T], see below."""
+    """Samples B groups: one prefill of B·G rows, then a token of every row at a time. uniform: random [B, G, T]"""
     (B, G, T), device = uniform.shape, next(model.parameters()).device
     uniform = uniform.reshape(B * G, T).to(device)
     ids, mask = left_pad([prompt for prompt in prompts for _ in range(G)], device)  # [N, P] each, N = B·G
@@ -119,7 +120,7 @@ def plain_decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature:
         ended = ended | torch.isin(drawn[-1][0], eos)
         if ended.all():
             break
-        cache, ids = out.past_key_values, drawn[-1][0][:, None]  # rows that have ended run along; nobody reads them
+        cache, ids = out.past_key_values, drawn[-1][0][:, None]  # rows that have ended go on, unread
         mask, position = F.pad(mask, (0, 1), value=1), position[:, -1:] + 1
     tokens, logps, entropies, alive = (torch.stack(column, dim=1) for column in zip(*drawn, strict=True))  # [N, t]
     return as_groups(prompts, G, tokens, logps, entropies, alive.sum(1), ended)
@@ -127,7 +128,7 @@ def plain_decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature:
 
 def as_groups(prompts, G: int, tokens: Tensor, logps: Tensor, entropies: Tensor, lengths: Tensor,
               ended: Tensor) -> list[Group]:
-    """What was decoded as groups on the CPU. tokens, logps, entropies [B·G, T], lengths, ended [B·G], prompt-major."""
+    """Decoded rows to groups, on the CPU. tokens, logps, entropies [B·G, T], lengths, ended [B·G], prompt-major."""
     tokens, logps, entropies = ([row[:n] for row, n in zip(values.cpu(), lengths.tolist(), strict=True)]
                                 for values in (tokens, logps, entropies))
     truncated = (~ended).tolist()
@@ -145,7 +146,7 @@ def sample_token(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[T
     p = logp.exp()
     if not temperature:
         token = logp.argmax(-1, keepdim=True)
-    else:  # the first token at which the distribution function passes the uniform number: one draw a row, not V
+    else:  # the first token whose cumulative probability exceeds the uniform number: one draw a row, not V
         cdf = p.double().cumsum(-1)
         token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=logp.shape[1] - 1)
     return token[:, 0], logp.gather(-1, token)[:, 0], torch.special.entr(p).sum(-1)
@@ -194,8 +195,8 @@ def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_i
     """Samples a group of completions for each prompt [P], in order, from a causal language model of transformers.
 
     eos_ids: the tokens that end a completion.
-    group_size, temperature: override the config's (for evaluation: 1 and, greedily, 0 are allowed here).
-    seeds: one a prompt, on which alone it depends what is drawn for it; None: from PyTorch's global generator.
+    group_size, temperature: override the config's; 1 completion and temperature 0 (greedy) are allowed here.
+    seeds: one a prompt, the only source of its randomness; None: drawn from PyTorch's global generator.
     """
     G = config.group_size if group_size is None else group_size
     temperature = config.temperature if temperature is None else temperature
@@ -262,12 +263,9 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advanta
                 config: GRPOConfig, normalizer: float | None = None) -> tuple[Tensor, dict[str, float]]:
     """Clipped surrogate plus `kl_coef` times KL, eq. (2)–(5). -> (scalar loss, statistics, means over these tokens)
 
-    Args:
-        logp, old_logp, ref_logp: [N, T]; gradients flow through logp only. ref_logp may be None (no KL).
-        advantages: [N], one a completion.
-        mask: [N, T], true on the tokens that count.
-        normalizer: the divisor of the sum, of the *whole* batch where these rows are a part of it
-            (`loss_normalizer`); None: that of these rows.
+    logp, old_logp, ref_logp: [N, T]; gradients flow through logp only. ref_logp may be None (no KL).
+    advantages: [N], one a completion. mask: [N, T], true on the tokens that count.
+    normalizer: `loss_normalizer` of the *whole* batch where these rows are a part of it; None: of these rows.
     """
     mask = mask.to(logp.dtype)
     lengths = mask.sum(-1).clamp(min=1)  # [N]
@@ -287,7 +285,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advanta
     # dapo: every token of the batch weighs the same (arXiv 2503.14476); dr_grpo: a constant length (2503.20783)
     divisor = loss_normalizer(mask, config) if normalizer is None else normalizer
     with torch.no_grad():
-        values = {"ratio_mean": ratio, "approx_kl": torch.expm1(log_ratio) - log_ratio,  # of old policy to new
+        values = {"ratio_mean": ratio, "approx_kl": torch.expm1(log_ratio) - log_ratio,  # KL(π_old ‖ π)
                   "clip_fraction_low": (ratio < 1 - config.clip_low) & (A < 0),
                   "clip_fraction_high": (ratio > 1 + config.clip_high) & (A > 0)}
         if kl is not None:
@@ -298,10 +296,10 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advanta
 
 
 def loss_normalizer(mask: Tensor, config: GRPOConfig) -> float:
-    """What the summed loss of these rows is divided by; additive over the parts of a batch. mask [N, T]"""
+    """The divisor of the summed loss of these rows; those of the parts of a batch add up to its own. mask [N, T]"""
     if config.loss == "dapo":
         return mask.sum().item()
-    sequences = (mask.sum(-1) > 0).sum().item()
+    sequences = (mask.sum(-1) > 0).sum().item()  # fully masked ones do not count
     return sequences * config.max_completion_tokens if config.loss == "dr_grpo" else sequences
 
 
@@ -317,7 +315,7 @@ class MicroBatch:
 
 
 def micro_batches(groups: Sequence[Group], config: GRPOConfig) -> list[MicroBatch]:
-    """The completions of a rollout in passes of `micro_batch`, no pass with two groups; 0: a pass a group."""
+    """Splits a rollout into passes of `micro_batch` completions, all of one group; 0: a whole group in a pass."""
     sizes = [len(group.completions) for group in groups]
     return [micro_batch(groups, [b * G + j for j in range(start, min(start + (config.micro_batch or G), G))], config)
             for b, G in enumerate(sizes) for start in range(0, G, config.micro_batch or G)]
@@ -325,7 +323,7 @@ def micro_batches(groups: Sequence[Group], config: GRPOConfig) -> list[MicroBatc
 
 def micro_batch(groups: Sequence[Group], rows: list[int], config: GRPOConfig) -> MicroBatch:
     """The micro-batch of the completions with these numbers."""
-    of = [(groups[row // len(groups[0].completions)], row % len(groups[0].completions)) for row in rows]
+    of = [(groups[row // len(groups[0].completions)], row % len(groups[0].completions)) for row in rows]  # (group, j)
     completions = [group.completions[j] for group, j in of]
     counted = [0 if config.overlong == "mask" and g.truncated[j] else len(g.completions[j]) for g, j in of]
     mask = torch.arange(max(map(len, completions))) < torch.tensor(counted)[:, None]  # [n, T]
@@ -342,14 +340,14 @@ def reference_logprobs(model, batches, config: GRPOConfig, engine: Engine = PLAI
 def policy_update(model, optimizer, batches: Sequence[MicroBatch], advantages: Tensor, ref_logps: list[Tensor] | None,
                   config: GRPOConfig, engine: Engine = PLAIN, *, normalizer: float | None = None,
                   step: Callable | None = None) -> dict[str, float]:
-    """`updates_per_rollout` optimizer steps on one rollout, which is never sampled again.
+    """`updates_per_rollout` optimizer steps on one rollout.
 
-    batches: from `micro_batches`, all or a part of a rollout, for which `normalizer` is the sum over the whole.
+    batches: from `micro_batches`. Where they are a part of a rollout, `normalizer` is that of the whole rollout.
     advantages: [B, G] of the whole rollout. ref_logps: from `reference_logprobs`, or None when kl_coef is 0.
-    step: makes an optimizer step of the gradients and returns their norm.
-    Returns means over `tokens` and updates; of the last update `loss` and `grad_norm` (before clipping);
-    `skipped_updates`, whose gradient was not finite; `sampler_gap`, the mean |log-probability of sampler − training|
-    over the `trained_tokens`, those that went through the model.
+    step: makes an optimizer step and returns the norm of the gradient, as `clip_and_step` does.
+    Returns the statistics of `policy_loss`, means over `tokens` and updates; `loss` and `grad_norm` (before clipping)
+    of the last update; `skipped_updates`, those without a finite gradient; `sampler_gap`, the mean |log-probability of
+    sampler − training| over the `trained_tokens`, those that went through the model.
     """
     advantages = advantages.flatten()  # [B·G]
     normalizer = sum(loss_normalizer(b.mask, config) for b in batches) if normalizer is None else normalizer
@@ -388,11 +386,11 @@ def clip_and_step(model, optimizer, config: GRPOConfig) -> float:
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf).item()
     if math.isfinite(norm):
         optimizer.step()
-        torch.clear_autocast_cache()  # under autocast it would lend the next update the weights of before
+        torch.clear_autocast_cache()  # else autocast would reuse copies of the old weights in the next update
     return norm
 
 
 def _sampler_gap(batch: MicroBatch, logp: Tensor) -> float:
-    """Sum over a micro-batch's tokens of |log-probability of the sampler − of training|. logp [n, T]"""
+    """Sum of |log-probability of sampler − training| over the tokens of a micro-batch. logp [n, T]"""
     return sum((row[:len(sampled)] - sampled).abs().sum().item()
                for row, sampled in zip(logp.cpu(), batch.sampled_logps, strict=True))

@@ -107,9 +107,9 @@ class RewardConfig:
     lenient_format: bool = field(default=False, metadata={
         "help": "also take SQL inside a code fence", "common": True})
     embedder: str = field(default="hash", metadata={
-        "help": "embeds reasoning: hash (no model), policy (the reference), or a Hugging Face encoder"})
+        "help": "embeds reasoning: hash (no model), policy (that of step 0), or a Hugging Face encoder"})
     memory_top_k: int = field(default=20, metadata={
-        "help": "verified traces that form the centroid", "at_least": 1})
+        "help": "this many of the nearest verified traces form the centroid", "at_least": 1})
     memory_scope: str = field(default="other", metadata={
         "help": "compare with traces of other databases, the same, or any", "choices": SCOPES})
     reward_module: str | None = field(default=None, metadata={

@@ -55,7 +55,7 @@ def defaults_of_kind(config: dict | None, lora: bool, traces: bool) -> dict:
 
 
 def settings_of_run(folder: str) -> dict:
-    """The settings of the run in a folder; none where there is no readable one, which opening it will tell."""
+    """The settings of the run in a folder; none where they cannot be read, which opening the folder reports."""
     try:
         return dict(json.loads((Path(folder) / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -72,26 +72,26 @@ class RunConfig:
                          choices=("fast", "plain"), common=True)
     lora_rank: int = option(0, "train adapters of this rank instead of all weights (needs peft)",
                             at_least=0, common=True)
-    gradient_checkpointing: bool = option(False, "keep a layer's input only and compute the layer again in backward")
-    reference_device: str = option("policy", "where the KL's reference waits: beside the policy, or on the CPU, from "
-                                              "where it is moved for its pass", choices=("policy", "cpu"))
-    recipe: str = option("none", "other defaults: finer-sql are the paper's (arXiv 2605.03465)",
+    gradient_checkpointing: bool = option(False, "keep only the inputs of layers; compute them again in backward")
+    reference_device: str = option("policy", "where the KL's reference is kept between its passes: beside the policy, "
+                                              "or on the CPU", choices=("policy", "cpu"))
+    recipe: str = option("none", "other defaults; finer-sql: those of the paper (arXiv 2605.03465)",
                           choices=("none", *RECIPES), common=True)
-    plan: float = option(0.0, "print what memory the run will need and stop; with a number: on a card of so many GB",
+    plan: float = option(0.0, "print what memory the run will need and stop; with a number: on a card of this many GB",
                           alone=-1.0, common=True)
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl", common=True)
     data_dir: str | None = option(None, "folder of the data and its databases", common=True)
-    split: str = option("train", "questions to train on")
-    world: str = option("default", "of the demo: default, or hard (its teacher mostly slips)")
+    split: str = option("train", "the split to train on")
+    world: str = option("default", "world of the demo: default, or hard, where most traces are wrong")
     start: str | None = option(None, "begin with this checkpoint of an earlier run of --model, without a cold start")
-    traces: str | None = option(None, "a .json or .jsonl with a `trace` a record, for cold start and memory; "
-                                      "template: made from the gold SQL", common=True)
+    traces: str | None = option(None, "a .json or .jsonl whose records have a `trace`, for cold start and memory; "
+                                      "template: traces made from the gold SQL", common=True)
     output: str | None = option(None, "folder of the run (default: runs/DATA)", common=True)
     seed: int = option(0, "seed of everything random", common=True)
     steps: int = option(300, "GRPO steps", at_least=0, common=True)
     prompts_per_step: int = option(8, "questions per step (B); B times G completions are sampled",
                                    at_least=1, common=True)
-    dynamic_sampling: int = option(0, "at most so many extra rollouts a step, in the place of questions whose "
+    dynamic_sampling: int = option(0, "at most this many extra rollouts per step, to replace questions whose "
                                        "completions are all right or all wrong (DAPO)", at_least=0)
     lr: float = option(1e-6, "peak learning rate of GRPO", above=0, common=True)
     lr_warmup: int = option(10, "steps of linear warm-up", at_least=0)
@@ -102,17 +102,17 @@ class RunConfig:
     test_questions: int = option(1000, "at most this many questions in the evaluations before and after; 0: none",
                                  at_least=0, common=True)
     save_every: int = option(50, "steps between checkpoints; 0: only at the end", at_least=0)
-    match: str = option("bird", "when a result counts as the gold result", choices=("bird", "spider"))
-    empty_gold: str = option("keep", "questions whose gold result has no rows", choices=("keep", "drop"))
+    match: str = option("bird", "how results are compared with the gold result", choices=("bird", "spider"))
+    empty_gold: str = option("keep", "training questions whose gold result has no rows", choices=("keep", "drop"))
     sql_workers: int = option(2, "processes that run SQL", at_least=1)
     sql_timeout: float = option(5.0, "seconds a query may take", above=0)
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0, common=True)
-    verbose: int = option(0, "print a coloured group every so many steps; 0: never, without a number: 10", alone=10,
+    verbose: int = option(0, "steps between printed groups, in colour; 0: none, without a number: 10", alone=10,
                          at_least=0)
     tensorboard: bool = option(False, "also write TensorBoard events (needs tensorboard)")
-    token_ratios_every: int = option(10, "keep what the update did to each token of one group, every so many steps; "
+    token_ratios_every: int = option(10, "steps between records of what the update did to each token of one group; "
                                           "0: never", at_least=0)
-    keep: int = option(2, "newest checkpoints that are kept, besides the start", at_least=1)
+    keep: int = option(2, "how many of the newest checkpoints are kept, besides that of step 0", at_least=1)
     sharding: str = option("auto", "spread parameters, gradients and optimizer state over processes (FSDP2); auto: on "
                                     "GPUs, without --lora-rank", choices=("auto", "on", "off"))
     resume: bool = option(False, "continue the run in the output folder from its newest checkpoint", common=True)
@@ -157,7 +157,8 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
     """Command line to settings; flags left out take the defaults above. Raises UserError."""
     show_all = "--help-all" in arguments
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="tiny and pretrained models have defaults of their own: see settings.py")
+                                     epilog="--model tiny has other defaults, and some depend on the size of a "
+                                            "pretrained model: see docs/flags.md")
     parser.add_argument("--help-all", action="help", help="show every flag; --help shows those that most runs need")
     for config in CONFIGS:
         options.add_arguments(parser, config, show_all)

@@ -1,22 +1,22 @@
 """Cold start: supervised fine-tuning on reasoning traces, so that GRPO starts from a policy that knows the format.
 
-The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>`, given the prompt. What
-is taught is what the reward reads: tags and fences in a trace are taken off, and what `parse_completion` would then not
-read back is left out and counted.
+The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>`, given the prompt. A
+trace is taught in the form that the reward reads: tags and fences in it are removed, and if `parse_completion` still
+could not read it back, it is left out and counted.
 
 No teacher is needed to write the traces. A template derives them from the gold SQL (text2sql/traces.py), or `--mine`
 samples a model on questions with gold SQL, keeps what it got right, and writes a file that train.py takes as --traces,
-for its cold start and its memory. When mining is interrupted, the same command goes on where it stopped.
+for its cold start and its memory. When mining is interrupted, the same command continues where it stopped.
 
     python sft.py --mine mined.jsonl --model runs/demo/best
     python sft.py --mine mined.jsonl --model qwen2.5-coder-3b --data spider --data-dir SPIDER -n 4 --lenient-format
     python train.py --traces mined.jsonl
 
 A trace is kept when
-  (1) verified   its SQL returns the gold result under BIRD's and under Spider's comparison, and that has rows
-  (2) useful     its reasoning passes the gate of the reward's memory (memory.py); none is nearly a copy of another
-  (3) balanced   at most --max-per-question of its question and --max-per-cell of its database and difficulty are kept
-                 before it; databases and difficulties take turns, each question gives one before any gives two
+  (1) verified   its SQL returns the gold result under BIRD's and under Spider's comparison, and the result has rows
+  (2) useful     its reasoning passes the gate of the memory (text2sql/memory.py) and is no near-copy of another
+  (3) balanced   its question has fewer than --max-per-question traces so far, its database and difficulty fewer than
+                 --max-per-cell; databases and difficulties take turns, each question gives one before any gives two
 """
 
 import argparse
@@ -287,8 +287,8 @@ class MineConfig:
     model: str = option("", "the model to sample: an alias, a Hugging Face id or a folder")
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl")
     data_dir: str | None = option(None, "folder of the data and its databases")
-    split: str = option("train", "which questions")
-    world: str = option("default", "of the demo: default, or hard (its teacher mostly slips)")
+    split: str = option("train", "the split to mine")
+    world: str = option("default", "world of the demo: default, or hard, where most traces are wrong")
     limit: int = option(0, "only this many questions, drawn by the seed; 0: all", at_least=0)
     samples: int = field(default=8, metadata={"at_least": 1})  # -n
     temperature: float = option(1.0, "of sampling", above=0)
@@ -296,8 +296,8 @@ class MineConfig:
     batch: int = option(256, "completions decoded side by side", at_least=1)
     lenient_format: bool = option(False, "also take SQL inside a code fence")
     max_per_question: int = option(2, "at most this many traces of a question", at_least=1)
-    max_per_cell: int = option(20, "at most this many of a (database, difficulty)", at_least=1)
-    embedder: str = option("hash", "tells how near traces are: hash (no model), policy (--model), or a Hugging Face "
+    max_per_cell: int = option(20, "at most this many traces per database and difficulty", at_least=1)
+    embedder: str = option("hash", "compares traces: hash (no model), policy (--model), or a Hugging Face "
                                    "encoder")
     seed: int = option(0, "seed of sampling and choosing, and of the demo world")
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
@@ -308,7 +308,7 @@ class MineConfig:
 
     def __post_init__(self):
         if not self.mine or not self.model:
-            raise UserError("give --mine FILE and --model NAME: traces of which model are to be written where")
+            raise UserError("give --mine FILE and --model NAME: the file to write traces to and the model to sample")
         check_folder(self.mine)
 
     @property
@@ -374,7 +374,7 @@ def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfi
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
-                        help=f"completions sampled a question (default: {MineConfig.samples})")
+                        help=f"completions sampled per question (default: {MineConfig.samples})")
     kinds = (MineConfig, MemoryGate, PromptConfig)
     for kind in kinds:
         add_arguments(parser, kind)

@@ -90,7 +90,7 @@ def main() -> int:
 
 def compute_deterministically() -> None:
     """The same seed gives the same run, bit for bit, with any number of threads: gradients of indexing are summed in
-    order. Costs less than the noise of a step's time; not asked of GPUs, where some operations have no such way."""
+    order. The cost is below the noise of a step's time. Not on GPUs, where some operations have no such variant."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory, and filling takes time
 
@@ -322,7 +322,7 @@ class Trainer:
         return [self.train_set[orders[n // count][n % count]] for n in chosen]
 
     def score(self, examples, groups) -> list[tuple]:
-        """(example, group, RewardBreakdowns of its completions) for the groups of all processes; each scores its."""
+        """(example, group, RewardBreakdowns of its completions) for the groups of all processes; each scores a part."""
         G = self.s.grpo.group_size
         items = [RewardItem(example.db_id, example.gold_sqls, self.policy.decode(completion), example.question)
                  for example, group in zip(examples, groups, strict=True) for completion in group.completions]
@@ -378,7 +378,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, questions: list, name: str) -> dict:
-        """Greedy execution accuracy on (example, prompt ids) pairs, as `evaluate.summarise` gives it; says it."""
+        """Greedy execution accuracy on (example, prompt ids) pairs, as `evaluate.summarise` gives it, and prints it."""
         if not distributed.is_main() or name == "dev":
             return self.measure(questions)
         print(f"step {self.step}: evaluating {len(questions)} questions of {name}", flush=True)
@@ -388,7 +388,7 @@ class Trainer:
         return found
 
     def measure(self, questions: list) -> dict:
-        """`evaluate` without a word."""
+        """`evaluate` without printing."""
         examples, mine = [example for example, _ in questions], distributed.share_of(len(questions))
         with self.autocast(), distributed.unsharded(self.sharded):
             sqls = evaluate.greedy_sqls(self.policy, [ids for _, ids in questions[mine]],
@@ -399,7 +399,7 @@ class Trainer:
         return evaluate.summarise(distributed.merge(scores))
 
     def evaluation_is_due(self) -> bool:
-        """Whether the policy is to be evaluated on dev after this step."""
+        """Whether this step ends with an evaluation on dev."""
         run = self.s.run
         return bool(self.dev_set and run.eval_every) and (self.step % run.eval_every == 0 or self.step == run.steps)
 
@@ -477,7 +477,7 @@ class Trainer:
             print(f"warning: {note}")
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW on what is trained; the model is sharded before, where it is to be."""
+        """AdamW on the trained parameters, after the model is sharded where that is wanted."""
         if self._wants_sharding():
             self.sharded = distributed.Sharded(self.policy.model, self.engine)
             self.engine = self.sharded.engine

@@ -1,4 +1,4 @@
-"""What a user did wrong, in one sentence, and text files whose faults are told so.
+"""What a user did wrong, in one sentence, and readers of text files that report faults in this way.
 
 A script's `main` runs in `run_main`, which turns a `UserError` into one line on stderr and exit status 2.
 """

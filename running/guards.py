@@ -1,7 +1,7 @@
-"""Guards: what tells a run that is left alone over night that something has gone wrong.
+"""Guards: what notices that something has gone wrong in a run that is left alone overnight.
 
 Updates whose gradients are not finite are skipped by `grpo.policy_update`; here they are counted, and the run stops
-after `--max-skipped` in a row. The run warns of each sign that a policy no longer learns once, with what to try.
+after `--max-skipped` in a row. Each sign that a policy no longer learns gives one warning, which says what to try.
 """
 
 import sys
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 class GuardConfig:
     """Guards."""
 
-    max_skipped: int = field(default=3, metadata={"help": "stop after so many steps in a row with no finite gradient"})
-    warn_flat_steps: int = field(default=10, metadata={"help": "warn when all groups are flat for so many steps"})
-    warn_format_steps: int = field(default=3, metadata={"help": "warn when no completion has the format for so long"})
-    warn_kl: float = field(default=1.0, metadata={"help": "warn when the KL to the reference is above, nats a token"})
+    max_skipped: int = field(default=3, metadata={"help": "stop after this many steps without a finite gradient"})
+    warn_flat_steps: int = field(default=10, metadata={"help": "warn when all groups are flat for this many steps"})
+    warn_format_steps: int = field(default=3, metadata={"help": "warn when this many steps have no valid completion"})
+    warn_kl: float = field(default=1.0, metadata={"help": "warn when the KL to the reference is above this"})
     warn_truncated: float = field(default=0.5, metadata={"help": "warn when this share of completions is truncated"})
 
     def __post_init__(self):

@@ -74,7 +74,7 @@ def wants_colour(stream) -> bool:
 # ------------------------------------------------------------------------------------------------------------ main
 
 def find_group(folder: Path, step: int | None, question: int | None) -> dict:
-    """A logged group; by default the newest that has right and wrong completions, or just the newest."""
+    """A logged group; by default of the newest step, the first with right and wrong completions, or just the first."""
     log = RolloutLog(folder / "rollouts.jsonl")
     if not log.steps:
         raise UserError(f"{folder} has no rollouts.jsonl with a finished step")
@@ -93,9 +93,10 @@ def main() -> None:
     """Show one group of a run."""
     parser = argparse.ArgumentParser("python -m running.show", description="Show a group of a run in the terminal.")
     parser.add_argument("run", type=Path, help="folder of the run, such as runs/demo")
-    parser.add_argument("--step", type=int, help="its step (default: the newest)")
-    parser.add_argument("--question", type=int, help="its number in the step, from 1")
-    parser.add_argument("--thoughts", action="store_true", help="also the reasoning")
+    parser.add_argument("--step", type=int, help="the step (default: the newest)")
+    parser.add_argument("--question", type=int,
+                        help="its number in the step, from 1 (default: the first with right and wrong answers)")
+    parser.add_argument("--thoughts", action="store_true", help="show the reasoning too")
     given = parser.parse_args()
     group = find_group(given.run, given.step, given.question)
     print(group_text(group, colour=wants_colour(sys.stdout), thoughts=given.thoughts))

@@ -168,7 +168,7 @@ def _checked(databases) -> dict[str, Path]:
 # -------------------------------------------------------------------------------------------- records
 
 def read_records(file: Path) -> list:
-    """The records of a .json list or a .jsonl file; one that is named as the other is told so."""
+    """The records of a .json list or a .jsonl file; UserError when its name says the other one."""
     text = read_text(file)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
