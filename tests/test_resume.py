@@ -21,7 +21,7 @@ KILLS = int(os.environ.get("KILLS", "3"))
 STEPS = 8 * KILLS
 FLAGS = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-step", "2", "--group-size", "4",
          "--max-completion-tokens", "24", "--eval-every", "3", "--eval-questions", "4", "--test-questions", "4",
-         "--threads", "1", "--sql-workers", "1", "--kl-coef", "0.02", "--steps", str(STEPS), "--save-every", "1"]
+         "--threads", "2", "--sql-workers", "1", "--kl-coef", "0.02", "--steps", str(STEPS), "--save-every", "1"]
 PASSING = ("seconds", "tokens_per_second", "peak_memory", "sql_worker_restarts")
 
 
