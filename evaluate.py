@@ -42,7 +42,7 @@ from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset, lo
 from rewards import unwrap_fence
 from running.errors import UserError, check_folder, json_lines, parse_json, read_text, run_main, write_text
 from running.guards import Heartbeat
-from running.options import add_arguments, build, check, option
+from running.options import HIGHEST_SEED, add_arguments, build, check, option
 from scoring.answers import Examination, Progress, format_advice, scores_of
 from scoring.compare import compare, print_comparison
 from scoring.predictions import load_predictions, save_predictions
@@ -66,8 +66,6 @@ from sql_exec import MATCHES, SQLExecutor, r_ves_reward
 __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "compare", "difficulty_levels",
            "greedy_sqls", "load_predictions", "print_comparison", "print_table", "score_predictions", "scores_as_json",
            "summarise"]
-
-HIGHEST_SEED = 1_000_000  # seeds of samples are made of it and two numbers more, in 64 bits
 
 
 # ------------------------------------------------------------------------------------------ configuration

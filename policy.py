@@ -54,8 +54,8 @@ __all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activatio
            "load_policy", "require_model", "train_tokenizer"]
 
 # What transformers and its readers of files raise for a checkpoint that is broken in one way or another.
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError,
-                  StrictDataclassError, pickle.UnpicklingError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
+                  SafetensorError, StrictDataclassError, pickle.UnpicklingError)
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 

@@ -53,7 +53,7 @@ ARGUMENTS = ("question", "db_id", "gold_sqls", "thought", "sql", "execution")  #
 SIGNATURE = f"reward({', '.join(ARGUMENTS)})"
 
 THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-FENCE = re.compile(r"```(?:sql(?:ite)?3?(?=\s))?(.*)```", re.DOTALL | re.IGNORECASE)
+FENCE = re.compile(r"```[ \t]*(?:sql(?:ite)?3?(?=\s)|\w*sql[ \t]*(?=\r?\n))?(.*)```", re.DOTALL | re.IGNORECASE)
 # Strings, quoted names and comments. One that is not closed runs to the end, so that a scan stays linear.
 QUOTED = re.compile(r"'[^']*(?:'|\Z)|\"[^\"]*(?:\"|\Z)|`[^`]*(?:`|\Z)|\[[^\]]*(?:\]|\Z)"
                     r"|--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)

@@ -20,7 +20,7 @@ from rewards import MemoryGate, RewardConfig
 from running import options
 from running.errors import UserError
 from running.guards import GuardConfig
-from running.options import option
+from running.options import HIGHEST_SEED, option
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
 TINY = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
@@ -78,7 +78,7 @@ class RunConfig:
     recipe: str = option("none", "other defaults; finer-sql: those of the paper (arXiv 2605.03465)",
                           choices=("none", *RECIPES), common=True)
     plan: float = option(0.0, "print what memory the run will need and stop; with a number: on a card of this many GB",
-                          alone=-1.0, common=True)
+                          alone=-1.0, at_least=-1, common=True)
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl", common=True)
     data_dir: str | None = option(None, "folder of the data and its databases", common=True)
     split: str = option("train", "the split to train on")
@@ -87,7 +87,7 @@ class RunConfig:
     traces: str | None = option(None, "a .json or .jsonl whose records have a `trace`, for cold start and memory; "
                                       "template: traces made from the gold SQL", common=True)
     output: str | None = option(None, "folder of the run (default: runs/DATA)", common=True)
-    seed: int = option(0, "seed of everything random", common=True)
+    seed: int = option(0, "seed of everything random", at_least=0, at_most=HIGHEST_SEED, common=True)
     steps: int = option(300, "GRPO steps", at_least=0, common=True)
     prompts_per_step: int = option(8, "questions per step (B); B times G completions are sampled",
                                    at_least=1, common=True)
@@ -132,7 +132,7 @@ class SFTConfig:
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
 MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "sharding", "eval_every", "save_every", "sql_workers",
                         "tensorboard", "verbose", "token_ratios_every", "keep",
-                        "max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated",
+                        "max_skipped", "warn_flat_steps", "warn_format_steps", "warn_kl", "warn_truncated",
                         "reference_device", "gradient_checkpointing", "plan")
 
 

@@ -43,7 +43,7 @@ from policy import load_for_sampling
 from rewards import RewardConfig, build_memory, parse_completion
 from running.errors import UserError, check_folder, json_lines, run_main, write_whole
 from running.guards import Heartbeat
-from running.options import add_arguments, build, check, option
+from running.options import HIGHEST_SEED, add_arguments, build, check, option
 from scoring.answers import Examination, Progress
 from scoring.verdicts import MATCHES
 from settings import SFTConfig
@@ -299,7 +299,8 @@ class MineConfig:
     max_per_cell: int = option(20, "at most this many traces per database and difficulty", at_least=1)
     embedder: str = option("hash", "compares traces: hash (no model), policy (--model), or a Hugging Face "
                                    "encoder")
-    seed: int = option(0, "seed of sampling and choosing, and of the demo world")
+    seed: int = option(0, "seed of sampling and choosing, and of the demo world", at_least=0,
+                       at_most=HIGHEST_SEED)
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
     workers: int = option(os.cpu_count() or 1, "SQL worker processes", at_least=1)
     timeout: float = option(5.0, "seconds a query may take", above=0)

@@ -147,6 +147,7 @@ class Trainer:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.engine, self.sharded = ENGINES[s.run.engine], None
         self.checkpoint = distributed.on_main(folder.newest_whole) if folder.resumes else None  # (step, folder)
+        torch.manual_seed(s.run.seed)  # of adapters, which begin at random, and of dropout in the cold start
         self.policy = self._load_policy()
         self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
         self.train_set = self._usable(data.train, "training")

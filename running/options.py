@@ -17,6 +17,8 @@ import operator
 import types
 import typing
 
+HIGHEST_SEED = 1_000_000  # seeds of samples are made of a seed and two numbers more, in 64 bits
+
 
 def option(default, help: str, **metadata):
     """A field of a settings dataclass: its default, its help text, and the metadata above."""

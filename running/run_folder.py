@@ -75,8 +75,8 @@ class RunFolder:
 
     def _is_free(self) -> bool:
         """Whether nothing is lost when a run begins here."""
-        return self.path.is_dir() and not self.checkpoints() and all(
-            path.name in BEFORE_THE_START for path in self.path.iterdir())
+        return self.path.is_dir() and all(path.name in BEFORE_THE_START for path in self.path.iterdir()) and not any(
+            self.path.glob("checkpoints/[!.]*"))  # of ours or of somebody else: the folder may be deleted with it
 
     def _lock(self) -> None:
         """Keeps other processes out of the folder until this one ends."""

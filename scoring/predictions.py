@@ -73,22 +73,23 @@ def _goes_on(sql: str) -> bool:
     return bool(last) and (last[0].lower() in UNFINISHED or not (last[0][0].isalnum() or last[0][0] in "_)]\"'`;"))
 
 
-# Readers return ([one list of ids for each field that may hold them], [SQL, perhaps with a tail]).
+# Readers return ({field: what it holds in each record, where that may be an id}, [SQL, perhaps with a tail]).
 
-def _line_predictions(text, file) -> tuple[list[list[str]], list[str]]:
+def _line_predictions(text, file) -> tuple[dict[str, list[str]], list[str]]:
     """A line each; an empty line is an empty prediction."""
-    return [], [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+    return {}, [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def _bird_predictions(text, file) -> tuple[list[list[str]], list[str]]:
+def _bird_predictions(text, file) -> tuple[dict[str, list[str]], list[str]]:
     """An object's members; what is no text (a failed generation) is an empty prediction."""
     if not isinstance(parse_json(text, file), dict):
         raise UserError(f"{file} must map question numbers to SQL, as BIRD's predict_dev.json does")
     members = json.loads(text, object_pairs_hook=tuple)  # a dict would keep the last of repeated names only
-    return [[sound(name) for name, _ in members]], [sound(sql) if isinstance(sql, str) else "" for _, sql in members]
+    return ({ID_FIELDS[0]: [sound(name) for name, _ in members]},
+            [sound(sql) if isinstance(sql, str) else "" for _, sql in members])
 
 
-def _jsonl_predictions(text, file) -> tuple[list[list[str]], list[str]]:
+def _jsonl_predictions(text, file) -> tuple[dict[str, list[str]], list[str]]:
     """A record a line."""
     records = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -103,7 +104,9 @@ def _jsonl_predictions(text, file) -> tuple[list[list[str]], list[str]]:
     whole = [name for name in fields if all(name in record for record in records)]
     if fields and not whole:
         raise UserError(f"{file}: some records have an id and some have none (field {fields[0]!r})")
-    return [[_id_text(record[name]) for record in records] for name in whole], [record["sql"] for record in records]
+    others = set.intersection(*map(set, records)) - {"sql", *ID_FIELDS} if records else ()
+    return ({name: [_id_text(record[name]) for record in records] for name in [*whole, *sorted(others)]},
+            [record["sql"] for record in records])
 
 
 def _id_text(value) -> str:
@@ -112,16 +115,17 @@ def _id_text(value) -> str:
 
 
 def _pair(ids, texts, file, examples) -> tuple[list[str], str]:
-    """By id when a field has the questions' ids; by position when none has, or only numbers from 0."""
+    """By id when a field has the questions' ids, whatever its name; else by position, or by numbers from 0."""
     wanted = numbered([example.id for example in examples])
-    for names in ids:
+    for names in ids.values():
         by_id = dict(zip(numbered(names), texts, strict=True))
         if by_id.keys() >= set(wanted):
             _check_repeats(names, wanted, file)
             extra = len(by_id) - len(wanted)
             return ([by_id[name] for name in wanted],
                     "paired by id" + (f"; {extra} predictions are for other questions" if extra else ""))
-    return _by_position(ids, texts, wanted, file), "paired by position: the file does not use the questions' ids"
+    known = [names for field, names in ids.items() if field in ID_FIELDS]
+    return _by_position(known, texts, wanted, file), "paired by position: the file does not use the questions' ids"
 
 
 def _by_position(ids, texts, wanted, file) -> list[str]:

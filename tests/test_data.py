@@ -169,6 +169,7 @@ def test_a_list_named_jsonl_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("ids, expected, words", [
+    ([7.0, 7, "8.0", 8.5], ["7", "7-2", "8.0", "8.5"], "record 2 repeats id '7', so it is called '7-2'"),
     (["12", 12, "12", "12-2"], ["12", "12-3", "12-4", "12-2"], "record 2 repeats id '12', so it is called '12-3'"),
     (["3", "a", "b", None], ["3", "a", "b", "3-2"], "record 4 has no id, and its position, '3', is taken, so it is called"),
     ([None, "0", " ", "0"], ["0-2", "0", "2", "0-3"], "record 1 has no id, and its position, '0', is taken"),

@@ -226,7 +226,8 @@ def test_where_all_lines_end_with_a_db_id_a_broken_query_does_too(tmp_path):
     assert load_predictions(tmp_path / "p.sql", TWO)[0] == ["SELECT a FROM", "SELECT 2"]
 
 
-@pytest.mark.parametrize("field", ["question_id", "qid", "Question_ID", "idx", "index", "instance_id"])
+@pytest.mark.parametrize("field", ["question_id", "qid", "Question_ID", "idx", "index", "instance_id", "questionId", "query-id",
+                                   "_id", "number"])
 def test_records_are_paired_by_id_whatever_its_name(tmp_path, field):
     lines = [{field: 718, "sql": "SELECT 2"}, {field: 717.0, "sql": "SELECT 1", "id": None}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -193,6 +193,9 @@ def test_the_first_update_of_a_run_with_a_cold_start_has_no_kl_and_a_resumed_run
     whole = run("whole", 3)
     assert whole[0] == 0.0
     run("resumed", 3)
+    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").glob("checkpoints/step-*/*.safetensors")]
+    assert names and all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+                         for name in names)  # adapters begin at random: by the seed
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-3")
     assert run("resumed", 3, "--resume") == whole
 
@@ -372,6 +375,7 @@ BROKEN = {
     "AWQ": (_config(quantization_config={"bits": 4, "quant_method": "awq"}), r"quantised \(awq, 4 bits\)"),
     "FP8": (_config(quantization_config={"quant_method": "fp8"}), r"quantised \(fp8\)"),
     "unknown kind": (_config(model_type="nonsense"), "cannot load the model in"),
+    "no heads": (_config(num_attention_heads=0), "cannot load the model in"),
     "wrong type": (_config(num_hidden_layers="two"), "cannot load the model in"),
     "no kind": (_write("config.json", b"{}"), "config.json names no model_type"),
     "config is a list": (_write("config.json", b"[]"), "config.json names no model_type"),

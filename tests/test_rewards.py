@@ -75,7 +75,8 @@ def test_a_fence_is_unwrapped_only_when_lenient():
 
 @pytest.mark.parametrize("fenced", [
     "```sql SELECT 1```", "```sql SELECT 1 ```", "```SELECT 1```", "```sql\r\nSELECT 1\r\n```\r\n", "```SQLite\nSELECT 1;\n```",
-    "``` \nSELECT 1\n```", "```sqlite3\tSELECT 1\n\n```"])
+    "``` \nSELECT 1\n```", "```sqlite3\tSELECT 1\n\n```", "``` sql\nSELECT 1\n```", "```postgresql\r\nSELECT 1\n```",
+    "```MySQL \nSELECT 1\n```"])
 def test_fences_on_one_line_or_with_other_line_ends_are_unwrapped(fenced):
     thought, sql = parse_completion(f"<think>a</think>\r\n{fenced}", lenient=True)
     assert sql.rstrip(";") == "SELECT 1" and rewards.unwrap_fence(fenced) == sql

@@ -153,6 +153,11 @@ def test_a_run_that_never_saved_a_checkpoint_does_not_block_its_folder(tmp_path)
     RunFolder(tmp_path, {"seed": 0}, resume=False)
     (tmp_path / "checkpoints" / ".new-step-0").mkdir()  # killed while its first checkpoint was written
     (tmp_path / "gold_cache").mkdir()
+    kept = tmp_path / "checkpoints" / "step-0-backup"
+    kept.mkdir()
+    with pytest.raises(UserError, match="other files"):  # it would be deleted if the new run could not start
+        RunFolder(tmp_path, {"seed": 1}, resume=False)
+    kept.rmdir()
     folder = RunFolder(tmp_path, {"seed": 1}, resume=False)
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
     assert not folder.resumes

@@ -133,7 +133,9 @@ def test_an_interrupt_before_the_first_step_keeps_the_cold_start(tmp_path):
     (["--embedder", "no/such/encoder/anywhere"], "no/such/encoder/anywhere"),
     (["--lora-rank", "8"], "tiny"), (["--lr", "nan"], "--lr is nan"), (["--threads", "-3"], "--threads is -3"),
     (["--cold-start-batch", "0"], "--cold-start-batch is 0"), (["--test-questions", "-1"], "--test-questions is -1"),
-    (["--sql-timeout", "0"], "--sql-timeout is 0"), (["--lr-warmup", "-5"], "--lr-warmup is -5"),
+    (["--seed", "-1"], "--seed is -1"), (["--seed", "9" * 20], "--seed is 9.*at most"),
+    (["--plan", "-5"], "--plan is -5"), (["--sql-timeout", "0"], "--sql-timeout is 0"),
+    (["--lr-warmup", "-5"], "--lr-warmup is -5"),
     (["--max-value-hints", "-1"], "max"), (["--warn-kl", "nan"], "kl is nan")])
 def test_what_cannot_work_is_told_before_anything_is_trained_and_blocks_no_folder(tmp_path, monkeypatch, flags, told):
     folder = tmp_path / "run"

@@ -223,6 +223,7 @@ def _identities(records: list, source, positions=None) -> tuple[list[str], tuple
 def _identity(record) -> str | None:
     """The id that a record brings."""
     fields = [record.get(field) for field in ("id", "question_id")] if isinstance(record, dict) else []
+    fields = [int(value) if isinstance(value, float) and value.is_integer() else value for value in fields]  # 7.0 is 7
     return next((str(value).strip() for value in fields if value is not None and str(value).strip()), None)
 
 
