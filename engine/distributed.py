@@ -218,6 +218,9 @@ class Sharded(torch.nn.Module):
         for unit in self.units():  # the loss is divided by the whole batch's normaliser, so gradients are summed
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+        with torch.no_grad():  # FSDP wants to see the whole module run first, before a part of it samples
+            one = [torch.zeros(1, dtype=torch.long)]
+            self(one, one, 1.0)
 
     def forward(self, *rows) -> Tensor:
         return self.logprobs(self.model, *rows)

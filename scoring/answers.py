@@ -177,10 +177,11 @@ class Progress:
             return
         settings = json.loads(json.dumps(settings))
         lines = read_text(self.file).split("\n")[:-1] if self.file.exists() else []
-        if len(lines) == 1:  # no batch was finished, so other settings do no harm
-            lines = []
+        found = parse_json(lines[0], self.file, 1) if lines else None
+        if len(lines) == 1 and isinstance(found, dict) and found.keys() == settings.keys():
+            lines = []  # no batch was finished, so other settings do no harm
         if lines:
-            self._check(parse_json(lines[0], self.file, 1), settings)
+            self._check(found, settings)
         for number, line in enumerate(lines[1:], 2):
             batch = parse_json(line, self.file, number)
             self.done[batch["batch"]] = batch["records"]
