@@ -214,7 +214,7 @@ class Sharded(torch.nn.Module):
         kinds = model._no_split_modules or ()  # the class of the layers, as transformers names it
         for layer in [module for module in model.modules() if type(module).__name__ in kinds]:
             fully_shard(layer, mesh=mesh)
-        fully_shard(self, mesh=mesh)
+        fully_shard(self, mesh=mesh, reshard_after_forward=True)  # a pass without gradients must leave shards, too
         for unit in self.units():  # the loss is divided by the whole batch's normaliser, so gradients are summed
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
