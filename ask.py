@@ -28,6 +28,7 @@ from data import (
     PromptBuilder,
     PromptConfig,
     Schema,
+    lineage,
     load_dataset,
     read_schema,
     run_config_of,
@@ -193,16 +194,18 @@ def check_database(file) -> Path:
 
 
 def unknown_database(model: str, run: dict, path: Path) -> str:
-    """A warning if the model's run began with random weights and had no such database in its data; else empty."""
-    if run.get("model") != "tiny":
+    """A warning if the model's runs began with random weights and none had such a database in its data; else empty."""
+    runs = list(lineage(run))
+    if not runs or runs[-1].get("model") != "tiny":
         return ""
     try:
-        known = databases_of(run)
+        known = [tables for one in runs for tables in databases_of(one)]
     except UserError:  # its data have moved away
         return ""
     if columns_by_table(schema_columns(read_schema(path))) in known:
         return ""
-    data = "the demo's ten databases" if run["data"] == "demo" else f"the databases of {run['data']}"
+    names = dict.fromkeys(one["data"] for one in runs)
+    data = " and ".join("the demo's ten databases" if name == "demo" else f"the databases of {name}" for name in names)
     return (f"{model} was trained from random weights, on {data} alone, and {path.name} is none of them: do not expect "
             "a right answer. Ask a pretrained model (--model qwen2.5-3b), or train one on questions about your own "
             "database: python train.py --model qwen2.5-0.5b --data questions.json")

@@ -188,7 +188,7 @@ def _without_leaks(splits: Splits, by_gold: bool = False) -> Splits:
 def not_seen_before(splits: Splits, name: str, data_dir, earlier: dict | None) -> Splits:
     """The same without dev and test questions that the run which this one begins with was trained on or chosen by."""
     dev, tests = splits.dev, splits.tests
-    for run in _lineage(earlier):
+    for run in lineage(earlier):
         if name != "demo" and _same_data(name, run):
             before = _splits_of(name, data_dir, run)
             seen = before.train + (before.dev if before.dev != splits.dev else [])  # the same dev may choose again
@@ -258,7 +258,7 @@ def load_for_evaluation(name: str, data_dir=None, split: str = "dev", run: dict 
     if name == "demo":
         return _noted(load_dataset(name, data_dir, split, **demo_options), *_other_world(run, demo_options))
     split = split.strip().lower()
-    runs = [one for one in _lineage(run) if _same_data(name, one)]
+    runs = [one for one in lineage(run) if _same_data(name, one)]
     if is_own(name):
         labels = own_labels(Path(name), split)
         if not any(labels) and not runs:
@@ -273,7 +273,7 @@ def load_for_evaluation(name: str, data_dir=None, split: str = "dev", run: dict 
     return _without_seen(dataset, f"{name}, split {split}", name, data_dir, runs)
 
 
-def _lineage(run: dict | None) -> Iterator[dict]:
+def lineage(run: dict | None) -> Iterator[dict]:
     """The run, the run that it began with, and so on."""
     known = []
     while run and run not in known:

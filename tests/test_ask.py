@@ -136,6 +136,8 @@ def test_a_policy_of_random_weights_knows_the_databases_of_its_data_only(tmp_pat
     demo = trained(tmp_path / "demo")
     assert note(demo, shop) == ""
     assert "the demo's ten databases alone, and music.sqlite is none of them" in note(demo, tiny_db)
+    again = trained(tmp_path / "again", model=demo)  # began with that policy
+    assert "the demo's ten databases alone" in note(again, tiny_db) and note(again, shop) == ""
     for name, config in {"pretrained": {"model": "qwen2.5-3b"}, "gone": {"data": str(tmp_path / "gone.json")}}.items():
         assert note(trained(tmp_path / name, **config), tiny_db) == ""
     (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "music", "sql": "SELECT 1"}]))
