@@ -175,13 +175,17 @@ def test_a_reference_copy_is_found_again_in_step_0(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [(), ("--lora-rank", "2")])
-def test_the_first_update_of_a_run_with_a_cold_start_has_no_kl_and_a_resumed_run_the_same(tiny, tmp_path, monkeypatch, lora):
+def test_the_first_update_of_a_run_with_a_cold_start_has_no_kl_and_a_resumed_run_the_same(tiny, tiny_db, tmp_path, monkeypatch, lora):
     if lora:
         pytest.importorskip("peft", reason="peft is optional")
     tiny.save(tmp_path / "base")
+    columns = ("name", "country", "age", "singer_id", "HomeTown", "name, age")
+    (tmp_path / "own.json").write_text(json.dumps([
+        {"question": f"Show the {column} of all", "db_id": tiny_db.stem, "sql": f"SELECT {column} FROM singer",
+         "trace": f"{column} of singer", "split": "train"} for column in columns]))
 
     def run(folder, steps, *more):
-        flags = ["--model", tmp_path / "base", *lora, "--cold-start-steps", 8, "--cold-start-lr", 1e-2, "--kl-coef", 0.1,
+        flags = ["--model", tmp_path / "base", *lora, "--data", tmp_path / "own.json", "--data-dir", tiny_db.parent, "--cold-start-steps", 8, "--cold-start-lr", 1e-2, "--kl-coef", 0.1,
                  "--lr", 1e-2, "--steps", steps, "--prompts-per-step", 1, "--group-size", 2, "--max-completion-tokens", 8,
                  "--eval-every", 0, "--test-questions", 0, "--save-every", 1, "--rewards", "format", "--sql-workers", 1,
                  "--advantage-scale", "none", "--prompt-style", "compact", "--lr-warmup", 0, "--threads", 1,
