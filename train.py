@@ -152,7 +152,8 @@ class Trainer:
         self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
         self.train_set = self._usable(data.train, "training")
         self.dev_set = self._usable(data.dev, "dev")
-        self.test_sets = {name: self._usable(examples, name) for name, examples in data.tests.items()}
+        usable = {name: self._usable(examples, name) for name, examples in data.tests.items()}
+        self.test_sets = {name: questions for name, questions in usable.items() if questions}
         check_positions(self.policy, s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens)
         self.step, self.drawn, self.best, self.before = 0, 0, -1.0, {}  # drawn: questions used so far
         self.stop_requested = self.stopping = False  # by a signal to this process; agreed by all of them

@@ -220,13 +220,22 @@ def test_b4_golds_that_fail_leave_training_and_are_counted(tmp_path, tiny_db, mo
                for i in range(28)]
     (tmp_path / "mine.json").write_text(json.dumps(records))
     monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "--data", str(tmp_path / "mine.json"), "--steps", "0",
-                                      "--sql-timeout", "0.5", "--eval-questions", "0", "--cold-start-steps", "0",
+                                      "--sql-timeout", "0.5", "--eval-questions", "0", "--test-questions", "0", "--cold-start-steps", "0",
                                       "--empty-gold", empty_gold, "--output", str(tmp_path / "run")])
     assert train.main() == 0
     printed = capsys.readouterr().out
     counts, left_out = re.search(r"training golds: (\{.*\}); (\d+) of 28 questions left out", printed).groups()
     assert json.loads(counts.replace("'", '"')) == {"ok": 9, "empty": 9, "error": 9, "timeout": 1}
     assert int(left_out) == 28 - kept and "left out 10 of 28 traces: their gold SQL fails" in printed
+
+
+def test_held_back_questions_whose_golds_all_fail_are_no_test(tmp_path, tiny_db, monkeypatch, capsys):
+    records = [{"question": f"q{i}?", "db_id": "music", "split": split, "sql": sql}
+               for i, (split, sql) in enumerate([("train", "SELECT name FROM singer")] * 4 + [("test", "SELECT nothing")] * 2)]
+    (tmp_path / "mine.json").write_text(json.dumps(records))
+    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "--data", str(tmp_path / "mine.json"), "--steps", "0",
+                                      "--cold-start-steps", "0", "--output", str(tmp_path / "run")])
+    assert train.main() == 0 and "2 of 2 questions left out" in capsys.readouterr().out
 
 
 def test_a_lora_run(chat_checkpoint, tmp_path):
