@@ -489,8 +489,8 @@ def test_in_a_real_browser(server, asker, tmp_path):
 def test_serving_from_the_command_line(tiny_db):
     command = [sys.executable, "ask.py", "--model", little_policy_folder(tiny_db), "--database", tiny_db,
                "--threads", 1, "--max-completion-tokens", 60, "--prompt-style", "compact", "--serve", 0]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # tests in the background
     try:
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())[1])
         target = SimpleNamespace(server_port=port)

@@ -1,6 +1,6 @@
 """A run killed with SIGKILL at random instants and resumed each time ends as if nothing had happened, bit for bit.
 
-Three kills, each up to three steps after going on: in a rollout, an update or the writing of a checkpoint. With two
+Two kills, each up to three steps after going on: in a rollout, an update or the writing of a checkpoint. With two
 threads, as on most machines: sums of gradients must not depend on which thread is first.
 KILLS=20 pytest tests/test_resume.py takes some minutes.
 """
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 STEPS = 8 * KILLS
 FLAGS = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-step", "2", "--group-size", "4",
          "--max-completion-tokens", "24", "--eval-every", "3", "--eval-questions", "4", "--test-questions", "4",

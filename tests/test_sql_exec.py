@@ -712,7 +712,7 @@ def test_workers_die_with_their_parent_even_when_stuck(tiny_db, how):
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2 and all(map(is_alive, pids))
     os.killpg(parent.pid, how)  # as a terminal does on Ctrl-C: the whole foreground group
-    _, errors = parent.communicate(timeout=20)
+    _, errors = parent.communicate(timeout=60)
     assert wait_until(lambda: not any(map(is_alive, pids)))
     assert errors.count("KeyboardInterrupt") == (how == signal.SIGINT), errors  # of the parent only
 
