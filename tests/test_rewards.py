@@ -95,9 +95,9 @@ def test_hostile_texts_take_time_in_proportion_to_their_length(piece):
     for start in ("", "<think>", "<think>a</think>", "<think>a</think> SELECT "):
         text, best = start + piece * (1_000_000 // len(piece)), math.inf
         for _ in range(3):  # the least of three: other processes must not decide
-            begin = time.perf_counter()
+            begin = time.process_time()
             parse_completion(text, lenient=True)
-            best = min(best, time.perf_counter() - begin)
+            best = min(best, time.process_time() - begin)
             if best < 0.1:
                 break
         assert best < 0.5  # of quadratic time it would be minutes

@@ -291,7 +291,7 @@ def test_hostile_statement(arena, executor, number):
     pid, files = executor._workers[0].process.pid, snapshot(arena)
     start = time.monotonic()
     execution = executor.run("arena", sql)
-    assert time.monotonic() - start < TIMEOUT + 1
+    assert time.monotonic() - start < TIMEOUT + 5
     assert execution.status in statuses, execution.error
     assert (execution.error is None) == (execution.status == "ok")
     assert execution.status == "ok" or execution.rows == []
