@@ -381,9 +381,9 @@ def policy_update(model, optimizer, batches: Sequence[MicroBatch], advantages: T
             "sampler_gap": gap, **counts} | {name: total / max(1, counts["tokens"]) for name, total in totals.items()}
 
 
-def clip_and_step(model, optimizer, config: GRPOConfig) -> float:
+def clip_and_step(model, optimizer, config: GRPOConfig, clip: Callable = torch.nn.utils.clip_grad_norm_) -> float:
     """An optimizer step, unless the gradient is not finite; returns the gradient's norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf).item()
+    norm = clip(model.parameters(), config.max_grad_norm or math.inf).item()
     if math.isfinite(norm):
         optimizer.step()
         torch.clear_autocast_cache()  # else autocast would reuse copies of the old weights in the next update

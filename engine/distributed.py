@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo import Engine
+from grpo import Engine, clip_and_step
 from running.errors import UserError
 
 # For a process that hangs. One that dies is noticed at once: torchrun ends the others, or their connections break.
 TIMEOUT = timedelta(minutes=30)
+SHORTEST = ([torch.zeros(1, dtype=torch.long)],) * 2  # a prompt and a completion of one token, for passes that weigh 0
 
 
 class LostProcess(UserError):
@@ -149,16 +150,16 @@ def make_step(engine: Engine, missing: int) -> Callable:
     """
     def step(model, optimizer, config) -> float:
         for _ in range(missing):
-            one = [torch.zeros(1, dtype=torch.long)]
-            (0 * engine.logprobs(model, one, one, 1.0)).sum().backward()
+            (0 * engine.logprobs(model, *SHORTEST, 1.0)).sum().backward()
         sum_gradients(model)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-        norm = (norm.full_tensor() if is_sharded(norm) else norm).item()
-        if math.isfinite(norm):
-            optimizer.step()
-            torch.clear_autocast_cache()
-        return norm
+        return clip_and_step(model, optimizer, config, _clip_shards)
     return step
+
+
+def _clip_shards(parameters, max_norm: float) -> Tensor:
+    """`clip_grad_norm_`, whose norm is that of all shards where there are some."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def merge_stats(stats: dict[str, float]) -> dict[str, float]:
@@ -219,8 +220,7 @@ class Sharded(torch.nn.Module):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
         with torch.no_grad():  # FSDP wants to see the whole module run first, before a part of it samples
-            one = [torch.zeros(1, dtype=torch.long)]
-            self(one, one, 1.0)
+            self(*SHORTEST, 1.0)
 
     def forward(self, *rows) -> Tensor:
         return self.logprobs(self.model, *rows)
@@ -275,9 +275,8 @@ def load_full_state(optimizer, state: dict) -> None:
 
 def copy_whole(weight, values: Tensor) -> None:
     """Copies a whole tensor onto a parameter, of which each process may have a part."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(weight, DTensor):
+    if is_sharded(weight):
+        from torch.distributed.tensor import distribute_tensor
         values = distribute_tensor(values.to(weight.device), weight.device_mesh, weight.placements)
     weight.copy_(values)
 
