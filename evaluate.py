@@ -31,7 +31,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from textwrap import fill
 
@@ -43,7 +42,7 @@ from rewards import unwrap_fence
 from running.errors import UserError, check_folder, json_lines, parse_json, read_text, run_main, write_text
 from running.guards import Heartbeat
 from running.options import HIGHEST_SEED, add_arguments, build, check, option
-from scoring.answers import Examination, Progress, format_advice, scores_of
+from scoring.answers import Examination, Progress, fingerprint, format_advice, scores_of
 from scoring.compare import compare, print_comparison
 from scoring.predictions import load_predictions, save_predictions
 from scoring.verdicts import (
@@ -69,6 +68,11 @@ __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "c
 
 
 # ------------------------------------------------------------------------------------------ configuration
+
+# Settings on which the records of an evaluation do not depend.
+FREE_TO_CHANGE = ("predictions", "vote", "r_ves", "skip_bad_gold", "json", "progress", "predictions_out", "save_traces",
+                  "workers", "gold_cache")
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -165,18 +169,6 @@ def greedy_sqls(policy, encoded_prompts: list[list[int]], max_completion_tokens:
             if progress:
                 heartbeat.beat(f"answered {len(sqls)} of {len(order)} questions")
     return [sqls[i] for i in range(len(order))]
-
-
-def fingerprint(config: EvaluateConfig, prompts: PromptConfig, examples: Sequence[Example]) -> dict:
-    """All that the records of an evaluation depend on."""
-    free = {"predictions", "vote", "r_ves", "skip_bad_gold", "json", "progress", "predictions_out",
-            "save_traces", "workers", "gold_cache"}
-    asked = json.dumps([[example.id, example.db_id, example.question, example.gold_sqls]
-                        for example in examples])
-    weights = sorted(Path(config.model).glob("*.safetensors")) + sorted(Path(config.model).glob("*.bin"))
-    return {**{name: value for name, value in vars(config).items() if name not in free}, **vars(prompts),
-            "questions": sha256(asked.encode()).hexdigest(),
-            "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]}
 
 
 # ------------------------------------------------------------------------------------------- of a model
@@ -364,7 +356,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
     """Let a model answer, and score its answers."""
     examples = [dataset.examples[i] for i in chosen(config, dataset.examples)]
     progress = Progress(config.progress or (config.json and f"{config.json}.progress"),
-                        fingerprint(config, prompts, examples))
+                        fingerprint(config, prompts, examples, FREE_TO_CHANGE))
     if progress.done:
         print(f"continuing: {sum(map(len, progress.done.values()))} of {len(examples)} questions are done")
     from policy import load_for_sampling  # here, so that scoring a predictions file does not wait for PyTorch

@@ -20,7 +20,6 @@ A trace is kept when
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -29,7 +28,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 
@@ -44,7 +42,7 @@ from rewards import RewardConfig, build_memory, parse_completion
 from running.errors import UserError, check_folder, json_lines, run_main, write_whole
 from running.guards import Heartbeat
 from running.options import HIGHEST_SEED, add_arguments, build, check, option
-from scoring.answers import Examination, Progress
+from scoring.answers import Examination, Progress, fingerprint
 from scoring.verdicts import MATCHES
 from settings import SFTConfig
 from sql_exec import SQLExecutor
@@ -279,6 +277,10 @@ def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------- mining traces
 
 
+# Settings on which the samples do not depend.
+FREE_TO_CHANGE = ("mine", "max_per_question", "max_per_cell", "embedder", "threads", "workers")
+
+
 @dataclass(frozen=True)
 class MineConfig:
     """What to mine, and how much of it to keep."""
@@ -326,7 +328,7 @@ def main() -> None:
     examples = dataset.examples
     if 0 < config.limit < len(examples):
         examples = random.Random(config.seed).sample(examples, config.limit)
-    progress = Progress(f"{config.mine}.progress", fingerprint(config, prompts, examples))
+    progress = Progress(f"{config.mine}.progress", fingerprint(config, prompts, examples, FREE_TO_CHANGE))
     if progress.done:
         print(f"continuing: {sum(map(len, progress.done.values()))} of {len(examples)} questions are done")
     policy = load_for_sampling(config.model, config.threads)
@@ -387,16 +389,6 @@ def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfi
     except ValueError as error:
         raise UserError(str(error)) from error
     return configs
-
-
-def fingerprint(config: MineConfig, prompts: PromptConfig, examples: Sequence[Example]) -> dict:
-    """All that the samples depend on: what is kept of others is not continued."""
-    free = {"mine", "max_per_question", "max_per_cell", "embedder", "threads", "workers"}
-    asked = json.dumps([[example.id, example.db_id, example.question, example.gold_sqls] for example in examples])
-    weights = sorted(Path(config.model).glob("*.safetensors")) + sorted(Path(config.model).glob("*.bin"))
-    return {**{name: value for name, value in vars(config).items() if name not in free}, **vars(prompts),
-            "questions": sha256(asked.encode()).hexdigest(),
-            "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]}
 
 
 def why_none_verified(records: Sequence[dict], config: MineConfig) -> str:

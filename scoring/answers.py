@@ -7,8 +7,9 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 
 from tqdm import tqdm
@@ -210,6 +211,15 @@ class Progress:
         """Everything is safe elsewhere: the file may go."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+
+def fingerprint(config, prompts, examples: Sequence[Example], free: Collection[str]) -> dict:
+    """All that the records of an examination depend on; `free` names the settings that do not change them."""
+    asked = json.dumps([[example.id, example.db_id, example.question, example.gold_sqls] for example in examples])
+    weights = sorted(Path(config.model).glob("*.safetensors")) + sorted(Path(config.model).glob("*.bin"))
+    return {**{name: value for name, value in vars(config).items() if name not in free}, **vars(prompts),
+            "questions": sha256(asked.encode()).hexdigest(),
+            "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]}
 
 
 def scores_of(records: Sequence[dict], way: str) -> list[ExampleScore]:
