@@ -41,6 +41,7 @@ from grpo import (
     reference_logprobs,
     sample_groups,
 )
+from models.adapters import has_adapters
 from policy import (
     Policy,
     Reference,
@@ -228,7 +229,7 @@ class Trainer:
 
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        watched = int((advantages.amax(1) - advantages.amin(1)).argmax()) if self.token_ratios_are_due() else None
+        watched = widest_group(advantages) if self.token_ratios_are_due() else None
         before = self.group_logps(groups, watched)
         with self.autocast(cache=False):
             stats = policy_update(policy.model, self.optimizer, batches, advantages, ref_logps, s.grpo, self.engine,
@@ -256,8 +257,7 @@ class Trainer:
                                   step.token_ratios)
         self.folder.log("rollouts", records)
         if self.s.run.verbose and self.step % self.s.run.verbose == 0:
-            shown = int((step.advantages.amax(1) - step.advantages.amin(1)).argmax())
-            tqdm.write(show.group_text(records[shown], colour=show.wants_colour(sys.stdout)))
+            tqdm.write(show.group_text(records[widest_group(step.advantages)], colour=show.wants_colour(sys.stdout)))
         return metrics
 
     def watch(self, metrics: dict) -> None:
@@ -418,10 +418,7 @@ class Trainer:
         """Prints the held-out accuracy of the best policy by dev beside that of the start."""
         best = self.folder.path / "best"
         if self.s.run.eval_every and self.dev_set and best.exists():
-            if self.sharded:
-                self.policy, self.sharded = load_policy(str(best), device=self.device, dtype=self.base_dtype), None
-            else:
-                load_weights(self.policy, best)  # into the same model, so that there is no second one
+            load_weights(self.policy, best)  # into the same model, so that there is no second one
         after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         if not distributed.is_main():
             return
@@ -456,8 +453,7 @@ class Trainer:
         s, memory = self.s, self.memory
         if s.rewards.embedder == "policy":  # the policy of step 0, so that embeddings do not move as it learns
             if self.checkpoint:
-                first = distributed.on_main(self.folder.first_checkpoint)
-                frozen = load_policy(str(first), device=self.device, dtype=self.base_dtype).model
+                frozen = load_policy(str(self.first_checkpoint), device=self.device, dtype=self.base_dtype).model
             else:
                 frozen = copy.deepcopy(self.policy.model)
             frozen = frozen.requires_grad_(False).eval().get_decoder()
@@ -514,6 +510,11 @@ class Trainer:
         return torch.bfloat16 if self.s.run.lora_rank and self.device == "cuda" else torch.float32
 
     @cached_property
+    def first_checkpoint(self) -> Path:
+        """The folder of step 0, whose files are verified once."""
+        return distributed.on_main(self.folder.first_checkpoint)
+
+    @cached_property
     def schemas(self) -> dict:
         """{db_id: {table: [column, ...]}}, as the rewards take them."""
         return columns_of(self.data.databases)
@@ -550,7 +551,7 @@ class Trainer:
     def _wants_sharding(self) -> bool:
         run, several = self.s.run, distributed.size() > 1
         return several and (run.sharding == "on" or run.sharding == "auto" and self.device == "cuda"
-                            and not hasattr(self.policy.model, "disable_adapter"))
+                            and not has_adapters(self.policy.model))
 
     # ------------------------------------------------------------------------------------------ save and resume
 
@@ -577,7 +578,7 @@ class Trainer:
         self.best, self.before = state["best"], state["before"]
         distributed.load_full_state(self.optimizer, state["optimizer"])
         if self.reference:
-            self.reference.load(distributed.on_main(self.folder.first_checkpoint))
+            self.reference.load(self.first_checkpoint)
         if self.scorer.memory is not None:
             self.scorer.memory.load(checkpoint / "memory.npz")
         if distributed.is_main():
@@ -618,6 +619,11 @@ def before_after_table(before: dict, after: dict, match: str) -> str:
 def has_right_and_wrong(breakdowns: list) -> bool:
     """Whether some completions of a group are right and some wrong."""
     return 0 < sum(b.correct for b in breakdowns) < len(breakdowns)
+
+
+def widest_group(advantages: torch.Tensor) -> int:
+    """Number of the group with most to learn. [B, G]"""
+    return int((advantages.amax(1) - advantages.amin(1)).argmax())
 
 
 class Stopwatch:
