@@ -105,19 +105,24 @@ def reward_of(number: int) -> float:
 # ---- here
 
 
+@contextlib.contextmanager
 def forced_lengths(lengths):
-    """The `sample_token` of grpo.py for one rollout of one group, whose completions get these lengths [G]."""
-    import grpo
+    """Inside, a group sampled by either engine has completions of these lengths [G]."""
+    import torch.nn.functional as F
 
-    sampled = itertools.count()  # tokens of the longest completion so far
+    import grpo
+    from engine import decoding
+
+    sampled, of_plain, of_grid = itertools.count(), grpo.sample_token, decoding.Grid.draw
 
     def sample_token(logits, temperature, uniform):
-        t = next(sampled)
-        rows = lengths if len(logits) == len(lengths) else lengths[lengths > t]  # rows that have ended may leave
-        return grpo_sample_token(force_end(logits, rows - t), temperature, uniform)
+        return of_plain(force_end(logits, lengths - next(sampled)), temperature, uniform)
 
-    grpo_sample_token = grpo.sample_token
-    return sample_token
+    def draw(grid, logits):  # the empty places of a grid have the number G
+        of_grid(grid, force_end(logits, F.pad(lengths, (0, 1))[grid.rows] - grid.t))
+
+    with (mock.patch.object(grpo, "sample_token", sample_token), mock.patch.object(decoding.Grid, "draw", draw)):
+        yield
 
 
 def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
@@ -130,12 +135,13 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
 
     config = grpo.GRPOConfig(group_size=plan.group, max_completion_tokens=plan.completion, kl_coef=plan.kl_coef)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=plan.device == "cuda")
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
     torch.manual_seed(plan.seed)
     reference, sampled = Reference(model) if plan.kl_coef else None, []
     engine = fast.ENGINES["plain" if padded else "fast"]
-    if not padded:
-        decoding.can_share(model, plan.prompt + plan.completion)  # looks once, before lengths are forced
+    if not padded:  # looks at small models, before lengths are forced
+        decoding.can_share(model)
+        decoding.forward_of(model)
     lengths = torch.tensor(plan.lengths(), device=plan.device)
 
     def phase(name):  # as train.py does: bf16 arithmetic on a GPU, of weights as they are now
@@ -147,10 +153,8 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
     rewards = torch.tensor([[reward_of(i) for i in range(plan.group)]])
     for prompt in plan.prompts(model.config.vocab_size):
         clock.steps.append({})
-        forced = forced_lengths(lengths)
         with clock("step"):
-            with (phase("rollout"), mock.patch.object(grpo, "sample_token", forced),
-                  mock.patch.object(decoding, "sample_token", forced)):
+            with phase("rollout"), forced_lengths(lengths):
                 groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END], engine=engine)
             batches = grpo.micro_batches(groups, config)
             ref_logps = None

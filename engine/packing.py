@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from engine.attention import PackedLayout, causal_lm, enable, is_exact, no_mask, window_allows
+from engine.attention import causal_lm, enable, is_exact, no_mask
+from engine.row_attention import RowLayout
 from grpo import dropout_off, plain_logprobs, target_logprobs
 
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
@@ -33,11 +34,10 @@ class PackedGroup:
     prompt: Tensor  # [P]
     completions: list[Tensor]  # G times [C_i]
 
-    def layout(self, device) -> PackedLayout:
-        """Where in the row each token of each completion stands, for attention block by block."""
-        starts = F.pad(self.mask.sum(-1).cumsum(0), (1, 0))[:-1] + len(self.prompt)  # [G]
-        slots = (starts[:, None] + torch.arange(self.mask.shape[1])) * self.mask  # [G, T]
-        return PackedLayout(len(self.prompt), slots.to(device), self.mask.to(device))
+    @property
+    def lengths(self) -> tuple[int, list[int]]:
+        """Of the prompt, and of the completions."""
+        return len(self.prompt), self.mask.sum(-1).tolist()
 
     def unpack(self, values: Tensor) -> Tensor:
         """Spreads one value a completion token over the group, padding 0. [ΣC_i] -> [G, T]"""
@@ -65,14 +65,31 @@ def pack_group(prompt: Tensor, completions: Sequence[Tensor]) -> PackedGroup:
 
 
 def logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float) -> Tensor:
-    """`grpo.plain_logprobs` by packed rows, one for each run of completions of the same prompt. -> [N, T]"""
-    if not can_pack(model, max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))):
+    """`grpo.plain_logprobs` by one packed row, in which completions of the same prompt that follow one another are a
+    group. -> [N, T]"""
+    if not can_pack(model):
         return plain_logprobs(model, prompts, completions, temperature)
     starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] is not prompts[i - 1]]
-    rows = [packed_logprobs(model, pack_group(prompts[i], completions[i:end]), temperature)
-            for i, end in zip(starts, [*starts[1:], len(prompts)], strict=True)]
-    T = max(row.shape[1] for row in rows)
-    return torch.cat([F.pad(row, (0, T - row.shape[1])) for row in rows])
+    return packed_logprobs(model, [pack_group(prompts[i], completions[i:end])
+                                   for i, end in zip(starts, [*starts[1:], len(prompts)], strict=True)], temperature)
+
+
+def passes(groups: Sequence, trained: Sequence[bool], tokens: int) -> list[list[int]]:
+    """Which completions, by their numbers b·G + j, go through the model together: groups that follow one another, up to
+    so many tokens or a single group. Those that are trained are not mixed with others, which need no gradient."""
+    found = []
+    for kind in (True, False):
+        left = 0  # tokens that the last pass has room for
+        for b, group in enumerate(groups):
+            if trained[b] is not kind:
+                continue
+            size, G = len(group.prompt) + sum(map(len, group.completions)), len(group.completions)
+            if size > left:
+                found.append([])
+                left = max(tokens, size)
+            left -= size
+            found[-1] += range(b * G, b * G + G)
+    return found
 
 
 def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
@@ -89,36 +106,46 @@ def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple
     return logprobs(model, [packed.prompt] * len(packed.completions), packed.completions, temperature), entropy
 
 
-def can_pack(model, tokens: int) -> bool:
-    """Whether a model takes packed rows with completions that end at this position; a warning says if it cannot."""
-    return window_allows(model, tokens) and is_exact(model, "packed rows", _gap)
+def can_pack(model) -> bool:
+    """Whether a model takes packed rows; a warning says if it cannot."""
+    return is_exact(model, "packed rows", _gap)
 
 
 def _gap(model) -> float:
     """Largest difference of a packed row's log-probabilities from those of padded rows."""
-    prompt, completions = torch.arange(2, 9), [torch.arange(3, 3 + n) for n in (5, 1, 3)]
+    prompts = [torch.arange(2, 9)] * 3 + [torch.arange(4, 8)]
+    completions = [torch.arange(3, 3 + n) for n in (5, 1, 3, 4)]
     with torch.no_grad(), dropout_off(model):
-        packed = packed_logprobs(model, pack_group(prompt, completions), 1.0)
-        return (packed - plain_logprobs(model, [prompt] * 3, completions, 1.0)).abs().max().item()
+        groups = [pack_group(prompts[0], completions[:3]), pack_group(prompts[3], completions[3:])]
+        packed = packed_logprobs(model, groups, 1.0)
+        return (packed - plain_logprobs(model, prompts, completions, 1.0)).abs().max().item()
 
 
-def packed_logprobs(model, packed: PackedGroup, temperature: float) -> Tensor:
-    """Log-probability of every completion token of a packed row, with gradient. -> [G, T]"""
-    lm_head, hidden = packed_hidden(model, packed)
-    targets = torch.cat(packed.completions).to(hidden.device)
-    return packed.unpack(token_logprobs(lm_head, hidden, targets, temperature))
+def packed_logprobs(model, groups: Sequence[PackedGroup], temperature: float) -> Tensor:
+    """Log-probability of every completion token of groups in one row, with gradient. -> [N, T]"""
+    lm_head, hidden = packed_hidden(model, groups)
+    completions = [completion for group in groups for completion in group.completions]
+    logp = token_logprobs(lm_head, hidden, torch.cat(completions).to(hidden.device), temperature)  # [ΣC]
+    lengths = torch.tensor([len(completion) for completion in completions])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(logp.device)  # [N, T]
+    return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
 
-def packed_hidden(model, packed: PackedGroup) -> tuple[torch.nn.Module, Tensor]:
-    """lm_head, and the hidden states [ΣC_i, D] of a packed row that predict its completion tokens."""
+def packed_hidden(model, groups: Sequence[PackedGroup]) -> tuple[torch.nn.Module, Tensor]:
+    """lm_head, and the hidden states [ΣC, D] that predict the completion tokens of groups in one row."""
     causal = causal_lm(model)
     lm_head = causal.get_output_embeddings()
     device = lm_head.weight.device
     enable(model)
+    sizes = [group.input_ids.shape[1] for group in groups]
+    starts = [sum(sizes[:g]) for g in range(len(sizes))]
+    predictors = torch.cat([start + group.predictors for start, group in zip(starts, groups, strict=True)])
+    ids, positions = (torch.cat(rows, dim=1).to(device) for rows in zip(
+        *((group.input_ids, group.position_ids) for group in groups), strict=True))  # [1, L] each
     hidden = causal.get_decoder()(
-        input_ids=packed.input_ids.to(device), position_ids=packed.position_ids.to(device), use_cache=False,
-        attention_mask=no_mask(device), layout=packed.layout(device)).last_hidden_state[0]  # [L, D]
-    return lm_head, hidden[packed.predictors.to(device)]
+        input_ids=ids, position_ids=positions, use_cache=False, attention_mask=no_mask(device),
+        layout=RowLayout([group.lengths for group in groups], device)).last_hidden_state[0]  # [L, D]
+    return lm_head, hidden[predictors.to(device)]
 
 
 def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import grpo
-from engine import attention, packing
+from engine import attention, decoding, lean, packing, row_attention
 from engine.fast import ENGINES, FAST
 from grpo import PLAIN, GRPOConfig
 
@@ -63,6 +64,10 @@ def sampled_groups(model, config, prompts=2, seed=0, eos_ids=(EOS,), engine=FAST
     ids = [a_group(prompt_length=4 + i, seed=seed + i)[0] for i in range(prompts)]
     return grpo.sample_groups(model, ids, config, eos_ids=eos_ids, seeds=range(1000 * seed, 1000 * seed + prompts),
                               engine=engine)
+
+
+def packed_logprobs(model, packed, temperature):
+    return packing.packed_logprobs(model, [packed], temperature)
 
 
 def padded_logprobs(model, packed, temperature):
@@ -219,7 +224,7 @@ def test_a16_under_bf16_the_first_ratio_is_one_and_later_updates_see_the_new_wei
         groups = sampled_groups(model, config)
         stats = _apply(model, groups, _advantages(4), config, lr=0.5)
     assert all(logp.dtype == torch.float32 for logp in seen) and 0 < stats["sampler_gap"] < 0.05
-    assert attention._verdicts[model] == {"shared prompts": True, "packed rows": True}
+    assert attention._verdicts[model] == dict.fromkeys(("shared prompts", "lean layers", "packed rows"), True)
 
     once, batches = make_model(dtype=torch.float32), grpo.micro_batches(groups, config)
     first, second = seen[:len(batches)], seen[len(batches):]
@@ -233,29 +238,33 @@ def test_a16_under_bf16_the_first_ratio_is_one_and_later_updates_see_the_new_wei
     assert not torch.equal(first[0], second[0])
 
 
-@pytest.mark.parametrize("engine", list(ENGINES))
-def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(monkeypatch, engine):
+def tokens_a_pass(model, action):
+    """How many tokens go through the model in each of its passes while something is done."""
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
+    result = action()
+    hook.remove()
+    return seen, result
+
+
+@pytest.mark.parametrize("engine, prefill", [("fast", 6), ("plain", 4 * 6)])
+def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(engine, prefill):
     model = make_model()
     model.gradient_checkpointing_enable()
     model.train()
-    config, lengths = GRPOConfig(group_size=4, max_completion_tokens=6), []
-    grpo.sample_groups(model, [a_group()[0]], config, eos_ids=[], engine=ENGINES[engine])  # a look at a small model
-    forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, input_ids, **kwargs: (
-        lengths.append(input_ids.shape[1]), forward(self, input_ids=input_ids, **kwargs))[1])
-    grpo.sample_groups(model, [a_group()[0]], config, eos_ids=[], engine=ENGINES[engine])
-    assert lengths == [6, 1, 1, 1, 1, 1]  # one prefill of the prompt, then a token at a time
+    config = GRPOConfig(group_size=4, max_completion_tokens=6)
+    passes, _ = tokens_a_pass(model, lambda: grpo.sample_groups(model, [a_group()[0]], config, eos_ids=[], engine=ENGINES[engine]))
+    assert passes == [prefill] + 5 * [4]  # a prefill of the prompt, then a token at a time
 
 
-def test_finished_rows_leave_the_batch(monkeypatch):
-    model, sizes = make_model(), []
-    sampled_groups(model, GRPOConfig(group_size=2, max_completion_tokens=2))  # the comparison on first use
-    forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, input_ids, **kwargs: (
-        sizes.append(input_ids.shape[0]), forward(self, input_ids=input_ids, **kwargs))[1])
-    groups = sampled_groups(model, GRPOConfig(group_size=16, max_completion_tokens=8), prompts=1)
-    longer_than = [sum(len(c) > t for c in groups[0].completions) for t in range(1, 8)]
-    assert sizes[0] == 1 and sizes[1:] == [n for n in longer_than if n]
+def test_completions_that_have_ended_leave_the_grid(monkeypatch):
+    model, config = make_model(), GRPOConfig(group_size=16, max_completion_tokens=12)
+    monkeypatch.setattr(decoding, "SHRINK", 1.0)
+    monkeypatch.setitem(decoding.LOOK, "cpu", 3)
+    passes, groups = tokens_a_pass(model, lambda: sampled_groups(model, config, prompts=1, eos_ids=(EOS, 3, 9)))
+    growing = [sum(len(c) > t for c in groups[0].completions) for t in range(1, 12)]
+    assert passes[1:] == [n for n in growing[::3] for _ in range(3)][:len(passes) - 1] and 0 < growing[3] < growing[0]
+    assert len(passes) - 1 >= sum(n > 0 for n in growing)
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
@@ -465,7 +474,7 @@ def test_both_engines_sample_the_same_groups(family, temperature):
     config = GRPOConfig(group_size=5, max_completion_tokens=9)
     plain, fast = (grpo.sample_groups(model, prompts, config, eos_ids=(EOS, 5, 9), seeds=[1, 2, 3], engine=engine,
                                       temperature=temperature) for engine in (PLAIN, FAST))
-    assert attention._verdicts[model] == {"shared prompts": True}
+    assert attention._verdicts[model] == {"shared prompts": True, "lean layers": family != "gemma"}
     for one, two in zip(plain, fast, strict=True):
         assert torch.equal(one.prompt, two.prompt) and one.truncated == two.truncated
         for a, b in zip(one.completions, two.completions, strict=True):
@@ -473,6 +482,88 @@ def test_both_engines_sample_the_same_groups(family, temperature):
         for name in ("logps", "entropies"):
             torch.testing.assert_close(torch.cat(getattr(one, name)), torch.cat(getattr(two, name)), rtol=1e-5, atol=1e-6)
     assert not temperature or len({len(c) for group in fast for c in group.completions}) > 2
+
+
+@pytest.mark.parametrize("look", [1, 2, 5])
+@pytest.mark.parametrize("sizes", ["exact", "of a GPU"])
+def test_shrinking_grids_sample_what_the_plain_engine_samples(monkeypatch, look, sizes):
+    """Grids of one model, one after the other, of other shapes; prompts that end whole; places that stay empty."""
+    monkeypatch.setitem(decoding.LOOK, "cpu", look)
+    if sizes == "of a GPU":
+        power = lambda n: 1 << (n - 1).bit_length() if n else 0  # noqa: E731
+        monkeypatch.setattr(decoding.Grid, "bucket", lambda self, n: power(n))
+    model, grids = make_model(), set()
+    shrink = decoding.Grid.shrink
+    monkeypatch.setattr(decoding.Grid, "shrink", lambda self, growing, B, M, t: (grids.add((B, M)), shrink(self, growing, B, M, t)))
+    for P, G, T, temperature in ((4, 7, 40, 1.0), (2, 3, 5, 1.3), (5, 9, 20, 1.0), (3, 1, 9, 0.0)):
+        prompts = [a_group(prompt_length=3 + 4 * i, seed=i)[0] for i in range(P)]
+        config = GRPOConfig(group_size=max(2, G), max_completion_tokens=T)
+        plain, fast = (grpo.sample_groups(model, prompts, config, eos_ids=(EOS, 5, 11), seeds=range(P), engine=engine,
+                                          group_size=G, temperature=temperature) for engine in (PLAIN, FAST))
+        for one, two in zip(plain, fast, strict=True):
+            assert one.truncated == two.truncated
+            assert [c.tolist() for c in one.completions] == [c.tolist() for c in two.completions]
+            for name in ("logps", "entropies"):
+                torch.testing.assert_close(torch.cat(getattr(one, name)), torch.cat(getattr(two, name)), rtol=1e-5, atol=1e-6)
+    assert len(grids) > 3
+
+
+def test_tensors_of_the_grid_stay_where_they_are_and_results_are_not_among_them():
+    """Over tokens, rollouts and updates: a graph on a GPU has their addresses."""
+    model, config = make_model(), GRPOConfig(group_size=6, max_completion_tokens=9, kl_coef=0.0)
+    groups = sampled_groups(model, config)
+    grid = decoding._grids[model]
+    before = {name: flat.data_ptr() for name, flat in grid.memory.items()}
+    kept = [logp.clone() for logp in groups[0].logps]
+    _apply(model, groups, _advantages(6), config, lr=0.1)
+    sampled_groups(model, config, seed=3)
+    sampled_groups(model, replace(config, max_completion_tokens=4), prompts=1, seed=4)
+    assert before == {name: flat.data_ptr() for name, flat in grid.memory.items()}
+    assert all(torch.equal(a, b) for a, b in zip(kept, groups[0].logps, strict=True))
+
+
+@pytest.mark.parametrize("forward", ["lean", "modules"])
+def test_a_step_of_the_grid_depends_on_no_data(forward):
+    """Fake tensors have no values, so what asks for one (a number, a shape, a branch) raises."""
+    model, grid = make_model("qwen3", dtype=torch.float32), decoding.Grid()
+    attention.enable(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        layers, grid.attended = [(torch.randn(3, 2, 7, 4), torch.randn(3, 2, 7, 4)) for _ in range(2)], 16
+        grid.start(layers, torch.ones(3, 7, dtype=torch.bool), torch.randn(3, 23), torch.rand(3, 4, 32, dtype=torch.float64), 0.8, [EOS])
+        step = functools.partial(lean.forward if forward == "lean" else decoding.module_forward, model)
+        for _ in range(3):
+            grid.step(step)
+        assert isinstance(grid.token, FakeTensor) and grid.token.shape == (12,)
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            grid.ended.any().item()  # as it would be found
+
+
+def test_a_row_that_is_not_a_number_spoils_no_other():
+    """Keys and values of a broken rollout stay in memory; nothing of them may be seen by the next."""
+    model, config = make_model(), GRPOConfig(group_size=6, max_completion_tokens=9)
+    clean = sampled_groups(model, config)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    value = weight.detach().clone()
+    weight.data.fill_(float("nan"))
+    sampled_groups(model, config)
+    weight.data.copy_(value)
+    for one, two in zip(clean, sampled_groups(model, config), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.logps, two.logps, strict=True))
+
+
+@pytest.mark.parametrize("V", [5, 256, 300, 8_000])
+def test_drawing_by_blocks_is_drawing_by_the_whole_cumulative_sum(V):
+    generator = torch.Generator().manual_seed(V)
+    logits = 4 * torch.randn(2_000, V, generator=generator)
+    logits[:500, V // 2:] = float("-inf")  # what cannot be drawn, at the end of blocks and of the vocabulary
+    logits[500:1_000, : V // 2] = float("-inf")
+    uniform = torch.rand(2_000, dtype=torch.float64, generator=generator)
+    uniform[::5] = 0.0
+    for temperature in (0.0, 0.7, 1.0):
+        for one, two in zip(decoding.draw(logits, temperature, uniform), grpo.sample_token(logits, temperature, uniform), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+        last = decoding.draw(logits, temperature, torch.full_like(uniform, 1 - 2**-53))
+        assert last[1].isfinite().all()  # rounding does not lead to what cannot be drawn
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
@@ -507,30 +598,35 @@ def test_packed_equals_padded_in_logprobs_and_gradients(family, tied, checkpoint
     packed = packing.pack_group(prompt, completions)
     weights = torch.randn(packed.mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
-    for forward in (packing.packed_logprobs, padded_logprobs):
+    for forward in (packed_logprobs, padded_logprobs):
         model.zero_grad()
         with grpo.dropout_off(model):
             logp = forward(model, packed, 0.7)
             (logp * weights).sum().backward()
         results.append((logp.detach(), gradients(model)))
-    assert packing.can_pack(model, 20)
+    assert packing.can_pack(model)
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("elements", [None, 1, 2 * 4 * 10 * 4])
-def test_a_packed_row_in_parts_has_the_gradients_of_padded_rows(monkeypatch, elements):
-    if elements:  # so few that the completions are taken one or two at a time, their keys made again in backward
-        monkeypatch.setattr(attention, "EXPANDED_ELEMENTS", elements)
-    model, packed = make_model(), packing.pack_group(*a_group())
+@pytest.mark.parametrize("groups", [[(6, (3, 1, 5))], [(6, (3, 1, 5)), (4, (2, 2)), (5, (7,))], [(5, (7,)), (3, (2,))]])
+def test_three_ways_of_attention_in_a_row_are_one(groups):
+    """By parts, by FlexAttention (without gradients on a CPU), with a mask; float64."""
+    generator, L = torch.Generator().manual_seed(0), sum(P + sum(lengths) for P, lengths in groups)
+    query, key, value, weight = (torch.randn(1, heads, L, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+                                 for heads in (4, 2, 2, 4))
     results = []
-    for forward in (packing.packed_logprobs, padded_logprobs):
-        model.zero_grad()
-        logp = forward(model, packed, 0.7)
-        (logp * torch.arange(logp.numel()).view_as(logp)).sum().backward()
-        results.append((logp.detach(), gradients(model)))
+    for way in (row_attention.parts, row_attention.masked):
+        options = () if way is row_attention.parts else (None,)
+        out = way(row_attention.RowLayout(groups, query.device), query, key, value, 0.3, *options)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), (query, key, value))))
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        for window in (None, 3):
+            flex, masked = (way(row_attention.RowLayout(groups, query.device), query.detach(), key.detach(), value.detach(),
+                                0.3, window) for way in (row_attention.flex, row_attention.masked))
+            torch.testing.assert_close(flex, masked, rtol=1e-9, atol=1e-12)
 
 
 def test_the_fast_engine_takes_completions_of_several_prompts():
@@ -548,13 +644,23 @@ def test_the_fast_engine_takes_completions_of_several_prompts():
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-def test_beyond_a_sliding_window_rows_are_padded():
-    model = make_model("mistral", sliding_window=6)
-    prompt, completions = a_group()
-    assert not attention.window_allows(model, 7) and attention.window_allows(model, 6)
-    logp, _ = packing.completion_logprobs(model, packing.pack_group(prompt, completions), 1.0)
-    torch.testing.assert_close(logp, padded_logprobs(model, packing.pack_group(prompt, completions), 1.0))
-    assert model not in attention._verdicts
+def test_sliding_windows_shorter_than_the_row_are_fast_too():
+    """Mistral: all layers have one; Qwen2: some. Windows end within prompts, at their ends and within completions."""
+    layers = {"max_window_layers": 1, "use_sliding_window": True}
+    for family, window in itertools.product(("mistral", "qwen2"), (2, 5, 8, 100)):
+        model = make_model(family, sliding_window=window, **(layers if family == "qwen2" else {}))
+        prompts, completions = [a_group()[0]] * 4 + [a_group(prompt_length=3)[0]], [*a_group()[1], torch.arange(3, 9)]
+        results = []
+        for engine in (FAST, PLAIN):
+            model.zero_grad()
+            logp = engine.logprobs(model, prompts, completions, 0.7)
+            (logp * torch.arange(logp.numel()).view_as(logp)).sum().backward()
+            groups = grpo.sample_groups(model, [prompts[0], prompts[-1]], GRPOConfig(group_size=4, max_completion_tokens=9),
+                                        eos_ids=[EOS, 5], seeds=[1, 2], engine=engine)
+            results.append((logp.detach(), gradients(model), torch.cat([row for group in groups for row in group.logps])))
+        for one, two in zip(*results, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9 if one.dtype == torch.float64 else 1e-5, atol=1e-6)
+        assert all(attention._verdicts[model].values())
 
 
 def test_a_model_that_cannot_run_packed_rows_falls_back_with_a_warning(monkeypatch):
@@ -572,7 +678,7 @@ def test_bf16_weights_do_not_decide_what_a_model_can_run():
     model = make_model(dtype=torch.bfloat16, initializer_range=3.0)
     sampled_groups(model, GRPOConfig(group_size=4, max_completion_tokens=5))
     FAST.logprobs(model, [torch.tensor([3, 4])] * 2, [torch.tensor([5]), torch.tensor([6, 7])], 1.0)
-    assert attention._verdicts[model] == {"shared prompts": True, "packed rows": True}
+    assert attention._verdicts[model] == dict.fromkeys(("shared prompts", "lean layers", "packed rows"), True)
 
 
 def test_pack_group_layout():
@@ -647,7 +753,7 @@ def test_a23_the_update_runs_lm_head_on_completion_positions_only(monkeypatch):
     model, (prompt, completions) = make_model(), a_group()
     rows = []
     model.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[0]))
-    packing.packed_logprobs(model, packing.pack_group(prompt, completions), 1.0)
+    packed_logprobs(model, packing.pack_group(prompt, completions), 1.0)
     assert sum(rows) == sum(map(len, completions))
 
 

@@ -1,0 +1,43 @@
+"""Weights to sample with: a bf16 copy of a float32 model, taken anew before each rollout, at the same addresses.
+
+Under autocast every product would cast its weights again, for each token. Weights that are bf16 already (the base of
+LoRA adapters) are shared, not copied. Adapters stay beside them, unmerged: merged into bf16 weights, most of what they
+have learned would be rounded away.
+"""
+
+import copy
+import weakref
+from contextlib import contextmanager
+
+import torch
+
+_copies: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> its copy
+
+
+@contextmanager
+def weights_to_sample_with(model):
+    """Yields the model to decode with: under bf16 autocast the copy, without autocast inside; else the model itself."""
+    first = next(model.parameters())
+    kind = first.device.type
+    wanted = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    if not wanted or any(hasattr(module, "unshard") for module in model.modules()):  # FSDP's weights move about
+        yield model
+        return
+    weights, known = list(model.parameters()), _copies.get(model)
+    if known is None or [p.shape for p in known.parameters()] != [p.shape for p in weights]:  # adapters have come
+        known = _copies[model] = _copy(model)
+    with torch.no_grad():
+        for new, old in zip(known.parameters(), weights, strict=True):
+            if new is not old:
+                new.copy_(old)
+    with torch.autocast(kind, enabled=False):
+        yield known
+
+
+def _copy(model):
+    """A bf16 model; what is bf16 and not trained is the model's own."""
+    memo = {}
+    for weight in model.parameters():
+        shared = weight.dtype == torch.bfloat16 and not weight.requires_grad
+        memo[id(weight)] = weight if shared else torch.nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
+    return copy.deepcopy(model, memo).eval()

@@ -1,0 +1,48 @@
+"""One token through a decoder of the Llama family, in as few operations as it takes.
+
+A decoding step of a small model is bound by the number of operations, not by their arithmetic, and the modules of
+transformers make about twice as many as are needed. `forward` computes the same with the same weights. decoding.py asks
+it of models for which it is exact.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.attention import causal_lm
+
+
+def forward(model, token: Tensor, position: Tensor, grid) -> Tensor:
+    """The logits after a token. [R], [R] -> [R, V]
+
+    grid: attends, and keeps the keys and values; see `decoding.Grid.attend`.
+    """
+    causal = causal_lm(model)
+    decoder = causal.model
+    x, R = decoder.embed_tokens(token), len(token)  # [R, D]
+    cos, sin = decoder.rotary_emb(x, position[:, None])  # [R, 1, d] each
+    for n, layer in enumerate(decoder.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        h = norm(layer.input_layernorm, x)
+        query, key, value = (linear(h).view(R, -1, attention.head_dim)
+                             for linear in (attention.q_proj, attention.k_proj, attention.v_proj))  # [R, heads, d]
+        if hasattr(attention, "q_norm"):
+            query, key = norm(attention.q_norm, query), norm(attention.k_norm, key)
+        query, key = rotate(torch.cat([query, key], dim=1), cos, sin).split((query.shape[1], key.shape[1]), dim=1)
+        window = getattr(attention, "sliding_window", getattr(causal.config, "sliding_window", None))
+        out = grid.attend(n, query[:, :, None], key[:, :, None], value[:, :, None], attention.scaling, window)
+        x = x + attention.o_proj(out.reshape(R, -1))
+        h = norm(layer.post_attention_layernorm, x)
+        x = x + mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)) * mlp.up_proj(h))
+    return causal.get_output_embeddings()(norm(decoder.norm, x))
+
+
+def norm(module, x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension."""
+    return F.rms_norm(x, x.shape[-1:], module.weight, getattr(module, "variance_epsilon", None) or module.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, halves against halves. [R, heads, d], 2 × [R, 1, d] -> [R, heads, d]"""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
