@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,12 +51,13 @@ from models.model_files import (
 from running.errors import UserError
 
 __all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activations", "config_of", "free_space",
-           "load_policy", "require_model", "train_tokenizer"]
+           "load_policy", "prefers_bf16", "require_model", "train_tokenizer"]
 
 # What transformers and its readers of files raise for a checkpoint that is broken in one way or another.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
                   SafetensorError, StrictDataclassError, pickle.UnpicklingError)
 END, PAD = "<|endoftext|>", "<|pad|>"
+BF16_PARAMETERS = 20e6  # a smaller model computes in float32 on any CPU
 
 
 @dataclass
@@ -173,8 +174,15 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
     return Policy(model, tokenizer, _eos_ids(model, tokenizer))
 
 
+def prefers_bf16(parameters: int, gpu: bool) -> bool:
+    """Whether `--precision auto` means bf16 arithmetic for a model of so many parameters: on a GPU, and on a CPU that
+    has instructions for it if the model is large enough to gain."""
+    knows = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return gpu or knows and parameters > BF16_PARAMETERS
+
+
 def load_for_sampling(name: str, threads: int = 0) -> Policy:
-    """A policy on the GPU in bfloat16 where there is one, else on the CPU; threads 0 is PyTorch's choice."""
+    """A policy on the GPU where there is one, in bf16 where training computes so; threads 0 is PyTorch's choice."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # the tokenizer warns of long prompts, which we shorten or refuse
@@ -182,7 +190,9 @@ def load_for_sampling(name: str, threads: int = 0) -> Policy:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
         return load_policy(name, device="cuda", dtype=torch.bfloat16)
-    return load_policy(name)
+    policy = load_policy(name)
+    parameters = sum(weight.numel() for weight in policy.model.parameters())
+    return replace(policy, model=policy.model.bfloat16()) if prefers_bf16(parameters, gpu=False) else policy
 
 
 def check_positions(policy: Policy, prompt: int, completion: int) -> None:

@@ -7,7 +7,7 @@ start (LoRA takes about ten times the learning rate of full fine-tuning); none w
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from data import PromptConfig
 from engine import plan
 from grpo import GRPOConfig
-from policy import config_of
+from policy import config_of, prefers_bf16
 from rewards import MemoryGate, RewardConfig
 from running import options
 from running.errors import UserError
@@ -70,9 +70,14 @@ class RunConfig:
                         common=True)
     engine: str = option("fast", "how sampling and log-probabilities are computed: fast, or plain as grpo.py shows it",
                          choices=("fast", "plain"), common=True)
+    precision: str = option("auto", "of arithmetic, on float32 weights; auto: bf16 on GPUs, and on CPUs with AMX or "
+                                    "AVX512-BF16 for models of over 20 million parameters",
+                            choices=("auto", "float32", "bf16"), common=True)
     lora_rank: int = option(0, "train adapters of this rank instead of all weights (needs peft)",
                             at_least=0, common=True)
     gradient_checkpointing: bool = option(False, "keep only the inputs of layers; compute them again in backward")
+    tokens_per_pass: int = option(0, "in the update whole groups go through the model together, up to so many tokens; "
+                                     "0: as memory allows", at_least=0)
     reference_device: str = option("policy", "where the KL's reference is kept between its passes: beside the policy, "
                                               "or on the CPU", choices=("policy", "cpu"))
     recipe: str = option("none", "other defaults; finer-sql: those of the paper (arXiv 2605.03465)",
@@ -190,19 +195,30 @@ def check_together(s: Settings) -> None:
                         "whole: leave --lora-rank out or choose another --model")
 
 
-def planned(s: Settings) -> tuple[plan.Shape, plan.Work]:
-    """The model and the work that `--plan` is about. Raises UserError: its architecture is not known there."""
+def planned(s: Settings, config: dict | None = None) -> tuple[plan.Shape, plan.Work]:
+    """The model and the work that `--plan` is about; `config` is the model's, where it is at hand.
+
+    Raises UserError: its architecture is not known there.
+    """
     run = s.run
     try:
-        shape = plan.Shape.of(plan.TINY if run.model == "tiny" else config_of(run.model))
+        shape = plan.Shape.of(config or (plan.TINY if run.model == "tiny" else config_of(run.model)))
     except ValueError as error:
         raise UserError(f"cannot plan for {run.model}: {error}") from error
-    return shape, plan.Work(
+    gpu = run.plan > 0 or torch.cuda.is_available()
+    work = plan.Work(
         prompt=s.prompts.max_prompt_tokens, completion=s.grpo.max_completion_tokens, group=s.grpo.group_size,
         prompts=run.prompts_per_step, micro_batch=s.grpo.micro_batch, rollout_batch=s.grpo.rollout_batch,
         reference=s.grpo.kl_coef > 0, reference_on_cpu=run.reference_device == "cpu", lora_rank=run.lora_rank,
-        checkpointing=run.gradient_checkpointing, gpu=run.plan > 0 or torch.cuda.is_available(),
+        checkpointing=run.gradient_checkpointing, gpu=gpu, bf16=computes_in_bf16(run, shape.parameters(), gpu),
         frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)
+    memory = (run.plan * 1e9 if run.plan > 0 else memory_here()) / 4 if gpu else plan.PASS
+    return shape, replace(work, pass_tokens=run.tokens_per_pass or plan.tokens_per_pass(shape, work, memory))
+
+
+def computes_in_bf16(run: RunConfig, parameters: int, gpu: bool) -> bool:
+    """What --precision means for a model of so many parameters."""
+    return run.precision == "bf16" or run.precision == "auto" and prefers_bf16(parameters, gpu)
 
 
 def memory_here() -> float:

@@ -32,11 +32,12 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from data import PromptBuilder, PromptConfig, columns_of, load_dataset
+from engine.fast import FAST
+from grpo import Engine
 from policy import load_for_sampling
 from rewards import RewardConfig, build_memory, parse_completion
 from running.errors import UserError, check_folder, json_lines, run_main, write_whole
@@ -54,7 +55,7 @@ from text2sql.traces import TEMPLATE, TRACE_TEMPLATES, plan_trace, template_trac
 __all__ = ["MineConfig", "SFTConfig", "TRACE_TEMPLATES", "cold_start", "cold_start_notes", "completion_text",
            "plan_trace", "supervised_pairs", "taught_text", "teachable", "template_trace", "template_traces"]
 
-PASS_TOKENS, PASS_LOGITS = 2**14, 2**27  # of a forward pass of the cold start, at most; 2**27 are 512 MiB in float32
+PASS_TOKENS = 2**12  # of a forward pass of the cold start, where nothing else is said
 OFTEN = 50  # times that a cold start may show each trace before we say that there are few
 TAG = re.compile(r"</?think(?:ing)?\s*>", re.IGNORECASE)
 FENCE_MARK = re.compile(r"^[ \t]*```[\w+-]*[ \t]*$\n?|```(?:sql(?:ite)?\b)?", re.MULTILINE | re.IGNORECASE)
@@ -166,16 +167,18 @@ def cold_start_notes(config: SFTConfig, traces: int, questions: int) -> list[str
 
 
 def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig, *, seed: int,
-               autocast: Callable = nullcontext, quiet: bool = False) -> float:
+               autocast: Callable = nullcontext, quiet: bool = False, tokens_per_pass: int = PASS_TOKENS,
+               engine: Engine = FAST) -> float:
     """Trains on (prompt [P], completion [C] with EOS) pairs; returns the loss of the last tenth, nats a token.
 
+    tokens_per_pass: what goes through the model together, at most; a batch takes as many passes as it needs.
     Raises:
         UserError: there are no pairs.
     """
     if not pairs:
         raise UserError("the cold start has no trace to teach: give --traces, or --cold-start-steps 0 to go without it")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.cold_start_lr,
-                                  betas=(0.9, 0.98), weight_decay=0.01)
+                                  betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     steps = config.cold_start_steps
     warmup = max(1, min(50, steps // 10))
     losses, heartbeat = [], Heartbeat()
@@ -188,7 +191,8 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
             for group in optimizer.param_groups:
                 group["lr"] = config.cold_start_lr * rate
             optimizer.zero_grad(set_to_none=True)
-            losses.append(_backward(model, [pairs[i] for i in batch], config.prompt_loss, autocast))
+            losses.append(_backward(model, [pairs[i] for i in batch], config.prompt_loss, autocast,
+                                    tokens_per_pass, engine))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -199,65 +203,50 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
     return sum(tail) / len(tail)
 
 
-def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float, autocast: Callable) -> float:
+def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float, autocast: Callable,
+              tokens_per_pass: int, engine: Engine) -> float:
     """Adds the gradient of a batch's loss, in as many passes as its size asks for; returns its completion loss."""
     def tokens(part):  # that carry a loss: of completions, of prompts
         return sum(len(completion) for _, completion in part), sum(len(prompt) - 1 for prompt, _ in part)
 
     total, loss = tokens(pairs), 0.0
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    for part in passes(pairs, vocabulary, whole_rows=prompt_loss > 0):
+    for part in passes(pairs, tokens_per_pass):
         share, prompt_share = (n / of if of else 0.0 for n, of in zip(tokens(part), total, strict=True))
         with autocast():
-            of_completions, of_prompts = supervised_losses(model, part, prompt_loss > 0)
+            of_completions, of_prompts = supervised_losses(model, part, prompt_loss > 0, engine)
         (share * of_completions + prompt_loss * prompt_share * of_prompts).backward()
         loss += share * of_completions.item()
     return loss
 
 
-def passes(pairs: Sequence[tuple[Tensor, Tensor]], vocabulary: int, whole_rows: bool) -> list[list]:
-    """Splits a batch so that no pass has too many tokens or logits, like lengths together; a small batch stays whole.
-
-    whole_rows: logits are wanted of prompts as well.
-    """
-    def fits(part) -> bool:
-        longest = max(len(prompt) + len(completion) for prompt, completion in part)
-        kept = longest if whole_rows else longest - min(len(prompt) for prompt, _ in part) + 1
-        return len(part) * longest <= PASS_TOKENS and len(part) * kept * vocabulary <= PASS_LOGITS
-
-    if fits(pairs):
-        return [list(pairs)]
-    parts: list[list] = [[]]
-    for pair in sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1])):
-        if parts[-1] and not fits([*parts[-1], pair]):
+def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int) -> list[list]:
+    """Splits a batch so that no pass has more tokens than these, where it has more than one pair."""
+    parts, left = [], 0  # left: tokens that the last part has room for
+    for pair in pairs:
+        size = sum(map(len, pair))
+        if size > left:
             parts.append([])
+            left = max(tokens, size)
         parts[-1].append(pair)
+        left -= size
     return parts
 
 
-def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False):
-    """Mean cross-entropies of the completion tokens and of the prompt tokens of right-padded rows (scalars, nats).
+def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False,
+                      engine: Engine = FAST) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropies of the completion tokens and of the prompt tokens (scalars, nats).
 
-    Padding carries no loss; the second is 0 unless `with_prompts`.
+    A prompt's first token is given; the second is 0 unless `with_prompts`. The fast engine makes one row of all pairs,
+    without padding, and logits of the tokens that carry a loss only.
     """
-    device = next(model.parameters()).device
     rows = [torch.cat(pair) for pair in pairs]
-    L = max(map(len, rows))
-    ids = torch.stack([F.pad(row, (0, L - len(row))) for row in rows]).to(device)  # [N, L]
-    position = torch.arange(L, device=device)
-    prompt = torch.tensor([len(p) for p, _ in pairs], device=device)[:, None]
-    total = torch.tensor([len(row) for row in rows], device=device)[:, None]
-    kept = L if with_prompts else L - int(prompt.min()) + 1  # the last K positions; what comes before predicts prompts
-    logits = model(input_ids=ids, attention_mask=(position < total).long(), use_cache=False,
-                   logits_to_keep=kept).logits  # [N, K, V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def mean_over(wanted: Tensor) -> Tensor:
-        labels = ids.masked_fill(~wanted, -100)[:, L - kept + 1:]
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-    completion_loss = mean_over((position >= prompt) & (position < total))
-    return completion_loss, mean_over(position < prompt) if with_prompts else completion_loss.new_zeros(())
+    given = [1 if with_prompts else len(prompt) for prompt, _ in pairs]
+    logp = engine.logprobs(model, [row[:n] for row, n in zip(rows, given, strict=True)],
+                           [row[n:] for row, n in zip(rows, given, strict=True)], 1.0)  # [N, T]
+    position = torch.tensor(given)[:, None] + torch.arange(logp.shape[1])  # [N, T], of each token in its row
+    prompt, total = (torch.tensor(sizes)[:, None] for sizes in ([len(p) for p, _ in pairs], [len(row) for row in rows]))
+    taught, read = (mask.to(logp.device) for mask in ((position >= prompt) & (position < total), position < prompt))
+    return -logp[taught].mean(), -logp[read].mean() if with_prompts else logp.new_zeros(())
 
 
 def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:

@@ -12,14 +12,15 @@ One step is `Trainer.take_step`; the algorithm in it is grpo.py.
 
 import copy
 import json
+import math
 import random
 import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,13 +30,17 @@ import evaluate
 import report
 from data import PromptBuilder, Splits, columns_of, load_splits, not_seen_before, run_config_of
 from engine import distributed, plan
+from engine.attention import causal_lm
 from engine.fast import ENGINES
+from engine.packing import passes
 from grpo import (
     Group,
+    MicroBatch,
     dropout_off,
     flat_groups,
     group_advantages,
     loss_normalizer,
+    micro_batch,
     micro_batches,
     policy_update,
     reference_logprobs,
@@ -66,8 +71,8 @@ from running import show
 from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer
-from settings import MAY_CHANGE_ON_RESUME, Settings, memory_here, parse_settings, planned
-from sft import cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
+from settings import MAY_CHANGE_ON_RESUME, Settings, computes_in_bf16, memory_here, parse_settings, planned
+from sft import PASS_TOKENS, cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import MATCHES, SQLExecutor
 from text2sql.memory import TraceMemory, gate_for
 
@@ -150,6 +155,7 @@ class Trainer:
         self.checkpoint = distributed.on_main(folder.newest_whole) if folder.resumes else None  # (step, folder)
         torch.manual_seed(s.run.seed)  # of adapters, which begin at random, and of dropout in the cold start
         self.policy = self._load_policy()
+        self.bf16, self.pass_tokens = self._arithmetic()
         self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
         self.train_set = self._usable(data.train, "training")
         self.dev_set = self._usable(data.dev, "dev")
@@ -216,10 +222,10 @@ class Trainer:
         if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
             advantages[[not has_right_and_wrong(row) for row in breakdowns]] = 0.0
 
-        batches = micro_batches(groups, s.grpo)
+        trained = [bool(self.reference or s.grpo.updates_per_rollout > 1 or row.any()) for row in advantages]  # [B]
+        batches = self.micro_batches(groups, trained)
         normalizer = sum(loss_normalizer(batch.mask, s.grpo) for batch in batches)
-        trained = [bool(self.reference or s.grpo.updates_per_rollout > 1 or advantages.flatten()[batch.rows].any())
-                   for batch in batches]
+        trained = [trained[batch.rows[0] // s.grpo.group_size] for batch in batches]
         batches, missing = distributed.divide(batches, trained)  # one process has them all
         ref_logps = None
         if self.reference:
@@ -368,14 +374,22 @@ class Trainer:
         rate = min(1.0, self.step / max(run.lr_warmup, 1))
         return run.lr * rate * (1 - 0.9 * self.step / max(run.steps, 1) if run.lr_decay else 1.0)
 
-    def autocast(self, cache: bool = True):
-        """bf16 arithmetic on a GPU, full precision elsewhere; master weights stay float32.
+    def micro_batches(self, groups: list[Group], trained: list[bool]) -> list[MicroBatch]:
+        """What goes through the model together in the update: some completions of a group with --micro-batch, else as
+        many whole groups as --tokens-per-pass allows and leave every process something to do."""
+        s = self.s
+        if s.grpo.micro_batch or s.run.engine == "plain":
+            return micro_batches(groups, s.grpo)
+        tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
+        rows = passes(groups, trained, min(self.pass_tokens, math.ceil(tokens / distributed.size())))
+        return [micro_batch(groups, numbers, s.grpo) for numbers in rows]
 
-        With `cache` the bf16 copies of the weights are kept, for sampling; while weights change they must not be.
+    def autocast(self, cache: bool = True):
+        """bf16 arithmetic where --precision asks for it; master weights stay float32.
+
+        With `cache` autocast keeps the weights' bf16 copies; while weights change it must not.
         """
-        if self.device != "cuda":
-            return nullcontext()
-        return torch.autocast("cuda", torch.bfloat16, cache_enabled=cache)
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16, cache_enabled=cache)
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
@@ -438,8 +452,9 @@ class Trainer:
         pairs, notes = supervised_pairs(self.traced, self.builder, self.policy.tokenizer, self.policy.end_id)
         for note in notes:
             print(note)
-        loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, autocast=self.autocast,
-                          quiet=not distributed.is_main())
+        loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, quiet=not distributed.is_main(),
+                          autocast=partial(self.autocast, cache=False), engine=self.engine,
+                          tokens_per_pass=self.pass_tokens or PASS_TOKENS)
         print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
 
     def freeze_reference(self) -> Reference | None:
@@ -481,7 +496,7 @@ class Trainer:
             self.engine = self.sharded.engine
         parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
         return torch.optim.AdamW(parameters, lr=self.s.run.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                 fused=self.device == "cuda")
+                                 fused=True)
 
     def _load_policy(self) -> Policy:
         run = self.s.run
@@ -504,10 +519,21 @@ class Trainer:
                             f"but checkpoints of this model need about {needed / 1e9:.1f} GB; choose another --output")
         return policy
 
+    def _arithmetic(self) -> tuple[bool, int]:
+        """Whether it is in bf16, and how many tokens a pass of the update takes (0: one group)."""
+        run, model = self.s.run, causal_lm(self.policy.model)
+        bf16 = computes_in_bf16(run, sum(weight.numel() for weight in model.parameters()), self.device == "cuda")
+        try:
+            return bf16, planned(self.s, model.config.to_dict())[1].pass_tokens
+        except UserError:  # an architecture whose needs we cannot tell
+            return bf16, run.tokens_per_pass
+
     @property
     def base_dtype(self) -> torch.dtype:
-        """Of the weights: float32, but bf16 on a GPU where only adapters, themselves float32, are trained."""
-        return torch.bfloat16 if self.s.run.lora_rank and self.device == "cuda" else torch.float32
+        """Of the weights: float32, but bf16 where only adapters, themselves float32, are trained in bf16 arithmetic."""
+        run = self.s.run
+        return torch.bfloat16 if run.lora_rank and (run.precision == "bf16" or run.precision == "auto"
+                                                    and self.device == "cuda") else torch.float32
 
     @cached_property
     def first_checkpoint(self) -> Path:

@@ -1,109 +1,261 @@
-"""A GRPO step of real shapes on one GPU, here and in TRL with transformers' `generate`:
+"""What a card does here, beside what it could do, in eight minutes at most:
 
-    python bench/gpu.py --trl-python .venv-trl/bin/python
+    python bench/gpu.py                                              # here, the plain engine, transformers' generate
+    python bench/gpu.py --trl-python .venv-trl/bin/python            # and a whole step of TRL
     python bench/gpu.py --tiny        # a check on the CPU that the bench itself works; none of its figures count
 
-Qwen2.5-0.5B and -3B with random weights, prompts of 1,500 tokens, completions up to 300, G = 16 and 32, bf16
-arithmetic on float32 weights, full fine-tuning and LoRA of rank 16, gradient checkpointing where `--checkpointing`
-names the model. Lengths as in steps.py, each side in a fresh process, the first step not counted. TRL's rows need its
-python, LoRA's need peft.
+Qwen2.5-0.5B and -3B with random weights, made on the card, bf16 arithmetic. The rows that matter most come first, and
+none begins after --minutes. Prompts have 1,500 tokens.
 
-Utilisation (MFU) is that of the update: the arithmetic that a group needs when its prompt is computed once, forward
-and backward, without what checkpointing repeats, over the seconds that the update took and the card's peak in bf16. It
-counts the same work on both sides. Prints a table in Markdown.
+    decode   milliseconds a token for so many completions of one prompt, 150 tokens each; beside the time in which the
+             card's memory could be read: the weights in bf16, the prompt's keys and values, half the completions'
+    answer   one question answered by 30 samples of 150 to 300 tokens, seconds
+    update   eight groups of 16 completions of 150 to 300 tokens, seconds; MFU: the arithmetic that they need when a
+             prompt is computed once, forward and backward, without what checkpointing repeats, over the card's peak in
+             bf16; peak memory beside that of --plan, without the CUDA context
+    step     a whole step of one group, beside TRL's with generate (steps.py), 0.5B
 """
 
 import argparse
 import dataclasses
-import itertools
 import statistics
 import sys
 import tempfile
+import time
+from pathlib import Path
 
 import steps
 from steps import Plan
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 MODELS = {
-    "Qwen2.5-0.5B": {"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-                     "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "Qwen2.5-3B": {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
-                   "num_attention_heads": 16, "num_key_value_heads": 2, "tie_word_embeddings": True}}
-TINY = {"tiny": {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                 "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}}
-PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}  # dense bf16 TFLOP/s
-HEADER = ("| model | trained | G | side | samples/s | rollout tokens/s | update, s | MFU | peak memory, GB |\n"
-          "|---|---|---|---|---|---|---|---|---|")
+    "0.5B": {"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+             "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "3B": {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
+           "num_attention_heads": 16, "num_key_value_heads": 2, "tie_word_embeddings": True}}
+TINY = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+CARDS = {"H200": (989, 4.8), "H100": (989, 3.35), "A100": (312, 2.0), "L40S": (362, 0.86), "L4": (121, 0.3),
+         "4090": (165, 1.0)}  # dense bf16 TFLOP/s, TB/s
+ROWS = [("decode", "0.5B", 0, (16, 64, 128, 256)), ("update", "0.5B", 0, ()), ("decode", "3B", 16, (16, 64, 256)),
+        ("answer", "3B", 16, ()), ("update", "3B", 16, ()), ("update", "3B", 0, ()), ("step", "0.5B", 0, ())]
 
 
-def update_flops(model: dict, plan: Plan) -> float:
-    """Of a forward and a backward over a group, its prompt computed once."""
-    D, L, V = model["hidden_size"], model["num_hidden_layers"], model["vocab_size"]
-    shared = model["num_key_value_heads"] / model["num_attention_heads"]
-    weights = L * D * (2 * D + 2 * D * shared + 3 * model["intermediate_size"])
+class Bench:
+    """The card and the models on it."""
+
+    def __init__(self, options):
+        import torch
+
+        self.torch, self.options, self.began = torch, options, time.perf_counter()
+        self.device = "cpu" if options.tiny else "cuda"
+        self.prompt, self.longest, self.groups = (24, 8, 2) if options.tiny else (1500, 300, 8)
+        name = "" if options.tiny else torch.cuda.get_device_name()
+        known = next((figures for card, figures in CARDS.items() if card in name), (0, 0))
+        self.peak, self.bandwidth = (given or found for given, found in zip(
+            (options.peak_tflops, options.bandwidth), known, strict=True))
+        print(f"{name or 'CPU'}: {self.peak} TFLOP/s, {self.bandwidth} TB/s\n\n| what | model | here | plain engine | "
+              "generate | limit or share | memory, GB (plan) |\n|---|---|---|---|---|---|---|", flush=True)
+
+    def late(self) -> bool:
+        return time.perf_counter() - self.began > 60 * self.options.minutes
+
+    def model(self, name: str, rank: int):
+        """On the device, float32, or a bf16 base with float32 adapters."""
+        from models.adapters import add_lora
+        from policy import checkpoint_activations
+
+        settings = TINY if self.options.tiny else MODELS[name]
+        with self.torch.device(self.device):
+            model = steps.build_model(settings)
+        model = add_lora(model.bfloat16(), rank) if rank else model
+        if name == "3B":
+            checkpoint_activations(model)
+        return model.eval()
+
+    def clock(self, action) -> float:
+        """Seconds, best of two after one that warms up."""
+        seconds = []
+        for _ in range(3):
+            self.sync()
+            began = time.perf_counter()
+            action()
+            self.sync()
+            seconds.append(time.perf_counter() - began)
+        return min(seconds[1:])
+
+    def sync(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def arithmetic(self):
+        return self.torch.autocast(self.device, self.torch.bfloat16, cache_enabled=False)
+
+    # ---- rows
+
+    def decode(self, name: str, rank: int, sizes) -> None:
+        model, T = self.model(name, rank), self.longest // 2
+        for rows in sizes:
+            ms = {}
+            for engine in ("fast", "plain") if rows <= 64 else ("fast",):
+                ms[engine] = self.per_token(lambda tokens, e=engine, n=rows: self.sample(model, e, n, tokens), T)
+            if rows <= 64:
+                ms["generate"] = self.per_token(lambda tokens, n=rows: self.generate(model, n, tokens), T)
+            limit = 1e3 * self.bytes_a_token(model, rows, T) / (self.bandwidth or 1) / 1e12
+            self.show(f"{rows} rows, ms a token", name, rank, *(f"{ms[key]:.2f}" if key in ms else ""
+                      for key in ("fast", "plain", "generate")), f"{limit:.2f} ms: {limit / ms['fast']:.0%}")
+            if self.late():
+                return
+
+    def per_token(self, run, T: int) -> float:
+        """Milliseconds, the prefill left out."""
+        return 1e3 * (self.clock(lambda: run(T)) - self.clock(lambda: run(1))) / (T - 1)
+
+    def sample(self, model, engine: str, rows: int, tokens: int) -> list:
+        from engine.fast import ENGINES
+        from grpo import GRPOConfig, sample_groups
+
+        config = GRPOConfig(group_size=max(2, rows), max_completion_tokens=tokens, rollout_batch=rows)
+        with self.arithmetic():
+            return sample_groups(model, [self.a_prompt()], config, eos_ids=[], seeds=[0], engine=ENGINES[engine])
+
+    def generate(self, model, rows: int, tokens: int) -> None:
+        ids = self.a_prompt().repeat(rows, 1).to(self.device)
+        with self.torch.no_grad(), self.arithmetic():
+            model.generate(input_ids=ids, attention_mask=self.torch.ones_like(ids), do_sample=True, eos_token_id=None,
+                           max_new_tokens=tokens, min_new_tokens=tokens)
+
+    def answer(self, name: str, rank: int, _) -> None:
+        from engine.fast import ENGINES
+        from grpo import GRPOConfig, sample_groups
+
+        model, plan = self.model(name, rank), Plan(self.prompt, self.longest, 30)
+        self.sample(model, "fast", 2, 2)  # looks at small models
+        lengths = self.torch.tensor(plan.lengths(), device=self.device)
+        config = GRPOConfig(group_size=30, max_completion_tokens=self.longest)
+
+        def run():
+            with self.arithmetic(), steps.forced_lengths(lengths):
+                sample_groups(model, [self.a_prompt()], config, eos_ids=[steps.END], seeds=[0], engine=ENGINES["fast"])
+
+        self.show("one question, 30 samples, s", name, rank, f"{self.clock(run):.2f}", "", "", "")
+
+    def update(self, name: str, rank: int, _) -> None:
+        """Eight groups, in passes as train.py makes them."""
+        import grpo
+        from engine import plan as planning
+        from engine.fast import ENGINES
+        from engine.packing import passes
+
+        torch, model, plan = self.torch, self.model(name, rank), Plan(self.prompt, self.longest, 16)
+        draw = torch.Generator().manual_seed(0)
+        groups = []
+        for _ in range(self.groups):
+            rows = [torch.randint(2, 200, (n,), generator=draw) for n in plan.lengths()]
+            groups.append(grpo.Group(self.a_prompt(), rows, [torch.zeros(len(row)) for row in rows], [False] * 16))
+        config = grpo.GRPOConfig(group_size=16, max_completion_tokens=self.longest, kl_coef=0.0)
+        shape = planning.Shape.of(model.config.to_dict())
+        work = planning.Work(self.prompt, self.longest, 16, self.groups, 0, 256, False, False, rank, name == "3B", True,
+                             True)
+        memory = torch.cuda.get_device_properties(0).total_memory if self.device == "cuda" else 1e9
+        work = dataclasses.replace(work, pass_tokens=planning.tokens_per_pass(shape, work, memory / 4))
+        rows = passes(groups, [True] * self.groups, work.pass_tokens)
+        batches = [grpo.micro_batch(groups, numbers, config) for numbers in rows]
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+        advantages = torch.randn(self.groups, 16, generator=draw)
+
+        def run():
+            with self.arithmetic():
+                grpo.policy_update(model, optimizer, batches, advantages, None, config, ENGINES["fast"])
+
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = self.clock(run)
+        used = update_flops(model.config, plan, bool(rank)) * self.groups / seconds / 1e12
+        peak = torch.cuda.max_memory_allocated() / 1e9 if self.device == "cuda" else 0.0
+        parts = planning.phases(shape, work)["update"]
+        planned = sum(size for part, size in parts.items() if part not in ("KV cache", "bf16 weights", "CUDA context"))
+        share = f"MFU {used / self.peak:.0%}" if self.peak else f"{used:.3f} TFLOP/s"
+        self.show(f"update of {self.groups} groups, {len(batches)} passes, s", name, rank, f"{seconds:.2f}", "", "",
+                  share, f"{peak:.1f} ({planned / 1e9:.1f})")
+
+    def step(self, name: str, rank: int, _) -> None:
+        python = self.options.trl_python
+        if not steps.can_import(python, "trl"):
+            return print(steps.MISSING.format(python=python, script="gpu.py"), file=sys.stderr)
+        shape = Plan(24, 8, 2, threads=1) if self.options.tiny else Plan(1500, 300, 16, device="cuda", threads=0)
+        with tempfile.TemporaryDirectory() as folder:
+            steps.make_model(folder, TINY if self.options.tiny else MODELS[name])
+            sides = {side: steps.measure(side, folder, shape, python if side == "trl" else sys.executable)
+                     for side in ("ours", "trl")}
+        ours, theirs = (statistics.median(step["step"] for step in side["steps"][1:]) for side in sides.values())
+        self.show(f"whole step, s (TRL {theirs:.2f})", name, rank, f"{ours:.2f}", "", "", f"{theirs / ours:.1f} times")
+
+    # ---- what they share
+
+    def a_prompt(self):
+        return self.torch.arange(self.prompt) % 190 + 2
+
+    def bytes_a_token(self, model, rows: int, T: int) -> float:
+        """That have to be read for a token of all rows."""
+        config = model.config
+        weights = 2 * sum(weight.numel() for weight in model.parameters())
+        head = config.hidden_size // config.num_attention_heads
+        kv = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head
+        return weights + kv * (self.prompt + rows * T / 2)
+
+    def show(self, what: str, name: str, rank: int, *cells: str) -> None:
+        cells = [*cells, "", "", "", "", ""][:5]
+        print(f"| {what} | {name}{f' LoRA {rank}' if rank else ''} | {' | '.join(cells)} |", flush=True)
+
+
+def update_flops(config, plan: Plan, frozen: bool) -> float:
+    """Of a forward and a backward over a group, its prompt computed once. frozen: no gradient of the weights."""
+    D, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    shared = config.num_key_value_heads / config.num_attention_heads
+    weights = L * D * (2 * D + 2 * D * shared + 3 * config.intermediate_size)
     P, completions = plan.prompt, plan.lengths()
     pairs = P * P / 2 + sum(C * P + C * C / 2 for C in completions)  # of a query and a key that it sees
     forward = 2 * weights * (P + sum(completions)) + 4 * L * D * pairs + 2 * V * D * sum(completions)
-    return forward * (3 if not plan.lora_rank else 2)  # with LoRA no gradient of the weights
-
-
-def row(name: str, model: dict, plan: Plan, side: str, python: str, folder: str, peak: float | None) -> str:
-    """A line of the table."""
-    start = f"| {name} | {f'LoRA {plan.lora_rank}' if plan.lora_rank else 'all'} | {plan.group} | {side} |"
-    try:
-        result = steps.measure("ours" if side == "here" else "trl", folder, plan, python)
-    except steps.Failed as failure:
-        last = str(failure).strip().splitlines()[-1]
-        return f"{start} {'out of memory' if 'OutOfMemory' in str(failure) else last} | | | | |"
-    counted = result["steps"][1:]
-    step, rollout, update = (statistics.median(s[phase] for s in counted) for phase in ("step", "rollout", "update"))
-    peak = peak or next((value for card, value in PEAKS.items() if card in result.get("gpu", "")), None)
-    used = f"{update_flops(model, plan) / update / peak / 1e12:.1%}" if peak else ""
-    memory = result.get("gpu_mb", result["peak_mb"]) / 1024
-    return (f"{start} {plan.group / step:.2f} | {sum(plan.lengths()) / rollout:.0f} | {update:.2f} | {used} "
-            f"| {memory:.1f} |")
+    return forward * (2 if frozen else 3)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to check the bench")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--groups", nargs="+", type=int, default=[16, 32], help="values of G (default: 16 32)")
-    parser.add_argument("--lora", nargs="+", type=int, default=[0, 16], help="ranks; 0: all weights (default: 0 16)")
-    parser.add_argument("--steps", type=int, default=4, help="steps, the first not counted (default: 4)")
-    parser.add_argument("--kl-coef", type=float, default=0.04, help="0: no reference (default: 0.04)")
-    parser.add_argument("--checkpointing", nargs="*", choices=MODELS, default=["Qwen2.5-3B"],
-                        help="models with gradient checkpointing (default: Qwen2.5-3B)")
+    parser.add_argument("--minutes", type=float, default=8, help="after which no row begins (default: 8)")
+    parser.add_argument("--only", nargs="+", choices=sorted({row[0] for row in ROWS}), help="only these rows")
     parser.add_argument("--peak-tflops", type=float, help="of the card in bf16 (default: by its name)")
+    parser.add_argument("--bandwidth", type=float, help="of the card's memory, TB/s (default: by its name)")
     parser.add_argument("--trl-python", default=sys.executable, help="python that has TRL (default: this one)")
-    options = parser.parse_args()
-    if options.tiny:
-        options.groups, options.steps, options.checkpointing = [2, 4], 2, []
-    return options
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Measure every combination; prints a row as soon as it is known."""
+    """Measures row by row; prints each as soon as it is known."""
     options = parse()
     import torch
 
     if not options.tiny and not torch.cuda.is_available():
         sys.exit("bench/gpu.py needs a CUDA GPU (--tiny checks the bench itself without one)")
-    shape = Plan(24, 8, 2, threads=1) if options.tiny else Plan(1500, 300, 16, device="cuda", threads=0)
-    with_trl = steps.can_import(options.trl_python, "trl")
-    if not with_trl:
-        print(steps.MISSING.format(python=options.trl_python, script="gpu.py"), file=sys.stderr)
-    print(HEADER)
-    for name, model in TINY.items() if options.tiny else [(name, MODELS[name]) for name in options.models]:
-        with tempfile.TemporaryDirectory() as folder:
-            steps.make_model(folder, model)
-            for rank, G, side in itertools.product(options.lora, options.groups, ["here"] + ["TRL"] * with_trl):
-                python = sys.executable if side == "here" else options.trl_python
-                if rank and not steps.can_import(python, "peft"):
-                    print(f"no row of LoRA, G = {G}, {side}: {python} cannot import peft", file=sys.stderr)
-                    continue
-                plan = dataclasses.replace(shape, group=G, steps=options.steps, kl_coef=options.kl_coef, lora_rank=rank,
-                                           checkpointing=name in options.checkpointing)
-                print(row(name, model, plan, side, python, folder, options.peak_tflops), flush=True)
+    bench = Bench(options)
+    for kind, name, rank, sizes in ROWS:
+        if options.only and kind not in options.only:
+            continue
+        if bench.late():
+            print(f"no time for {kind} {name}", file=sys.stderr)
+            continue
+        if rank and not steps.can_import(sys.executable, "peft"):
+            print(f"no row of {kind} {name} LoRA: peft is missing", file=sys.stderr)
+            continue
+        try:
+            getattr(bench, kind)(name, rank, sizes)
+        except (RuntimeError, steps.Failed) as error:  # out of memory, most of all; other rows may fit
+            print(f"| {kind} | {name} | {str(error).strip().splitlines()[-1][:100]} | | | | |", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

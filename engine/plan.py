@@ -5,8 +5,8 @@
 
 A step has moments that need different things, so there is a column for each: while sampling there are keys and values,
 while updating there are gradients and activations. The peak is the largest column, for the longest prompts
-and completions that the flags allow, with the code as it is here: packing.py, attention.py, decoding.py. Arithmetic
-only: this file imports nothing of the project, and bench/planned_memory.py compares it with what is measured.
+and completions that the flags allow, with the code as it is here: packing.py, row_attention.py, decoding.py, bf16.py.
+Arithmetic only: this file imports nothing of the project; bench/planned_memory.py compares it with what is measured.
 """
 
 import os
@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-CHUNK = 2**24  # elements of logits (packing.py) and of repeated keys (attention.py) that exist at once
+CHUNK = 2**24  # elements of logits that exist at once (packing.py)
+PASS = 1e9  # bytes that passes of several groups may keep for backward on a CPU; a GPU gives a quarter of its memory
 LIBRARIES = 0.45e9  # bytes of Python with torch and transformers on a CPU, and of a CUDA context on a GPU
 SLACK = 0.4  # of what comes and goes: the C library's heap, for blocks under 32 MiB, does not give everything back
 SHARE = 0.95  # of a card or machine that may be planned for
@@ -93,6 +94,8 @@ class Work:
     lora_rank: int
     checkpointing: bool
     gpu: bool
+    bf16: bool = False  # arithmetic
+    pass_tokens: int = 0  # groups go through the model together up to so many tokens; 0: one by one
     frozen_copy: bool = False  # a copy of the first policy embeds the memory's traces
 
 
@@ -103,8 +106,11 @@ def phases(shape: Shape, work: Work) -> Phases:
     """Bytes of everything at each moment of a step; the peak is the largest sum."""
     weights = shape.parameters()
     trained = shape.adapters(work.lora_rank) if work.lora_rank else weights
-    stored = 2 if work.gpu and work.lora_rank else 4  # a base that is not trained is bf16 on a GPU
-    always = {"parameters": weights * stored + (4 * trained if work.lora_rank else 0), "optimizer": 8 * trained}
+    stored = 2 if work.bf16 and work.lora_rank else 4  # a base that is not trained is bf16
+    always = {"parameters": weights * stored + (4 * trained if work.lora_rank else 0), "optimizer": 8 * trained,
+              "KV cache": keys_and_values(shape, work)}  # it stays where it is, see decoding.Grid
+    if work.bf16:
+        always["bf16 weights"] = 2 * trained  # to sample with, see bf16.py
     copy = work.reference and not work.lora_rank
     if work.frozen_copy:
         always["memory's embedder"] = weights * stored
@@ -122,74 +128,84 @@ def phases(shape: Shape, work: Work) -> Phases:
     return found
 
 
+def bytes_of(work: Work) -> int:
+    """Of a number of activations, keys and values."""
+    return 2 if work.bf16 else 4
+
+
+def sampled_together(work: Work) -> int:
+    """Prompts that are decoded side by side."""
+    return min(work.prompts, max(1, work.rollout_batch // work.group))
+
+
+def keys_and_values(shape: Shape, work: Work) -> float:
+    """Of the prompts and completions that are decoded side by side."""
+    tokens = sampled_together(work) * (work.prompt + work.group * work.completion)
+    return tokens * 2 * shape.kv_heads * shape.head * shape.layers * bytes_of(work)
+
+
 def sampling(shape: Shape, work: Work) -> dict[str, float]:
-    """Keys and values, the passing activations of a prefill or a token, and the logits that are drawn from."""
-    width, H, kv = shape.width, shape.heads, shape.kv_heads * shape.head
-    number = 2 if work.gpu else 4  # bytes
-    together = min(work.prompts, max(1, work.rollout_batch // work.group))  # prompts
-    rows = together * work.group
-    key_value = 4 + 2 if work.gpu and not work.lora_rank else 2 * number  # with float32 embeddings keys are float32
-    kept = (together * work.prompt + rows * work.completion) * kv * shape.layers * key_value
-    prefill = together * work.prompt * (3 * shape.inner + 6 * width) * number + together * work.prompt**2
-    token = 4 * rows * H * (work.prompt + work.completion) * number  # scores of attention
-    copies = 2 * shape.parameters() if work.gpu and not work.lora_rank else 0  # autocast keeps bf16 weights
-    return {"KV cache": kept, "bf16 weights": copies, "activations": max(prefill, token),
-            "logits chunk": rows * shape.vocabulary * (20 + number)}
+    """The passing activations of a prefill or a token, and the logits that are drawn from."""
+    number, prompts = bytes_of(work), sampled_together(work)
+    rows = prompts * work.group
+    cache = prompts * work.prompt * 2 * shape.kv_heads * shape.head * shape.layers * number  # before it is copied
+    prefill = prompts * work.prompt * (3 * shape.inner + 6 * shape.width) * number + prompts * work.prompt**2 + cache
+    token = 3 * rows * shape.heads * (work.prompt + work.completion) * 4  # scores of attention
+    return {"activations": max(prefill, token), "logits chunk": rows * shape.vocabulary * (20 + number)}
 
 
 def forward(shape: Shape, work: Work) -> dict[str, float]:
     """A packed row without gradients."""
-    number, row = 2 if work.gpu else 4, row_tokens(work)
-    blocks = 2 * blocks_of(shape, work) * number
-    return {"activations": row * (3 * shape.inner + 6 * shape.width) * number + blocks,
+    row, number = row_tokens(work), bytes_of(work)
+    return {"activations": row * (3 * shape.inner + 6 * shape.width + 4 * shape.heads * shape.head) * number,
             "logits chunk": 4 * 4 * logits_of(shape, work)}
 
 
 def update(shape: Shape, work: Work) -> dict[str, float]:
     """A packed row with gradients: what is kept for backward, and what backward adds at its worst moment."""
-    number, row = 2 if work.gpu else 4, row_tokens(work)
+    number, row = bytes_of(work), row_tokens(work)
     layer = layer_bytes(shape, work)
-    between = row * shape.width * (2 if work.gpu and work.lora_rank else 4)  # a layer's input
+    between = row * shape.width * (2 if work.bf16 and work.lora_rank else 4)  # a layer's input
     kept = shape.layers * between + layer if work.checkpointing else shape.layers * layer
     kept += 4 * row * shape.width * number  # around the last norm
-    passing = row * (3 * shape.inner + 2 * shape.width) * 4 + 4 * blocks_of(shape, work) * number  # backward of a layer
+    passing = row * ((3 * shape.inner + 2 * shape.width) * 4 + 8 * shape.heads * shape.head * number)  # of a layer
     head = 0 if work.lora_rank else 2 * 4 * shape.vocabulary * shape.width  # gradient of lm_head, before it is added
-    casts = 2 * shape.parameters() if work.gpu and not work.lora_rank and not work.checkpointing else 0
-    return {"bf16 weights": casts, "activations": kept + max(0, passing - head),
+    casts = 2 * shape.parameters() if work.bf16 and not work.lora_rank and not work.checkpointing else 0
+    return {"autocast": casts, "activations": kept + max(0, passing - head),
             "logits chunk": 4 * 4 * logits_of(shape, work) + head}
 
 
-def row_tokens(work: Work) -> int:
-    """Of a packed row: a prompt and its completions."""
+def group_tokens(work: Work) -> int:
+    """Of a prompt and its completions, or as many of them as --micro-batch allows."""
     return work.prompt + (work.micro_batch or work.group) * work.completion
+
+
+def row_tokens(work: Work) -> int:
+    """Of a packed row: one group, or as many as --tokens-per-pass allows."""
+    one = group_tokens(work)
+    return one if work.micro_batch else one * max(1, min(work.prompts, work.pass_tokens // one))
 
 
 def logits_of(shape: Shape, work: Work) -> int:
     """Elements of logits that exist at once."""
-    return min(max(CHUNK, shape.vocabulary), (work.micro_batch or work.group) * work.completion * shape.vocabulary)
-
-
-def blocks_of(shape: Shape, work: Work) -> int:
-    """Elements of a prompt's keys, repeated for some completions."""
-    one = shape.heads * (work.prompt + work.completion) * shape.head
-    return max(one, min(CHUNK, (work.micro_batch or work.group) * one))
+    completions = row_tokens(work) // group_tokens(work) * (work.micro_batch or work.group)
+    return min(max(CHUNK, shape.vocabulary), completions * work.completion * shape.vocabulary)
 
 
 def layer_bytes(shape: Shape, work: Work) -> int:
     """What a layer keeps for its backward, for a packed row."""
-    G, P, T, row = work.micro_batch or work.group, work.prompt, work.completion, row_tokens(work)
-    D, q = shape.width, shape.heads * shape.head
-    number = 2 if work.gpu else 4
+    D, q, number = shape.width, shape.heads * shape.head, bytes_of(work)
     norms = (2 if work.lora_rank else 4) * D * 4  # their inputs, and unless frozen the normalised; float32
-    inputs = (5 if work.gpu else 2) * D * number + q * number  # of q, k, v, gate, up and o: autocast casts for each
+    inputs = (5 if work.bf16 else 2) * D * number + q * number  # of q, k, v, gate, up and o: autocast casts for each
     mlp = 4 * shape.inner * number
-    attention = 3 * q * row * number + q * P * number  # query, repeated key, value; the prompt's output
-    blocks = G * (P + T) * q
-    if blocks <= CHUNK:  # else they are made again (attention.PackedLayout)
-        attention += 2 * (blocks + G * T * q) * number
-    elif work.gpu and not work.lora_rank:
-        attention += 2 * q * row * 2  # float32 query and key
-    return row * (norms + inputs + mlp) + attention
+    attention = 4 * q * number + 4 * shape.heads  # query, key and value of each head, what they find, and its weight
+    return row_tokens(work) * (norms + inputs + mlp + attention)
+
+
+def tokens_per_pass(shape: Shape, work: Work, memory: float) -> int:
+    """How many tokens may go through the model together, so that no more bytes than these are kept for backward."""
+    one = replace(work, pass_tokens=0)
+    return int(memory * row_tokens(one) / (shape.layers * layer_bytes(shape, one)))
 
 
 def peak(found: Phases) -> tuple[str, float]:
@@ -211,7 +227,7 @@ def table(found: Phases) -> str:
     """Gigabytes, a line each, a column a moment."""
     names = list(dict.fromkeys(name for parts in found.values() for name, size in parts.items() if size))
     order = ["parameters", "gradients", "optimizer", "reference", "memory's embedder", "bf16 weights", "KV cache",
-             "activations", "logits chunk", "allocator", "CUDA context", "Python and libraries"]
+             "autocast", "activations", "logits chunk", "allocator", "CUDA context", "Python and libraries"]
     lines = [f"{'GB':<22}" + "".join(f"{moment:>11}" for moment in found)]
     for name in sorted(names, key=order.index):
         lines.append(f"{name:<22}" + "".join(f"{parts[name] / 1e9:>11.2f}" if parts.get(name) else f"{'-':>11}"

@@ -27,7 +27,7 @@ import grpo
 import policy as policies
 import settings
 import train
-from engine import attention, packing, plan
+from engine import packing, plan
 from models import adapters, model_files, published
 from running.errors import UserError
 
@@ -85,7 +85,7 @@ def test_the_tiny_policy_is_not_larger_than_planned():
     assert sum(p.numel() for p in built.model.parameters()) <= plan.Shape.of(plan.TINY).parameters() <= 1.1e6
 
 
-@pytest.mark.parametrize("changes", [{}, {"gpu": True}, {"gpu": True, "lora_rank": 8}, {"checkpointing": True},
+@pytest.mark.parametrize("changes", [{}, {"gpu": True, "bf16": True}, {"bf16": True, "lora_rank": 8}, {"pass_tokens": 2000}, {"checkpointing": True},
                                      {"gpu": True, "reference_on_cpu": True}, {"reference": False, "frozen_copy": True}])
 def test_totals_are_the_sums_of_their_lines(changes):
     shape = plan.Shape.of(published.PUBLISHED["3b"])
@@ -120,23 +120,20 @@ def kept_for_backward(layers, width=128, autocast=False, lora=0, checkpointing=F
     arithmetic = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if autocast else contextlib.nullcontext()
     with arithmetic, grpo.dropout_off(model):
         with torch.no_grad():
-            packing.can_pack(model, 1)  # looks once
+            packing.can_pack(model)  # looks once
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            packing.packed_logprobs(model, packed, 1.0)
+            packing.packed_logprobs(model, [packed], 1.0)
     return sum(size for size, _ in kept.values())
 
 
 @pytest.mark.parametrize("autocast, lora", [(False, 0), (True, 0), (False, 4), (True, 4)])
-@pytest.mark.parametrize("chunk", [2**24, 2**17])  # the latter: attention is computed again in backward
-def test_what_a_layer_keeps_for_backward(autocast, lora, chunk, monkeypatch):
+def test_what_a_layer_keeps_for_backward(autocast, lora):
     """Autocast on the CPU stands for that on a GPU: the same tensors are kept."""
     if lora:
         pytest.importorskip("peft", reason="peft is optional")
-    monkeypatch.setattr(attention, "EXPANDED_ELEMENTS", chunk)
-    monkeypatch.setattr(plan, "CHUNK", chunk)
     counted = kept_for_backward(3, autocast=autocast, lora=lora) - kept_for_backward(2, autocast=autocast, lora=lora)
     shape = plan.Shape(300, 128, 320, 2, 4, 2, 32, True, 0)
-    assert plan.layer_bytes(shape, plan.replace(WORK, gpu=autocast, lora_rank=lora)) == pytest.approx(counted, rel=0.06)
+    assert plan.layer_bytes(shape, plan.replace(WORK, bf16=autocast, lora_rank=lora)) == pytest.approx(counted, rel=0.06)
 
 
 def test_checkpointing_keeps_the_inputs_of_layers_only():
@@ -147,7 +144,7 @@ def test_checkpointing_keeps_the_inputs_of_layers_only():
 @pytest.mark.parametrize("limit", [24, 40, 80])
 def test_the_flags_that_are_advised_make_it_fit_and_none_is_idle(limit):
     shape = plan.Shape.of(published.PUBLISHED["3b"])
-    work = plan.replace(WORK, prompt=2048, completion=512, group=32, gpu=True)
+    work = plan.replace(WORK, prompt=2048, completion=512, group=32, gpu=True, bf16=True)
     given = {"--gradient-checkpointing": {"checkpointing": True}, "--reference-device": {"reference_on_cpu": True},
              "--micro-batch": {"micro_batch": 8}, "--rollout-batch": {"rollout_batch": 64}, "--lora-rank": {"lora_rank": 16}}
     flags = plan.smaller(shape, work, limit * 1e9)

@@ -1,0 +1,114 @@
+"""What only a GPU can show: that graphs replay what a step computes, and that FlexAttention is the other ways'."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import grpo
+from engine import attention, decoding, row_attention
+from engine.bf16 import weights_to_sample_with
+from engine.fast import FAST
+from grpo import PLAIN, GRPOConfig
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CONFIG = GRPOConfig(group_size=12, max_completion_tokens=60, kl_coef=0.0)
+PROMPTS = [torch.arange(3, 3 + n) for n in (40, 25, 33)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+                                        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1)).cuda().eval()
+
+
+def sampled(model, engine=FAST, seed=0, **options):
+    return grpo.sample_groups(model, PROMPTS, CONFIG, eos_ids=range(20), seeds=range(seed, seed + 3), engine=engine, **options)
+
+
+def texts(groups):
+    return [completion.tolist() for group in groups for completion in group.completions]
+
+
+def test_graphs_replay_the_step(model, monkeypatch):
+    """Several rollouts, so that all sizes are replayed; against the same step without graphs, and the plain engine."""
+    for seed in range(3):
+        with_graphs, plain = sampled(model, seed=seed), sampled(model, PLAIN, seed=seed)
+        with monkeypatch.context() as eager:
+            eager.setattr(decoding.Grid, "advance", lambda grid, t, forward: (setattr(grid, "attended", min(
+                grid.T, max(64, 1 << (t - 1).bit_length()))), grid.step(forward)))
+            without = sampled(model, seed=seed)
+        assert texts(with_graphs) == texts(without) == texts(plain)
+        for one, two in zip(with_graphs, without, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one.logps, two.logps, strict=True))
+    grid = decoding._grids[attention.causal_lm(model)]
+    assert sum(graph is not None for graph in grid.graphs.values()) > 1
+
+
+def test_graphs_see_the_weights_of_now(model):
+    changed = copy.deepcopy(model)
+    sampled(changed), sampled(changed)
+    with torch.no_grad():
+        for weight in changed.parameters():
+            weight.mul_(0.7)
+    assert texts(sampled(changed)) == texts(sampled(changed, PLAIN)) != texts(sampled(model))
+
+
+def test_bf16_weights_are_refreshed_in_place(model):
+    changed = copy.deepcopy(model)
+    with torch.autocast("cuda", torch.bfloat16):
+        with weights_to_sample_with(changed) as first:
+            places = [weight.data_ptr() for weight in first.parameters()]
+        sampled(changed)
+        with torch.no_grad():
+            changed.lm_head.weight.mul_(-1)
+        after = sampled(changed)
+        with weights_to_sample_with(changed) as second:
+            assert places == [weight.data_ptr() for weight in second.parameters()]
+            assert torch.equal(second.lm_head.weight, changed.lm_head.weight.bfloat16())
+        fresh = sampled(copy.deepcopy(changed))
+    assert texts(after) == texts(fresh)
+
+
+def test_flex_attention_is_masked_attention():
+    assert row_attention.can_flex()
+    groups = [(100, (30, 70, 1)), (40, (20, 20)), (64, (200,))]
+    L = sum(P + sum(lengths) for P, lengths in groups)
+    query, key, value, weight = (torch.randn(1, heads, L, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2, 4))
+    for window in (None, 50):
+        results = []
+        for way in (row_attention.flex, row_attention.masked):
+            out = way(row_attention.RowLayout(groups, query.device), query, key, value, 0.125, window)
+            results.append((out, *torch.autograd.grad((out * weight).sum(), (query, key, value))))
+        for one, two in zip(*results, strict=True):
+            torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)  # TF32 products
+
+
+def test_packed_rows_have_the_log_probabilities_and_gradients_of_padded_ones(model):
+    groups = sampled(model)
+    prompts = [group.prompt for group in groups for _ in group.completions]
+    completions = [completion for group in groups for completion in group.completions]
+    results = []
+    for engine in (FAST, PLAIN):
+        model.zero_grad()
+        logp = engine.logprobs(model, prompts, completions, 1.0)
+        (logp * torch.linspace(-1, 1, logp.numel(), device="cuda").view_as(logp)).sum().backward()
+        results.append((logp.detach(), torch.cat([weight.grad.flatten() for weight in model.parameters()])))
+    (logp, gradient), (expected, exact) = results
+    torch.testing.assert_close(logp, expected, rtol=1e-2, atol=1e-2)
+    assert (gradient - exact).norm() < 2e-2 * exact.norm()
+
+
+def test_the_grid_waits_for_nothing_between_looks(model):
+    sampled(model)
+    grid, forward = decoding._grids[attention.causal_lm(model)], decoding.forward_of(model)
+    grid.attended = grid.T
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grid.t.fill_(5)
+        with torch.no_grad():
+            grid.step(lambda token, position, grid: forward(model, token, position, grid))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
