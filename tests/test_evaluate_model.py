@@ -112,8 +112,8 @@ def test_a_model_is_read_as_its_run_read_it(own_data, tmp_path, monkeypatch, cap
     run, out = tmp_path / "run", tmp_path / "a.json"
     shutil.copytree(own_data[1], run / "best")
     own_data[1] = run / "best"
-    monkeypatch.setattr(voting, "read_group", lambda policy, group, lenient: [
-        voting.read_text(text, -1.0, 5, False, lenient) for text in FENCES[:len(group.completions)]])
+    monkeypatch.setattr(voting, "read_group", lambda policy, group, lenient, style: [
+        voting.read_text(text, -1.0, 5, False, lenient, style) for text in FENCES[:len(group.completions)]])
     for settings, flags, accuracy in (({}, [], 0), ({"lenient_format": True}, [], 4 / 24),
                                       ({"lenient_format": True}, ["--no-lenient-format"], 0),
                                       ({"lenient_format": False}, ["--lenient-format"], 4 / 24)):
@@ -129,7 +129,7 @@ def test_a_model_is_read_as_its_run_read_it(own_data, tmp_path, monkeypatch, cap
 def test_greedy_answers_can_be_read_leniently(monkeypatch):
     candidates = [[voting.read_text(FENCES[1], -1.0, 5, False, lenient)] for lenient in (False, True)]
     monkeypatch.setattr(evaluate, "sample_candidates",
-                        lambda policy, prompts, n, temperature, tokens, batch, lenient: [candidates[lenient]])
+                        lambda policy, prompts, n, temperature, tokens, batch, lenient, answer_style: [candidates[lenient]])
     assert evaluate.greedy_sqls(None, [[1]], 5) == [""]
     assert evaluate.greedy_sqls(None, [[1]], 5, lenient=True) == ["SELECT COUNT(*) FROM singer"]
 
@@ -293,11 +293,12 @@ def test_progress_without_a_file_and_with_nonsense(tmp_path):
 def test_batches_draw_their_own_samples(monkeypatch):
     seeds = []
     monkeypatch.setattr(answers, "sample_candidates", lambda policy, prompts, *rest: seeds.append(rest) or [])
-    examination = Examination(None, None, None, EvaluateConfig(model="m", samples=4, seed=2))
+    builder = evaluate.PromptBuilder({}, None, PromptConfig(answer_style="fence"))
+    examination = Examination(None, builder, None, EvaluateConfig(model="m", samples=4, seed=2))
     examination.complete([], 0)
     examination.complete([], 64)
     assert [rest[:2] for rest in seeds] == [(1, 0.0), (4, 1.0)] * 2  # greedy, then samples
-    assert seeds[1][-1] != seeds[3][-1]
+    assert seeds[1][-2] != seeds[3][-2] and {rest[-1] for rest in seeds} == {"fence"}
 
 
 # ------------------------------------------------------------------------------------------- test suite

@@ -309,10 +309,10 @@ def of_fates(**statuses):
 
 
 @pytest.mark.parametrize("statuses, flags, words", [
-    ({"format": 88, "ok": 12}, {}, "only 12% of the completions met the format `<think> reasoning </think> SQL`; "
-                                   "--lenient-format also takes SQL inside a code fence; train.py --traces template"),
-    ({"format": 100}, {"lenient_format": True}, "only 0% of the completions met the format `<think> reasoning </think> "
-                                                "SQL`; train.py --traces template"),
+    ({"format": 88, "ok": 12}, {}, "only 12% of the completions met the format, <think> reasoning </think> and then one query "
+                                   "and nothing else; --lenient-format also takes SQL inside a code fence; train.py --traces template"),
+    ({"format": 100}, {"lenient_format": True}, "only 0% of the completions met the format, <think> reasoning </think> and then "
+                                                "one query and nothing else; train.py --traces template"),
     ({"truncated": 60, "ok": 40}, {}, "60% of the completions were cut at --max-completion-tokens 512; raise it"),
     ({"error": 70, "format": 10}, {}, "88% of the completions met the format, but none returned the gold result"),
     ({}, {}, "no prompt fits; raise --max-prompt-tokens")])
