@@ -37,7 +37,6 @@ class Examination:
 
     def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, config, suite=None, traces: int = 1):
         self.policy, self.builder, self.config, self.traces = policy, builder, config, traces
-        self.answer_style = builder.config.answer_style
         self.how_to_judge = (executor, comparisons_named(config.matches, config.keep_distinct), suite)
 
     def run(self, examples: Sequence[Example], progress: "Progress") -> list[dict]:
@@ -75,7 +74,7 @@ class Examination:
         """For each prompt its greedy candidate in a list (or none) and its n samples; seconds a prompt."""
         config, seed = self.config, self.config.seed * 1_000_003 + number
         rest = (config.max_completion_tokens, config.batch, config.lenient_format, seed,
-                self.answer_style)
+                self.builder.config.answer_style)
         began, greedy = time.perf_counter(), [[] for _ in prompts]
         if "greedy" in config.ways:
             greedy = samples = sample_candidates(self.policy, prompts, 1, 0.0, *rest)

@@ -177,7 +177,7 @@ class PromptBuilder:
     def protocol(self) -> dict:
         """What the prompts depend on, as an evaluation states it."""
         names = ("answer_style", "descriptions", "tables", "sample_values", "max_value_hints", "max_prompt_tokens")
-        return {"prompt_style": self.style, "template": sha256(self.template_text.encode()).hexdigest()[:16],
+        return {"prompt_style": Path(self.style).name, "template": sha256(self.template_text.encode()).hexdigest()[:16],
                 **{name: getattr(self.config, name) for name in names}}
 
     # ------------------------------------------------------------------------------------ shortening
