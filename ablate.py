@@ -315,7 +315,7 @@ def evaluation_flags(run: Run, given: AblateConfig, evaluation: Path) -> list[st
               "max_completion_tokens": s.grpo.max_completion_tokens, "workers": s.run.sql_workers,
               "timeout": s.run.sql_timeout, "gold_cache": given.output / "gold_cache"}
     flags = as_flags({name: str(value) for name, value in values.items()})
-    for field in fields(s.prompts):
+    for field in (field for field in fields(s.prompts) if "help" in field.metadata):
         flags += [flag_of(field), str(getattr(s.prompts, field.name))]
     flags += ["--data-dir", s.run.data_dir] if s.run.data_dir else []
     return flags + (["--lenient-format"] if s.rewards.lenient_format else [])

@@ -41,7 +41,7 @@ from scoring.answers import format_advice
 from scoring.voting import VOTES, Candidate, choose, rank_groups, sample_candidates
 from sql_exec import Execution, SQLExecutor
 from text2sql import demo_world
-from text2sql.prompts import full_schema
+from text2sql.prompts import full_schema, prompt_config
 
 HISTORY = Path("~/.ask_history").expanduser()
 WIDEST_CELL = 40  # characters of a cell that a terminal shows
@@ -160,7 +160,8 @@ class Asker:
                             "raise --max-prompt-tokens if the model reads more")
         candidates, = sample_candidates(
             self.policy, [prompt], config.samples, config.temperature if config.samples > 1 else 0.0,
-            config.max_completion_tokens, lenient=self.lenient, seed=config.seed)
+            config.max_completion_tokens, lenient=self.lenient, seed=config.seed,
+            answer_style=self.builder.config.answer_style)
         executions = self.executor.run_many([("database", candidate.sql) for candidate in candidates])
         groups = rank_groups(executions, [candidate.logprob for candidate in candidates], config.vote)
         statuses = Counter(candidate.broken or execution.status
@@ -168,8 +169,8 @@ class Asker:
         failures = {status: count for status, count in statuses.most_common() if status != "ok"}
         winner = choose(candidates, executions, config.vote)
         votes = [(len(group), candidates[group[0]].sql, len(executions[group[0]].rows)) for group in groups]
-        return Reply(candidates[winner], executions[winner], votes, failures,
-                     time.perf_counter() - began, format_advice(statuses, self.lenient))
+        advice = format_advice(statuses, self.lenient, self.builder.config.answer_style)
+        return Reply(candidates[winner], executions[winner], votes, failures, time.perf_counter() - began, advice)
 
     def run(self, sql: str) -> Execution:
         """Run a query of the user's own, as read-only as the model's."""
@@ -442,7 +443,8 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, AskConfig, Prom
     add_arguments(parser, PromptConfig)
     given = parser.parse_args(arguments)
     try:
-        return given, build(AskConfig, vars(given)), build(PromptConfig, vars(given))
+        config = build(AskConfig, vars(given))
+        return given, config, prompt_config(vars(given), run_config_of(config.model))
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -16,6 +16,9 @@ What is measured, for every question
                 .sqlite of its folder
   (4) soft-F1   BIRD's partial credit for overlapping cells; with --r-ves N also BIRD's efficiency score
 
+A --json file states the protocol: prompts, answers, sampling, comparisons, questions. --compare refuses two files whose
+protocols differ, and names what does, unless --anyway is given.
+
 With -n the model answers n times; scoring/voting.py says how one answer is chosen from them. Both votes, the greedy
 answer and pass@k are reported side by side; --vote selects the one that counts. An evaluation with --json or
 --progress that was interrupted continues where it stopped when the same command is given again.
@@ -42,7 +45,7 @@ from rewards import unwrap_fence
 from running.errors import UserError, check_folder, json_lines, parse_json, read_text, run_main, write_text
 from running.guards import Heartbeat
 from running.options import HIGHEST_SEED, add_arguments, build, check, option
-from scoring.answers import Examination, Progress, fingerprint, format_advice, scores_of
+from scoring.answers import Examination, Progress, fingerprint, format_advice, questions_hash, scores_of
 from scoring.compare import compare, print_comparison
 from scoring.predictions import load_predictions, save_predictions
 from scoring.verdicts import (
@@ -61,6 +64,7 @@ from scoring.verdicts import (
 )
 from scoring.voting import VOTES, pass_at_k, sample_candidates
 from sql_exec import MATCHES, SQLExecutor, r_ves_reward
+from text2sql.prompts import prompt_config
 
 __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "compare", "difficulty_levels",
            "greedy_sqls", "load_predictions", "print_comparison", "print_table", "score_predictions", "scores_as_json",
@@ -154,7 +158,7 @@ class EvaluateConfig:
 # ----------------------------------------------------------------------------------------- from a policy
 
 def greedy_sqls(policy, encoded_prompts: list[list[int]], max_completion_tokens: int, batch: int = 128,
-                lenient: bool = False, progress: bool = False) -> list[str]:
+                lenient: bool = False, answer_style: str = "think-sql", progress: bool = False) -> list[str]:
     """The SQL of the greedy completion for each prompt, in order; empty where the format is broken."""
     order = sorted(range(len(encoded_prompts)), key=lambda i: len(encoded_prompts[i]))  # like lengths side by side
     sqls, heartbeat = {}, Heartbeat()
@@ -163,7 +167,7 @@ def greedy_sqls(policy, encoded_prompts: list[list[int]], max_completion_tokens:
         for start in range(0, len(order), batch):
             part = order[start:start + batch]
             candidates = sample_candidates(policy, [encoded_prompts[i] for i in part], 1, 0.0, max_completion_tokens,
-                                           batch, lenient)
+                                           batch, lenient, answer_style=answer_style)
             sqls |= {i: greedy.sql for i, (greedy,) in zip(part, candidates, strict=True)}
             bar.update(len(part))
             if progress:
@@ -218,7 +222,8 @@ def print_model_table(summary: dict) -> None:
         print(f"groups of equal results: {summary['result_groups']:.2f} a question")
         print(fill(f"samples: {percentages(summary['sample_statuses'])}", 80))
     print(f"completions cut at the limit: {100 * summary['truncated']:.1f} %")
-    if advice := format_advice(summary["sample_statuses"], summary["lenient_format"]):
+    advice = format_advice(summary["sample_statuses"], summary["lenient_format"], summary["protocol"]["answer_style"])
+    if advice:
         print(fill(advice, 80, break_on_hyphens=False))
     print(f"{'seconds a question':<24}{'median':>10}{'p95':>10}")
     for name, values in summary["timing"]["seconds"].items():
@@ -289,19 +294,21 @@ def parse_arguments(arguments=None):
     parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
                         help="answers per question, which vote (default: 1, the greedy answer)")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two --json files")
+    parser.add_argument("--anyway", action="store_true", help="compare what was measured under different protocols")
     add_arguments(parser, EvaluateConfig)
     add_arguments(parser, PromptConfig)
     given = parser.parse_args(arguments)
     if given.compare:
         return given, None, None
-    return given, build(EvaluateConfig, vars(given)), build(PromptConfig, vars(given))
+    config = build(EvaluateConfig, vars(given))
+    return given, config, prompt_config(vars(given), run_config_of(config.model) if config.model else None)
 
 
 def main() -> None:
     """Evaluate a model or a predictions file, or compare two evaluations."""
     given, config, prompts = parse_arguments()
     if config is None:
-        result = compare(*given.compare)
+        result = compare(*given.compare, anyway=given.anyway)
         print_comparison(result)
         if getattr(given, "json", None):
             write_text(given.json, json.dumps(result, indent=1) + "\n")
@@ -348,7 +355,7 @@ def evaluate_predictions(config: EvaluateConfig, dataset, executor: SQLExecutor,
     examples = [dataset.examples[i] for i in kept]
     scores = score_predictions(examples, [sqls[i] for i in kept], executor, config.matches,
                                config.keep_distinct, progress=True, suite=suite)
-    report(config, examples, scores, executor, suite)
+    report(config, examples, scores, executor, suite, {})
 
 
 def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, executor: SQLExecutor,
@@ -363,6 +370,10 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
 
     policy = load_for_sampling(config.model, config.threads)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
+    written = builder.protocol() | {"precision": str(policy.model.dtype).removeprefix("torch.")}
+    if any(example.messages or example.prompt for example in examples):
+        written["prompt_style"] = "ready-made"
+    print(f"prompts: {written['prompt_style']}; answers: {written['answer_style']}")
     try:
         records = Examination(policy, builder, executor, config, suite).run(examples, progress)
     except KeyboardInterrupt:
@@ -373,18 +384,22 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
         traces = [trace for record in records for trace in record["traces"]]
         write_text(config.save_traces, json_lines(traces))
         print(f"{len(traces)} verified traces written to {config.save_traces}")
-    report(config, examples, scores_of(records, config.answer), executor, suite, records)
+    report(config, examples, scores_of(records, config.answer), executor, suite, written, records)
     progress.finish()
 
 
-def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suite, records=None) -> None:
-    """Write the files, then print the tables: a closed terminal costs nothing."""
+def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suite, written: dict,
+           records=None) -> None:
+    """Write the files, then print the tables: a closed terminal costs nothing.
+
+    written: of a model, how its prompts were written and its precision.
+    """
     summary = summarise(scores, config.skip_bad_gold)
     if not summary["n"]:
         raise UserError("no question is left to score: every one was excluded, or its gold query fails")
     if "spider" in config.matches:
         summary["spider_metric"] = spider_metric(config, suite)
-    content = scores_as_json(scores, summary)
+    content = scores_as_json(scores, summary) | {"protocol": protocol_of(config, examples, summary, written)}
     if records:
         content |= summarise_records(records, config)
         for item, more in zip(content["examples"], records_as_json(records, config), strict=True):
@@ -404,6 +419,18 @@ def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suit
         print_model_table(content)
     if config.r_ves:
         print(f"R-VES {content['timing']['r_ves']:.2f}, from {config.r_ves} timed runs a query")
+
+
+def protocol_of(config: EvaluateConfig, examples, summary: dict, written: dict) -> dict:
+    """All that a score depends on but the model; of a predictions file nothing is known of how it was made."""
+    shown = {"data": Path(config.data).name, "split": config.split, "questions": questions_hash(examples)[:16]}
+    if "spider" in config.matches:
+        shown["spider_metric"] = summary["spider_metric"]
+    if not config.model:
+        return shown
+    return shown | written | {
+        "lenient_format": bool(config.lenient_format), "answer": config.answer, "samples": config.samples,
+        "temperature": config.sampling_temperature, "max_completion_tokens": config.max_completion_tokens}
 
 
 def spider_metric(config: EvaluateConfig, suite: dict[str, list[str]] | None) -> str:

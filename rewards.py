@@ -2,7 +2,8 @@
 
     R = f · (w_f + w_x · x + w_a · a + w_m · m)
 
-    f  format     1 for `<think> reasoning </think> one SQL statement`, else 0: it gates the others
+    f  format     1 for `<think> reasoning </think> one SQL statement`, else 0: it gates the others; other styles
+                  of answers are in text2sql/answer_style.py
     x  execution  0 does not run, 1 runs, 2 returns the gold result
     a  atomic     0 when correct, else φ(max_i J(A(sql), A(gold_i))), J the share of common operations
     m  memory     1 when correct, else the cosine of the reasoning to a centroid of verified traces
@@ -24,7 +25,6 @@ correct, and every log shows the status of the SQL.
 import importlib.util
 import inspect
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +36,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from sql_exec import Comparison, Execution, Results, soft_f1
+from text2sql.answer_style import ANSWER_STYLES, parse_completion, unwrap_fence
 from text2sql.atomic import atomic_operations, atomic_reward, names_in, shape_atomic
 from text2sql.memory import SCOPES, MemoryGate, TraceMemory, make_embedder
 
@@ -51,38 +52,6 @@ MARGIN = 1e-6  # of the sum of all weights; by less, float32 could not tell corr
 
 ARGUMENTS = ("question", "db_id", "gold_sqls", "thought", "sql", "execution")  # of a reward of the user's own
 SIGNATURE = f"reward({', '.join(ARGUMENTS)})"
-
-THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-FENCE = re.compile(r"```[ \t]*(?:sql(?:ite)?3?(?=\s)|\w*sql[ \t]*(?=\r?\n))?(.*)```", re.DOTALL | re.IGNORECASE)
-# Strings, quoted names and comments. One that is not closed runs to the end, so that a scan stays linear.
-QUOTED = re.compile(r"'[^']*(?:'|\Z)|\"[^\"]*(?:\"|\Z)|`[^`]*(?:`|\Z)|\[[^\]]*(?:\]|\Z)"
-                    r"|--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
-STATEMENT = re.compile(r"[\s(]*+(?:select|with|values|insert|update|delete|replace|create|drop|alter|pragma|"
-                       r"explain|attach|detach|vacuum|begin|analyze)\b", re.IGNORECASE)
-
-
-def parse_completion(text: str, lenient: bool = False) -> tuple[str, str] | None:
-    """(thought, sql) of a completion, or None where its format is broken.
-
-    The format is one non-empty `<think> … </think>`, first, then exactly one SQL statement and nothing else;
-    a trailing semicolon is fine. A fenced block around the SQL breaks it, unless `lenient`.
-    """
-    match = THINK.fullmatch(text)
-    if not match or text.count("<think>") != 1 or text.count("</think>") != 1:
-        return None
-    thought, sql = match[1].strip(), match[2].strip()
-    if lenient:
-        sql = unwrap_fence(sql)
-    bare = QUOTED.sub(" ", sql).strip().rstrip(";").strip()  # without strings and comments
-    if not thought or ";" in bare or "```" in sql or not STATEMENT.match(bare):
-        return None
-    return thought, sql
-
-
-def unwrap_fence(sql: str) -> str:
-    """The SQL inside a Markdown fence, on one line or several; a text without one stays as it is."""
-    fenced = FENCE.fullmatch(sql.strip())
-    return fenced[1].strip() if fenced else sql
 
 
 # ---- settings
@@ -105,7 +74,7 @@ class RewardConfig:
     atomic_gamma: float = field(default=0.20, metadata={
         "help": "gamma in the atomic reward: the smaller, the steeper it rises near 0", "at_least": 0, "at_most": 1})
     lenient_format: bool = field(default=False, metadata={
-        "help": "also take SQL inside a code fence", "common": True})
+        "help": "also take SQL inside a code fence (--answer think-sql)", "common": True})
     embedder: str = field(default="hash", metadata={
         "help": "embeds reasoning: hash (no model), policy (that of step 0), or a Hugging Face encoder"})
     memory_top_k: int = field(default=20, metadata={
@@ -246,14 +215,15 @@ class RewardScorer:
         memory: a TraceMemory, or None where the memory reward is off.
         match: when a result is right, one of sql_exec.MATCHES.
         user_reward: from `load_reward_module`.
+        answer_style: how completions are read, one of text2sql/answer_style.py.
 
     Raises:
         ValueError: a reward has a weight, but what it needs (memory, user_reward) was not given.
     """
 
     def __init__(self, config: RewardConfig, executor, schemas: Mapping, memory: TraceMemory | None = None, *,
-                 match: Comparison, user_reward: Callable | None = None):
-        self.config, self.weights = config, config.weights
+                 match: Comparison, user_reward: Callable | None = None, answer_style: str = "think-sql"):
+        self.config, self.weights, self.answer_style = config, config.weights, answer_style
         self.executor, self.schemas, self.memory = executor, schemas, memory
         self.match, self.user_reward = match, user_reward
         self.seconds: dict[str, float] = {}  # of each component since `reset_seconds`
@@ -270,7 +240,7 @@ class RewardScorer:
         Raises:
             RewardError: the user's reward fails, or returns no number between 0 and 1.
         """
-        read = [(item, parse_completion(item.text, self.config.lenient_format)) for item in items]
+        read = [(item, parse_completion(item.text, self.config.lenient_format, self.answer_style)) for item in items]
         records = [Scored(item, *parts) if parts else None for item, parts in read]
         shaped = [record for record in records if record]  # the completions that have the format
         with ThreadPoolExecutor(1) as thread:
@@ -281,8 +251,12 @@ class RewardScorer:
             component(shaped)
         if remember:  # only now, so that the order within a step makes no difference
             self.remember([(record.item.db_id, record.thought) for record in shaped if record.correct])
-        return [record.breakdown(self.weights) if record else _without_format(item)
+        return [record.breakdown(self.weights) if record else self._without_format(item)
                 for item, record in zip(items, records, strict=True)]
+
+    def _without_format(self, item: RewardItem) -> RewardBreakdown:
+        """What a completion earns that is not in the format."""
+        return RewardBreakdown(text=item.text, error=f"not {ANSWER_STYLES[self.answer_style].format}")
 
     def remember(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Shows the memory the (db_id, thought) of correct completions."""
@@ -386,10 +360,6 @@ class RewardScorer:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _without_format(item: RewardItem) -> RewardBreakdown:
-    return RewardBreakdown(text=item.text, error="not `<think> reasoning </think> SQL`")
 
 
 def _as_number(value) -> float:

@@ -176,6 +176,8 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
         kind = defaults_of_kind(config, lora=given.get("lora_rank", 0) > 0, traces=bool(given.get("traces")))
         defaults = kind | RECIPES.get(given.get("recipe"), {})
     values = defaults | given
+    if "template" in given:  # not what a resumed run kept of its own
+        values["template_text"] = ""
     try:
         settings = Settings(*(options.build(config, values) for config in CONFIGS))
         for part in vars(settings).values():

@@ -1,8 +1,8 @@
 """Cold start: supervised fine-tuning on reasoning traces, so that GRPO starts from a policy that knows the format.
 
-The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>`, given the prompt. A
-trace is taught in the form that the reward reads: tags and fences in it are removed, and if `parse_completion` still
-could not read it back, it is left out and counted.
+The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>` (or what --answer
+says, see text2sql/answer_style.py), given the prompt. A trace is taught in the form that the reward reads: tags and
+fences in it are removed, and if `parse_completion` still could not read it back, it is left out and counted.
 
 No teacher is needed to write the traces. A template derives them from the gold SQL (text2sql/traces.py), or `--mine`
 samples a model on questions with gold SQL, keeps what it got right, and writes a file that train.py takes as --traces,
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import PromptBuilder, PromptConfig, columns_of, load_dataset
+from data import PromptBuilder, PromptConfig, columns_of, load_dataset, run_config_of
 from engine.fast import FAST
 from grpo import Engine
 from policy import load_for_sampling
@@ -47,9 +47,11 @@ from scoring.answers import Examination, Progress, fingerprint
 from scoring.verdicts import MATCHES
 from settings import SFTConfig
 from sql_exec import SQLExecutor
+from text2sql.answer_style import ANSWER_STYLES, completion_text
 from text2sql.example import Example
 from text2sql.memory import MemoryGate, TraceMemory, gate_for
 from text2sql.plain_text import encode_answers
+from text2sql.prompts import prompt_config
 from text2sql.traces import TEMPLATE, TRACE_TEMPLATES, plan_trace, template_trace
 
 __all__ = ["MineConfig", "SFTConfig", "TRACE_TEMPLATES", "cold_start", "cold_start_notes", "completion_text",
@@ -61,14 +63,9 @@ TAG = re.compile(r"</?think(?:ing)?\s*>", re.IGNORECASE)
 FENCE_MARK = re.compile(r"^[ \t]*```[\w+-]*[ \t]*$\n?|```(?:sql(?:ite)?\b)?", re.MULTILINE | re.IGNORECASE)
 
 
-def completion_text(trace: str, sql: str) -> str:
-    """What a policy is taught to write."""
-    return f"<think> {trace} </think> {sql}"
-
-
-def taught_text(example) -> str:
+def taught_text(example, answer_style: str = "think-sql") -> str:
     """The completion that an example with a trace teaches; the trace of a teacher nobody checked has SQL of its own."""
-    return completion_text(example.trace, example.trace_sql or example.gold_sqls[0])
+    return completion_text(example.trace, example.trace_sql or example.gold_sqls[0], answer_style)
 
 
 # ---------------------------------------------------------------------------------------------- which traces are taught
@@ -86,7 +83,8 @@ def template_traces(examples: Sequence[Example], schemas: Mapping, template: str
             for example in examples]
 
 
-def teachable(examples: Sequence[Example], executor, schemas: Mapping) -> tuple[list[Example], list[str]]:
+def teachable(examples: Sequence[Example], executor, schemas: Mapping,
+              answer_style: str = "think-sql") -> tuple[list[Example], list[str]]:
     """The traces that can be taught, without tags and fences, and a sentence a reason on those left out."""
     known = [example for example in examples if example.db_id in schemas]
     golds = executor.run_gold([(example.db_id, example.gold_sqls[0]) for example in known])
@@ -100,7 +98,7 @@ def teachable(examples: Sequence[Example], executor, schemas: Mapping) -> tuple[
         if gold.status != "ok":
             reasons["their gold SQL fails"] += 1
             continue
-        clean, reason = without_tags(example)
+        clean, reason = without_tags(example, answer_style)
         if reason:
             reasons[reason] += 1
         else:
@@ -108,7 +106,7 @@ def teachable(examples: Sequence[Example], executor, schemas: Mapping) -> tuple[
     return kept, [f"left out {count} of {len(examples)} traces: {reason}" for reason, count in reasons.items()]
 
 
-def without_tags(example: Example) -> tuple[Example, str]:
+def without_tags(example: Example, answer_style: str = "think-sql") -> tuple[Example, str]:
     """The example as it can be taught, so that it is read back as it is; and the reason where that cannot be."""
     trace, sql = bare_trace(example.trace), example.trace_sql or example.gold_sqls[0]
     if not trace:
@@ -116,7 +114,7 @@ def without_tags(example: Example) -> tuple[Example, str]:
     if TAG.search(trace) or TAG.search(sql):
         return example, "they hold several <think> tags"
     read = parse_completion(completion_text(trace, sql), lenient=True)  # takes a fence off the SQL of a teacher
-    if read is None or read != parse_completion(completion_text(*read)):
+    if read is None or read != parse_completion(completion_text(*read, answer_style), style=answer_style):
         return example, "their SQL is not one statement that can be read back"
     return replace(example, trace=read[0], trace_sql=read[1] if example.trace_sql else ""), ""
 
@@ -141,7 +139,8 @@ def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder, tokeni
     if examples and not encoded:
         raise UserError(f"no trace can be taught: the prompts of all {len(examples)} are longer than "
                         f"--max-prompt-tokens {builder.config.max_prompt_tokens}, even shortened")
-    answers = encode_answers(tokenizer, [taught_text(example) for example, _ in encoded])
+    style = builder.config.answer_style
+    answers = encode_answers(tokenizer, [taught_text(example, style) for example, _ in encoded])
     pairs = [(torch.tensor(ids), torch.tensor([*answer, end_id]))
              for (_, ids), answer in zip(encoded, answers, strict=True)]
     return pairs, [f"cold start: {note}" for note in notes]
@@ -327,7 +326,7 @@ def main() -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     records = sample(config, PromptBuilder(dataset.databases, policy.tokenizer, prompts), policy, examples, progress)
-    write_traces(config, records, memory, progress)
+    write_traces(config, records, memory, progress, prompts.answer_style)
 
 
 def sample(config: MineConfig, builder: PromptBuilder, policy, examples: Sequence[Example],
@@ -341,7 +340,8 @@ def sample(config: MineConfig, builder: PromptBuilder, policy, examples: Sequenc
             raise
 
 
-def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemory, progress: Progress) -> None:
+def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemory, progress: Progress,
+                 answer_style: str = "think-sql") -> None:
     """Chooses traces and writes the file. Raises UserError: there is none to write, and why."""
     verified = [(trace["db_id"], trace["trace"]) for record in records for trace in record["traces"]]
     memory.gate = gate_for(verified, memory.columns, memory.gate)
@@ -349,7 +349,8 @@ def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemor
     summary = summary_of(records, kept, memory)
     if not verified:
         progress.finish()  # of no use to a command that reads answers in another way
-        raise UserError(f"no trace to write to {config.mine}: {summary}: {why_none_verified(records, config)}")
+        raise UserError(f"no trace to write to {config.mine}: {summary}: "
+                        + why_none_verified(records, config, answer_style))
     if not kept:
         raise UserError(f"no trace to write to {config.mine}: {summary}: the gate refused "
                         f"{memory.gate.explain(memory.rejections)}; what was sampled is kept in {progress.file}, so "
@@ -372,7 +373,8 @@ def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfi
         add_arguments(parser, kind)
     given = vars(parser.parse_args(arguments))
     try:
-        configs = tuple(build(kind, given) for kind in kinds)
+        prompts = prompt_config(given, run_config_of(given["model"]) if given.get("model") else None)
+        configs = (build(MineConfig, given), build(MemoryGate, given), prompts)
         for config in configs:
             check(config)
     except ValueError as error:
@@ -380,7 +382,7 @@ def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfi
     return configs
 
 
-def why_none_verified(records: Sequence[dict], config: MineConfig) -> str:
+def why_none_verified(records: Sequence[dict], config: MineConfig, answer_style: str = "think-sql") -> str:
     """What to do when no completion is verified: whether it is the format, the length or the SQL."""
     fates = sum((Counter(record["samples"]["statuses"]) for record in records), Counter())
     total = fates.total() or 1
@@ -391,8 +393,9 @@ def why_none_verified(records: Sequence[dict], config: MineConfig) -> str:
         return (f"{fates['truncated'] / total:.0%} of the completions were cut at --max-completion-tokens "
                 f"{config.max_completion_tokens}; raise it, or teach the model to stop (train.py --traces template)")
     if met < 0.5:
-        fence = "" if config.lenient_format else " --lenient-format also takes SQL inside a code fence;"
-        return (f"only {met:.0%} of the completions met the format `<think> reasoning </think> SQL`;{fence} "
+        can_be_lenient = answer_style == "think-sql" and not config.lenient_format
+        fence = " --lenient-format also takes SQL inside a code fence;" if can_be_lenient else ""
+        return (f"only {met:.0%} of the completions met the format, {ANSWER_STYLES[answer_style].format};{fence} "
                 "train.py --traces template teaches it in a cold start")
     return (f"{met:.0%} of the completions met the format, but none returned the gold result; try a larger -n, another "
             "--model or easier questions")

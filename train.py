@@ -409,7 +409,7 @@ class Trainer:
         with self.autocast(), distributed.unsharded(self.sharded):
             sqls = evaluate.greedy_sqls(self.policy, [ids for _, ids in questions[mine]],
                                         self.s.grpo.max_completion_tokens, lenient=self.s.rewards.lenient_format,
-                                        progress=distributed.is_main())
+                                        answer_style=self.s.prompts.answer_style, progress=distributed.is_main())
         scores = evaluate.score_predictions(examples[mine], sqls, self.executor,
                                             levels=evaluate.difficulty_levels(examples)[mine])
         return evaluate.summarise(distributed.merge(scores))
@@ -476,7 +476,7 @@ class Trainer:
         if memory is not None:
             self.start_memory(memory)
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
-                            user_reward=self.user_reward)
+                            user_reward=self.user_reward, answer_style=s.prompts.answer_style)
 
     def start_memory(self, memory: TraceMemory) -> None:
         """Thresholds that fit the verified traces (the same again when resumed), and at the start the traces."""
@@ -507,7 +507,7 @@ class Trainer:
         else:
             writer = PromptBuilder(self.data.databases, None, self.s.prompts)
             texts = [writer.text(e) for e in self.data.train]
-            texts += [taught_text(e) for e in self.traced]
+            texts += [taught_text(e, self.s.prompts.answer_style) for e in self.traced]
             policy = build_tiny(texts, seed=run.seed)
             policy.model.to(self.device)
         if run.gradient_checkpointing:
@@ -552,7 +552,7 @@ class Trainer:
         traced = self.data.traced
         if self.s.run.traces == "template" or not traced and self.s.run.model == "tiny":
             traced = template_traces(self.data.train, self.schemas)
-        kept, notes = teachable(traced, self.executor, self.schemas)
+        kept, notes = teachable(traced, self.executor, self.schemas, self.s.prompts.answer_style)
         for note in notes:
             print(note)
         return kept

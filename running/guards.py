@@ -41,9 +41,10 @@ class Guards:
         self.unformed = self.unformed + 1 if metrics["reward/format"] == 0 else 0
         signs = {
             "format": self.unformed >= config.warn_format_steps
-            and f"no completion of the last {self.unformed} steps had the format `<think> reasoning </think> SQL`: all "
-                "rewards are 0 and nothing is learned; teach it with --traces template and --cold-start-steps, mine "
-                "traces with sft.py, or take SQL in a code fence with --lenient-format",
+            and f"no completion of the last {self.unformed} steps had the format of --answer (by default "
+                "`<think> reasoning </think> SQL`): all rewards are 0 and nothing is learned; teach it with --traces "
+                "template and --cold-start-steps, mine traces with sft.py, or take SQL in a code fence with "
+                "--lenient-format",
             "flat": self.flat >= config.warn_flat_steps
             and f"all groups were flat for {self.flat} steps, so nothing is learned: try a higher --temperature or "
                 "--group-size, easier questions, or a longer cold start",

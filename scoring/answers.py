@@ -18,6 +18,7 @@ from running.errors import UserError, parse_json, read_text, write_text
 from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge
 from scoring.voting import VOTES, Candidate, choose, group_results, sample_candidates
 from sql_exec import SQLExecutor
+from text2sql.answer_style import ANSWER_STYLES
 from text2sql.example import Example
 from text2sql.prompts import PromptBuilder
 
@@ -72,7 +73,8 @@ class Examination:
     def complete(self, prompts, number: int) -> tuple[list, list, float]:
         """For each prompt its greedy candidate in a list (or none) and its n samples; seconds a prompt."""
         config, seed = self.config, self.config.seed * 1_000_003 + number
-        rest = (config.max_completion_tokens, config.batch, config.lenient_format, seed)
+        rest = (config.max_completion_tokens, config.batch, config.lenient_format, seed,
+                self.builder.config.answer_style)
         began, greedy = time.perf_counter(), [[] for _ in prompts]
         if "greedy" in config.ways:
             greedy = samples = sample_candidates(self.policy, prompts, 1, 0.0, *rest)
@@ -144,12 +146,14 @@ def verified_traces(example: Example, candidates: Sequence[Candidate], verdicts:
 
     right = sorted(filter(verified, candidates), key=lambda candidate: -candidate.logprob)
     answers = dict.fromkeys((candidate.thought.strip(), candidate.sql) for candidate in right)
+    chat = [{"role": role, "content": content} for role, content in example.messages]
+    ready_made = {"messages": chat} if chat else {"prompt": example.prompt} if example.prompt else {}
     return [{"id": example.id, "db_id": example.db_id, "question": example.question, "sql": sql,
-             "evidence": example.evidence, "difficulty": example.difficulty, "trace": thought}
+             "evidence": example.evidence, "difficulty": example.difficulty, "trace": thought, **ready_made}
             for thought, sql in answers]
 
 
-def format_advice(statuses: Mapping[str, float], lenient: bool) -> str:
+def format_advice(statuses: Mapping[str, float], lenient: bool, answer_style: str = "think-sql") -> str:
     """What to do where most completions miss the format, in a sentence; empty where at least half of them meet it.
 
     statuses: how many completions, or which share of them, became what.
@@ -158,12 +162,13 @@ def format_advice(statuses: Mapping[str, float], lenient: bool) -> str:
     cut, missed = statuses.get("truncated", 0), statuses.get("truncated", 0) + statuses.get("format", 0)
     if not read or missed / read <= 0.5:
         return ""
-    remedies = [] if lenient else ["--lenient-format also takes SQL in a code fence"]
+    can_be_lenient = answer_style == "think-sql" and not lenient
+    remedies = ["--lenient-format also takes SQL in a code fence"] if can_be_lenient else []
     remedies += ["a higher --max-completion-tokens lets answers end"] if 2 * cut > missed else []
     remedies.append("a cold start teaches the format: train.py --traces FILE, and sft.py --mine writes such a file "
                     "with a model that knows it")
-    return (f"{100 * (1 - missed / read):.1f} % of the answers meet the format, <think> reasoning </think> and then "
-            f"one query and nothing else; {'; '.join(remedies)}")
+    return (f"{100 * (1 - missed / read):.1f} % of the answers meet the format, {ANSWER_STYLES[answer_style].format}; "
+            f"{'; '.join(remedies)}")
 
 
 class Progress:
@@ -215,11 +220,17 @@ class Progress:
 
 def fingerprint(config, prompts, examples: Sequence[Example], free: Collection[str]) -> dict:
     """All that the records of an examination depend on; `free` names the settings that do not change them."""
-    asked = json.dumps([[example.id, example.db_id, example.question, example.gold_sqls] for example in examples])
     weights = sorted(Path(config.model).glob("*.safetensors")) + sorted(Path(config.model).glob("*.bin"))
     return {**{name: value for name, value in vars(config).items() if name not in free}, **vars(prompts),
-            "questions": sha256(asked.encode()).hexdigest(),
+            "questions": questions_hash(examples),
             "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]}
+
+
+def questions_hash(examples: Sequence[Example]) -> str:
+    """A hash of the questions, their gold SQL and what they bring along."""
+    asked = [[example.id, example.db_id, example.question, example.evidence, example.gold_sqls, example.messages,
+              example.prompt] for example in examples]
+    return sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def scores_of(records: Sequence[dict], way: str) -> list[ExampleScore]:

@@ -31,9 +31,24 @@ def by_question(examples: Sequence[dict]) -> dict[tuple, dict]:
     return found
 
 
-def compare(file_a, file_b) -> dict:
-    """Accuracies of two evaluations on the questions they share, and the questions whose verdict flipped."""
+def differing(a: dict, b: dict) -> list[str]:
+    """In words, in what two evaluations' protocols differ; what one of them does not state is not known to differ."""
+    a, b = a.get("protocol"), b.get("protocol")
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return []
+    return [f"{name.replace('_', ' ')} ({a[name]} and {b[name]})" for name in a if name in b and a[name] != b[name]]
+
+
+def compare(file_a, file_b, anyway: bool = False) -> dict:
+    """Accuracies of two evaluations on the questions they share, and the questions whose verdict flipped.
+
+    Raises:
+        UserError: a file is none of ours, they share nothing, or, unless `anyway`, they were measured differently.
+    """
     a, b = load_scores(file_a), load_scores(file_b)
+    if not anyway and (differences := differing(a, b)):
+        raise UserError(f"{file_a} and {file_b} were measured differently: {'; '.join(differences)}; measure them "
+                        "alike, or give --anyway")
     in_a, in_b = by_question(a["examples"]), by_question(b["examples"])
     skip = a.get("bad_golds_skipped") or b.get("bad_golds_skipped")
     shared = [key for key in in_a if key in in_b

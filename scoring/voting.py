@@ -41,11 +41,12 @@ class Candidate:
 
 
 def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int = 1, temperature: float = 0.0,
-                      max_completion_tokens: int = 512, batch: int = 128, lenient: bool = False,
-                      seed: int = 0) -> list[list[Candidate]]:
+                      max_completion_tokens: int = 512, batch: int = 128, lenient: bool = False, seed: int = 0,
+                      answer_style: str = "think-sql") -> list[list[Candidate]]:
     """n candidates a prompt, in prompt order; prompts of similar length are decoded side by side.
 
     temperature 0 is greedy; `batch` completions are decoded at once. The same arguments, the same candidates.
+    answer_style: how they are read, one of text2sql/answer_style.py.
     """
     import torch  # here, so that scoring a predictions file does not wait for it
 
@@ -57,19 +58,21 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int =
     config = GRPOConfig(max_completion_tokens=max_completion_tokens, rollout_batch=batch)
     groups = sample_groups(policy.model, prompts, config, eos_ids=policy.eos_ids, group_size=n,
                            temperature=temperature, seeds=[seed * 1_000_003 + i for i in order], engine=FAST)
-    candidates = {i: read_group(policy, group, lenient) for i, group in zip(order, groups, strict=True)}
+    candidates = {i: read_group(policy, group, lenient, answer_style) for i, group in zip(order, groups, strict=True)}
     return [candidates[i] for i in range(len(encoded_prompts))]
 
 
-def read_group(policy, group, lenient: bool = False) -> list[Candidate]:
+def read_group(policy, group, lenient: bool = False, answer_style: str = "think-sql") -> list[Candidate]:
     """The completions of a `grpo.Group` as candidates."""
-    return [read_text(policy.decode(tokens), logps.double().mean().item(), len(tokens), truncated, lenient)
+    return [read_text(policy.decode(tokens), logps.double().mean().item(), len(tokens), truncated, lenient,
+                      answer_style)
             for tokens, logps, truncated in zip(group.completions, group.logps, group.truncated, strict=True)]
 
 
-def read_text(text: str, logprob: float, tokens: int, truncated: bool, lenient: bool = False) -> Candidate:
+def read_text(text: str, logprob: float, tokens: int, truncated: bool, lenient: bool = False,
+              answer_style: str = "think-sql") -> Candidate:
     """A completion as a candidate, read as the reward reads it."""
-    thought, sql = parse_completion(text, lenient) or ("", "")
+    thought, sql = parse_completion(text, lenient, answer_style) or ("", "")
     return Candidate(text, thought, sql, logprob, tokens, truncated)
 
 

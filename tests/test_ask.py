@@ -156,6 +156,13 @@ def test_answers_are_read_as_in_training(tmp_path, tiny_db, asker, given, of_run
         assert other.lenient is lenient
 
 
+def test_questions_are_asked_and_read_in_the_style_of_the_run(tmp_path, monkeypatch):
+    model = trained(tmp_path / "run", model="qwen2.5-3b", style="omnisql", answer_style="fence")
+    monkeypatch.setattr(sys, "argv", ["ask.py", "--model", model, "--database", "x.sqlite", "--max-value-hints", "2"])
+    _, _, prompts = ask.parse_arguments()
+    assert (prompts.style, prompts.answer_style, prompts.max_value_hints) == ("omnisql", "fence", 2)
+
+
 def test_the_command_says_that_a_policy_does_not_know_the_database(tmp_path, tiny_db):
     run = Path(trained(tmp_path / "demo")).parent
     shutil.rmtree(run / "best")

@@ -31,6 +31,7 @@ from scoring.predictions import one_line, save_predictions
 from scoring.verdicts import ExampleScore, score_predictions, suite_databases
 from scoring.voting import Candidate
 from sql_exec import Execution, SQLExecutor
+from text2sql.answer_style import ANSWER_STYLES
 
 QUESTIONS = 24
 
@@ -112,8 +113,8 @@ def test_a_model_is_read_as_its_run_read_it(own_data, tmp_path, monkeypatch, cap
     run, out = tmp_path / "run", tmp_path / "a.json"
     shutil.copytree(own_data[1], run / "best")
     own_data[1] = run / "best"
-    monkeypatch.setattr(voting, "read_group", lambda policy, group, lenient: [
-        voting.read_text(text, -1.0, 5, False, lenient) for text in FENCES[:len(group.completions)]])
+    monkeypatch.setattr(voting, "read_group", lambda policy, group, lenient, style: [
+        voting.read_text(text, -1.0, 5, False, lenient, style) for text in FENCES[:len(group.completions)]])
     for settings, flags, accuracy in (({}, [], 0), ({"lenient_format": True}, [], 4 / 24),
                                       ({"lenient_format": True}, ["--no-lenient-format"], 0),
                                       ({"lenient_format": False}, ["--lenient-format"], 4 / 24)):
@@ -126,10 +127,28 @@ def test_a_model_is_read_as_its_run_read_it(own_data, tmp_path, monkeypatch, cap
         assert ("0.0 % of the answers meet the format" in printed) == (accuracy == 0)
 
 
+def test_a_model_answers_in_the_style_of_its_run(own_data, tmp_path, monkeypatch, capsys):
+    run, out = tmp_path / "run", tmp_path / "a.json"
+    shutil.copytree(own_data[1], run / "best")
+    own_data[1] = run / "best"
+    text = "count them\n```sql\nSELECT COUNT(*) FROM singer\n```"
+    monkeypatch.setattr(voting, "read_group", lambda policy, group, lenient, style: [
+        voting.read_text(text, -1.0, 5, False, lenient, style) for _ in group.completions])
+    for settings, flags, style in (({}, [], "think-sql"), ({"answer_style": "fence"}, [], "fence"),
+                                   ({"answer_style": "fence"}, ["--answer", "think-answer"], "think-answer"),
+                                   ({}, ["--answer", "fence"], "fence")):
+        (run / "config.json").write_text(json.dumps({"data": "spider", "split": "train", **settings}))
+        run_main(monkeypatch, *own_data, *flags, "--json", out)
+        content, printed = json.loads(out.read_text()), capsys.readouterr().out
+        assert content["protocol"]["answer_style"] == style and f"prompts: compact; answers: {style}\n" in printed
+        assert content["execution_accuracy"]["bird"] == pytest.approx(4 / 24 if style == "fence" else 0)
+        assert ("the answers meet the format, " + ANSWER_STYLES[style].format[:20] in " ".join(printed.split())) == (style != "fence")
+
+
 def test_greedy_answers_can_be_read_leniently(monkeypatch):
     candidates = [[voting.read_text(FENCES[1], -1.0, 5, False, lenient)] for lenient in (False, True)]
     monkeypatch.setattr(evaluate, "sample_candidates",
-                        lambda policy, prompts, n, temperature, tokens, batch, lenient: [candidates[lenient]])
+                        lambda policy, prompts, n, temperature, tokens, batch, lenient, answer_style: [candidates[lenient]])
     assert evaluate.greedy_sqls(None, [[1]], 5) == [""]
     assert evaluate.greedy_sqls(None, [[1]], 5, lenient=True) == ["SELECT COUNT(*) FROM singer"]
 
@@ -293,11 +312,12 @@ def test_progress_without_a_file_and_with_nonsense(tmp_path):
 def test_batches_draw_their_own_samples(monkeypatch):
     seeds = []
     monkeypatch.setattr(answers, "sample_candidates", lambda policy, prompts, *rest: seeds.append(rest) or [])
-    examination = Examination(None, None, None, EvaluateConfig(model="m", samples=4, seed=2))
+    builder = evaluate.PromptBuilder({}, None, PromptConfig(answer_style="fence"))
+    examination = Examination(None, builder, None, EvaluateConfig(model="m", samples=4, seed=2))
     examination.complete([], 0)
     examination.complete([], 64)
     assert [rest[:2] for rest in seeds] == [(1, 0.0), (4, 1.0)] * 2  # greedy, then samples
-    assert seeds[1][-1] != seeds[3][-1]
+    assert seeds[1][-2] != seeds[3][-2] and {rest[-1] for rest in seeds} == {"fence"}
 
 
 # ------------------------------------------------------------------------------------------- test suite
@@ -412,6 +432,32 @@ def test_compare_many_is_tighter_than_unpaired(tmp_path):
     b = scores_file(tmp_path / "b.json", [1 if i == 0 else right for i, right in enumerate(verdicts)])
     low, high = compare(a, b)["matches"]["bird"]["interval"]
     assert low >= 0 and high < 0.01  # unpaired it would be some 0.07 wide on either side
+
+
+def test_evaluations_state_their_protocol_and_only_equal_ones_are_compared(own_data, tmp_path, monkeypatch, capsys):
+    a, b, c = (tmp_path / f"{name}.json" for name in "abc")
+    run_main(monkeypatch, *own_data, "--json", a, "--limit", 6)
+    protocol = json.loads(a.read_text())["protocol"]
+    assert protocol.pop("questions") and len(protocol.pop("template")) == 16
+    assert protocol == {
+        "data": "own.json", "split": "dev", "spider_metric": "test-suite comparison on a single database, DISTINCT ignored",
+        "prompt_style": "compact", "answer_style": "think-sql", "descriptions": "auto", "tables": "", "sample_values": 3,
+        "max_value_hints": 6, "max_prompt_tokens": 2048, "precision": "float32", "lenient_format": False, "answer": "greedy",
+        "samples": 1, "temperature": 0.0, "max_completion_tokens": 60}
+    run_main(monkeypatch, *own_data, "--json", b, "--limit", 6, "-n", 2, "--max-value-hints", 0, "--keep-distinct")
+    with pytest.raises(UserError, match=r"a.json and .*b.json were measured differently: spider metric \(.*ignored and .*kept\); "
+                                        r"max value hints \(6 and 0\); answer \(greedy and value-aware\); samples \(1 and 2\); "
+                                        r"temperature \(0.0 and 1.0\); .*--anyway"):
+        run_main(monkeypatch, "--compare", a, b)
+    capsys.readouterr()
+    run_main(monkeypatch, "--compare", a, b, "--anyway")
+    assert "6 questions" in capsys.readouterr().out
+    (tmp_path / "p.sql").write_text("SELECT 1\n" * QUESTIONS)  # of predictions nobody knows how they were made
+    run_main(monkeypatch, "--predictions", tmp_path / "p.sql", "--data", tmp_path / "own.json", "--limit", 6, "--json", c)
+    assert compare(a, c)["n"] == 6
+    run_main(monkeypatch, "--predictions", tmp_path / "p.sql", "--data", tmp_path / "own.json", "--json", c)
+    with pytest.raises(UserError, match="measured differently: questions"):
+        compare(a, c)
 
 
 def test_files_that_cannot_be_compared(tmp_path):

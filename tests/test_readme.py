@@ -32,6 +32,7 @@ PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in readme.PAGES}
 README, WALKTHROUGH, ABLATIONS = PAGES["README.md"], PAGES["docs/walkthrough.md"], PAGES["docs/ablations.md"]
 REWARDS, EXTEND, PITFALLS = PAGES["docs/rewards.md"], PAGES["docs/extend.md"], PAGES["docs/pitfalls.md"]
 OWN_REWARD = re.search(r"```python\n(def reward\(.*?)```", REWARDS, re.DOTALL)[1]
+OWN_TEMPLATE = re.search(r"```\n(\{% set system.*?)```", PAGES["docs/prompts.md"], re.DOTALL)[1]
 FOLDERS = ("engine", "text2sql", "scoring", "models", "running")
 SMALLER = {  # appended to a command, so that it takes a second or two
     "train.py": "--cold-start-steps 2 --cold-start-batch 2 --steps 1 --prompts-per-step 2 --group-size 2 --eval-every 0 "
@@ -145,16 +146,20 @@ def test_commands_of_every_program_are_found():
 def workplace(tmp_path_factory):
     """A folder with all that the commands mention, small: data in three layouts, a model, a run."""
     folder = tmp_path_factory.mktemp("readme")
-    for place in ("my_databases", "SPIDER/database/music", "BIRD/train/train_databases/music"):
+    for place in ("my_databases", "SPIDER/database/music", "BIRD/train/train_databases/music", "BIRD/dev_databases/music"):
         (folder / place).mkdir(parents=True)
         database = tiny_database(folder / place / "music.sqlite")
     records = [{"db_id": "music", "question": question, "query": sql, "trace": thought} for question, sql, thought in LESSONS]
-    for place in ("SPIDER/train_spider.json", "SPIDER/dev.json", "BIRD/train/train.json"):
+    for place in ("SPIDER/train_spider.json", "SPIDER/dev.json", "BIRD/train/train.json", "BIRD/dev.json"):
         (folder / place).write_text(json.dumps(records))
     splits = [record | {"split": split} for record in records for split in ("train", "dev", "test")]
     (folder / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in splits))
     (folder / "FILE").write_text("".join(f"{record['query']}\n" for record in records))
     (folder / "my_rewards.py").write_text(OWN_REWARD)
+    (folder / "my.jinja").write_text(OWN_TEMPLATE)
+    scores = {"examples": [{"id": "1", "db_id": "music", "gold_status": "ok", "bird": 1}]}
+    for name in ("A.json", "B.json"):
+        (folder / name).write_text(json.dumps(scores))
     shutil.copy(database, folder / "shop.sqlite")
     return folder, str(little_policy_folder(database))
 
@@ -163,8 +168,8 @@ def workplace(tmp_path_factory):
 def test_every_command_runs(command, workplace, monkeypatch):
     """As it stands on the page, with a small model and data, and fewer steps; all in one folder, in their order."""
     folder, model = workplace
-    words = ["0" if word == "S" else model if word in ("path/to/checkpoint", "runs/demo/best") or "qwen" in word else word
-             for word in shlex.split(command)]
+    words = ["0" if word == "S" else model if word in ("path/to/checkpoint", "runs/demo/best") or re.search("qwen|smollm2-135|OmniSQL-7B|finer-sql-3b", word)
+             else word for word in shlex.split(command)]
     if words[0] in ("make", "pip"):
         assert_named_in_makefile(words)
         return
@@ -230,7 +235,7 @@ def test_every_bench_is_named_and_the_makefile_runs_those_that_exist():
 
 
 @pytest.mark.parametrize("room, parts", [("grpo", set()), ("sql_exec", set()),
-                                         ("rewards", {"sql_exec", "text2sql.atomic", "text2sql.memory"})])
+                                         ("rewards", {"sql_exec", "text2sql.atomic", "text2sql.memory", "text2sql.answer_style"})])
 def test_rooms_that_stand_alone_import_their_parts_only(room, parts):
     ours = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
     for name in {room, *parts}:

@@ -19,6 +19,7 @@ import sql_exec
 from rewards import RewardConfig, RewardError, RewardItem, RewardScorer, parse_completion, parse_rewards
 from scoring.verdicts import score_predictions
 from sql_exec import MATCHES, SQLExecutor
+from text2sql.answer_style import ANSWER_STYLES, completion_text, unwrap_fence
 from text2sql.example import Example
 from text2sql.memory import HashEmbedder, MemoryGate, TraceMemory
 
@@ -73,13 +74,48 @@ def test_a_fence_is_unwrapped_only_when_lenient():
     assert parse_completion("<think>a</think> Here: ```sql\nSELECT 1\n```", lenient=True) is None
 
 
+THINKS = [("<think>a</think><answer>SELECT 1</answer>", "a"), (" <think> a\nb </think>\n<answer>\nSELECT 1;\n</answer>\n", "a\nb"),
+          ("<think>a</think> <answer>```sql\nSELECT 1\n```</answer>", "a")]
+FENCED = [("a\n```sql\nSELECT 1\n```", "a"), ("```sql\nSELECT 2\n```\nNo:\n```\nSELECT 1;\n``` Done.", "sql\nSELECT 2\n\nNo:"),
+          ("<think>a</think>\n```sql SELECT 1```", "a"), ("```sql\nSELECT 1\n```", "")]
+
+
+@pytest.mark.parametrize("style, text, thought", [("think-answer", *case) for case in THINKS]
+                         + [("fence", *case) for case in FENCED])
+def test_answers_of_other_styles_are_read(style, text, thought):
+    read_thought, sql = parse_completion(text, style=style)
+    assert sql.rstrip(";") == "SELECT 1" and read_thought.replace("`", "") == thought
+    assert parse_completion(text) is None and parse_completion(text, lenient=True, style=style) == (read_thought, sql)
+
+
+@pytest.mark.parametrize("style, text", [("think-answer", text) for text in (
+    "<think>a</think> SELECT 1", "<answer>SELECT 1</answer>", "<think> </think><answer>SELECT 1</answer>",
+    "<think>a</think><answer>SELECT 1</answer> so", "<think>a</think><answer>SELECT 1", "<think>a</think><answer>1</answer>",
+    "<think>a</think><answer>SELECT 1</answer><answer>SELECT 1</answer>", "<think>a</think><answer>SELECT 1; SELECT 2</answer>")]
+    + [("fence", text) for text in ("SELECT 1", "a ```sql\nSELECT 1", "```SELECT 1``` and ```SELECT", "```sql```", "``` text ```",
+                                    "```SELECT 1; SELECT 2```")])
+def test_what_another_style_does_not_read(style, text):
+    assert parse_completion(text, style=style) is None
+
+
+@pytest.mark.parametrize("style", ANSWER_STYLES)
+def test_what_is_taught_is_what_is_read_and_what_the_reward_takes(style, executor):
+    assert parse_completion(completion_text("a thought", GOLD, style), style=style) == ("a thought", GOLD)
+    score = RewardScorer(RewardConfig(rewards="format,execution"), executor, {"towns": SCHEMA}, match=MATCHES["bird"],
+                         answer_style=style).score
+    texts = {other: completion_text("a thought", GOLD, other) for other in ANSWER_STYLES}
+    scored = dict(zip(texts, score([RewardItem("towns", [GOLD], text) for text in texts.values()]), strict=True))
+    assert {other: found.correct for other, found in scored.items()} == {other: other == style for other in texts}
+    assert all(ANSWER_STYLES[style].format in found.error for other, found in scored.items() if other != style)
+
+
 @pytest.mark.parametrize("fenced", [
     "```sql SELECT 1```", "```sql SELECT 1 ```", "```SELECT 1```", "```sql\r\nSELECT 1\r\n```\r\n", "```SQLite\nSELECT 1;\n```",
     "``` \nSELECT 1\n```", "```sqlite3\tSELECT 1\n\n```", "``` sql\nSELECT 1\n```", "```postgresql\r\nSELECT 1\n```",
     "```MySQL \nSELECT 1\n```"])
 def test_fences_on_one_line_or_with_other_line_ends_are_unwrapped(fenced):
     thought, sql = parse_completion(f"<think>a</think>\r\n{fenced}", lenient=True)
-    assert sql.rstrip(";") == "SELECT 1" and rewards.unwrap_fence(fenced) == sql
+    assert sql.rstrip(";") == "SELECT 1" and unwrap_fence(fenced) == sql
     assert parse_completion(f"<think>a</think> {fenced}") is None
 
 
@@ -96,11 +132,12 @@ def test_hostile_texts_take_time_in_proportion_to_their_length(piece):
         text, best = start + piece * (1_000_000 // len(piece)), math.inf
         for _ in range(3):  # the least of three: other processes must not decide
             begin = time.process_time()
-            parse_completion(text, lenient=True)
+            for style in ANSWER_STYLES:
+                parse_completion(text, lenient=True, style=style)
             best = min(best, time.process_time() - begin)
             if best < 0.1:
                 break
-        assert best < 0.5  # of quadratic time it would be minutes
+        assert best < 1.0  # of quadratic time it would be minutes
 
 
 def test_the_components_of_each_kind_of_completion(executor):
@@ -384,10 +421,11 @@ def test_importing_rewards_imports_no_model_library():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_four_files_can_be_lifted_into_another_project(tmp_path):
+def test_five_files_can_be_lifted_into_another_project(tmp_path):
     root = Path(rewards.__file__).parent
     (tmp_path / "text2sql").mkdir()
-    for file in ("rewards.py", "sql_exec.py", "text2sql/atomic.py", "text2sql/memory.py"):
+    for file in ("rewards.py", "sql_exec.py", "text2sql/atomic.py", "text2sql/memory.py",
+                 "text2sql/answer_style.py"):
         shutil.copy(root / file, tmp_path / file)
     (tmp_path / "use.py").write_text(f"""
 import sqlite3

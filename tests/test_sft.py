@@ -96,6 +96,20 @@ def test_tags_and_fences_of_a_trace_are_taken_off(tiny_db, trace, bare):
     assert parse_completion(sft.taught_text(kept)) == (bare, "SELECT 1")
 
 
+@pytest.mark.parametrize("style, text", [
+    ("think-answer", "<think> look at singer </think> <answer> SELECT 1 </answer>"), ("fence", "look at singer\n```sql\nSELECT 1\n```")])
+def test_other_answers_are_taught_as_they_are_read(tiny_db, style, text):
+    examples = [taught("<think>look at singer</think>", trace_sql="```sql\nSELECT 1\n```"), taught("it is <answer> 1")]
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        kept, notes = sft.teachable(examples, executor, SCHEMAS, style)
+    assert sft.taught_text(kept[0], style) == text and parse_completion(text, style=style) == ("look at singer", "SELECT 1")
+    assert notes == []
+    policy = build_tiny([text] * 3, seed=0, vocab_size=300, width=32, layers=1)
+    builder = PromptBuilder({"music": tiny_db}, policy.tokenizer, PromptConfig(answer_style=style))
+    (_, completion), *_ = sft.supervised_pairs(kept, builder, policy.tokenizer, policy.end_id)[0]
+    assert policy.tokenizer.decode(completion) == text + policy.tokenizer.eos_token
+
+
 def test_traces_that_cannot_be_taught_are_left_out_and_counted_by_their_reason(tiny_db):
     examples = [
         taught("look"), taught("fine", trace_sql="SELECT 2"), taught("fenced", trace_sql="```sql\nSELECT 3\n```"),
@@ -309,10 +323,10 @@ def of_fates(**statuses):
 
 
 @pytest.mark.parametrize("statuses, flags, words", [
-    ({"format": 88, "ok": 12}, {}, "only 12% of the completions met the format `<think> reasoning </think> SQL`; "
-                                   "--lenient-format also takes SQL inside a code fence; train.py --traces template"),
-    ({"format": 100}, {"lenient_format": True}, "only 0% of the completions met the format `<think> reasoning </think> "
-                                                "SQL`; train.py --traces template"),
+    ({"format": 88, "ok": 12}, {}, "only 12% of the completions met the format, <think> reasoning </think> and then one query "
+                                   "and nothing else; --lenient-format also takes SQL inside a code fence; train.py --traces template"),
+    ({"format": 100}, {"lenient_format": True}, "only 0% of the completions met the format, <think> reasoning </think> and then "
+                                                "one query and nothing else; train.py --traces template"),
     ({"truncated": 60, "ok": 40}, {}, "60% of the completions were cut at --max-completion-tokens 512; raise it"),
     ({"error": 70, "format": 10}, {}, "88% of the completions met the format, but none returned the gold result"),
     ({}, {}, "no prompt fits; raise --max-prompt-tokens")])

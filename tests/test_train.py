@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,26 @@ def test_the_demo_prints_before_and_after_and_writes_its_folder(demo_run):
     assert "dev_accuracy" in metrics[1] and "dev_accuracy" not in metrics[0]
     groups = lines(folder / "rollouts.jsonl")
     assert len(groups) == 4 * 2 and all(len(g["completions"]) == 2 for g in groups)
+
+
+def test_a_run_with_a_template_and_an_answer_style_of_its_own(tmp_path):
+    """From the cold start over the reward to the record that an evaluation reads."""
+    file, folder = tmp_path / "own.jinja", tmp_path / "run"
+    file.write_text("{% set chat = false %}{{ schema.compact }}\nask : {{ question | space_out }}\n")
+    run(*SHORT, "--cold-start-steps", 60, "--max-completion-tokens", 80, "--steps", 2, "--output", folder, "--prompt-template", file,
+        "--answer", "think-answer", "--test-questions", 0)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["answer_style"] == "think-answer" and config["template_text"] == file.read_text()
+    texts = [one["text"] for group in lines(folder / "rollouts.jsonl") for one in group["completions"]]
+    assert any("<answer>" in text for text in texts)
+    file.write_text("{{ question }} of another day")
+    out = tmp_path / "a.json"
+    done = subprocess.run([sys.executable, "evaluate.py", "--model", folder / "best", "--threads", "1", "--workers", "1", "--limit", "2",
+                           "--json", out], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    protocol = json.loads(out.read_text())["protocol"]
+    assert (protocol["answer_style"], protocol["prompt_style"]) == ("think-answer", "own.jinja"), done.stderr
+    assert protocol["template"] == sha256(config["template_text"].encode()).hexdigest()[:16]
+    assert run("--resume", "--output", folder, "--prompt-template", file, check=2).count("template") > 0
 
 
 def test_resume_is_bit_exact(demo_run, tmp_path):

@@ -14,3 +14,5 @@ class Example:
     difficulty: str = ""
     trace: str = ""
     trace_sql: str = ""  # the SQL that the trace leads to, where an unverified teacher missed the gold one
+    messages: tuple[tuple[str, str], ...] = ()  # a ready-made prompt as a chat: (role, content) of each message
+    prompt: str = ""  # a ready-made prompt as a text

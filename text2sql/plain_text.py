@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 
 MARK = "\ufdd0"  # a noncharacter of Unicode: it stands for nothing, and no text may hold it
+OPEN, CLOSE = "\ufdd1", "\ufdd2"  # two more: between them stands what users and databases say
+NONCHARACTERS = re.compile("[\ufdd0-\ufdd2]")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which no tokenizer takes
 _TAG = re.compile(r"[<\[|｜◁]")  # tells added tokens that steer from those for numbers or runs of blanks
 
@@ -26,11 +28,36 @@ def control_tokens(tokenizer) -> tuple[str, ...]:
 
 def guarded(text: str, control: tuple[str, ...]) -> str:
     """The text with a mark in all that would be a control token; `encode` takes it from there."""
-    text = _SURROGATE.sub("\ufffd", text.replace(MARK, ""))
+    return guarded_inside(enclosed(text), control)
+
+
+def enclosed(text: str) -> str:
+    """A text of users or databases, between the marks that say so."""
+    return OPEN + NONCHARACTERS.sub("", text) + CLOSE
+
+
+def guarded_inside(text: str, control: tuple[str, ...]) -> str:
+    """The same for a text of which only the parts between OPEN and CLOSE come from users and databases: a control token
+    without a letter of theirs is left as it is."""
+    foreign, pieces, is_foreign = False, [], []
+    for piece in re.split(f"([{OPEN}{CLOSE}])", text):
+        if piece in (OPEN, CLOSE):
+            foreign = piece == OPEN
+        else:
+            pieces.append(piece)
+            is_foreign += [foreign] * len(piece)
+    plain = _SURROGATE.sub("\ufffd", "".join(pieces))
     if not control:
-        return text
+        return plain
+
+    def marked(found):
+        start = found.start()
+        touched = any(plain.startswith(token, start) and True in is_foreign[start:start + len(token)]
+                      for token in control)
+        return found[0] + MARK * touched
+
     openings = re.compile("[" + re.escape("".join(sorted({token[0] for token in control}))) + "]")
-    return openings.sub(lambda found: found[0] + MARK * text.startswith(control, found.start()), text)
+    return openings.sub(marked, plain)
 
 
 def encode(tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:

@@ -1,24 +1,29 @@
 """From a question and its database to the prompt a policy reads.
 
-Two styles. `full` is for pretrained models: CREATE TABLE statements with types, keys and sample values,
-the cells the question mentions, the evidence, the question and the rules of the answer, inside the
-tokenizer's chat template when it has one. `compact` is for the tiny from-scratch policy:
+A style is a template beside this file, or one of your own (see prompt_template.py, docs/prompts.md). `full` is for
+pretrained models: CREATE TABLE statements with types, keys, descriptions and sample values, the cells the question
+mentions, the evidence, the question and the rules of the answer, inside the tokenizer's chat template when it has one.
+`compact` is for the tiny from-scratch policy:
 
     singer ( singer_id , name , country ) concert ( concert_id , singer_id > singer . singer_id , year )
     hint : singer . country = 'France'
     question : How many singers are from France ?
     answer :
 
+`finer-sql` and `omnisql` have the layout of published models. A record's own `messages` or `prompt` are used as they
+are.
+
 A prompt that is too long is shortened, never cut, in this order:
-    (1) sample values go;
-    (2) columns go that neither the question or evidence, nor a hint, nor a key mentions;
-    (3) tables go of which nothing is mentioned, be it a word of the name, a column or a cell;
-    (4) tables go whose whole name is not mentioned, nor a cell of them, where there are others.
+    (1) descriptions of columns go;
+    (2) sample values go;
+    (3) columns go that neither the question or evidence, nor a hint, nor a key mentions;
+    (4) tables go of which nothing is mentioned, be it a word of the name, a column or a cell;
+    (5) tables go whose whole name is not mentioned, nor a cell of them, where there are others.
 With a mentioned table stay those that its foreign keys point to, and tables that link two mentioned ones. What still
 does not fit is left out and counted. `--tables` names the only tables that prompts may show.
 
 What users and databases say is plain text, whatever it looks like (see plain_text.py): control tokens come from the
-chat template alone. The gold SQL is never read here.
+chat template and the template's own text alone. The gold SQL is never read here.
 """
 
 from __future__ import annotations
@@ -27,52 +32,81 @@ import csv
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 from running.errors import UserError
-from running.options import check, option
+from running.options import build, check, option
+from text2sql.answer_style import ANSWER_STYLES
+from text2sql.descriptions import described
 from text2sql.example import Example
-from text2sql.plain_text import MARK, control_tokens, encode, guarded
+from text2sql.plain_text import MARK, control_tokens, encode, guarded, guarded_inside
+from text2sql.prompt_template import STYLES, PromptTemplate, Trusted, read_template, shipped
 from text2sql.schema import (
     STOP_WORDS,
-    Column,
+    UNSPACED,
     Hint,
     Schema,
     Table,
-    quote_identifier,
-    quote_value,
+    fold,
     read_schema,
     value_index,
     words,
 )
+from text2sql.schema_text import SchemaText, full_schema, space_out
 
-SYSTEM = "You are an expert in SQLite. You answer questions about a database by writing one SQLite query."
-RULES = ("First reason step by step inside <think> and </think>. Then write exactly one SQLite query that "
-         "answers the question, and nothing else: no code fence, no comment, no explanation.")
+__all__ = ["PromptBuilder", "PromptConfig", "full_schema", "mentioned_tables", "needed_columns", "needed_tables",
+           "only_tables", "prompt_config", "space_out"]
+
+LEVELS = range(6)  # of shortening: 0 is the whole prompt
+OF_A_STYLE = {"omnisql": "fence"}  # how the answers to a shipped style are written, where not as think-sql
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """How prompts are written."""
-    style: str = option("auto", "full, compact, or auto: full when the tokenizer has a chat template, else compact",
-                        flag="prompt_style", choices=("auto", "full", "compact"))
+    """How prompts are written, and the answers to them."""
+    style: str = option("auto", "full, compact, the layout of published models, or auto: full when the tokenizer has a "
+                                "chat template, else compact", flag="prompt_style", choices=("auto", *STYLES))
+    template: str = option("", "a prompt style of your own: a Jinja file, see docs/prompts.md", flag="prompt_template")
+    answer_style: str = option("auto", "how answers are written and read; auto: fence for omnisql, else think-sql",
+                               flag="answer", choices=("auto", *ANSWER_STYLES))
+    descriptions: str = option("auto", "descriptions of columns; auto: BIRD's files where they lie beside the "
+                                       "database; on: else the names in tables.json", choices=("auto", "on", "off"))
     tables: str = option("", "show these tables only, a,b (default: all)")
     sample_values: int = option(3, "sample values shown per column in the full style", at_least=0, at_most=5)
     max_value_hints: int = option(6, "at most this many cells that the question mentions", at_least=0)
-    max_prompt_tokens: int = option(2048, "longer prompts are shortened (sample values, then columns, then tables that "
-                                          "nothing mentions), else left out", at_least=1, common=True)
+    max_prompt_tokens: int = option(2048, "longer prompts are shortened (descriptions, sample values, then columns, "
+                                          "then tables that nothing mentions), else left out", at_least=1, common=True)
+    template_text: str = ""  # what the file of `template` says, so that a run keeps it
 
     def __post_init__(self):
         try:
             check(self)
         except ValueError as error:
             raise UserError(str(error)) from error
+        # A run writes down what holds, not `auto`; a frozen dataclass can be completed in no other way.
+        if self.answer_style == "auto":
+            answer = "think-sql" if self.template else OF_A_STYLE.get(self.style, "think-sql")
+            object.__setattr__(self, "answer_style", answer)
+        if self.template and not self.template_text:
+            object.__setattr__(self, "template_text", read_template(self.template))
 
     @property
     def table_names(self) -> list[str]:
         """The names of `tables`; one with a comma in it stands in double quotes."""
         names = next(csv.reader([self.tables], skipinitialspace=True), [])
         return [name.strip() for name in names if name.strip()]
+
+
+def prompt_config(given: Mapping, run: Mapping | None = None) -> PromptConfig:
+    """The given settings; where they are silent, those of the run that made the model (but for its tables)."""
+    earlier = {}
+    if run:
+        earlier = {"descriptions": "off"}  # of runs older than the setting
+        earlier |= {name: run[name] for name in vars(PromptConfig()) if name in run and name != "tables"}
+        if "style" in given or "template" in given:
+            earlier = {name: value for name, value in earlier.items() if name not in ("template", "template_text")}
+    return build(PromptConfig, earlier | dict(given))
 
 
 class PromptBuilder:
@@ -85,9 +119,12 @@ class PromptBuilder:
         self.config = config
         self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
         automatic = "full" if self.has_chat_template else "compact"
-        self.style = automatic if config.style == "auto" else config.style
+        self.style = config.template or (automatic if config.style == "auto" else config.style)
+        self.template_text = config.template_text or shipped(self.style)
+        self._template = PromptTemplate.of(self.template_text, config.template or f"{self.style}.jinja")
         self._control = control_tokens(tokenizer)
-        self._schema_texts: dict[tuple[str, int], str] = {}
+        self._schemas: dict[str, Schema] = {}
+        self._schema_texts: dict[tuple[str, int], SchemaText] = {}
         for db_id in databases if config.table_names else ():  # a wrong name is told before the first question
             self.schema(db_id)
 
@@ -119,8 +156,15 @@ class PromptBuilder:
         return index.hints(_mentioning(example), self.config.max_value_hints, shown)
 
     def schema(self, db_id: str) -> Schema:
-        """The tables that prompts may show."""
-        schema, wanted = read_schema(self.databases[db_id]), self.config.table_names
+        """The tables that prompts may show, with the descriptions of their columns."""
+        if db_id not in self._schemas:
+            schema = self._shown_tables(read_schema(self.databases[db_id]), db_id)
+            self._schemas[db_id] = described(schema, self.databases[db_id], self.config.descriptions)
+        return self._schemas[db_id]
+
+    def _shown_tables(self, schema: Schema, db_id: str) -> Schema:
+        """The tables of --tables, all by default."""
+        wanted = self.config.table_names
         if not wanted:
             return schema
         known = {table.name.lower(): table.name for table in schema.tables}
@@ -130,153 +174,111 @@ class PromptBuilder:
                 raise UserError(f"--tables: {self.databases[db_id]} has no table {name!r}; it has {names}")
         return only_tables(schema, {name.lower() for name in wanted})
 
+    def protocol(self) -> dict:
+        """What the prompts depend on, as an evaluation states it."""
+        names = ("answer_style", "descriptions", "tables", "sample_values", "max_value_hints", "max_prompt_tokens")
+        return {"prompt_style": Path(self.style).name, "template": sha256(self.template_text.encode()).hexdigest()[:16],
+                **{name: getattr(self.config, name) for name in names}}
+
     # ------------------------------------------------------------------------------------ shortening
 
     def _fit(self, example) -> tuple[str, list[int]]:
         """The first prompt that fits, going down the shortening order; the shortest one when none does."""
-        hints = self.hints(example)
-        for level in (0, 1, 2, 3, 4) if self.style == "full" else (0, 2, 3, 4):  # compact ones have no sample values
-            text = self._wrap(self._body(example, hints, level))
-            ids = self._ids(text)
+        if example.messages or example.prompt:
+            return self._ready_made(example)
+        hints, text = self.hints(example), None
+        for level in LEVELS:
+            shorter, templated = self._written(example, hints, level)
+            if shorter == text:
+                continue  # nothing of this kind was left to go
+            text, ids = shorter, self._ids(shorter, templated)
             if len(ids) <= self.config.max_prompt_tokens:
                 break
         return text, ids
 
-    def _schema_text(self, example, hints, level) -> str:
-        """The database at a level of shortening: 0 whole, 1 no sample values, 2 fewer columns, 3 and 4 fewer tables."""
+    def _schema_text(self, example, hints, level) -> SchemaText:
+        """The database at a level of shortening: 0 whole, 1 no descriptions, 2 no sample values, 3 fewer columns,
+        4 and 5 fewer tables."""
         key = (example.db_id, level)
         if key in self._schema_texts:
             return self._schema_texts[key]
         schema = self.schema(example.db_id)
-        if level >= 2:  # depends on the question, so it is not cached
-            if level >= 3:
-                schema = needed_tables(schema, mentioned_tables(schema, _mentioning(example), hints)[level - 3])
+        if level >= 1:
+            schema = without_descriptions(schema)
+        if level >= 3:  # depends on the question, so it is not cached
+            if level >= 4:
+                schema = needed_tables(schema, mentioned_tables(schema, _mentioning(example), hints)[level - 4])
             schema = needed_columns(schema, _mentioning(example), hints)
-        if self.style == "full":
-            text = full_schema(schema, self.config.sample_values if level == 0 else 0)
-        else:
-            text = compact_schema(schema)
-        if level < 2:
+        text = SchemaText(schema, self.config.sample_values if level < 2 else 0)
+        if level < 3:
             self._schema_texts[key] = text
         return text
 
     # --------------------------------------------------------------------------------------- writing
 
-    def _body(self, example, hints, level) -> str:
-        """The prompt before the chat template; of its text, only the rules may hold control tokens."""
-        schema = self._schema_text(example, hints, level)
-        if self.style == "compact":
-            lines = [schema]
-            if hints:
-                lines.append("hint : " + " ; ".join(compact_hint(hint) for hint in hints))
-            if example.evidence:
-                lines.append("evidence : " + space_out(example.evidence))
-            lines += ["question : " + space_out(example.question), "answer :\n"]
-            return guarded("\n".join(lines), self._control)
-        parts = ["Database schema:\n" + schema]
-        if hints:
-            parts.append("Values in the database that the question mentions:\n"
-                         + "\n".join(f"{quote_identifier(hint.table)}.{quote_identifier(hint.column)} = "
-                                     f"{quote_value(hint.value)}" for hint in hints))
-        if example.evidence:
-            parts.append("Evidence: " + example.evidence)
-        parts.append("Question: " + example.question)
-        return guarded("\n\n".join(parts), self._control) + "\n\n" + RULES
+    def _written(self, example, hints, level) -> tuple[str, bool]:
+        """The prompt with a schema of this level, and whether it went through the chat template."""
+        answer = self.config.answer_style
+        rendered = self._template.render(
+            schema=self._schema_text(example, hints, level), hints=hints, evidence=example.evidence,
+            question=example.question, rules=Trusted(ANSWER_STYLES[answer].rules), answer=answer)
+        body = guarded_inside(rendered.body, self._control)
+        if not rendered.chat:
+            return body, False
+        system = guarded_inside(rendered.system, self._control)
+        return self._wrap([("system", system)] * bool(system) + [("user", body)]), self.has_chat_template
 
-    def _wrap(self, body: str) -> str:
-        """The body as the tokenizer's chat template wants it, ready for the answer."""
-        if self.style == "compact":
-            return body
+    def _ready_made(self, example) -> tuple[str, list[int]]:
+        """The prompt that a record brings. Its text is plain text, in `prompt` and in each of `messages`; only a system
+        message may speak of the tags around the reasoning."""
+        if example.prompt:
+            text = guarded(example.prompt, self._control)
+            return text, self._ids(text, templated=False)
+        no_tags = tuple(token for token in self._control if token not in ("<think>", "</think>"))
+        text = self._wrap([(role, guarded(content, no_tags if role == "system" else self._control))
+                           for role, content in example.messages])
+        return text, self._ids(text, self.has_chat_template)
+
+    def _wrap(self, messages: list[tuple[str, str]]) -> str:
+        """(role, content) of a chat as the tokenizer's chat template wants it, ready for the answer."""
         if not self.has_chat_template:
-            return f"{SYSTEM}\n\n{body}\n\nAnswer:\n"
+            return "\n\n".join(content for _, content in messages) + "\n\nAnswer:\n"
         from jinja2.exceptions import TemplateError
-        system = {"role": "system", "content": SYSTEM}
-        both = {"role": "user", "content": f"{SYSTEM}\n\n{body}"}  # some templates (Gemma's) refuse a system message
-        for messages in ([system, {"role": "user", "content": body}], [both]):
+        attempts = [messages]
+        if messages[0][0] == "system" and len(messages) > 1:  # some templates (Gemma's) refuse a system message
+            (_, system), (role, first), *rest = messages
+            attempts.append([(role, f"{system}\n\n{first}"), *rest])
+        for attempt in attempts:
+            chat = [{"role": role, "content": content} for role, content in attempt]
             try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
                 break
             except TemplateError as error:
                 problem = error
         else:
             raise UserError(f"the model's chat template fails ({problem}); --prompt-style compact goes without it")
+        if self.config.answer_style == "fence":
+            return text
         # Templates of reasoning models may open <think>, close it, or do both: ours is part of the answer.
         return re.sub(r"(<think>\s*)?(</think>\s*)?$", "", text)
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, templated: bool) -> list[int]:
         """Token ids; a chat template writes its own special tokens, so none are added after it.
 
         Without a tokenizer (its training text is being written) every prompt counts as short.
         """
         if self.tokenizer is None:
             return []
-        templated = self.style == "full" and self.has_chat_template
         return encode(self.tokenizer, text, add_special_tokens=not templated)
 
 
-# ------------------------------------------------------------------------------------------- full style
-
-def full_schema(schema: Schema, sample_values: int) -> str:
-    """CREATE TABLE statements, sample values as comments."""
-    return "\n".join(_create_table(table, sample_values) for table in schema.tables)
-
-
-def _create_table(table: Table, sample_values: int) -> str:
-    """One CREATE TABLE statement."""
-    keys = [column for column in table.columns if column.primary_key]
-    lines = []
-    for column in table.columns:
-        definition = " ".join(filter(None, (quote_identifier(column.name), column.type)))
-        if [column] == keys:
-            definition += " PRIMARY KEY"
-        samples = ", ".join(quote_value(value) for value in column.samples[:sample_values])
-        lines.append((definition, f"  -- {' '.join(samples.split())}" if samples else ""))
-    if len(keys) > 1:
-        lines.append((f"PRIMARY KEY ({', '.join(quote_identifier(column.name) for column in keys)})", ""))
-    for column in table.columns:
-        for target, target_column in column.references:
-            lines.append((f"FOREIGN KEY ({quote_identifier(column.name)}) REFERENCES "
-                          f"{quote_identifier(target)} ({quote_identifier(target_column)})", ""))
-    body = "\n".join(f"  {definition}{',' if number < len(lines) else ''}{comment}"
-                     for number, (definition, comment) in enumerate(lines, 1))
-    return f"CREATE TABLE {quote_identifier(table.name)} (\n{body}\n);"
-
-
-# ---------------------------------------------------------------------------------------- compact style
-
-def compact_schema(schema: Schema) -> str:
-    """All tables on one line, lower case: `name ( column , column , key > table . column )`."""
-    return " ".join(f"{compact_name(table.name)} ( {' , '.join(map(_compact_column, table.columns))} )"
-                    for table in schema.tables)
-
-
-def _compact_column(column: Column) -> str:
-    """The column's name and where its first foreign key points."""
-    name = compact_name(column.name)
-    if not column.references:
-        return name
-    table, target = column.references[0]
-    return f"{name} > {compact_name(table)} . {compact_name(target)}"
-
-
-def compact_name(name: str) -> str:
-    """A name in lower case; SQLite folds the case of ASCII letters only."""
-    return quote_identifier(name.lower() if name.isascii() else name)
-
-
-def compact_hint(hint: Hint) -> str:
-    """`table . column = 'value'`."""
-    return f"{compact_name(hint.table)} . {compact_name(hint.column)} = {quote_value(hint.value)}"
-
-
-def space_out(text: str) -> str:
-    """The text on one line, spaces around quotes and before the final punctuation, otherwise as it is."""
-    text = re.sub(r'["“”‘]|(?<!\w)[\'’]|[\'’](?!\w)', r" \g<0> ", text)
-    text = re.sub(r"\s*([?.!]+)\s*$", r" \1", text)
-    return " ".join(text.split())
-
-
 # ------------------------------------------------------------------------------------------- shortening
+
+def without_descriptions(schema: Schema) -> Schema:
+    """The schema without what people say about its columns."""
+    return Schema(tuple(replace(table, columns=tuple(replace(column, description="") for column in table.columns))
+                        for table in schema.tables))
+
 
 def needed_columns(schema: Schema, text: str, hints: Iterable[Hint]) -> Schema:
     """The schema with only the columns that the text, a hint or a key mentions; every table stays."""
@@ -301,7 +303,7 @@ def mentioned_tables(schema: Schema, text: str, hints: Iterable[Hint]) -> tuple[
     somehow, wholly = set(hinted), set(hinted)
     for table in schema.tables:
         name, parts = table.name.lower(), [part for part in _parts(table.name) if part not in STOP_WORDS]
-        if name in spoken or parts and all(_forms(part) & spoken for part in parts):
+        if fold(name) in spoken or parts and all(_forms(part) & spoken for part in parts):
             wholly.add(name)
         if any(_is_mentioned(known, spoken) for known in (table.name, *(column.name for column in table.columns))):
             somehow.add(name)
@@ -344,8 +346,10 @@ def _parts(name: str) -> list[str]:
 
 
 def _is_mentioned(name: str, spoken: set[str]) -> bool:
-    """True when a telling word of the name is spoken: "HomeTown" by "town"."""
-    return name.lower() in spoken or any(_forms(part) & spoken for part in _parts(name)
+    """True when a telling word of the name is spoken: "HomeTown" by "town", "城市" within a longer word."""
+    if UNSPACED.search(name) and any(fold(name) in word for word in spoken):
+        return True
+    return fold(name) in spoken or any(_forms(part) & spoken for part in _parts(name)
                                          if len(part) > 2 and part not in STOP_WORDS)
 
 

@@ -6,7 +6,8 @@ Expected layouts
     bird     DIR/dev.json + DIR/dev_databases/<db_id>/<db_id>.sqlite, DIR/train/train.json +
              DIR/train/train_databases/..., DIR/mini_dev_sqlite.json + DIR/dev_databases/...
     a path   your own .json (a list) or .jsonl: question, db_id, sql (or SQL or query; a list means several
-             equivalent golds), and optionally evidence, difficulty, id, trace, trace_sql, split. Databases are
+             equivalent golds), and optionally evidence, difficulty, id, trace, trace_sql, split, and a ready-made
+             prompt: messages (a chat: a list of role and content) or prompt (a text). Databases are
              DIR/<db_id>.sqlite, DIR/<db_id>/<db_id>.sqlite or the same with .db; DIR is the file's own
              folder unless given, and a missing database is an error. Records with a `split` field (train, dev or
              test) belong to that split only, others to all.
@@ -29,6 +30,7 @@ BIRD_FILES = {  # split -> (where the official archives put its questions, its f
     "mini_dev": (("mini_dev_sqlite.json", "MINIDEV/mini_dev_sqlite.json",
                   "minidev/MINIDEV/mini_dev_sqlite.json"), "dev_databases"),
 }
+ROLES = ("system", "user", "assistant")  # of ready-made messages
 OWN_SPLITS = ("train", "dev", "test")  # what the field `split` of one's own records may say
 
 
@@ -250,9 +252,32 @@ def _example(record, source, number, identity) -> Example:
             complain(f"field {field!r} is " + ("empty or not a text" if field in record else "missing"))
         return value.strip()
 
-    return Example(id=identity, db_id=text("db_id"), question=text("question"), gold_sqls=_gold_sqls(record, complain),
-                   evidence=text("evidence", ""), difficulty=text("difficulty", ""), trace=text("trace", ""),
-                   trace_sql=text("trace_sql", ""))
+    messages, prompt = _messages(record, complain), record.get("prompt") or ""
+    if not isinstance(prompt, str):
+        complain("field 'prompt' must hold a text; a chat belongs in 'messages'")
+    if messages and prompt:
+        complain("fields 'messages' and 'prompt' both hold a prompt: leave one out")
+    asked = messages[-1][1].strip() if messages else prompt.strip()  # where the question has no field of its own
+    return Example(id=identity, db_id=text("db_id"), question=text("question", asked or None),
+                   gold_sqls=_gold_sqls(record, complain), evidence=text("evidence", ""),
+                   difficulty=text("difficulty", ""), trace=text("trace", ""), trace_sql=text("trace_sql", ""),
+                   messages=messages, prompt=prompt)
+
+
+def _messages(record, complain) -> tuple[tuple[str, str], ...]:
+    """The (role, content) of a ready-made chat, which ends with what the model must answer."""
+    messages = record.get("messages") or []
+    if not isinstance(messages, list):
+        complain("field 'messages' must hold a list of role and content")
+    chat = []
+    for message in messages:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            complain(f"field 'messages' must hold objects with a role ({', '.join(ROLES)}) and a text as content")
+        chat.append((role, content))
+    if chat and chat[-1][0] != "user":
+        complain("field 'messages' must end with the user's message: leave the answer out")
+    return tuple(chat)
 
 
 def _gold_sqls(record, complain) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ Nothing here ever sees a gold query.
 
 import re
 import sqlite3
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ _STOP_WORDS = """a about after all also an and any are as at be been before betw
 RESERVED = frozenset(_RESERVED.split())
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 WORD = re.compile(r"\w+")
+ACCENT = re.compile("[\u0300-\u036f]")  # not the marks of Japanese kana, which make other letters
+# Letters of languages that put no spaces between words, or endings right behind them: Thai, Lao, Burmese, Khmer,
+# Japanese, Chinese, Korean.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+                      "\U00020000-\U0003ffff]")
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Column:
     primary_key: bool
     references: tuple[tuple[str, str], ...] = ()
     samples: tuple = ()
+    description: str = ""  # in people's words, see descriptions.py
 
 
 @dataclass(frozen=True)
@@ -204,8 +211,20 @@ def quote_always(name: str) -> str:
 # ----------------------------------------------------------------------------------------- value hints
 
 def words(text: str) -> list[str]:
-    """The words of a text as they are compared: no possessive, lower case."""
-    return WORD.findall(text.replace("'s ", " ").lower())
+    """The words of a text as they are compared: no possessive, no accents, lower case."""
+    return WORD.findall(fold(text.replace("'s ", " ")))
+
+
+def fold(text: str) -> str:
+    """The text as it is compared: lower case, no accents, no full-width letters."""
+    return without_accents(text).casefold()
+
+
+def without_accents(text: str) -> str:
+    """The text without accents and full-width letters, its case kept."""
+    if text.isascii():
+        return text
+    return unicodedata.normalize("NFC", ACCENT.sub("", unicodedata.normalize("NFKD", text)))
 
 
 def value_index(path) -> "ValueIndex":
@@ -221,13 +240,16 @@ def _value_index(path: str, version: str) -> "ValueIndex":
 class ValueIndex:
     """Finds the cells of a database's text columns that a question mentions as whole words.
 
-    A cell is stored under its words, so "3-D Man" is found in "superpowers of 3-D man?". Bounded in rows,
-    values and bytes, so a database of gigabytes stays cheap; `value_index` builds each index only once.
+    A cell is stored under its words, so "3-D Man" is found in "superpowers of 3-D man?". Where a language writes no
+    spaces, a cell of two letters or more is also found inside a word: 北京 in 北京有多少学生. Bounded in rows, values
+    and bytes, so a database of gigabytes stays cheap; `value_index` builds each index only once.
     """
 
     def __init__(self, path):
         self.cells: dict[str, list[Hint]] = defaultdict(list)
         self.longest = 0  # words in the longest cell
+        self.unspaced: dict[str, list[Hint]] = defaultdict(list)  # by the cell's folded text
+        self.longest_unspaced = 0  # letters in the longest of them
         room = INDEX_BYTES
         connection = open_readonly(path)
         try:
@@ -252,6 +274,10 @@ class ValueIndex:
                 self.cells[" ".join(key)].append(Hint(table, column, value))
                 self.longest = max(self.longest, len(key))
                 taken += len(value)
+                if UNSPACED.search(value) and len(value.strip()) > 1:
+                    folded = fold(value.strip())
+                    self.unspaced[folded].append(Hint(table, column, value))
+                    self.longest_unspaced = max(self.longest_unspaced, len(folded))
         return taken
 
     def hints(self, text: str, limit: int, tables: set[str] | None = None) -> list[Hint]:
@@ -260,9 +286,9 @@ class ValueIndex:
         tables: those whose cells count, all by default.
         """
         spoken = words(text)
-        as_written = set(WORD.findall(text))
+        as_written = set(WORD.findall(without_accents(text)))
         covered = [False] * len(spoken)
-        found: list[Hint] = []
+        found = self._inside_words(text, tables)
         for length in range(min(self.longest, len(spoken)), 0, -1):
             matches = []
             for start in range(len(spoken) - length + 1):
@@ -275,6 +301,22 @@ class ValueIndex:
                 covered[start:start + length] = [True] * length
                 found += self._best_columns(cells, set(spoken), text)
         return list(dict.fromkeys(found))[:limit]
+
+    def _inside_words(self, text: str, tables: set[str] | None) -> list[Hint]:
+        """The cells that a text without spaces contains, the longest first, none inside a longer one."""
+        if not self.unspaced or not UNSPACED.search(text):
+            return []
+        folded, found = fold(text), []
+        covered = [False] * len(folded)
+        for length in range(min(self.longest_unspaced, len(folded)), 1, -1):
+            for start in range(len(folded) - length + 1):
+                end = start + length
+                cells = [cell for cell in self.unspaced.get(folded[start:end], ())
+                         if tables is None or cell.table in tables]
+                if cells and not any(covered[start:end]) and _may_begin(folded, start) and _may_begin(folded, end):
+                    covered[start:end] = [True] * length
+                    found += self._best_columns(cells, set(words(text)), text)
+        return found
 
     def _lookup(self, phrase, as_written) -> list[Hint]:
         """Cells made of exactly these words; a plural ("dogs") also finds the singular cell ("dog")."""
@@ -297,3 +339,9 @@ class ValueIndex:
             named = sum(word in spoken for word in words(cell.column.replace("_", " ")))
             return (-named, cell.value not in text)
         return sorted(cells, key=rank)[:3]
+
+
+def _may_begin(text: str, place: int) -> bool:
+    """Whether a word may begin or end at a place: not between two letters of a language that writes spaces."""
+    around = text[max(0, place - 1):place + 1]
+    return len(around) < 2 or not WORD.fullmatch(around) or bool(UNSPACED.search(around))
