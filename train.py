@@ -97,7 +97,7 @@ def main() -> int:
 def compute_deterministically() -> None:
     """The same seed gives the same run, bit for bit, with any number of threads: gradients of indexing are summed in a
     fixed order. An update took 0.99 of the time without. Not asked of GPUs, where some operations have no such way."""
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True), which imports a compiler: 3 s
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory, and filling takes time
 
 

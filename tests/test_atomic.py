@@ -620,14 +620,14 @@ def test_every_real_gold_equals_its_rewritten_self(shared_data):
     queries, schemas = real_queries(shared_data)
     rng, changed = random.Random(0), 0
     assert len(queries) == 1034 + 7000 + 129
-    for database, sql in queries:
+    for database, sql in dict.fromkeys(queries):  # each once
         schema = schemas.get(database) if rng.random() < 0.5 else None
         other = rewrite(sql, rng)
         changed += "zz" in other.lower()
         assert atomic_operations(sql, schema), sql
         assert atomic_reward(sql, sql, schema) == 1.0
         assert atomic_reward(other, sql, schema) == 1.0, (sql, other)
-    assert changed > 3_000  # the rewriter does find aliases
+    assert changed > 1_500  # the rewriter does find aliases
 
 
 def test_no_wrong_prediction_of_two_systems_scores_one(shared_data):
@@ -643,9 +643,9 @@ def test_no_wrong_prediction_of_two_systems_scores_one(shared_data):
 
 
 def test_mutated_queries_raise_nothing(shared_data):
-    """5,000 here; FUZZ=100000 or `python bench/reward_speed.py --fuzz 100000` for more."""
+    """2,000 here; FUZZ=100000 or `python bench/reward_speed.py --fuzz 100000` for more."""
     queries, schemas = real_queries(shared_data)
     rng = random.Random(1)
-    for _ in range(int(os.environ.get("FUZZ", 5_000))):
+    for _ in range(int(os.environ.get("FUZZ", 2_000))):
         database, gold = rng.choice(queries)
         assert 0.0 <= atomic_reward(mutate(gold, rng), gold, schemas.get(database)) <= 1.0

@@ -310,12 +310,16 @@ def test_the_real_smollm2_answers_a_question(monkeypatch, capsys):
     assert real.decode(answer) == "The capital of France is Paris." and answer[-1] == 2
 
 
-def test_a_run_on_a_gguf_file_ends_in_an_ordinary_folder(tmp_path, vocabulary, monkeypatch):
+def test_a_run_on_a_gguf_file_ends_in_an_ordinary_folder(tmp_path, tiny_db, vocabulary, monkeypatch):
+    records = [{"question": f"Who is older than {n}?", "db_id": tiny_db.stem, "trace": f"ages above {n}", "split": "train",
+                "sql": f"SELECT name FROM singer WHERE age > {n}"} for n in range(9)]
+    (tmp_path / "mine.json").write_text(json.dumps(records))
     model = small_model(vocab=len(vocabulary[0]), max_position_embeddings=4096)
     file = write_gguf(tmp_path / "m.gguf", model, vocabulary)
-    flags = ["--model", file, "--cold-start-steps", 2, "--cold-start-batch", 2, "--steps", 1, "--prompts-per-step", 1,
-             "--group-size", 2, "--max-completion-tokens", 8, "--eval-questions", 1, "--test-questions", 0, "--rewards",
-             "format", "--prompt-style", "compact", "--threads", 1, "--sql-workers", 1, "--output", tmp_path / "run"]
+    flags = ["--model", file, "--data", tmp_path / "mine.json", "--cold-start-steps", 2, "--cold-start-batch", 2, "--steps", 1,
+             "--prompts-per-step", 1, "--group-size", 2, "--max-completion-tokens", 8, "--eval-questions", 1,
+             "--test-questions", 0, "--rewards", "format", "--prompt-style", "compact", "--threads", 1, "--sql-workers", 1,
+             "--output", tmp_path / "run"]
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
     assert train.main() == 0
     best = tmp_path / "run" / "best"

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import tiny_database
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", "2"))
-STEPS = 8 * KILLS
+STEPS = 12 * KILLS
+RECORDS = [{"db_id": "music", "question": f"How many singers are older than {n}?", "trace": f"count ages above {n}",
+            "sql": f"SELECT COUNT(*) FROM singer WHERE age > {n}", "split": "train" if n < 24 else "dev"} for n in range(30)]
 FLAGS = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-step", "2", "--group-size", "4",
          "--max-completion-tokens", "24", "--eval-every", "3", "--eval-questions", "4", "--test-questions", "4",
          "--threads", "2", "--sql-workers", "1", "--kl-coef", "0.02", "--steps", str(STEPS), "--save-every", "1"]
@@ -27,7 +30,8 @@ PASSING = ("seconds", "tokens_per_second", "peak_memory", "sql_worker_restarts")
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "train.py", *FLAGS, "--output", str(folder), *more], cwd=ROOT,
+    return subprocess.Popen([sys.executable, "train.py", *FLAGS, "--data", str(folder.parent / "mine.json"), "--output",
+                             str(folder), *more], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"})  # no spinning
 
@@ -42,6 +46,8 @@ def newest_step(folder: Path) -> int:
 
 
 def test_a_run_killed_at_random_instants_ends_bit_identical(tmp_path):
+    tiny_database(tmp_path / "music.sqlite")
+    (tmp_path / "mine.json").write_text(json.dumps(RECORDS))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(whole)
     output, _ = process.communicate(timeout=500)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from engine.fast import ENGINES
 from grpo import GRPOConfig, micro_batches, policy_update, sample_groups
 from policy import build_tiny
 from running import show
-from running.errors import UserError
+from running.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,13 +85,16 @@ def test_the_command_shows_the_newest_mixed_group_or_the_one_asked_for(tmp_path)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_any_text_can_be_shown_on_any_terminal(tmp_path, encoding):
+def test_any_text_can_be_shown_on_any_terminal(tmp_path, monkeypatch, encoding):
     odd = group(completion("half \ud800 pair, 日本, é, \udcff", sql="SELECT '\ud800 日本'", status="\ud800"))
     (tmp_path / "rollouts.jsonl").write_text(json.dumps(odd | {"question": "\udfff ?", "db_id": "\ud83d"}) + "\n")
-    shown = subprocess.run([sys.executable, "-m", "running.show", tmp_path], cwd=ROOT, capture_output=True,
-                           env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert shown.returncode == 0 and shown.stderr == b""
-    assert "0 of 1 right" in shown.stdout.decode(encoding) and ("日本" in shown.stdout.decode(encoding)) == (encoding == "utf-8")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    monkeypatch.setattr(sys, "argv", ["show.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        run_main(show.main)
+    text = shown.getvalue().decode(encoding)
+    assert ended.value.code == 0 and "0 of 1 right" in text and ("日本" in text) == (encoding == "utf-8")
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
@@ -118,11 +120,14 @@ def test_token_ratios_are_those_of_the_update(micro_batch, engine):
     assert trainer.group_logps(groups, None) == [] and trainer.token_ratios(groups, None, [], []) == {}
 
 
-def test_verbose_prints_a_group_every_so_many_steps_and_logs_what_the_report_shows(tmp_path, monkeypatch, capsys):
+def test_verbose_prints_a_group_every_so_many_steps_and_logs_what_the_report_shows(tmp_path, tiny_db, monkeypatch, capsys):
     assert train.parse_settings(["--verbose"]).run.verbose == 10 and train.parse_settings([]).run.verbose == 0
     folder = tmp_path / "run"
-    arguments = ("--cold-start-steps 4 --cold-start-batch 8 --prompts-per-step 2 --group-size 3 --max-completion-tokens 20 "
-                 "--steps 3 --eval-every 0 --test-questions 0 --sql-workers 1 --verbose 2 --threads 1 --token-ratios-every 2")
+    records = [{"db_id": "music", "question": f"How many singers are older than {n}?", "trace": f"count ages above {n}",
+                "sql": f"SELECT COUNT(*) FROM singer WHERE age > {n}", "split": "train"} for n in range(12)]
+    (tmp_path / "mine.json").write_text(json.dumps(records))
+    arguments = (f"--data {tmp_path / 'mine.json'} --cold-start-steps 4 --cold-start-batch 8 --prompts-per-step 2 --group-size 3 --max-completion-tokens 20 "
+                 "--steps 3 --eval-every 0 --eval-questions 0 --test-questions 0 --sql-workers 1 --verbose 2 --threads 1 --token-ratios-every 2")
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split(), "--output", str(folder)])
     assert train.main() == 0
     printed = capsys.readouterr().out

@@ -92,19 +92,19 @@ def test_columns_with_a_clause_in_their_name_are_no_clauses():
     ("spider", "spider", "train"), ("spider", "spider", "dev"), ("bird", "bird_superhero", "dev")])
 def test_every_gold_query_of_the_real_data_has_traces_that_are_read_back(shared_data, name, folder, split):
     data = load_dataset(name, shared_data / folder, split)
-    schemas, words = columns_of(data.databases), {template: 0 for template in TRACE_TEMPLATES}
-    for example in data.examples:
-        sql, schema = example.gold_sqls[0], schemas[example.db_id]
-        for template, write in TRACE_TEMPLATES.items():
-            trace = write(sql, schema)
-            assert trace == write(sql, schema) and "```" not in trace and ";  " not in trace
+    schemas = columns_of(data.databases)
+    queries = dict.fromkeys((example.gold_sqls[0], example.db_id) for example in data.examples)  # each once
+    for number, (sql, db_id) in enumerate(queries):
+        schema = schemas[db_id]
+        listed, plan = template_trace(sql, schema), plan_trace(sql, schema)
+        for trace in (listed, plan):
+            assert "```" not in trace and ";  " not in trace
             assert parse_completion(f"<think> {trace} </think> {sql}") == (trace, sql)
-            words[template] += len(trace.split())
-        plan = plan_trace(sql, schema)
-        assert plan != template_trace(sql, schema) and "Show " in plan  # none is one that cannot be planned
+        if number % 10 == 0:
+            assert [write(sql, schema) for write in TRACE_TEMPLATES.values()] == [listed, plan]
+        assert plan != listed and "Show " in plan  # none is one that cannot be planned
         for table in {table.lower() for table in schema} & names_in(sql):
             assert table in plan.lower()
-    print({template: count / len(data.examples) for template, count in words.items()})
 
 
 def test_no_query_however_broken_ends_in_an_exception():
@@ -115,11 +115,11 @@ def test_no_query_however_broken_ends_in_an_exception():
     extra = ("(", ")", ",", ".", ";", "select", "from", "where", "as", "with", "union", "order", "by", "limit", "group", "on",
              "using", "left", "'a'", '"b"', "`c`", "-", "not")
     planned = 0
-    for _ in range(1500):
+    for _ in range(400):
         words = rng.choice(sqls).split()
         for _ in range(rng.randint(1, 2)):
             place = rng.randrange(len(words))
             words[place:place + rng.randint(0, 1)] = [rng.choice(extra)] * rng.randint(0, 1)
         sql = " ".join(words)
         planned += plan_trace(sql, SCHEMA) != template_trace(sql, SCHEMA)
-    assert 100 < planned < 1400
+    assert 30 < planned < 370

@@ -1,5 +1,7 @@
 """train.py from the outside, as a user runs it: the demo, Spider's layout, a chat model, resume, Ctrl-C, bad input."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -15,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_database
+from little_policy import little_policy_folder
 from transformers import AutoModelForCausalLM
 
 import train
 from grpo import Group, GRPOConfig
 from policy import build_tiny
-from running.errors import UserError
+from running.errors import UserError, run_main
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-step", "2", "--group-size", "2",
@@ -28,11 +32,20 @@ SHORT = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-s
          "--threads", "1", "--sql-workers", "1", "--kl-coef", "0.02"]
 
 
-def run(*arguments, check=0, **options):
-    done = subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, **options)
-    assert done.returncode == check, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout + done.stderr
+def call(*arguments):
+    """(exit status, stdout, stderr) of train.py, run in this process, which spares the seconds of its imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          pytest.raises(SystemExit) as ended):
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        run_main(train.main)
+    return ended.value.code, out.getvalue(), err.getvalue()
+
+
+def run(*arguments, check=0):
+    status, out, err = call(*arguments)
+    assert status == check, out[-2000:] + err[-2000:]
+    return out + err
 
 
 def lines(path):
@@ -46,8 +59,35 @@ def without_times(records):
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    done = subprocess.run([sys.executable, "train.py", *SHORT, "--steps", "4", "--save-every", "2", "--output", folder],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory):
+    """Flags of a run on 24 questions with traces and six for the test: a second, where the demo takes ten."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny_database(folder / "music.sqlite")
+    records = [{"db_id": "music", "question": f"How many singers are older than {n}?", "trace": f"count ages above {n}",
+                "sql": f"SELECT COUNT(*) FROM singer WHERE age > {n}", "split": "train" if n < 24 else "dev"} for n in range(30)]
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return [*SHORT, "--data", str(folder / "mine.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def small(small_data):
+    """The same with a policy of two layers."""
+    return [*small_data, "--lr", "3e-4", "--model", str(little_policy_folder(Path(small_data[-1]).with_name("music.sqlite")))]
+
+
+@pytest.fixture(scope="module")
+def small_run(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, run(*SHORT, "--steps", 4, "--save-every", 2, "--output", folder)
+    run(*small, "--steps", 4, "--save-every", 2, "--output", folder)
+    return folder
 
 
 def test_the_demo_prints_before_and_after_and_writes_its_folder(demo_run):
@@ -89,13 +129,12 @@ def test_a_run_with_a_template_and_an_answer_style_of_its_own(tmp_path):
     assert run("--resume", "--output", folder, "--prompt-template", file, check=2).count("template") > 0
 
 
-def test_resume_is_bit_exact(demo_run, tmp_path):
-    whole, _ = demo_run
-    half = tmp_path / "half"
+def test_resume_is_bit_exact(small, small_run, tmp_path):
+    whole, half = small_run, tmp_path / "half"
     code = ("import sys, train; sys.argv[1:] = sys.argv[2:]; save = train.Trainer.save\n"
             "def stop(self):\n save(self)\n if self.step == 2: import os; os._exit(9)\n"
             "train.Trainer.save = stop; train.run_main(train.main)")
-    arguments = [*SHORT, "--steps", "4", "--save-every", "2", "--output", str(half)]
+    arguments = [*small, "--steps", "4", "--save-every", "2", "--output", str(half)]
     killed = subprocess.run([sys.executable, "-c", code, "x", *arguments], cwd=ROOT, capture_output=True, timeout=300)
     assert killed.returncode == 9, killed.stderr[-2000:]
     with open(half / "metrics.jsonl", "a") as file:
@@ -112,17 +151,16 @@ def test_resume_is_bit_exact(demo_run, tmp_path):
         assert all((a[key] == b[key]).all() for key in a)
 
 
-def test_resuming_a_finished_run_changes_nothing(demo_run):
-    folder, _ = demo_run
-    before = (folder / "metrics.jsonl").read_bytes()
-    assert "after GRPO" in run(*SHORT, "--steps", 4, "--save-every", 2, "--output", folder, "--resume")
-    assert (folder / "metrics.jsonl").read_bytes() == before
+def test_resuming_a_finished_run_changes_nothing(small, small_run):
+    before = (small_run / "metrics.jsonl").read_bytes()
+    assert "after GRPO" in run(*small, "--steps", 4, "--save-every", 2, "--output", small_run, "--resume")
+    assert (small_run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_exits_130(tmp_path, number):
+def test_a_signal_finishes_the_step_saves_and_exits_130(small, tmp_path, number):
     folder = tmp_path / "stopped"
-    arguments = [*SHORT, "--steps", "100000", "--test-questions", "0", "--output", str(folder)]
+    arguments = [*small, "--steps", "100000", "--test-questions", "0", "--output", str(folder)]
     process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 200
@@ -135,13 +173,15 @@ def test_a_signal_finishes_the_step_saves_and_exits_130(tmp_path, number):
     assert (folder / f"checkpoints/step-{last}" / "trainer.pt").is_file()
 
 
-def test_an_interrupt_before_the_first_step_keeps_the_cold_start(tmp_path):
+def test_an_interrupt_before_the_first_step_keeps_the_cold_start(small, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     folder = tmp_path / "early"
-    code = ("import sys, train; sys.argv[1:] = sys.argv[2:]\ndef evaluate(self, *_): raise KeyboardInterrupt\n"
-            "train.Trainer.evaluate = evaluate; train.run_main(train.main)")
-    arguments = [*SHORT, "--steps", "1", "--output", str(folder)]
-    stopped = subprocess.run([sys.executable, "-c", code, "x", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert stopped.returncode == 130 and "go on from step 0 with --resume" in stopped.stdout, stopped.stderr[-2000:]
+    arguments = [*small, "--steps", "1", "--output", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "evaluate", interrupted)
+        assert "go on from step 0 with --resume" in run(*arguments, check=130)
     output = run(*arguments)  # the same command goes on
     assert "resuming from" in output and "cold start:" not in output and "before GRPO" in output
     shutil.rmtree(folder / "checkpoints")
@@ -158,10 +198,10 @@ def test_an_interrupt_before_the_first_step_keeps_the_cold_start(tmp_path):
     (["--plan", "-5"], "--plan is -5"), (["--sql-timeout", "0"], "--sql-timeout is 0"),
     (["--lr-warmup", "-5"], "--lr-warmup is -5"),
     (["--max-value-hints", "-1"], "max"), (["--warn-kl", "nan"], "kl is nan")])
-def test_what_cannot_work_is_told_before_anything_is_trained_and_blocks_no_folder(tmp_path, monkeypatch, flags, told):
+def test_what_cannot_work_is_told_before_anything_is_trained_and_blocks_no_folder(small_data, tmp_path, monkeypatch, flags, told):
     folder = tmp_path / "run"
     monkeypatch.setattr(train, "cold_start", None)  # it would fail if it were called
-    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "--steps", "1", "--output", str(folder), *flags])
+    monkeypatch.setattr(sys, "argv", ["train.py", *small_data, "--steps", "1", "--output", str(folder), *flags])
     with pytest.raises(UserError, match=told):
         train.main()
     assert not folder.exists()
@@ -176,11 +216,10 @@ def test_the_length_penalty_has_dapos_values():
     torch.testing.assert_close(fifth, torch.tensor([[0.0, 0.0, 0.0], [0.0, -0.5, -1.0]]))
 
 
-def test_token_ratios_are_kept_every_so_many_steps_and_in_the_last(tmp_path, monkeypatch):
+def test_token_ratios_are_kept_every_so_many_steps_and_in_the_last(small, tmp_path):
     folder = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "--steps", "3", "--test-questions", "0", "--eval-every", "0",
-                                      "--token-ratios-every", "2", "--output", str(folder), "--lr", "0.01", "--lr-warmup", "0"])
-    assert train.main() == 0
+    run(*small, "--steps", "3", "--test-questions", "0", "--eval-every", "0", "--token-ratios-every", "2", "--output", folder,
+        "--lr", "0.01", "--lr-warmup", "0")
     kept = {}
     for group in lines(folder / "rollouts.jsonl"):
         for one in group["completions"]:
@@ -193,11 +232,10 @@ def test_token_ratios_are_kept_every_so_many_steps_and_in_the_last(tmp_path, mon
 
 @pytest.mark.parametrize("rewards", ["format,execution", "execution", "format", "atomic", "memory", "format,atomic",
                                      "format,memory", "execution,memory", "format,execution,atomic=0.5"])
-def test_other_sets_of_rewards_run(tmp_path, monkeypatch, rewards):
+def test_other_sets_of_rewards_run(small, tmp_path, rewards):
     folder = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "--steps", "1", "--test-questions", "0", "--eval-every", "0",
-                                      "--rewards", rewards, "--output", str(folder), "--cold-start-steps", "2"])
-    assert train.main() == 0
+    run(*small, "--steps", "1", "--test-questions", "0", "--eval-every", "0", "--rewards", rewards, "--output", folder,
+        "--cold-start-steps", "2")
     first = lines(folder / "metrics.jsonl")[0]
     on = {part.split("=")[0] for part in rewards.split(",")}
     assert ("seconds/rewards/atomic" in first) == ("atomic" in on)
@@ -272,26 +310,27 @@ def test_spider(shared_data, tmp_path):
         (folder / name).symlink_to(real / name)
     records = json.loads((real / "train_spider.json").read_text())
     without = [record for record in records if record["db_id"] == "formula_1"][:20]  # its database is missing
-    (folder / "train_spider.json").write_text(json.dumps(records[:300] + without))
+    (folder / "train_spider.json").write_text(json.dumps(records[:100] + without))
     output = run("--data", "spider", "--data-dir", folder, "--steps", 1, *SHORT, "--max-prompt-tokens", 300,
                  "--output", tmp_path / "run")
-    assert "left out 20 of 320 questions" in output and "formula_1" in output
+    assert "left out 20 of 120 questions" in output and "formula_1" in output
     first = lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert any(name.startswith("status/") for name in first)
 
 
 def sentence(*arguments):
     """The one line on stderr of a run that is refused with exit status 2."""
-    done = subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    text = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(text) == 1 and text[0].startswith("error: "), done.stderr[-2000:]
+    status, _, err = call(*arguments)
+    text = err.strip().splitlines()
+    assert status == 2 and len(text) == 1 and text[0].startswith("error: "), err[-2000:]
     return text[0]
 
 
-def test_bad_input_is_one_sentence_and_status_2(tmp_path, demo_run):
+def test_bad_input_is_one_sentence_and_status_2(tmp_path, small, small_run):
     new = ("--output", tmp_path / "new")
-    assert "group_size is 1" in sentence("--group-size", 1, *new)
+    done = subprocess.run([sys.executable, "train.py", "--group-size", "1", *new], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: group_size is 1") and done.stderr.count("\n") == 1
     assert "hf download Qwen/Qwen2.5-3B-Instruct" in sentence("--model", "qwen2.5-3b", *new)
     assert str(tmp_path / "none") in sentence("--data", "spider", "--data-dir", tmp_path / "none", *new)
     assert "needs --data-dir" in sentence("--data", "bird", *new)
@@ -302,17 +341,18 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, demo_run):
     assert "record 1: no database" in sentence("--data", tmp_path / "mine.json", *new)
     (tmp_path / "x.sqlite").write_text("not a database")
     assert "not a SQLite database" in sentence("--data", tmp_path / "mine.json", *new)
-    before = sorted(p.name for p in demo_run[0].iterdir())
-    assert "already holds a run" in sentence("--output", demo_run[0])
-    assert sorted(p.name for p in demo_run[0].iterdir()) == before
-    assert "no run to resume" in sentence("--resume", *new)
-    assert "was started with seed = 0" in sentence("--resume", "--seed", 3, "--output", demo_run[0])
+    before = sorted(p.name for p in small_run.iterdir())
+    assert "already holds a run" in sentence(*small, "--output", small_run)
+    assert sorted(p.name for p in small_run.iterdir()) == before
+    assert "no run to resume" in sentence(*small, "--resume", *new)
+    assert "was started with seed = 0" in sentence(*small, "--resume", "--steps", 4, "--save-every", 2, "--seed", 3,
+                                                   "--output", small_run)
     assert not (tmp_path / "new").exists()
 
 
-def test_too_little_disk_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+def test_too_little_disk_is_refused_before_anything_is_written(small_data, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "free_space", lambda folder: 1000)
-    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "--output", str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "argv", ["train.py", *small_data, "--output", str(tmp_path / "run")])
     with pytest.raises(UserError, match="free, but checkpoints of this model need"):
         train.main()
 
@@ -357,8 +397,8 @@ def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_rewar
     assert [train.has_right_and_wrong(rows[q]) for q in rows] == [True, False, False, True, True]
 
 
-def test_a_run_with_dynamic_sampling_and_a_length_penalty_resumes_bit_for_bit(tmp_path):
-    flags = [*SHORT, "--steps", 2, "--save-every", 1, "--dynamic-sampling", 2, "--overlong", "penalise",
+def test_a_run_with_dynamic_sampling_and_a_length_penalty_resumes_bit_for_bit(small, tmp_path):
+    flags = [*small, "--steps", 2, "--save-every", 1, "--dynamic-sampling", 2, "--overlong", "penalise",
              "--rewards", "format,execution"]
     run(*flags, "--output", tmp_path / "whole")
     run(*flags, "--output", tmp_path / "half")
