@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -227,6 +228,9 @@ def _read_checkpoint(name: str, source: str, dtype: torch.dtype):
     except LOADING_ERRORS as error:
         raise UserError(missing_model(name, error)) from error
     refuse_unfit(source, info)
+    if "past_key_values" not in signature(model.forward).parameters:
+        raise UserError(f"{name}: {type(model).__name__} keeps no keys and values, which sampling here goes on from; "
+                        "choose another --model")
     refuse_large_vocabulary(source, tokenizer, model.get_input_embeddings().weight.shape[0])
     return model, tokenizer
 

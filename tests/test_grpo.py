@@ -6,11 +6,13 @@ import itertools
 import math
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -671,6 +673,34 @@ def test_a_model_that_cannot_run_packed_rows_falls_back_with_a_warning(monkeypat
     with pytest.warns(UserWarning, match="Qwen2ForCausalLM cannot run packed rows "):
         logp, _ = packing.completion_logprobs(model, packed, 1.0)
     torch.testing.assert_close(logp, padded_logprobs(model, packed, 1.0))
+
+
+HYBRIDS = {
+    "Lfm2": {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3},
+    "Qwen3Next": {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "num_experts": 4,
+                  "linear_value_head_dim": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "FalconH1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "Llama4Text": {"head_dim": 8, "attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 64}}
+OTHERS = {"SmolLM3": {}, "Gemma3Text": {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [*HYBRIDS, *OTHERS])
+def test_other_architectures_are_run_exactly_or_take_the_plain_engine_with_one_warning(kind):
+    """Layers that keep a state instead of keys, chunks of attention, layers without rotation, sliding windows."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL | {"hidden_size": 32, "num_hidden_layers": 4} | (HYBRIDS | OTHERS)[kind])
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    config, prompts = GRPOConfig(group_size=3, max_completion_tokens=12), [torch.arange(3, 12), torch.arange(5, 9)]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fast, plain = (grpo.sample_groups(model, prompts, config, eos_ids=[EOS], seeds=[1, 2], engine=e) for e in (FAST, PLAIN))
+        trained = FAST.logprobs(model, [prompts[0]] * 3 + [prompts[1]] * 3, [c for g in fast for c in g.completions], 1.0)
+    assert sum("the plain engine takes over" in str(one.message) for one in warned) == (kind in HYBRIDS)
+    rows = [(one, two) for a, b in zip(fast, plain, strict=True) for one, two in zip(a.logps, b.logps, strict=True)]
+    for row, (one, two) in zip(trained, rows, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+        torch.testing.assert_close(row[:len(one)], one, rtol=0, atol=1e-5)
 
 
 def test_bf16_weights_do_not_decide_what_a_model_can_run():
