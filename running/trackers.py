@@ -30,8 +30,11 @@ class Wandb:
     """A run of wandb, or of trackio, which has the same three functions. A run that is resumed is a new one there."""
 
     def __init__(self, package: str, folder: Path, settings: dict):
-        options = {"dir": str(folder)} if package == "wandb" else {}
-        self.run = import_module(package).init(project="text2sql-grpo", name=folder.name, config=settings, **options)
+        module, options = import_module(package), {"dir": str(folder)} if package == "wandb" else {}
+        try:
+            self.run = module.init(project="text2sql-grpo", name=folder.name, config=settings, **options)
+        except (OSError, getattr(module, "Error", OSError)) as error:  # wandb's, where it has no key
+            raise UserError(f"--log {package} cannot start: {error} (WANDB_MODE=offline needs no account)") from error
 
     def log(self, metrics: dict, step: int) -> None:
         self.run.log(metrics, step=step)

@@ -53,6 +53,19 @@ def test_wandb_writes_its_run_offline(tmp_path, monkeypatch):
     assert all(part in content for part in (b"text2sql-grpo", tmp_path.name.encode(), b"reward", b"1.5"))
 
 
+def test_wandb_without_a_key_is_one_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is optional")
+    code = ("from pathlib import Path; from running import errors, trackers;"
+            "errors.run_main(lambda: trackers.open_trackers('wandb', Path('.'), {}))")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(ROOT), *sys.path]))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and "error: --log wandb cannot start: No API key" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_trackio_stores_every_number(tmp_path, monkeypatch):
     pytest.importorskip("trackio", reason="trackio is optional")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
