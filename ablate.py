@@ -76,6 +76,10 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
     "kl": {f"kl {weight}": {"kl_coef": weight} for weight in ("0", "0.01", "0.04", "0.1")},
     "group-size": {f"{B} x {G}": {"prompts_per_step": B, "group_size": G}  # the same number of completions
                    for B, G in (("32", "8"), ("128", "2"), ("64", "4"), ("16", "16"), ("8", "32"))},
+    "variants": {  # two updates a rollout where the first alone would be the same
+        "default": {}, "gdpo": {"advantage_scale": "gdpo"},
+        "dapo, 2 updates": {"loss": "dapo", "updates_per_rollout": "2"},
+        "cispo, 2 updates": {"loss": "cispo", "updates_per_rollout": "2", "clip_low": "1", "clip_high": "4"}},
     "advantage-scale": {scale: {"advantage_scale": scale} for scale in ("none", "group", "batch")},
     "embedder": {name: {"rewards": BOTH, "embedder": name} for name in ("hash", "policy")},
 }

@@ -8,18 +8,15 @@ For a question q the policy samples a group of G completions o_1 … o_G, each i
     (4)  D_it = exp(ρ_it) − ρ_it − 1,  ρ_it = log π_ref − log π                  KL to the reference ("k3")
     (5)  L = −mean_i mean_t (S_it − β D_it)                        what the optimizer descends
 
-from DeepSeekMath (arXiv 2402.03300). There is no value model: the group's mean reward is the baseline.
-
-The file follows a training step: sample, log-probabilities, advantages, loss, update. What is done here that small
-implementations often get wrong:
+from DeepSeekMath (arXiv 2402.03300). There is no value model: the group's mean reward is the baseline. The file follows
+a training step: sample, log-probabilities, advantages, loss, update. What small implementations often get wrong:
 1. log-probabilities are those of the sampling distribution, temperature included;
 2. masks come from lengths, never from token ids, so a sampled EOS is trained and padding is not;
 3. the loss is normalised by the whole batch, so accumulating gradients over micro-batches is exact;
 4. what is drawn for a prompt depends on its seed alone, not on what is sampled beside it.
 
-What is left out: rewards, files, arguments, several processes, and speed. Sampling and log-probabilities take nearly
-all the time, so they are handed in as an `Engine`: `PLAIN`, below, is the one to read; engine/fast.py computes the same
-faster, and the tests hold both equal. This file needs torch only:
+Left out: rewards, files, arguments, several processes, and speed. Sampling and log-probabilities take nearly all the
+time, so they are handed in as an `Engine`: `PLAIN` is the one to read, engine/fast.py computes the same faster:
 
     groups = sample_groups(model, prompts, config, eos_ids=[2])              # rollout
     advantages = group_advantages(rewards)                                   # [B, G], your rewards of the completions
@@ -36,6 +33,7 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def _setting(default, text: str, **metadata):
@@ -50,11 +48,15 @@ class GRPOConfig:
     max_completion_tokens: int = _setting(512, "completions are truncated at this length", at_least=1, common=True)
     clip_low: float = _setting(0.2, "the ratio is clipped below at 1 - clip_low", at_least=0)
     clip_high: float = _setting(0.2, "the ratio is clipped above at 1 + clip_high (DAPO: 0.28)", at_least=0)
+    dual_clip: float = _setting(0.0, "where A < 0 the ratio is clipped above at this (usually 3); 0: not", at_least=0)
     kl_coef: float = _setting(0.04, "weight of the KL to the reference; 0 needs no reference", at_least=0, common=True)
     kl_estimator: str = _setting("k3", "per-token estimator of the KL in the loss", choices=("k2", "k3"))
-    loss: str = _setting("grpo", "how token losses are averaged; gspo also takes one ratio per completion", common=True,
-                         choices=("grpo", "dapo", "dr_grpo", "gspo"))
-    advantage_scale: str = _setting("group", "whose std divides advantages", choices=("group", "batch", "none"))
+    loss: str = _setting("grpo", "how token losses are averaged; gspo: one ratio a completion; cispo: the ratio is a "
+                         "weight", choices=("grpo", "dapo", "dr_grpo", "gspo", "cispo"), common=True)
+    advantage_scale: str = _setting("group", "whose std divides advantages; gdpo: each reward's in its group, then the "
+                                    "batch's", choices=("group", "batch", "none", "gdpo"))
+    sampler_cap: float = _setting(0.0, "a token weighs min(π / sampler's π, this) (TRL: 2); 0: it weighs 1", at_least=0)
+    sampler_veto: float = _setting(0.0, "drop completions with a larger |log(π / sampler's π)|; 0: none", at_least=0)
     updates_per_rollout: int = _setting(1, "optimizer steps on each batch of rollouts", at_least=1)
     micro_batch: int = _setting(0, "completions per forward pass of the update; 0: the whole group", at_least=0)
     rollout_batch: int = _setting(256, "completions decoded side by side", at_least=1)
@@ -93,11 +95,9 @@ class Engine:
 def dropout_off(model):
     """Evaluation mode inside, so that rollout and update see the same policy; every module's mode comes back."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        for module, _ in modes:  # a layer checkpoints only in training mode; its children, dropout too, stay in eval
-            if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
-                module.training = True
+        for module, _ in modes:  # a layer checkpoints only in training mode; its children, dropout too, do not need it
+            module.training = torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
         yield
     finally:
         for module, mode in modes:
@@ -140,8 +140,7 @@ def as_groups(prompts, G: int, tokens: Tensor, logps: Tensor, entropies: Tensor,
 def sample_token(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draws a token a row from softmax(logits / temperature); 0 is greedy. [N, V] -> token, logp, entropy [N] each.
 
-    uniform: [N], float64 in [0, 1), all the randomness there is.
-    """
+    uniform: [N], float64 in [0, 1), all the randomness there is."""
     logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     p = logp.exp()
     if not temperature:
@@ -154,22 +153,19 @@ def sample_token(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[T
 
 def left_pad(prompts: Sequence[Tensor], device) -> tuple[Tensor, Tensor]:
     """Stacks prompts of unequal length, padded on the left. -> ids [B, P], mask [B, P] of 0 and 1."""
-    P = max(len(p) for p in prompts)
-    ids = torch.stack([F.pad(p, (P - len(p), 0)) for p in prompts]).to(device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, (torch.arange(P, device=device) >= P - lengths[:, None]).long()
+    masks = [torch.ones_like(prompt) for prompt in prompts]
+    return tuple(pad_sequence(rows, batch_first=True, padding_side="left").to(device) for rows in (prompts, masks))
 
 
 # ---- log-probabilities
 def plain_logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float) -> Tensor:
     """Log-probability of every completion token under softmax(logits / temperature), with gradient. -> [N, T]
 
-    N rows `prompt + completion`, padded on the right; T is the longest completion, and padding gets 0.
-    """
+    N rows `prompt + completion`, padded on the right; T is the longest completion, and padding gets 0."""
     device, T = next(model.parameters()).device, max(len(c) for c in completions)
     rows = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
     lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]  # [N, 1]
-    ids = torch.stack([F.pad(row, (0, max(map(len, rows)) - len(row))) for row in rows]).to(device)  # [N, L]
+    ids = pad_sequence(rows, batch_first=True).to(device)  # [N, L]
     seen = torch.arange(ids.shape[1], device=device) < lengths  # [N, L]
     logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits  # [N, L, V]
     logp = target_logprobs(logits[:, :-1], ids[:, 1:], temperature)  # [N, L - 1], of tokens 1 … L - 1
@@ -196,8 +192,7 @@ def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_i
 
     eos_ids: the tokens that end a completion.
     group_size, temperature: override the config's; 1 completion and temperature 0 (greedy) are allowed here.
-    seeds: one a prompt, the only source of its randomness; None: drawn from PyTorch's global generator.
-    """
+    seeds: one a prompt, the only source of its randomness; None: drawn from PyTorch's global generator."""
     G = config.group_size if group_size is None else group_size
     temperature = config.temperature if temperature is None else temperature
     per_batch = max(1, config.rollout_batch // G)
@@ -219,8 +214,7 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
 
     scale: divide by the standard deviation (divisor n − 1) of the `group` (GRPO), of the `batch`, or by nothing, `none`
     (Dr. GRPO, arXiv 2503.20783). A group whose rewards are equal but for rounding gets exactly 0.
-    Raises ValueError: fewer than two completions a group, a reward that is not finite, an unknown scale.
-    """
+    Raises ValueError: fewer than two completions a group, a reward that is not finite, an unknown scale."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [B, G] with G at least 2, but are {list(rewards.shape)}")
     if not torch.isfinite(rewards).all():
@@ -236,6 +230,12 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     return advantages.masked_fill(flat, 0.0)
 
 
+def gdpo_advantages(rewards: Tensor, weights: Sequence[float]) -> Tensor:
+    """GDPO (arXiv 2601.05242): K rewards, each over its std in the group, are weighted, summed, and divided by the
+    batch's std, so that no reward is drowned by one that varies more. [K, B, G] -> [B, G]"""
+    return group_advantages(sum(w * group_advantages(R) for w, R in zip(weights, rewards, strict=True)), "batch")
+
+
 def flat_groups(rewards: Tensor) -> Tensor:
     """Which groups have nothing to compare: all rewards equal but for rounding. [B, G] -> bool [B]"""
     spread = rewards.amax(dim=1) - rewards.amin(dim=1)
@@ -247,8 +247,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     """Per-token estimate of KL(π ‖ π_ref) for tokens sampled from π; elementwise. joschu.net/blog/kl-approx.html
 
     In expectation k1 and k3 equal the KL. As a loss, k2 has the KL's gradient and k3 (GRPO's choice) that of
-    KL(π_ref ‖ π); k1 has none, its expected gradient is zero, so it is a metric only.
-    """
+    KL(π_ref ‖ π); k1 has none, its expected gradient is zero, so it is a metric only."""
     log_ratio = ref_logp - logp  # ρ of eq. (4)
     if kind == "k1":
         return -log_ratio
@@ -264,25 +263,28 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advanta
     """Clipped surrogate plus `kl_coef` times KL, eq. (2)–(5). -> (scalar loss, statistics, means over these tokens)
 
     logp, old_logp, ref_logp: [N, T]; gradients flow through logp only. ref_logp may be None (no KL).
-    advantages: [N], one a completion. mask: [N, T], true on the tokens that count.
-    normalizer: `loss_normalizer` of the *whole* batch where these rows are a part of it; None: of these rows.
-    """
+    advantages: [N], one a completion, or [N, T]. mask: [N, T], true on the tokens that count.
+    normalizer: `loss_normalizer` of the *whole* batch where these rows are a part of it; None: of these rows."""
     mask = mask.to(logp.dtype)
     lengths = mask.sum(-1).clamp(min=1)  # [N]
-    A = advantages.detach().to(logp.dtype)[:, None]  # [N, 1]
+    A = advantages.detach().to(logp.dtype).view(len(logp), -1)  # [N, 1] or [N, T]
     log_ratio = (logp - old_logp.detach()) * mask
     if config.loss == "gspo":  # one ratio a sequence, the geometric mean of its tokens' (arXiv 2507.18071)
         log_ratio = (log_ratio.sum(-1) / lengths)[:, None] * mask
     ratio = log_ratio.exp()  # eq. (2)  [N, T]
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # clip-higher where clip_high > clip_low (DAPO)
-    token_loss = -torch.minimum(ratio * A, clipped * A)  # eq. (3)
+    surrogate = torch.minimum(ratio * A, clipped * A)  # eq. (3)
+    if config.dual_clip:  # bounded below: a bad token that became far likelier pulls no harder (arXiv 1912.09729)
+        surrogate = torch.where(A < 0, surrogate.maximum(config.dual_clip * A), surrogate)
+    if config.loss == "cispo":  # the clipped ratio is a constant weight, so no token loses its gradient (2506.13585)
+        surrogate = clipped.detach() * A * logp
     kl = None if ref_logp is None else kl_estimate(logp, ref_logp.detach(), config.kl_estimator)
     if kl is not None and config.kl_coef:
-        token_loss = token_loss + config.kl_coef * kl
-    row_loss = (token_loss * mask).sum(-1)  # [N]
+        surrogate = surrogate - config.kl_coef * kl
+    row_loss = -(surrogate * mask).sum(-1)  # [N]
     if config.loss in ("grpo", "gspo"):  # mean over a sequence's tokens, then over sequences
         row_loss = row_loss / lengths
-    # dapo: every token of the batch weighs the same (arXiv 2503.14476); dr_grpo: a constant length (2503.20783)
+    # dapo, cispo: every token of the batch weighs the same (arXiv 2503.14476); dr_grpo: a constant length (2503.20783)
     divisor = loss_normalizer(mask, config) if normalizer is None else normalizer
     with torch.no_grad():
         values = {"ratio_mean": ratio, "approx_kl": torch.expm1(log_ratio) - log_ratio,  # KL(π_old ‖ π)
@@ -297,7 +299,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advanta
 
 def loss_normalizer(mask: Tensor, config: GRPOConfig) -> float:
     """The divisor of the summed loss of these rows; those of the parts of a batch add up to its own. mask [N, T]"""
-    if config.loss == "dapo":
+    if config.loss in ("dapo", "cispo"):
         return mask.sum().item()
     sequences = (mask.sum(-1) > 0).sum().item()  # fully masked ones do not count
     return sequences * config.max_completion_tokens if config.loss == "dr_grpo" else sequences
@@ -316,18 +318,16 @@ class MicroBatch:
 
 def micro_batches(groups: Sequence[Group], config: GRPOConfig) -> list[MicroBatch]:
     """Splits a rollout into passes of `micro_batch` completions, all of one group; 0: a whole group in a pass."""
-    sizes = [len(group.completions) for group in groups]
-    return [micro_batch(groups, [b * G + j for j in range(start, min(start + (config.micro_batch or G), G))], config)
-            for b, G in enumerate(sizes) for start in range(0, G, config.micro_batch or G)]
-
-
-def micro_batch(groups: Sequence[Group], rows: list[int], config: GRPOConfig) -> MicroBatch:
-    """The micro-batch of the completions with these numbers."""
-    of = [(groups[row // len(groups[0].completions)], row % len(groups[0].completions)) for row in rows]  # (group, j)
-    completions = [group.completions[j] for group, j in of]
-    counted = [0 if config.overlong == "mask" and g.truncated[j] else len(g.completions[j]) for g, j in of]
-    mask = torch.arange(max(map(len, completions))) < torch.tensor(counted)[:, None]  # [n, T]
-    return MicroBatch(rows, [group.prompt for group, _ in of], completions, [g.logps[j] for g, j in of], mask)
+    batches = []
+    for b, group in enumerate(groups):
+        G, leave_out = len(group.completions), config.overlong == "mask"
+        counted = [0 if leave_out and group.truncated[j] else len(group.completions[j]) for j in range(G)]
+        for start in range(0, G, config.micro_batch or G):
+            part = slice(start, start + (config.micro_batch or G))
+            completions, rows = group.completions[part], list(range(b * G, b * G + G))[part]
+            mask = torch.arange(max(map(len, completions))) < torch.tensor(counted[part])[:, None]  # [n, T]
+            batches.append(MicroBatch(rows, [group.prompt] * len(rows), completions, group.logps[part], mask))
+    return batches
 
 
 @torch.no_grad()
@@ -342,16 +342,14 @@ def policy_update(model, optimizer, batches: Sequence[MicroBatch], advantages: T
                   step: Callable | None = None) -> dict[str, float]:
     """`updates_per_rollout` optimizer steps on one rollout.
 
-    batches: from `micro_batches`. Where they are a part of a rollout, `normalizer` is that of the whole rollout.
-    advantages: [B, G] of the whole rollout. ref_logps: from `reference_logprobs`, or None when kl_coef is 0.
-    step: makes an optimizer step and returns the norm of the gradient, as `clip_and_step` does.
+    batches, ref_logps: of `micro_batches` and `reference_logprobs` (None when kl_coef is 0), maybe of a part of the
+    rollout. advantages: [B, G] of all of it, and so is the normalizer. step: does what `clip_and_step` does.
     Returns the statistics of `policy_loss`, means over `tokens` and updates; `loss` and `grad_norm` (before clipping)
     of the last update; `skipped_updates`, those without a finite gradient; `sampler_gap`, the mean |log-probability of
-    sampler − training| over the `trained_tokens`, those that went through the model.
-    """
+    sampler − training| over the `trained_tokens`, those that went through the model."""
     advantages = advantages.flatten()  # [B·G]
     normalizer = sum(loss_normalizer(b.mask, config) for b in batches) if normalizer is None else normalizer
-    old_logps, totals, ratio_max, skipped = [None] * len(batches), Counter(), 1.0, 0
+    old_logps, gaps, totals, ratio_max, skipped = [None] * len(batches), [None] * len(batches), Counter(), 1.0, 0
     with dropout_off(model):
         for update in range(config.updates_per_rollout):
             optimizer.zero_grad(set_to_none=True)
@@ -365,9 +363,11 @@ def policy_update(model, optimizer, batches: Sequence[MicroBatch], advantages: T
                 logp = engine.logprobs(model, batch.prompts, batch.completions, config.temperature)  # [n, T]
                 if update == 0:  # on policy: this is the old policy, so the ratio is exactly 1
                     old_logps[n] = logp.detach()
-                    totals["sampler_gap"] += _sampler_gap(batch, old_logps[n])
+                    gaps[n] = old_logps[n] - pad_sequence(batch.sampled_logps, batch_first=True).to(logp)  # [n, T]
+                    totals["sampler_gap"] += gaps[n].abs().sum().item()
                     totals["trained_tokens"] += sum(map(len, batch.completions))
-                loss, stats = policy_loss(logp, old_logps[n], ref_logps[n] if ref_logps else None, A.to(logp.device),
+                A = A.to(logp)[:, None] * sampler_weights(gaps[n], config)  # [n, T]
+                loss, stats = policy_loss(logp, old_logps[n], ref_logps[n] if ref_logps else None, A,
                                           batch.mask.to(logp.device), config, normalizer)
                 loss.backward()
                 loss_sum += loss.item()
@@ -383,14 +383,17 @@ def policy_update(model, optimizer, batches: Sequence[MicroBatch], advantages: T
 
 def clip_and_step(model, optimizer, config: GRPOConfig, clip: Callable = torch.nn.utils.clip_grad_norm_) -> float:
     """An optimizer step, unless the gradient is not finite; returns the gradient's norm before clipping."""
-    norm = clip(model.parameters(), config.max_grad_norm or math.inf).item()
+    norm = clip([p for g in optimizer.param_groups for p in g["params"]], config.max_grad_norm or math.inf).item()
     if math.isfinite(norm):
         optimizer.step()
         torch.clear_autocast_cache()  # else autocast would reuse copies of the old weights in the next update
     return norm
 
 
-def _sampler_gap(batch: MicroBatch, logp: Tensor) -> float:
-    """Sum of |log-probability of sampler − training| over the tokens of a micro-batch. logp [n, T]"""
-    return sum((row[:len(sampled)] - sampled).abs().sum().item()
-               for row, sampled in zip(logp.cpu(), batch.sampled_logps, strict=True))
+def sampler_weights(gap: Tensor, config: GRPOConfig) -> Tensor:
+    """What the advantage of each token weighs, by gap = log π_old − log π_sampler, 0 but for rounding. [n, T] -> [n, T]
+
+    For a sampler whose arithmetic is not that of training: sampler_cap is truncated importance sampling
+    (fengyao.notion.site/off-policy-rl), sampler_veto leaves out completions that the sampler got quite wrong."""
+    weights = gap.exp().clamp(max=config.sampler_cap) if config.sampler_cap else torch.ones_like(gap)
+    return weights.masked_fill(gap.abs().amax(-1, keepdim=True) > (config.sampler_veto or math.inf), 0.0)

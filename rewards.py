@@ -42,7 +42,7 @@ from text2sql.memory import SCOPES, MemoryGate, TraceMemory, make_embedder
 
 __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "RewardItem", "RewardScorer", "TraceMemory",
            "atomic_operations", "atomic_reward", "build_memory", "load_reward_module", "make_embedder",
-           "parse_completion", "parse_rewards", "shape_atomic", "soft_f1", "unwrap_fence"]
+           "parse_completion", "parse_rewards", "rewards_apart", "shape_atomic", "soft_f1", "unwrap_fence"]
 
 COMPONENTS = ("format", "execution", "atomic", "memory", "result", "schema", "user")
 ATOMIC_WHEN = ("wrong", "runs", "fails")
@@ -180,6 +180,19 @@ class RewardBreakdown:
     rows: tuple = ()  # the first rows of the result, for people to read
     row_count: int = 0  # of the whole result
     neighbours: tuple = ()  # nearest traces of a wrong completion: dicts of db_id, thought, similarity
+
+
+def rewards_apart(rows: Sequence[Sequence[RewardBreakdown]], config: RewardConfig) -> tuple[list, list[float]]:
+    """The rewards that have a weight, [K][B][G], and their weights [K], for GDPO, which standardises each by itself.
+
+    That changes what a reward counts for beside the others, so the margin above says nothing. A correct completion
+    still outranks every wrong one of its group, for it has the most of each reward: its atomic one is φ(1) here, not 0.
+    """
+    weights = {name: weight for name, weight in config.weights.items() if weight}
+    best = config.shape(1.0)
+    values = [[[best if name == "atomic" and b.correct else getattr(b, name) for b in row] for row in rows]
+              for name in weights]
+    return values, list(weights.values())
 
 
 @dataclass

@@ -21,23 +21,31 @@ from running import options
 from running.errors import UserError
 from running.guards import GuardConfig
 from running.options import HIGHEST_SEED, option
+from running.recipes import RECIPES, recipe_values
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
 TINY = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
         "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
         "max_completion_tokens": 80, "save_every": 100, "eval_every": 40, "cold_start_steps": 300,
         "cold_start_lr": 3e-3, "prompt_loss": 0.3}
+# A group's training with LoRA fits 24 GB up to 4 billion parameters, and 40 GB above (docs/recipes.md).
 KINDS = {  # of pretrained models, up to so many parameters
-    1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": False},
-    4e9: {"group_size": 8, "prompts_per_step": 8, "lr": 1e-6, "gradient_checkpointing": True},
-    float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True},
+    1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": True,
+          "max_prompt_tokens": 2048, "max_completion_tokens": 1024},
+    4e9: {"group_size": 8, "prompts_per_step": 8, "lr": 1e-6, "gradient_checkpointing": True,
+          "max_prompt_tokens": 4096, "max_completion_tokens": 2048},
+    float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True,
+                   "max_prompt_tokens": 4096, "max_completion_tokens": 2048},
 }
 LORA_LR = 10  # times the learning rate
-RECIPES = {  # arXiv 2605.03465; the 20 are the verified traces that form the memory's centroid
-    "finer-sql": {"group_size": 32, "lr": 8e-6, "kl_coef": 0.04, "temperature": 1.0, "memory_top_k": 20,
-                  "atomic_lambda": 0.05, "atomic_beta": 0.79, "atomic_gamma": 0.20,
-                  "rewards": "format,execution,atomic,memory", "advantage_scale": "group", "loss": "grpo"},
-}
+
+
+def parameters_of(config: dict | None) -> float:
+    """How many a model with this config.json has; infinitely many where we cannot tell."""
+    try:
+        return plan.Shape.of(config or plan.TINY).parameters()
+    except ValueError:
+        return float("inf")
 
 
 def defaults_of_kind(config: dict | None, lora: bool, traces: bool) -> dict:
@@ -45,10 +53,8 @@ def defaults_of_kind(config: dict | None, lora: bool, traces: bool) -> dict:
     given."""
     if config is None:
         return TINY
-    start = {} if traces else {"cold_start_steps": 0}
-    try:
-        parameters = plan.Shape.of(config).parameters()
-    except ValueError:  # an architecture whose size we cannot tell
+    start, parameters = {} if traces else {"cold_start_steps": 0}, parameters_of(config)
+    if parameters == float("inf"):
         return start
     values = next(values for limit, values in KINDS.items() if parameters <= limit)
     return start | values | ({"lr": LORA_LR * values["lr"]} if lora else {})
@@ -57,7 +63,8 @@ def defaults_of_kind(config: dict | None, lora: bool, traces: bool) -> dict:
 def settings_of_run(folder: str) -> dict:
     """The settings of the run in a folder; none where they cannot be read, which opening the folder reports."""
     try:
-        return dict(json.loads((Path(folder) / "config.json").read_text()))
+        stored = dict(json.loads((Path(folder) / "config.json").read_text()))
+        return {"log": "tensorboard" if stored.get("tensorboard") else ""} | stored  # as --log was called before
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -80,8 +87,10 @@ class RunConfig:
                                      "0: as memory allows", at_least=0)
     reference_device: str = option("policy", "where the KL's reference is kept between its passes: beside the policy, "
                                               "or on the CPU", choices=("policy", "cpu"))
-    recipe: str = option("none", "other defaults; finer-sql: those of the paper (arXiv 2605.03465)",
+    recipe: str = option("none", "other defaults, see docs/recipes.md; finer-sql is that of the paper",
                           choices=("none", *RECIPES), common=True)
+    optimizer_device: str = option("policy", "where the optimizer is: beside the policy, or on the CPU, so that a GPU "
+                                              "holds bf16 weights only", choices=("policy", "cpu"))
     plan: float = option(0.0, "print what memory the run will need and stop; with a number: on a card of this many GB",
                           alone=-1.0, at_least=-1, common=True)
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl", common=True)
@@ -114,7 +123,7 @@ class RunConfig:
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0, common=True)
     verbose: int = option(0, "steps between printed groups, in colour; 0: none, without a number: 10", alone=10,
                          at_least=0)
-    tensorboard: bool = option(False, "also write TensorBoard events (needs tensorboard)")
+    log: str = option("", "also send metrics to these trackers: tensorboard,wandb,trackio, whose packages it needs")
     token_ratios_every: int = option(10, "steps between records of what the update did to each token of one group; "
                                           "0: never", at_least=0)
     keep: int = option(2, "how many of the newest checkpoints are kept, besides that of step 0", at_least=1)
@@ -136,7 +145,7 @@ class SFTConfig:
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
 MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "sharding", "eval_every", "save_every", "sql_workers",
-                        "tensorboard", "verbose", "token_ratios_every", "keep",
+                        "log", "verbose", "token_ratios_every", "keep",
                         "max_skipped", "warn_flat_steps", "warn_format_steps", "warn_kl", "warn_truncated",
                         "reference_device", "gradient_checkpointing", "plan")
 
@@ -174,7 +183,7 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
         model = given.get("model", "tiny")
         config = None if model == "tiny" else config_of(model)
         kind = defaults_of_kind(config, lora=given.get("lora_rank", 0) > 0, traces=bool(given.get("traces")))
-        defaults = kind | RECIPES.get(given.get("recipe"), {})
+        defaults = kind | recipe_values(given.get("recipe", "none"), parameters_of(config))
     values = defaults | given
     if "template" in given:  # not what a resumed run kept of its own
         values["template_text"] = ""
@@ -192,6 +201,15 @@ def check_together(s: Settings) -> None:
     """Raises UserError for settings that ask together for what is not done."""
     if s.grpo.overlong == "penalise" and not s.rewards.margin:
         raise UserError("--overlong penalise needs the execution reward, which keeps correct completions ahead")
+    if s.grpo.advantage_scale == "gdpo" and (s.grpo.overlong == "penalise" or s.rewards.weights["user"]):
+        raise UserError("--advantage-scale gdpo standardises each reward by itself, so with --overlong penalise or the "
+                        "reward user a wrong completion could outrank a correct one: leave one of them out")
+    if 0 < s.grpo.dual_clip <= 1:
+        raise UserError(f"--dual-clip is {s.grpo.dual_clip:g}; it must be above 1, or 0 for none")
+    rounded = s.run.optimizer_device == "cpu" and s.run.model != "tiny" and torch.cuda.is_available()
+    if rounded and s.sft.cold_start_steps and not s.run.start:
+        raise UserError("--optimizer-device cpu leaves bf16 weights on the GPU, too coarse for the cold start: run it "
+                        "without, --steps 0, then go on with --start OUTPUT/checkpoints/step-0")
     if s.run.lora_rank and s.run.model == "tiny" and not s.run.start:
         raise UserError("--lora-rank trains adapters of a pretrained model, but --model is tiny, which is trained "
                         "whole: leave --lora-rank out or choose another --model")
@@ -212,6 +230,7 @@ def planned(s: Settings, config: dict | None = None) -> tuple[plan.Shape, plan.W
         prompt=s.prompts.max_prompt_tokens, completion=s.grpo.max_completion_tokens, group=s.grpo.group_size,
         prompts=run.prompts_per_step, micro_batch=s.grpo.micro_batch, rollout_batch=s.grpo.rollout_batch,
         reference=s.grpo.kl_coef > 0, reference_on_cpu=run.reference_device == "cpu", lora_rank=run.lora_rank,
+        optimizer_on_cpu=run.optimizer_device == "cpu",
         checkpointing=run.gradient_checkpointing, gpu=gpu, bf16=computes_in_bf16(run, shape.parameters(), gpu),
         frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)
     memory = (run.plan * 1e9 if run.plan > 0 else memory_here()) / 4 if gpu else plan.PASS

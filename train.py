@@ -32,15 +32,16 @@ from data import PromptBuilder, Splits, columns_of, load_splits, not_seen_before
 from engine import distributed, plan
 from engine.attention import causal_lm
 from engine.fast import ENGINES
-from engine.packing import passes
+from engine.offload import CPUAdamW
+from engine.packing import join
 from grpo import (
     Group,
     MicroBatch,
     dropout_off,
     flat_groups,
+    gdpo_advantages,
     group_advantages,
     loss_normalizer,
-    micro_batch,
     micro_batches,
     policy_update,
     reference_logprobs,
@@ -66,11 +67,13 @@ from rewards import (
     RewardScorer,
     build_memory,
     load_reward_module,
+    rewards_apart,
 )
 from running import show
 from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
-from running.run_folder import RunFolder, load_state, rollout_records, step_metrics, tensorboard_writer
+from running.run_folder import RunFolder, load_state, rollout_records, step_metrics
+from running.trackers import check_trackers, open_trackers
 from settings import MAY_CHANGE_ON_RESUME, Settings, computes_in_bf16, memory_here, parse_settings, planned
 from sft import PASS_TOKENS, cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import MATCHES, SQLExecutor
@@ -85,6 +88,7 @@ def main() -> int:
         return 0
     if run.model != "tiny" and not run.resume:
         require_model(run.start or run.model)  # before the data, which can take minutes
+    check_trackers(run.log)
     if run.threads:
         torch.set_num_threads(run.threads)
     if not torch.cuda.is_available():
@@ -104,6 +108,9 @@ def compute_deterministically() -> None:
 def run_all(s: Settings) -> int:
     """The run, in each process that takes part in it; returns the exit status."""
     run = s.run
+    if run.optimizer_device == "cpu" and distributed.size() > 1:
+        raise UserError("--optimizer-device cpu works in a single process only: leave it out, as --sharding on spreads "
+                        "the optimizer")
     print(f"{run.model}: {s.grpo.group_size} completions a question, {run.prompts_per_step} questions a step, learning "
           f"rate {run.lr:g}, gradient checkpointing {'on' if run.gradient_checkpointing else 'off'}"
           + (f", recipe {run.recipe}" if run.recipe != "none" else ""))
@@ -172,7 +179,7 @@ class Trainer:
                 self.memory = build_memory(s.rewards, s.gate, self.schemas)
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.events = tensorboard_writer(folder.path) if s.run.tensorboard and distributed.is_main() else None
+        self.trackers = open_trackers(s.run.log, folder.path, s.as_dict()) if distributed.is_main() else []
 
     def train(self) -> int:
         """Runs the remaining steps; returns the exit status."""
@@ -218,7 +225,11 @@ class Trainer:
         rewards = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
         if s.grpo.overlong == "penalise":  # half the margin, so that a correct completion still outranks a wrong one
             rewards = rewards + 0.5 * s.rewards.margin * overlong_penalty(groups, s.grpo)
-        advantages = group_advantages(rewards, s.grpo.advantage_scale)  # [B, G]
+        if s.grpo.advantage_scale == "gdpo":
+            apart, weights = rewards_apart(breakdowns, s.rewards)  # [K][B][G], [K]
+            advantages = gdpo_advantages(torch.tensor(apart), weights)  # [B, G]
+        else:
+            advantages = group_advantages(rewards, s.grpo.advantage_scale)  # [B, G]
         if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
             advantages[[not has_right_and_wrong(row) for row in breakdowns]] = 0.0
 
@@ -256,9 +267,8 @@ class Trainer:
         if not distributed.is_main():
             return metrics
         self.folder.log("metrics", [metrics])
-        if self.events:
-            for name, value in metrics.items():
-                self.events.add_scalar(name, value, self.step)
+        for tracker in self.trackers:
+            tracker.log(metrics, self.step)
         records = rollout_records(self.step, step.examples, step.groups, step.breakdowns, COMPONENTS, step.advantages,
                                   step.token_ratios)
         self.folder.log("rollouts", records)
@@ -280,8 +290,8 @@ class Trainer:
         """Accuracy before and after, and the report; returns the exit status."""
         if not self.stopping and self.test_sets:
             self.compare()
-        if self.events:
-            self.events.close()
+        for tracker in self.trackers:
+            tracker.close()
         if self.step and distributed.is_main():
             print(f"report: {report.write_report(self.folder.path)}")
         if self.stopping:
@@ -381,8 +391,8 @@ class Trainer:
         if s.grpo.micro_batch or s.run.engine == "plain":
             return micro_batches(groups, s.grpo)
         tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
-        rows = passes(groups, trained, min(self.pass_tokens, math.ceil(tokens / distributed.size())))
-        return [micro_batch(groups, numbers, s.grpo) for numbers in rows]
+        share = math.ceil(tokens / distributed.size())
+        return join(micro_batches(groups, s.grpo), trained, min(self.pass_tokens, share))
 
     def autocast(self, cache: bool = True):
         """bf16 arithmetic where --precision asks for it; master weights stay float32.
@@ -495,8 +505,8 @@ class Trainer:
             self.sharded = distributed.Sharded(self.policy.model, self.engine)
             self.engine = self.sharded.engine
         parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=self.s.run.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                 fused=True)
+        adamw = CPUAdamW if self.s.run.optimizer_device == "cpu" else torch.optim.AdamW
+        return adamw(parameters, lr=self.s.run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def _load_policy(self) -> Policy:
         run = self.s.run
@@ -512,7 +522,8 @@ class Trainer:
             policy.model.to(self.device)
         if run.gradient_checkpointing:
             checkpoint_activations(policy.model)
-        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in policy.model.parameters()]
+        sizes = [(p.numel() * (4 if p.requires_grad else p.element_size()), p.requires_grad)  # trained in float32
+                 for p in policy.model.parameters()]
         needed = plan.disk(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained), run.keep)
         if not self.checkpoint and free_space(self.folder.path) < needed:
             raise UserError(f"{self.folder.path} is on a disk with {free_space(self.folder.path) / 1e9:.1f} GB free, "
@@ -530,10 +541,12 @@ class Trainer:
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """Of the weights: float32, but bf16 where only adapters, themselves float32, are trained in bf16 arithmetic."""
+        """Of the weights: float32, but in bf16 arithmetic bf16 where only adapters, themselves float32, are trained,
+        and on a GPU where the optimizer on the CPU has float32 copies. The tiny policy has room for its own."""
         run = self.s.run
-        return torch.bfloat16 if run.lora_rank and (run.precision == "bf16" or run.precision == "auto"
-                                                    and self.device == "cuda") else torch.float32
+        rounded = run.lora_rank or self.device == "cuda" and run.optimizer_device == "cpu" and run.model != "tiny"
+        asked = run.precision == "bf16" or run.precision == "auto" and self.device == "cuda"
+        return torch.bfloat16 if rounded and asked else torch.float32
 
     @cached_property
     def first_checkpoint(self) -> Path:

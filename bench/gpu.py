@@ -146,7 +146,7 @@ class Bench:
         import grpo
         from engine import plan as planning
         from engine.fast import ENGINES
-        from engine.packing import passes
+        from engine.packing import join
 
         torch, model, plan = self.torch, self.model(name, rank), Plan(self.prompt, self.longest, 16)
         draw = torch.Generator().manual_seed(0)
@@ -160,8 +160,7 @@ class Bench:
                              True)
         memory = torch.cuda.get_device_properties(0).total_memory if self.device == "cuda" else 1e9
         work = dataclasses.replace(work, pass_tokens=planning.tokens_per_pass(shape, work, memory / 4))
-        rows = passes(groups, [True] * self.groups, work.pass_tokens)
-        batches = [grpo.micro_batch(groups, numbers, config) for numbers in rows]
+        batches = join(grpo.micro_batches(groups, config), [True] * self.groups, work.pass_tokens)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
         advantages = torch.randn(self.groups, 16, generator=draw)
 

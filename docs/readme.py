@@ -7,6 +7,8 @@ Generated text stands between `<!-- NAME -->` and `<!-- /NAME -->`:
                             (running/options.py), so the parser that a command builds is the whole truth
     models                  the aliases of `--model`
     needs                   what `train.py --plan` says of `--model qwen2.5-3b`
+    recipe NAME             the settings of a recipe, their values and sources
+    lengths                 what `train.py --plan` says of longer prompts and completions
     ablation NAME: a; Δ a   the measure a and its differences, from ablation-NAME.json, which ablate.py wrote
 Equation n is linked to the first line of grpo.py that says `# eq. (n)`.
 """
@@ -28,7 +30,7 @@ import ablate  # noqa: E402
 import policy  # noqa: E402
 import settings  # noqa: E402
 from engine import plan  # noqa: E402
-from running import options  # noqa: E402
+from running import options, recipes  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 COMMANDS = {  # module: how it is called
@@ -37,6 +39,8 @@ COMMANDS = {  # module: how it is called
     "running.show": "python -m running.show"}
 CORES = {("evaluate", "workers"), ("sft", "workers")}  # defaults that are the number of CPU cores
 EXAMPLE = ["--model", "qwen2.5-3b", "--data", "bird", "--plan", "80"]  # of `needs`; a number makes it a card's plan
+SIZES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")  # of `lengths`
+LENGTHS = ((2048, 512), (2048, 1024), (4096, 2048), (4096, 4096))
 CARDS = (8, 12, 16, 24, 40, 48, 80, 141)  # gigabytes
 
 
@@ -150,6 +154,29 @@ def card(gigabytes: float) -> int:
     return min(size for size in CARDS if gigabytes <= plan.SHARE * size)
 
 
+def lengths() -> str:
+    """Gigabytes at the peak of a training on a GPU, with adapters and with all weights, by prompt and completion."""
+    head = " | ".join(f"{P:,} + {T:,}" for P, T in LENGTHS)
+    lines = [f"| `--model` | {head} |", "|---" * (1 + len(LENGTHS)) + "|"]
+    for model in SIZES:
+        cells = []
+        for P, T in LENGTHS:
+            flags = [*EXAMPLE, "--model", model, "--max-prompt-tokens", str(P), "--max-completion-tokens", str(T)]
+            cells.append(f"{memory_and_disk([*flags, '--lora-rank', '16'])[0]:.0f}, {memory_and_disk(flags)[0]:.0f}")
+        lines.append(f"| `{model}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def recipe_table(name: str) -> str:
+    """A row a setting of a recipe: its flag, its value (that of small models where it is another) and its source."""
+    fields, small = training_fields(), recipes.SMALL.get(name, {})
+    lines = ["| flag | value | source |", "|---|---|---|"]
+    for setting, (value, source) in recipes.RECIPES[name].items():
+        other = f"; up to 1 B: `{small[setting][0]}`" if setting in small else ""
+        lines.append(f"| `{options.flag_of(fields[setting])}` | `{value}`{other} | {source} |")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------- equations, ablations
 
 def equation_lines() -> dict[int, int]:
@@ -178,7 +205,9 @@ def up_to_date(text: str) -> str:
                   lambda found: f"[eq. ({found[1]})]({found[2]}#L{lines[int(found[1])]})", text)
     text = re.sub(r"(<!-- ablation (\w+): (.*?) -->\n).*?(<!-- /ablation -->)",
                   lambda found: found[1] + ablation_table(found[2], found[3]) + found[4], text, flags=re.DOTALL)
-    for name, write in (("flags", flag_tables), ("models", model_table), ("needs", needs)):
+    text = re.sub(r"(<!-- recipe (\S+) -->\n).*?(<!-- /recipe -->)",
+                  lambda found: f"{found[1]}{recipe_table(found[2])}\n{found[3]}", text, flags=re.DOTALL)
+    for name, write in (("flags", flag_tables), ("models", model_table), ("needs", needs), ("lengths", lengths)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
                       lambda found, write=write: f"{found[1]}{write()}\n{found[2]}", text, flags=re.DOTALL)
     return text

@@ -1,8 +1,8 @@
 """Weights to sample with: a bf16 copy of a float32 model, taken anew before each rollout, at the same addresses.
 
 Under autocast every product would cast its weights again, for each token. Weights that are bf16 already (the base of
-LoRA adapters) are shared, not copied. Adapters stay beside them, unmerged: merged into bf16 weights, most of what they
-have learned would be rounded away.
+LoRA adapters, and all where the optimizer has others) are shared, not copied. Adapters stay beside them, unmerged:
+merged into bf16 weights, most of what they have learned would be rounded away.
 """
 
 import copy
@@ -35,9 +35,9 @@ def weights_to_sample_with(model):
 
 
 def _copy(model):
-    """A bf16 model; what is bf16 and not trained is the model's own."""
+    """A bf16 model; weights that are bf16 are the model's own."""
     memo = {}
     for weight in model.parameters():
-        shared = weight.dtype == torch.bfloat16 and not weight.requires_grad
+        shared = weight.dtype == torch.bfloat16
         memo[id(weight)] = weight if shared else torch.nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
     return copy.deepcopy(model, memo).eval()

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.attention import causal_lm, enable, is_exact, no_mask
 from engine.row_attention import RowLayout
-from grpo import dropout_off, plain_logprobs, target_logprobs
+from grpo import MicroBatch, dropout_off, plain_logprobs, target_logprobs
 
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
@@ -74,22 +74,29 @@ def logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], te
                                    for i, end in zip(starts, [*starts[1:], len(prompts)], strict=True)], temperature)
 
 
-def passes(groups: Sequence, trained: Sequence[bool], tokens: int) -> list[list[int]]:
-    """Which completions, by their numbers b·G + j, go through the model together: groups that follow one another, up to
-    so many tokens or a single group. Those that are trained are not mixed with others, which need no gradient."""
-    found = []
+def join(batches: Sequence[MicroBatch], trained: Sequence[bool], tokens: int) -> list[MicroBatch]:
+    """Puts groups, each a micro-batch, into passes of up to so many tokens, or of a single group.
+
+    Those that are trained are not mixed with others, which need no gradient.
+    """
+    passes = []
     for kind in (True, False):
         left = 0  # tokens that the last pass has room for
-        for b, group in enumerate(groups):
-            if trained[b] is not kind:
-                continue
-            size, G = len(group.prompt) + sum(map(len, group.completions)), len(group.completions)
+        for batch in (batch for batch, wanted in zip(batches, trained, strict=True) if wanted is kind):
+            size = len(batch.prompts[0]) + sum(map(len, batch.completions))
             if size > left:
-                found.append([])
+                passes.append([])
                 left = max(tokens, size)
             left -= size
-            found[-1] += range(b * G, b * G + G)
-    return found
+            passes[-1].append(batch)
+    return [_joined(batches) for batches in passes]
+
+
+def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
+    T = max(batch.mask.shape[1] for batch in batches)
+    lists = [[one for batch in batches for one in getattr(batch, name)]
+             for name in ("rows", "prompts", "completions", "sampled_logps")]
+    return MicroBatch(*lists, torch.cat([F.pad(batch.mask, (0, T - batch.mask.shape[1])) for batch in batches]))
 
 
 def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,12 @@ class Work:
     bf16: bool = False  # arithmetic
     pass_tokens: int = 0  # groups go through the model together up to so many tokens; 0: one by one
     frozen_copy: bool = False  # a copy of the first policy embeds the memory's traces
+    optimizer_on_cpu: bool = False  # engine/offload.py
+
+    @property
+    def half(self) -> bool:
+        """Whether the model's weights themselves are bf16: where float32 ones are not trained beside it."""
+        return self.bf16 and (self.lora_rank > 0 or self.gpu and self.optimizer_on_cpu)
 
 
 Phases = dict[str, dict[str, float]]  # {moment: {what: bytes}}
@@ -106,20 +112,24 @@ def phases(shape: Shape, work: Work) -> Phases:
     """Bytes of everything at each moment of a step; the peak is the largest sum."""
     weights = shape.parameters()
     trained = shape.adapters(work.lora_rank) if work.lora_rank else weights
-    stored = 2 if work.bf16 and work.lora_rank else 4  # a base that is not trained is bf16
-    always = {"parameters": weights * stored + (4 * trained if work.lora_rank else 0), "optimizer": 8 * trained,
+    half = work.half
+    stored, offloaded = 2 if half else 4, work.gpu and work.optimizer_on_cpu
+    masters = 4 * trained if work.optimizer_on_cpu else 0
+    always = {"parameters": weights * stored + (4 * trained if work.lora_rank else 0),
+              "optimizer": 0 if offloaded else 8 * trained + masters,
               "KV cache": keys_and_values(shape, work)}  # it stays where it is, see decoding.Grid
-    if work.bf16:
+    if work.bf16 and not (half and not work.lora_rank):
         always["bf16 weights"] = 2 * trained  # to sample with, see bf16.py
     copy = work.reference and not work.lora_rank
     if work.frozen_copy:
         always["memory's embedder"] = weights * stored
-    reference = {"reference": 4 * weights} if copy else {}
+    reference = {"reference": stored * weights} if copy else {}
+    gradients = stored * shape.vocabulary * shape.width if offloaded else 4 * trained  # or the largest: they go at once
     on_device = {} if work.reference_on_cpu and work.gpu else reference
     found = {"sampling": always | on_device | sampling(shape, work)}
     if work.reference:
         found["reference"] = always | reference | forward(shape, work)
-    found["update"] = always | on_device | {"gradients": 4 * trained} | update(shape, work)
+    found["update"] = always | on_device | {"gradients": gradients} | update(shape, work)
     on_heap = not work.gpu and 4 * row_tokens(work) * shape.inner < 2**25
     for parts in found.values():
         passing = sum(parts.get(name, 0) for name in ("gradients", "KV cache", "activations", "logits chunk"))
@@ -165,12 +175,13 @@ def update(shape: Shape, work: Work) -> dict[str, float]:
     """A packed row with gradients: what is kept for backward, and what backward adds at its worst moment."""
     number, row = bytes_of(work), row_tokens(work)
     layer = layer_bytes(shape, work)
-    between = row * shape.width * (2 if work.bf16 and work.lora_rank else 4)  # a layer's input
+    between = row * shape.width * (2 if work.half else 4)  # a layer's input
     kept = shape.layers * between + layer if work.checkpointing else shape.layers * layer
     kept += 4 * row * shape.width * number  # around the last norm
     passing = row * ((3 * shape.inner + 2 * shape.width) * 4 + 8 * shape.heads * shape.head * number)  # of a layer
-    head = 0 if work.lora_rank else 2 * 4 * shape.vocabulary * shape.width  # gradient of lm_head, before it is added
-    casts = 2 * shape.parameters() if work.bf16 and not work.lora_rank and not work.checkpointing else 0
+    stored = 2 if work.half else 4
+    head = 0 if work.lora_rank else 2 * stored * shape.vocabulary * shape.width  # gradient of lm_head, not yet added
+    casts = 2 * shape.parameters() if work.bf16 and not work.half and not work.checkpointing else 0
     return {"autocast": casts, "activations": kept + max(0, passing - head),
             "logits chunk": 4 * 4 * logits_of(shape, work) + head}
 
@@ -243,6 +254,7 @@ def smaller(shape: Shape, work: Work, limit: float) -> list[str]:
                {"rollout_batch": max(work.group, work.rollout_batch // 4)},
                "--gradient-checkpointing": {"checkpointing": True}, f"--micro-batch {part}": {"micro_batch": part},
                "--reference-device cpu": {"reference_on_cpu": True},
+               "--optimizer-device cpu": {"optimizer_on_cpu": True},
                "--lora-rank 16": {"lora_rank": work.lora_rank or 16}}
 
     def fits(flags: list[str]) -> bool:
@@ -266,6 +278,9 @@ def text(name: str, shape: Shape, work: Work, limit: float) -> str:
              f"prompts of {work.prompt} and completions of {work.completion} tokens, the longest allowed; {work.group} "
              f"completions a question; gradient checkpointing {'on' if work.checkpointing else 'off'}", "",
              table(found), ""]
+    if work.gpu and work.optimizer_on_cpu:
+        trained = shape.adapters(work.lora_rank) if work.lora_rank else shape.parameters()
+        lines += [f"the optimizer needs {16 * trained / 1e9:.1f} GB of main memory", ""]
     verdict = f"peak: {need / 1e9:.1f} GB, in {moment}; {place} of {limit / 1e9:.1f} GB"
     if need <= SHARE * limit:
         return "\n".join([*lines, f"{verdict}: it fits"])

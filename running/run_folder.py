@@ -352,12 +352,3 @@ def peak_memory_mb() -> float:
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux
-
-
-def tensorboard_writer(folder: Path):
-    """Writes TensorBoard events into the run's folder. Raises UserError where tensorboard is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs tensorboard: pip install -r requirements-extra.txt") from error
-    return SummaryWriter(str(folder))

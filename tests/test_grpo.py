@@ -326,6 +326,29 @@ def test_a5_bad_rewards_are_refused():
         grpo.group_advantages(torch.zeros(1, 2), "std")
 
 
+def test_gdpo_has_the_values_computed_by_hand():
+    """arXiv 2601.05242: each reward standardised in its group, weighted, summed, divided by the batch's std."""
+    first = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)  # the second group is flat in this reward
+    second = torch.tensor([[0.0, 0.001], [5.0, 0.0]], dtype=torch.float64)
+    h = math.sqrt(0.5)  # (0 - 1/2) / (1 / sqrt 2)
+    total = torch.tensor([[-h - 2 * h, h + 2 * h], [2 * h, -2 * h]], dtype=torch.float64)
+    std = math.sqrt((2 * (3 * h) ** 2 + 2 * (2 * h) ** 2) / 3)  # its mean is 0, the divisor n - 1
+    found = grpo.gdpo_advantages(torch.stack([first, second]), [1.0, 2.0])
+    torch.testing.assert_close(found, total / std)
+    torch.testing.assert_close(grpo.gdpo_advantages(100 * torch.stack([first, second]), [1.0, 2.0]), found)
+    assert (grpo.gdpo_advantages(torch.stack([first, -first]), [1.0, 1.0]) == 0).all()  # they cancel: flat
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        grpo.gdpo_advantages(torch.stack([first, second]), [1.0])
+
+
+def test_gdpo_tells_apart_what_the_sum_does_not():
+    """The paper's example: rewards (0, 1) and (0, 2) of two completions get the same advantage from their sum."""
+    one, two = torch.tensor([[[0.0, 1.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]])
+    both = torch.cat([one, two], dim=1)  # [K, B, G]
+    summed, apart = grpo.group_advantages(both.sum(0)), grpo.gdpo_advantages(both, [1.0, 1.0])
+    assert torch.equal(summed[0], summed[1]) and torch.allclose(2 * apart[0], apart[1])
+
+
 @pytest.mark.parametrize("name, value", [("group_size", 1), ("temperature", 0.0), ("loss", "ppo"), ("kl_coef", -1.0),
                                          ("kl_estimator", "k1"), ("advantage_scale", "mean"), ("kl_coef", math.inf)])
 def test_config_names_the_field_that_makes_no_sense(name, value):
@@ -385,7 +408,8 @@ def test_a9_gradients_of_the_estimators_by_enumeration():
 
 
 @pytest.mark.parametrize("loss, short, long", [
-    ("grpo", 1 / 2, 1 / 20), ("dapo", 1 / 11, 1 / 11), ("dr_grpo", 1 / 40, 1 / 40), ("gspo", 1 / 2, 1 / 20)])
+    ("grpo", 1 / 2, 1 / 20), ("dapo", 1 / 11, 1 / 11), ("dr_grpo", 1 / 40, 1 / 40), ("gspo", 1 / 2, 1 / 20),
+    ("cispo", 1 / 11, 1 / 11)])
 def test_a10_weight_of_a_token_in_each_loss(loss, short, long):
     config = GRPOConfig(loss=loss, kl_coef=0.0, max_completion_tokens=20)
     logp = torch.zeros(2, 10, dtype=torch.float64, requires_grad=True)
@@ -399,7 +423,9 @@ def test_a10_weight_of_a_token_in_each_loss(loss, short, long):
     ("grpo", (-1.28 + 0.5 * (1 - math.log(2)) + (1.6 + 2.2 + 0.5 * (math.log(2) - 0.5)) / 2) / 2),
     ("dapo", (-1.28 + 0.5 * (1 - math.log(2)) + 1.6 + 2.2 + 0.5 * (math.log(2) - 0.5)) / 3),
     ("dr_grpo", (-1.28 + 0.5 * (1 - math.log(2)) + 1.6 + 2.2 + 0.5 * (math.log(2) - 0.5)) / (2 * 4)),
-    ("gspo", (-1.28 + 0.5 * (1 - math.log(2)) + (1.6 + 1.6 + 0.5 * (math.log(2) - 0.5)) / 2) / 2)])
+    ("gspo", (-1.28 + 0.5 * (1 - math.log(2)) + (1.6 + 1.6 + 0.5 * (math.log(2) - 0.5)) / 2) / 2),
+    ("cispo", (-1.28 * math.log(1.5) + 2 * (0.8 * math.log(0.5) + 1.1 * math.log(1.1))
+               + 0.5 * (1 - math.log(2) + math.log(2) - 0.5)) / 3)])
 def test_each_loss_has_the_value_computed_by_hand(loss, expected):
     """A = 1, ratio 1.5, clipped at 1.28; A = -2, ratios 0.5, clipped at 0.8, and 1.1 (gspo: both 0.55 ** 0.5)."""
     config = GRPOConfig(loss=loss, clip_low=0.2, clip_high=0.28, kl_coef=0.5, max_completion_tokens=4)
@@ -409,6 +435,64 @@ def test_each_loss_has_the_value_computed_by_hand(loss, expected):
     value, stats = grpo.policy_loss(logp, torch.zeros(2, 2).double(), ref, torch.tensor([1.0, -2.0]), mask, config)
     assert value.item() == pytest.approx(expected, rel=1e-12)
     assert stats["kl"] == pytest.approx(0.5 / 3) and stats["clip_fraction_high"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("A", [1.0, -1.0])
+@pytest.mark.parametrize("ratio, weight", [(0.1, 0.5), (1.0, 1.0), (2.0, 2.0), (9.0, 5.0)])
+def test_cispo_clips_the_weight_and_keeps_the_gradient_of_every_token(ratio, weight, A):
+    """The gradient of -weight A log π is -weight A, whatever the sign of A; ScaleRL's min(ratio, 5) has no lower bound."""
+    config = GRPOConfig(loss="cispo", clip_low=0.5, clip_high=4.0, kl_coef=0.0)
+    logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    loss, _ = grpo.policy_loss(logp, torch.zeros(1, 1), None, torch.tensor([A]), torch.ones(1, 1), config)
+    loss.backward()
+    assert logp.grad.item() == pytest.approx(-weight * A) and loss.item() == pytest.approx(-weight * A * math.log(ratio))
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+@pytest.mark.parametrize("ratio, A, expected, gradient", [
+    (2.0, -1.0, 2.0, 2.0), (4.0, -1.0, 3.0, 0.0), (0.5, -1.0, 0.8, 0.0), (4.0, 1.0, -1.2, 0.0), (0.5, 1.0, -0.5, -0.5)])
+def test_dual_clip_bounds_what_a_wrong_completion_can_cost(loss, ratio, A, expected, gradient):
+    """c = 3: min(r A, clip(r) A) is not below c A where A < 0; nothing else changes."""
+    config = GRPOConfig(dual_clip=3.0, kl_coef=0.0, loss=loss, max_completion_tokens=1)
+    logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    loss, _ = grpo.policy_loss(logp, torch.zeros(1, 1), None, torch.tensor([A]), torch.ones(1, 1), config)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected) and logp.grad.item() == pytest.approx(gradient)
+
+
+def test_sampler_weights_are_truncated_ratios_and_a_veto_takes_the_whole_completion():
+    gap = torch.tensor([[math.log(1.5), math.log(4.0)], [math.log(0.25), 0.0]], dtype=torch.float64)
+    weights = lambda **settings: grpo.sampler_weights(gap, GRPOConfig(**settings)).tolist()  # noqa: E731
+    assert weights() == [[1, 1], [1, 1]]
+    assert sum(weights(sampler_cap=2.0), []) == pytest.approx([1.5, 2.0, 0.25, 1.0])
+    assert weights(sampler_veto=1.38) == [[0, 0], [0, 0]]  # ln 4 = 1.386, above it in both directions
+    assert weights(sampler_veto=1.39) == [[1, 1], [1, 1]]
+    gap[0, 1] = 0.0
+    assert sum(weights(sampler_cap=2.0, sampler_veto=1.0), []) == pytest.approx([1.5, 1.0, 0, 0])
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_update_weighs_tokens_by_training_over_sampler(updates):
+    """A sampler that was off: its log-probabilities are shifted by hand, and the gradient is that of weighted terms."""
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, loss="dapo", max_grad_norm=1e9,
+                        sampler_cap=1.25, sampler_veto=0.9, micro_batch=3, updates_per_rollout=updates)
+    model, advantages = make_model(), _advantages(4)
+    groups = sampled_groups(model, config)
+    shifts = [torch.tensor([0.0, -0.5, 0.2, 0.1, -0.1]), torch.tensor([0.1, 0.1, -1.0, 0.0, 0.0])]  # the second: vetoed
+    groups = [replace(group, logps=[logp + shifts[j % 2][:len(logp)] for j, logp in enumerate(group.logps)])
+              for group in groups]
+    stats = _apply(model, groups, advantages, config, lr=0)
+    ours = gradients(model)
+    model.zero_grad()
+    tokens = sum(len(c) for group in groups for c in group.completions)
+    for group, row in zip(groups, advantages, strict=True):
+        for j, (completion, A) in enumerate(zip(group.completions, row, strict=True)):
+            logp = _token_logprobs(model, group, completion)
+            shift = shifts[j % 2][:len(completion)].double()
+            weights = (-shift).exp().clamp(max=1.25) * float((shift.abs() <= 0.9).all())
+            (-(A * weights * logp).sum() / tokens).backward()
+    torch.testing.assert_close(ours, gradients(model), rtol=1e-5, atol=1e-7)  # the sampler's numbers are float32
+    assert 0.1 < stats["sampler_gap"] < 0.5
 
 
 @pytest.mark.parametrize("kind, expected", [("k1", (-math.log(2), math.log(4))),
@@ -857,7 +941,7 @@ def test_no_clipping_of_the_gradient_when_its_largest_norm_is_zero():
     assert torch.equal(*results) and not torch.equal(results[0], torch.cat([p.detach().flatten() for p in make_model().parameters()]))
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 def test_a11_the_gradient_does_not_depend_on_micro_batches_or_order(loss):
     model, reference = make_model(), make_model(seed=1)
     base = {"group_size": 8, "max_completion_tokens": 6, "loss": loss, "kl_coef": 0.1, "max_grad_norm": 1e9}
@@ -873,7 +957,7 @@ def test_a11_the_gradient_does_not_depend_on_micro_batches_or_order(loss):
         torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 def test_a12_first_update_is_reinforce_with_baseline(loss):
     model = make_model()
     config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, max_grad_norm=1e9, loss=loss)
@@ -887,7 +971,7 @@ def test_a12_first_update_is_reinforce_with_baseline(loss):
             z = model(torch.cat([group.prompt, completion])[None]).logits[0, len(group.prompt) - 1:-1]
             logp = F.log_softmax(z, -1).gather(-1, completion[:, None])[:, 0]
             tokens = sum(len(c) for group in groups for c in group.completions)
-            weight = {"dapo": 1 / tokens, "dr_grpo": 1 / (8 * 5)}.get(loss, 1 / (8 * len(completion)))
+            weight = {"dapo": 1 / tokens, "cispo": 1 / tokens, "dr_grpo": 1 / (8 * 5)}.get(loss, 1 / (8 * len(completion)))
             (-A * logp.sum() * weight).backward()
     torch.testing.assert_close(ours, gradients(model), rtol=1e-9, atol=1e-12)
 
@@ -917,14 +1001,15 @@ def _written_out(logps, olds, refs, advantages, config):
         ratio = (logp - old).mean().exp().expand_as(logp) if config.loss == "gspo" else (logp - old).exp()
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         kl = (ref - logp).exp() - (ref - logp) - 1
-        losses.append(-torch.minimum(ratio * A, clipped * A) + config.kl_coef * kl)
-    if config.loss in ("dapo", "dr_grpo"):
+        surrogate = clipped.detach() * A * logp if config.loss == "cispo" else torch.minimum(ratio * A, clipped * A)
+        losses.append(config.kl_coef * kl - surrogate)
+    if config.loss in ("dapo", "dr_grpo", "cispo"):
         constant = len(losses) * config.max_completion_tokens
-        return torch.cat(losses).sum() / (len(torch.cat(losses)) if config.loss == "dapo" else constant)
+        return torch.cat(losses).sum() / (constant if config.loss == "dr_grpo" else len(torch.cat(losses)))
     return sum(tokens.mean() for tokens in losses) / len(losses)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 def test_two_updates_on_one_rollout_equal_the_equations_written_out(loss):
     config = GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.1, updates_per_rollout=2, clip_low=0.02,
                         clip_high=0.03, loss=loss, max_grad_norm=1e9, micro_batch=3)

@@ -28,7 +28,9 @@ import policy as policies
 import settings
 import train
 from engine import packing, plan
+from engine.offload import CPUAdamW
 from models import adapters, model_files, published
+from running import recipes
 from running.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -85,8 +87,10 @@ def test_the_tiny_policy_is_not_larger_than_planned():
     assert sum(p.numel() for p in built.model.parameters()) <= plan.Shape.of(plan.TINY).parameters() <= 1.1e6
 
 
-@pytest.mark.parametrize("changes", [{}, {"gpu": True, "bf16": True}, {"bf16": True, "lora_rank": 8}, {"pass_tokens": 2000}, {"checkpointing": True},
-                                     {"gpu": True, "reference_on_cpu": True}, {"reference": False, "frozen_copy": True}])
+@pytest.mark.parametrize("changes", [{}, {"gpu": True, "bf16": True}, {"bf16": True, "lora_rank": 8}, {"checkpointing": True},
+                                     {"gpu": True, "reference_on_cpu": True}, {"reference": False, "frozen_copy": True},
+                                     {"pass_tokens": 2000}, {"optimizer_on_cpu": True},
+                                     {"gpu": True, "bf16": True, "optimizer_on_cpu": True}])
 def test_totals_are_the_sums_of_their_lines(changes):
     shape = plan.Shape.of(published.PUBLISHED["3b"])
     found = plan.phases(shape, plan.replace(WORK, **changes))
@@ -146,7 +150,8 @@ def test_the_flags_that_are_advised_make_it_fit_and_none_is_idle(limit):
     shape = plan.Shape.of(published.PUBLISHED["3b"])
     work = plan.replace(WORK, prompt=2048, completion=512, group=32, gpu=True, bf16=True)
     given = {"--gradient-checkpointing": {"checkpointing": True}, "--reference-device": {"reference_on_cpu": True},
-             "--micro-batch": {"micro_batch": 8}, "--rollout-batch": {"rollout_batch": 64}, "--lora-rank": {"lora_rank": 16}}
+             "--micro-batch": {"micro_batch": 8}, "--rollout-batch": {"rollout_batch": 64}, "--lora-rank": {"lora_rank": 16},
+             "--optimizer-device": {"optimizer_on_cpu": True}}
     flags = plan.smaller(shape, work, limit * 1e9)
     assert flags
 
@@ -158,6 +163,23 @@ def test_the_flags_that_are_advised_make_it_fit_and_none_is_idle(limit):
     assert plan.smaller(shape, work, 1e9) == []
 
 
+def test_an_optimizer_on_the_cpu_leaves_bf16_weights_and_no_state_on_the_card():
+    """What the class holds of a float32 and of a bf16 model, beside the plan."""
+    shape, gpu = plan.Shape.of(published.PUBLISHED["3b"]), plan.replace(WORK, gpu=True, optimizer_on_cpu=True, checkpointing=True)
+    found, n = plan.phases(shape, gpu)["update"], shape.parameters()
+    assert found["parameters"] == found["reference"] == 2 * n and found["optimizer"] == 0
+    assert found["gradients"] == 2 * shape.vocabulary * shape.width  # the largest, which goes when it is made
+    assert plan.phases(shape, plan.replace(WORK, optimizer_on_cpu=True))["update"]["optimizer"] == 12 * n  # on a CPU it costs
+    assert "the optimizer needs 49.4 GB of main memory" in plan.text("qwen2.5-3b", shape, gpu, 24e9)
+    model = torch.nn.Linear(8, 4, bias=False).bfloat16()
+    optimizer = CPUAdamW(model.parameters(), lr=1e-3)
+    model(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    held = [*optimizer.masters, *(m.grad for m in optimizer.masters),
+            *(value for state in optimizer.state.values() for value in state.values() if value.numel() > 1)]
+    assert sum(t.numel() * t.element_size() for t in held) == 16 * 32 and model.weight.grad is None
+
+
 def test_plan_prints_and_writes_nothing(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "train.py", "--plan", "24", "--model", "qwen2.5-3b", "--output", str(folder)]
@@ -165,7 +187,8 @@ def test_plan_prints_and_writes_nothing(tmp_path):
     full, lora = (subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
                   for more in ((), ("--lora-rank", "16")))
     assert full.returncode == lora.returncode == 0 and not folder.exists() and not full.stderr + lora.stderr
-    assert "24.0 GB: it fits" in lora.stdout and "does not fit; it would fit with --lora-rank 16" in full.stdout
+    assert "24.0 GB: it fits" in lora.stdout
+    assert "does not fit; it would fit with --reference-device cpu --optimizer-device cpu" in full.stdout
     for name in ("parameters", "gradients", "optimizer", "KV cache", "activations", "logits chunk", "total"):
         assert re.search(rf"^{name} ", lora.stdout, re.MULTILINE), name
 
@@ -199,7 +222,8 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
     by_size = {name: train.parse_settings(["--model", name]) for name in ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b")}
     small, middle, large = by_size.values()
     assert small.grpo.group_size > middle.grpo.group_size and small.run.lr > middle.run.lr > large.run.lr
-    assert [s.run.gradient_checkpointing for s in by_size.values()] == [False, True, True]
+    assert [s.run.gradient_checkpointing for s in by_size.values()] == [True, True, True]
+    assert [(s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens) for s in by_size.values()] == [(2048, 1024), *[(4096, 2048)] * 2]
     lora = train.parse_settings(["--model", "qwen2.5-3b", "--lora-rank", "16"])
     assert lora.run.lr == 10 * middle.run.lr
     given = train.parse_settings(["--model", "qwen2.5-3b", "--lr", "3e-5", "--group-size", "4", "--no-gradient-checkpointing"])
@@ -208,12 +232,21 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
 
 
 def test_the_docs_show_the_defaults_by_size():
-    rows = re.findall(r"^\| (?:up to \d B|more) \| (\d+) \| (\d+) \| (\S+) \((\S+)\) \| (on|off) \|$",
+    rows = re.findall(r"^\| (?:up to \d B|more) \| (\d+) \| (\d+) \| (\S+) \((\S+)\) \| (on|off) \| (\d+) \| (\d+) \|$",
                       (ROOT / "docs" / "scale.md").read_text(), re.MULTILINE)
-    shown = [{"group_size": int(G), "prompts_per_step": int(B), "lr": float(lr), "gradient_checkpointing": on == "on"}
-             for G, B, lr, _, on in rows]
-    assert shown == [{name: value for name, value in values.items() if name in shown[0]} for values in settings.KINDS.values()]
-    assert [float(lora) for *_, lora, _ in rows] == pytest.approx([settings.LORA_LR * one["lr"] for one in shown])
+    shown = [{"group_size": int(G), "prompts_per_step": int(B), "lr": float(lr), "gradient_checkpointing": on == "on",
+              "max_prompt_tokens": int(P), "max_completion_tokens": int(T)} for G, B, lr, _, on, P, T in rows]
+    assert shown == list(settings.KINDS.values())
+    assert [float(row[3]) for row in rows] == pytest.approx([settings.LORA_LR * one["lr"] for one in shown])
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--advantage-scale gdpo --overlong penalise", "gdpo standardises each reward by itself"),
+    ("--advantage-scale gdpo --rewards format,execution=2,user=0.5 --reward-module x.py", "the reward user"),
+    ("--dual-clip 0.5", "--dual-clip is 0.5; it must be above 1, or 0")])
+def test_settings_that_make_no_sense_together_are_one_sentence(flags, message):
+    with pytest.raises(UserError, match=message):
+        train.parse_settings(flags.split())
 
 
 def test_an_unknown_architecture_takes_the_general_defaults(tmp_path):
@@ -221,13 +254,35 @@ def test_an_unknown_architecture_takes_the_general_defaults(tmp_path):
     assert train.parse_settings(["--model", str(tmp_path)]).run.lr == settings.RunConfig.lr
 
 
+@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("model", ["tiny", "qwen2.5-0.5b", "qwen2.5-3b", "unknown"])
+def test_every_value_of_a_recipe_has_a_source_and_is_taken(name, model, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    s = train.parse_settings(["--model", str(tmp_path) if model == "unknown" else model, "--recipe", name]).as_dict()
+    small = recipes.SMALL.get(name, {}) if model in ("tiny", "qwen2.5-0.5b") else {}
+    for setting, (value, source) in (recipes.RECIPES[name] | small).items():
+        assert s[setting] == value and type(s[setting]) is type(value) and len(source) >= 4, setting
+    assert small.keys() <= recipes.RECIPES[name].keys()
+
+
+def test_the_code_of_the_paper_differs_by_size_and_given_flags_win():
+    by_size = [train.parse_settings(["--model", f"qwen2.5-{size}", "--recipe", "finer-sql-code"]) for size in ("0.5b", "3b")]
+    assert [(s.grpo.group_size, s.prompts.max_prompt_tokens, s.run.steps) for s in by_size] == [(32, 2048, 1500), (16, 4096, 1000)]
+    for s in by_size:
+        assert (s.run.lr, s.grpo.max_completion_tokens, s.grpo.loss, s.grpo.sampler_cap) == (5e-6, 2048, "dapo", 2.0)
+        assert s.rewards.weights["memory"] == 0 and s.run.prompts_per_step == 1 and s.rewards.atomic_when == "runs"
+    given = train.parse_settings(["--model", "qwen2.5-3b", "--recipe", "finer-sql-code", "--group-size", "4"])
+    assert given.grpo.group_size == 4 and given.run.lr == 5e-6
+
+
+@pytest.mark.parametrize("name", ["finer-sql", "finer-sql-paper"])
 @pytest.mark.parametrize("model", ["tiny", "qwen2.5-3b"])
-def test_the_recipe_of_the_paper(model):
-    s = train.parse_settings(["--model", model, "--recipe", "finer-sql"])
+def test_the_recipe_of_the_paper(model, name):
+    s = train.parse_settings(["--model", model, "--recipe", name])
     assert (s.grpo.group_size, s.run.lr, s.grpo.kl_coef, s.grpo.temperature) == (32, 8e-6, 0.04, 1.0)
     assert (s.rewards.memory_top_k, s.rewards.atomic_lambda, s.rewards.atomic_beta, s.rewards.atomic_gamma) == (20, 0.05, 0.79, 0.2)
-    assert set(s.rewards.weights.values()) <= {0.0, 1.0} and s.as_dict()["recipe"] == "finer-sql"
-    given = train.parse_settings(["--model", model, "--recipe", "finer-sql", "--group-size", "4", "--kl-coef", "0"])
+    assert set(s.rewards.weights.values()) <= {0.0, 1.0} and s.as_dict()["recipe"] == name
+    given = train.parse_settings(["--model", model, "--recipe", name, "--group-size", "4", "--kl-coef", "0"])
     assert (given.grpo.group_size, given.grpo.kl_coef, given.run.lr) == (4, 0.0, 8e-6)
 
 

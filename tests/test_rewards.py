@@ -13,10 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import grpo
 import rewards
 import sql_exec
-from rewards import RewardConfig, RewardError, RewardItem, RewardScorer, parse_completion, parse_rewards
+from rewards import (
+    RewardBreakdown,
+    RewardConfig,
+    RewardError,
+    RewardItem,
+    RewardScorer,
+    parse_completion,
+    parse_rewards,
+)
 from scoring.verdicts import score_predictions
 from sql_exec import MATCHES, SQLExecutor
 from text2sql.answer_style import ANSWER_STYLES, completion_text, unwrap_fence
@@ -180,6 +190,30 @@ def test_the_shaping_is_a_setting_and_weights_are_checked_against_it(executor):
     for name in ("atomic_lambda", "atomic_beta", "atomic_gamma"):
         with pytest.raises(ValueError, match=f"{name} is 2"):
             RewardConfig(**{name: 2.0})
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_with_gdpo_a_correct_completion_outranks_every_wrong_one_of_its_group(seed):
+    """Random groups and weights; also those with which a wrong one would win if its atomic reward counted as in the sum."""
+    rng = random.Random(seed)
+    weights = {name: rng.choice([0.1, 1, 10]) for name in ("execution", "atomic", "memory", "result", "schema")}
+    weights["execution"] = max(weights["execution"], weights["atomic"])  # else the weights are refused
+    config = RewardConfig(rewards="format," + ",".join(f"{name}={weight}" for name, weight in weights.items()))
+
+    def completion():
+        draw = {name: rng.random() for name in ("memory", "result", "schema")}
+        if rng.random() < 0.3:
+            return RewardBreakdown(format=1.0, execution=2.0, memory=1.0, result=1.0, schema=1.0, correct=True)
+        if rng.random() < 0.1:
+            return RewardBreakdown()
+        return RewardBreakdown(format=1.0, execution=float(rng.random() < 0.5), atomic=config.shape(rng.random()), **draw)
+
+    rows = [[completion() for _ in range(6)] for _ in range(8)]
+    values, found = rewards.rewards_apart(rows, config)
+    assert found == [1.0, *weights.values()] and np.shape(values) == (6, 8, 6)
+    for group, advantages in zip(rows, grpo.gdpo_advantages(torch.tensor(values), found).tolist(), strict=True):
+        right, wrong = ([A for A, b in zip(advantages, group, strict=True) if b.correct == is_right] for is_right in (True, False))
+        assert not right or not wrong or min(right) > max(wrong)
 
 
 def test_any_of_several_golds_counts_and_a_failing_gold_never_does(executor):
