@@ -33,9 +33,9 @@ KINDS = {  # of pretrained models, up to so many parameters
     1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": True,
           "max_prompt_tokens": 2048, "max_completion_tokens": 1024},
     4e9: {"group_size": 8, "prompts_per_step": 8, "lr": 1e-6, "gradient_checkpointing": True,
-          "max_prompt_tokens": 4096, "max_completion_tokens": 2048},
+          "max_prompt_tokens": 4096, "max_completion_tokens": 1536},
     float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True,
-                   "max_prompt_tokens": 4096, "max_completion_tokens": 2048},
+                   "max_prompt_tokens": 4096, "max_completion_tokens": 1536},
 }
 LORA_LR = 10  # times the learning rate
 

@@ -40,7 +40,7 @@ COMMANDS = {  # module: how it is called
 CORES = {("evaluate", "workers"), ("sft", "workers")}  # defaults that are the number of CPU cores
 EXAMPLE = ["--model", "qwen2.5-3b", "--data", "bird", "--plan", "80"]  # of `needs`; a number makes it a card's plan
 SIZES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")  # of `lengths`
-LENGTHS = ((2048, 512), (2048, 1024), (4096, 2048), (4096, 4096))
+LENGTHS = ((2048, 512), (2048, 1024), (4096, 1536), (4096, 4096))
 CARDS = (8, 12, 16, 24, 40, 48, 80, 141)  # gigabytes
 
 

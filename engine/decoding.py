@@ -160,7 +160,7 @@ class Grid:
             return self.step(forward)
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key]):
+            with torch.cuda.graph(self.graphs[key]):  # records and computes nothing
                 self.step(forward)
         self.graphs[key].replay()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 CHUNK = 2**24  # elements of logits that exist at once (packing.py)
 PASS = 1e9  # bytes that passes of several groups may keep for backward on a CPU; a GPU gives a quarter of its memory
 LIBRARIES = 0.45e9  # bytes of Python with torch and transformers on a CPU, and of a CUDA context on a GPU
+MOST = 2**14  # tokens of a pass of several groups: more gain nothing, and the mask of a row grows with its square
 SLACK = 0.4  # of what comes and goes: the C library's heap, for blocks under 32 MiB, does not give everything back
 SHARE = 0.95  # of a card or machine that may be planned for
 
@@ -167,7 +168,7 @@ def sampling(shape: Shape, work: Work) -> dict[str, float]:
 def forward(shape: Shape, work: Work) -> dict[str, float]:
     """A packed row without gradients."""
     row, number = row_tokens(work), bytes_of(work)
-    return {"activations": row * (3 * shape.inner + 6 * shape.width + 4 * shape.heads * shape.head) * number,
+    return {"activations": row * (3 * shape.inner + 6 * shape.width + attention_elements(shape, work)) * number,
             "logits chunk": 4 * 4 * logits_of(shape, work)}
 
 
@@ -178,7 +179,8 @@ def update(shape: Shape, work: Work) -> dict[str, float]:
     between = row * shape.width * (2 if work.half else 4)  # a layer's input
     kept = shape.layers * between + layer if work.checkpointing else shape.layers * layer
     kept += 4 * row * shape.width * number  # around the last norm
-    passing = row * ((3 * shape.inner + 2 * shape.width) * 4 + 8 * shape.heads * shape.head * number)  # of a layer
+    gradients = (3 * shape.inner + 2 * shape.width) * 4 + 2 * attention_elements(shape, work) * number
+    passing = row * gradients  # backward of a layer
     stored = 2 if work.half else 4
     head = 0 if work.lora_rank else 2 * stored * shape.vocabulary * shape.width  # gradient of lm_head, not yet added
     casts = 2 * shape.parameters() if work.bf16 and not work.half and not work.checkpointing else 0
@@ -209,14 +211,19 @@ def layer_bytes(shape: Shape, work: Work) -> int:
     norms = (2 if work.lora_rank else 4) * D * 4  # their inputs, and unless frozen the normalised; float32
     inputs = (5 if work.bf16 else 2) * D * number + q * number  # of q, k, v, gate, up and o: autocast casts for each
     mlp = 4 * shape.inner * number
-    attention = 4 * q * number + 4 * shape.heads  # query, key and value of each head, what they find, and its weight
+    attention = attention_elements(shape, work) * number + 4 * shape.heads  # and the weight of what a head finds
     return row_tokens(work) * (norms + inputs + mlp + attention)
+
+
+def attention_elements(shape: Shape, work: Work) -> int:
+    """Query, key, value and what is found, for a token; FlexAttention repeats no key (row_attention.py)."""
+    return 2 * shape.head * (shape.heads + (shape.kv_heads if work.gpu else shape.heads))
 
 
 def tokens_per_pass(shape: Shape, work: Work, memory: float) -> int:
     """How many tokens may go through the model together, so that no more bytes than these are kept for backward."""
     one = replace(work, pass_tokens=0)
-    return int(memory * row_tokens(one) / (shape.layers * layer_bytes(shape, one)))
+    return min(MOST, int(memory * row_tokens(one) / (shape.layers * layer_bytes(shape, one))))
 
 
 def peak(found: Phases) -> tuple[str, float]:

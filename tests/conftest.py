@@ -15,6 +15,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the scripts are flat files, not a package
 
+SLOWEST = ("test_train", "test_resume", "test_distributed", "test_ablate", "test_policy", "test_ask")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest begin, so that the workers end together."""
+    def turn(item):
+        name = item.path.stem
+        return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
+
+    items.sort(key=turn)
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -165,7 +165,7 @@ def test_the_flags_that_are_advised_make_it_fit_and_none_is_idle(limit):
 
 def test_an_optimizer_on_the_cpu_leaves_bf16_weights_and_no_state_on_the_card():
     """What the class holds of a float32 and of a bf16 model, beside the plan."""
-    shape, gpu = plan.Shape.of(published.PUBLISHED["3b"]), plan.replace(WORK, gpu=True, optimizer_on_cpu=True, checkpointing=True)
+    shape, gpu = plan.Shape.of(published.PUBLISHED["3b"]), plan.replace(WORK, gpu=True, bf16=True, optimizer_on_cpu=True, checkpointing=True)
     found, n = plan.phases(shape, gpu)["update"], shape.parameters()
     assert found["parameters"] == found["reference"] == 2 * n and found["optimizer"] == 0
     assert found["gradients"] == 2 * shape.vocabulary * shape.width  # the largest, which goes when it is made
@@ -223,7 +223,7 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
     small, middle, large = by_size.values()
     assert small.grpo.group_size > middle.grpo.group_size and small.run.lr > middle.run.lr > large.run.lr
     assert [s.run.gradient_checkpointing for s in by_size.values()] == [True, True, True]
-    assert [(s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens) for s in by_size.values()] == [(2048, 1024), *[(4096, 2048)] * 2]
+    assert [(s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens) for s in by_size.values()] == [(2048, 1024), *[(4096, 1536)] * 2]
     lora = train.parse_settings(["--model", "qwen2.5-3b", "--lora-rank", "16"])
     assert lora.run.lr == 10 * middle.run.lr
     given = train.parse_settings(["--model", "qwen2.5-3b", "--lr", "3e-5", "--group-size", "4", "--no-gradient-checkpointing"])

@@ -105,7 +105,7 @@ def test_token_ratios_are_those_of_the_update(micro_batch, engine):
     groups = sample_groups(policy.model, [torch.tensor([1, 2, 3])] * 2, config, eos_ids=policy.eos_ids, seeds=[0, 1])
     advantages = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, -1.0]])
     trainer = object.__new__(train.Trainer)  # without a run's folder and data
-    trainer.policy, trainer.engine, trainer.device = policy, ENGINES[engine], "cpu"
+    trainer.policy, trainer.engine, trainer.device, trainer.bf16 = policy, ENGINES[engine], "cpu", False
     trainer.s = train.parse_settings(["--group-size", "4", "--micro-batch", str(micro_batch)])
     before = trainer.group_logps(groups, 1)
     policy_update(policy.model, torch.optim.SGD(policy.model.parameters(), lr=0.5), micro_batches(groups, config),

@@ -378,7 +378,7 @@ def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_rewar
     rows = {0: [right, wrong[0]], 1: [wrong[0], wrong[1]], 2: [right, right], 3: [wrong[2], right], 4: [wrong[1], right]}
     trainer = object.__new__(train.Trainer)
     trainer.policy = type("Policy", (), {"device": "cpu", "model": None, "eos_ids": ()})
-    trainer.device, trainer.step, trainer.drawn, trainer.engine, trainer.sharded = "cpu", 1, 0, None, None
+    trainer.device, trainer.step, trainer.drawn, trainer.engine, trainer.sharded, trainer.bf16 = "cpu", 1, 0, None, None, False
     trainer.score = lambda examples, groups: [(e, group, rows[e]) for e, group in zip(examples, groups, strict=True)]
     monkeypatch.setattr(train, "sample_groups", lambda model, prompts, *_, **__: [f"group {int(p[0])}" for p in prompts])
 
