@@ -111,9 +111,9 @@ def forced_lengths(lengths):
     import torch.nn.functional as F
 
     import grpo
-    from engine import decoding
+    from engine.grid import Grid
 
-    sampled, of_plain, of_grid = itertools.count(), grpo.sample_token, decoding.Grid.draw
+    sampled, of_plain, of_grid = itertools.count(), grpo.sample_token, Grid.draw
 
     def sample_token(logits, temperature, uniform):
         return of_plain(force_end(logits, lengths - next(sampled)), temperature, uniform)
@@ -121,7 +121,7 @@ def forced_lengths(lengths):
     def draw(grid, logits):  # the empty places of a grid have the number G
         of_grid(grid, force_end(logits, F.pad(lengths, (0, 1))[grid.rows] - grid.t))
 
-    with (mock.patch.object(grpo, "sample_token", sample_token), mock.patch.object(decoding.Grid, "draw", draw)):
+    with (mock.patch.object(grpo, "sample_token", sample_token), mock.patch.object(Grid, "draw", draw)):
         yield
 
 

@@ -1,27 +1,17 @@
-"""Sampling with each prompt computed, stored and read once for its G completions; otherwise as `grpo.plain_decode`.
+"""Sampling with each prompt computed, stored and read once for its G completions; otherwise as `grpo.plain_decode`."""
 
-Completions stand in a grid [B, M]: M of each of B prompts. `Grid.step` gives every one of them a token. It is tensors
-in, tensors out: its shapes do not depend on what is sampled and nothing waits for a result, so that a GPU can replay it
-as one graph. Every few tokens the host looks which completions have ended, and goes on with a smaller grid.
-"""
-
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine import lean
 from engine.attention import causal_lm, enable, is_exact, no_mask
 from engine.bf16 import weights_to_sample_with
+from engine.grid import LOOK, Grid
 from grpo import Group, as_groups, dropout_off, left_pad, plain_decode, plain_logprobs
-
-BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
-LOOK = {"cuda": 16, "cpu": 4}  # tokens between two looks of the host
-SHRINK = 7 / 8  # of its rows a smaller grid may have at most, to be worth its copies
 
 
 def decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature: float,
@@ -53,194 +43,6 @@ def prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor
                 use_cache=True, logits_to_keep=1)
     enable(model)
     return [(layer.keys, layer.values) for layer in out.past_key_values.layers], mask.bool(), out.logits[:, -1]
-
-
-def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`grpo.sample_token` with the cumulative sums of one block of the vocabulary instead of all of it.
-
-    [N, V] -> token, logp, entropy [N] each
-    """
-    logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-    p = logp.exp()
-    token = invert_cdf(p, uniform) if temperature else logp.argmax(-1)
-    entropy = -(p * logp.clamp(min=-1e4)).sum(-1)  # 0 times -inf would not be 0
-    return token, logp.gather(-1, token[:, None])[:, 0], entropy
-
-
-def invert_cdf(p: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the uniform number. [N, V], float64 [N] -> [N]"""
-    N, V = p.shape
-    blocks = F.pad(p, (0, -V % BLOCK)).view(N, -1, BLOCK)
-    cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [N, V / BLOCK]
-    target = uniform[:, None] * cdf[:, -1:]
-    block = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)  # [N, 1]
-    within = blocks.gather(1, block[..., None].expand(N, 1, BLOCK))[:, 0].double().cumsum(-1)  # [N, BLOCK]
-    rest = target - F.pad(cdf, (1, 0)).gather(1, block)
-    rest = torch.minimum(rest, within[:, -1:] * (1 - 2**-52))  # rounding must not lead past the block's last token
-    return (block * BLOCK + torch.searchsorted(within, rest, right=True).clamp(max=BLOCK - 1)).clamp(max=V - 1)[:, 0]
-
-
-class Grid:
-    """The completions under way. Its tensors stay where they are from rollout to rollout, as long as they are large
-    enough: a graph on a GPU keeps their addresses."""
-
-    def __init__(self):
-        self.memory: dict[str, Tensor] = {}  # flat, of which the tensors are the first part
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        self.weights: tuple[int, ...] = ()  # their addresses
-
-    def start(self, prompts: list[tuple[Tensor, Tensor]], mask: Tensor, logits: Tensor, uniform: Tensor,
-              temperature: float, eos_ids: Sequence[int], weights: tuple[int, ...] = ()) -> None:
-        """Takes over the prompts from `prefill` and draws a first token for G completions of each.
-
-        uniform: [B, G, T]. weights: addresses of the weights that `advance` will use.
-        """
-        if weights != self.weights:
-            self.graphs, self.weights = {}, weights
-        self.device, self.temperature = logits.device, temperature
-        (self.B, self.M, self.T), N = uniform.shape, uniform.shape[0] * uniform.shape[1]
-        self.prompts = [[self.keep(f"prompt {n}/{i}", x) for i, x in enumerate(pair)]  # a layer [B, Hk, P, d] each
-                        for n, pair in enumerate(prompts)]
-        self.place_completions()
-        for _, values in self.completions:
-            values.zero_()  # what is not seen weighs 0, and 0 times what is left there must be 0
-        self.padding = self.keep("padding", ~mask)  # [B, P]
-        self.position = self.keep("position", mask.sum(-1, keepdim=True).expand(-1, self.M))  # [B, M], of the newest
-        self.token = self.keep("token", torch.zeros(N, dtype=torch.long))  # [B·M], the newest
-        self.ended = self.keep("ended", torch.zeros(N, dtype=torch.bool))  # [B·M]
-        self.rows = self.keep("rows", torch.arange(N))  # [B·M], numbers of the completions among all that were started
-        self.eos = self.keep("eos", torch.tensor([list(eos_ids) or [-1]]))  # [1, E]
-        self.t = self.keep("t", torch.zeros(1, dtype=torch.long))  # number of the newest token
-        # One more row than completions takes what the empty places of a smaller grid compute
-        self.uniform = self.keep("uniform", F.pad(uniform.reshape(N, self.T), (0, 0, 0, 1)))  # [N + 1, T]
-        self.tokens = self.keep("tokens", torch.zeros(N + 1, self.T, dtype=torch.long))
-        self.logps, self.entropies = (self.keep(name, torch.zeros(N + 1, self.T)) for name in ("logps", "entropies"))
-        self.lengths = self.keep("lengths", torch.zeros(N + 1, dtype=torch.long))
-        self.draw(logits.repeat_interleave(self.M, 0))
-
-    def results(self) -> tuple[Tensor, ...]:
-        """tokens, logps, entropies [N, T] each, lengths [N], ended [N]."""
-        tokens, logps, entropies, lengths = (kept[:-1].clone() for kept in (self.tokens, self.logps, self.entropies,
-                                                                            self.lengths))
-        return tokens, logps, entropies, lengths, (tokens.gather(1, lengths[:, None] - 1) == self.eos).any(-1)
-
-    def keep(self, name: str, values: Tensor) -> Tensor:
-        """A copy of the values at the address of this name."""
-        kept = self.place(name, values.shape, values.dtype)
-        return kept.copy_(values)
-
-    def place(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor at the address of this name; its content is what was there."""
-        size, flat = math.prod(shape), self.memory.get(name)
-        if flat is None or flat.numel() < size or (flat.dtype, flat.device) != (dtype, self.device):
-            flat = self.memory[name] = torch.empty(size, dtype=dtype, device=self.device)
-            self.graphs = {}
-        return flat[:size].view(shape)
-
-    def place_completions(self) -> None:
-        """Keys and values of the completions, in a layer [B, Hk, M, T, d] each."""
-        self.completions = [
-            [self.place(f"completions {n}/{i}", (self.B, x.shape[1], self.M, self.T, x.shape[3]), x.dtype)
-             for i, x in enumerate(pair)] for n, pair in enumerate(self.prompts)]
-
-    # ---- a token
-
-    def advance(self, t: int, forward: Callable) -> None:
-        """Token t of every completion, on a GPU by a graph: one for each size of the grid and number of keys.
-
-        forward: (token [R], position [R], grid) -> logits [R, V]; it calls `attend` once a layer.
-        """
-        if self.device.type != "cuda":
-            self.attended = min(self.T, -(-t // 16) * 16)
-            return self.step(forward)
-        self.attended = min(self.T, max(64, 1 << (t - 1).bit_length()))
-        key = (self.B, self.M, self.T, self.attended, self.padding.shape[1], self.temperature, self.eos.shape[1])
-        if key not in self.graphs:  # the first time as it is, which also makes the libraries ready
-            self.graphs[key] = None
-            return self.step(forward)
-        if self.graphs[key] is None:
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key]):  # records and computes nothing
-                self.step(forward)
-        self.graphs[key].replay()
-
-    def step(self, forward: Callable) -> None:
-        """Computes the newest token of every completion and draws the next."""
-        P, n = self.padding.shape[1], self.attended
-        self.distance = P + self.t - torch.arange(P + n, device=self.device)  # [P + n], from the newest token to a key
-        ahead = (self.distance[P:] < 0).expand(self.B, n)
-        self.hidden = torch.cat([self.padding, ahead], dim=1)[:, None, None]  # [B, 1, 1, P + n], what it does not see
-        logits = forward(self.token, self.position.flatten(), self)
-        self.t += 1
-        self.position += 1
-        self.draw(logits)
-
-    def draw(self, logits: Tensor) -> None:
-        """Draws the token t of every completion from its logits. [B·M, V]"""
-        rows, t = self.rows, self.t
-        token, logp, entropy = draw(logits, self.temperature, self.uniform[rows, t])
-        self.tokens[rows, t], self.logps[rows, t], self.entropies[rows, t] = token, logp, entropy
-        self.lengths[rows] = torch.where(self.ended, self.lengths[rows], t + 1)
-        self.token.copy_(token)
-        self.ended |= (token[:, None] == self.eos).any(-1)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
-               window: int | None = None) -> Tensor:
-        """[B·M, H, 1, d], 2 × [B·M, Hk, 1, d] -> [B·M, H, 1, d]; the new keys and values are kept."""
-        (B, M), H, (_, Hk, _, d), n = (self.B, self.M), query.shape[1], key.shape, self.attended
-        prompt_keys, prompt_values = self.prompts[layer]  # [B, Hk, P, d]
-        keys, values = self.completions[layer]  # [B, Hk, M, T, d]
-        for kept, new in ((keys, key), (values, value)):
-            kept.index_copy_(3, self.t, new.view(B, M, Hk, 1, -1).transpose(1, 2).to(kept.dtype))
-        keys, values, P = keys[..., :n, :], values[..., :n, :], prompt_keys.shape[2]
-        # the heads that share a key-value head stand side by side, so that one product serves all of a prompt
-        query = (query * scaling).view(B, M, Hk, H // Hk, d).transpose(1, 2).to(keys.dtype)  # [B, Hk, M, r, d]
-        to_prompt = query.reshape(B, Hk, -1, d) @ prompt_keys.mT  # [B, Hk, M·r, P]
-        to_completion = (query @ keys.mT).flatten(2, 3)  # [B, Hk, M·r, n]
-        hidden = self.hidden if window is None else self.hidden | (self.distance >= window)
-        scores = torch.cat([to_prompt, to_completion], dim=-1).masked_fill_(hidden[..., -P - n:], float("-inf"))
-        weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
-        out = weights[..., P:].unflatten(2, (M, -1)) @ values  # [B, Hk, M, r, d]
-        out = out + (weights[..., :P] @ prompt_values).view_as(out)
-        return out.transpose(1, 2).reshape(B * M, H, 1, -1)
-
-    # ---- between tokens
-
-    def look(self, t: int) -> bool:
-        """Whether any completion goes on; where few do, in a smaller grid. t: tokens they have"""
-        growing = ~self.ended.view(self.B, self.M).cpu()
-        counts = growing.sum(1)  # [B]
-        B, M = self.bucket(int((counts > 0).sum())), self.bucket(int(counts.max()))
-        if B and B * M <= SHRINK * self.B * self.M:
-            self.shrink(growing, min(B, self.B), min(M, self.M), t)
-        return B > 0
-
-    def bucket(self, n: int) -> int:
-        """A size of at least n; on a GPU one of few, for each needs a graph."""
-        if self.device.type != "cuda" or n < 4:
-            return n
-        power = 1 << (n - 1).bit_length()
-        return power * 3 // 4 if n <= power * 3 // 4 else power
-
-    def shrink(self, growing: Tensor, B: int, M: int, t: int) -> None:
-        """Goes on with these completions, bool [B, M], in a smaller grid. t: tokens they have"""
-        first = growing.sum(1).sign().argsort(descending=True, stable=True)[:B]  # [B'], prompts, those that go on first
-        order = growing[first].int().argsort(dim=1, descending=True, stable=True)[:, :M]  # [B', M'], likewise
-        empty = ~growing[first].gather(1, order).flatten().to(self.device)  # [B'·M'], places without a completion
-        prompt, place = first[:, None].to(self.device), order.to(self.device)
-        at = (prompt * self.M + place).flatten()  # [B'·M']
-        rows = self.rows[at].masked_fill(empty, len(self.uniform) - 1)
-        state = {"rows": rows, "token": self.token[at], "ended": empty, "position": self.position[prompt, place],
-                 "padding": self.padding[prompt[:, 0]]}
-        for name, values in state.items():
-            setattr(self, name, self.keep(name, values))
-        old, (self.B, self.M) = self.completions, (B, M)
-        self.place_completions()
-        for n, pair in enumerate(self.completions):  # one after the other, so that only one is there twice
-            for i, new in enumerate(pair):
-                moved = old[n][i][prompt, :, place, :t]  # [B', M', Hk, t, d]
-                new.zero_()[..., :t, :] = moved.transpose(1, 2)
-                self.prompts[n][i] = self.keep(f"prompt {n}/{i}", self.prompts[n][i][prompt[:, 0]])
 
 
 _grids: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> Grid

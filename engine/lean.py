@@ -24,17 +24,29 @@ def forward(model, token: Tensor, position: Tensor, grid) -> Tensor:
     for n, layer in enumerate(decoder.layers):
         attention, mlp = layer.self_attn, layer.mlp
         h = norm(layer.input_layernorm, x)
-        query, key, value = (linear(h).view(R, -1, attention.head_dim)
-                             for linear in (attention.q_proj, attention.k_proj, attention.v_proj))  # [R, heads, d]
+        query, key, value = (linear(module, h).view(R, -1, attention.head_dim)
+                             for module in (attention.q_proj, attention.k_proj, attention.v_proj))  # [R, heads, d]
         if hasattr(attention, "q_norm"):
             query, key = norm(attention.q_norm, query), norm(attention.k_norm, key)
         query, key = rotate(torch.cat([query, key], dim=1), cos, sin).split((query.shape[1], key.shape[1]), dim=1)
         window = getattr(attention, "sliding_window", getattr(causal.config, "sliding_window", None))
         out = grid.attend(n, query[:, :, None], key[:, :, None], value[:, :, None], attention.scaling, window)
-        x = x + attention.o_proj(out.reshape(R, -1))
+        x = x + linear(attention.o_proj, out.reshape(R, -1))
         h = norm(layer.post_attention_layernorm, x)
-        x = x + mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)) * mlp.up_proj(h))
-    return causal.get_output_embeddings()(norm(decoder.norm, x))
+        x = x + linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, h)) * linear(mlp.up_proj, h))
+    return linear(causal.get_output_embeddings(), norm(decoder.norm, x)).contiguous()
+
+
+def linear(module, x: Tensor) -> Tensor:
+    """A linear map. [R, i] -> [R, o]
+
+    On a CPU the weight stands on the left: for few rows, MKL's product is then up to twice as fast.
+    """
+    if type(module) is not torch.nn.Linear or x.dtype != torch.float32 or x.is_cuda:
+        return module(x)
+    if module.bias is None:
+        return (module.weight @ x.T).T
+    return torch.addmm(module.bias[:, None], module.weight, x.T).T
 
 
 def norm(module, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import accumulate
@@ -51,11 +51,15 @@ class RowLayout:
                 for i in range(len(run))]
         return tuple(torch.tensor(rows, device=self.device).unbind(1))
 
-    def sees(self, i: Tensor, j: Tensor, window: int | None) -> Tensor:
-        """Whether the token at i sees the one at j; elementwise."""
-        group, run, position = self.tokens
-        seen = (j <= i) & (group[i] == group[j]) & ((run[j] == 0) | (run[i] == run[j]))
-        return seen if window is None else seen & (position[i] - position[j] < window)
+    def rule(self, window: int | None) -> Callable:
+        """Whether the token at i sees the one at j, elementwise, as FlexAttention asks for it: (_, _, i, j) -> bool."""
+        group, run, position = self.tokens  # tensors in a closure, as a compiler can follow them
+
+        def sees(_, __, i, j):
+            seen = (j <= i) & (group[i] == group[j]) & ((run[j] == 0) | (run[i] == run[j]))
+            return seen if window is None else seen & (position[i] - position[j] < window)
+
+        return sees
 
     @cached_property
     def parts(self) -> list[tuple["Rows", "Rows", bool]]:
@@ -76,7 +80,7 @@ def masked(layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, scaling
     """As `RowLayout.attend`."""
     if window not in layout.masks:
         i = torch.arange(query.shape[2], device=query.device)
-        layout.masks[window] = layout.sees(i[:, None], i, window)  # [L, L]
+        layout.masks[window] = layout.rule(window)(None, None, i[:, None], i)  # [L, L]
     H = query.shape[1]
     return F.scaled_dot_product_attention(query, per_head(key, H), per_head(value, H), layout.masks[window],
                                           scale=scaling)
@@ -109,8 +113,7 @@ def flex(layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, scaling: 
 
     if window not in layout.masks:
         L = query.shape[2]
-        layout.masks[window] = create_block_mask(lambda b, h, i, j: layout.sees(i, j, window), None, None, L, L,
-                                                 device=query.device)
+        layout.masks[window] = create_block_mask(layout.rule(window), None, None, L, L, device=query.device)
     attend = compiled_flex() if query.is_cuda else flex_attention
     return attend(query.to(value.dtype), key.to(value.dtype), value, block_mask=layout.masks[window], scale=scaling,
                   enable_gqa=query.shape[1] != key.shape[1])

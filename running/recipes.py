@@ -66,7 +66,26 @@ MODERN = {
     "dynamic_sampling": (3, "DAPO (up to 10 rollouts)"),
     "gradient_checkpointing": (True, "default of TRL and verl"),
 }
-RECIPES = {"finer-sql-paper": PAPER, "finer-sql-code": CODE, "grpo-2026": MODERN,
+LAPTOP = {
+    "style": ("compact", "fewest tokens for a schema"),
+    "traces": ("template", "needs no teacher"),
+    "max_prompt_tokens": (1024, "every prompt of Spider dev fits"),
+    "max_completion_tokens": (128, "a template's trace and its SQL, with room"),
+    "cold_start_steps": (120, "half of the time, about"),
+    "cold_start_batch": (16, "as much as one pass takes on a CPU"),
+    "cold_start_lr": (3e-4, "tried with SmolLM2-135M on one GPU"),
+    "steps": (60, "the other half"),
+    "prompts_per_step": (8, "64 completions a step"),
+    "group_size": (8, "64 completions a step"),
+    "lr": (1e-5, "tried with SmolLM2-135M on one GPU"),
+    "kl_coef": (0.0, "no pass of a reference"),
+    "gradient_checkpointing": (False, "passes are small, see --tokens-per-pass"),
+    "eval_every": (20, "three evaluations"),
+    "eval_questions": (64, "a minute each, about"),
+    "test_questions": (128, "a few minutes before and after"),
+    "save_every": (20, "with each evaluation"),
+}
+RECIPES = {"finer-sql-paper": PAPER, "finer-sql-code": CODE, "grpo-2026": MODERN, "laptop": LAPTOP,
            "finer-sql": PAPER}  # the last: the name of the paper's before the code's was added
 SMALL = {"finer-sql-code": {
     "steps": (1500, "train_0.5b.sh"),

@@ -10,6 +10,7 @@ import grpo
 from engine import attention, decoding, row_attention
 from engine.bf16 import weights_to_sample_with
 from engine.fast import FAST
+from engine.grid import Grid
 from grpo import PLAIN, GRPOConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -37,7 +38,7 @@ def test_graphs_replay_the_step(model, monkeypatch):
     for seed in range(3):
         with_graphs, plain = sampled(model, seed=seed), sampled(model, PLAIN, seed=seed)
         with monkeypatch.context() as eager:
-            eager.setattr(decoding.Grid, "advance", lambda grid, t, forward: (setattr(grid, "attended", min(
+            eager.setattr(Grid, "advance", lambda grid, t, forward: (setattr(grid, "attended", min(
                 grid.T, max(64, 1 << (t - 1).bit_length()))), grid.step(forward)))
             without = sampled(model, seed=seed)
         assert texts(with_graphs) == texts(without) == texts(plain)

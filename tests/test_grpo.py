@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import grpo
-from engine import attention, decoding, lean, packing, row_attention
+from engine import attention, decoding, draw, grid, lean, packing, row_attention
 from engine.fast import ENGINES, FAST
 from grpo import PLAIN, GRPOConfig
 
@@ -261,8 +261,8 @@ def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(engine, pr
 
 def test_completions_that_have_ended_leave_the_grid(monkeypatch):
     model, config = make_model(), GRPOConfig(group_size=16, max_completion_tokens=12)
-    monkeypatch.setattr(decoding, "SHRINK", 1.0)
-    monkeypatch.setitem(decoding.LOOK, "cpu", 3)
+    monkeypatch.setattr(grid, "SHRINK", 1.0)
+    monkeypatch.setitem(grid.LOOK, "cpu", 3)
     passes, groups = tokens_a_pass(model, lambda: sampled_groups(model, config, prompts=1, eos_ids=(EOS, 3, 9)))
     growing = [sum(len(c) > t for c in groups[0].completions) for t in range(1, 12)]
     assert passes[1:] == [n for n in growing[::3] for _ in range(3)][:len(passes) - 1] and 0 < growing[3] < growing[0]
@@ -574,13 +574,14 @@ def test_both_engines_sample_the_same_groups(family, temperature):
 @pytest.mark.parametrize("sizes", ["exact", "of a GPU"])
 def test_shrinking_grids_sample_what_the_plain_engine_samples(monkeypatch, look, sizes):
     """Grids of one model, one after the other, of other shapes; prompts that end whole; places that stay empty."""
-    monkeypatch.setitem(decoding.LOOK, "cpu", look)
+    monkeypatch.setitem(grid.LOOK, "cpu", look)
     if sizes == "of a GPU":
+        monkeypatch.setitem(grid.PADDING, "cpu", 8)
         power = lambda n: 1 << (n - 1).bit_length() if n else 0  # noqa: E731
-        monkeypatch.setattr(decoding.Grid, "bucket", lambda self, n: power(n))
+        monkeypatch.setattr(grid.Grid, "bucket", lambda self, n: power(n))
     model, grids = make_model(), set()
-    shrink = decoding.Grid.shrink
-    monkeypatch.setattr(decoding.Grid, "shrink", lambda self, growing, B, M, t: (grids.add((B, M)), shrink(self, growing, B, M, t)))
+    shrink = grid.Grid.shrink
+    monkeypatch.setattr(grid.Grid, "shrink", lambda self, growing, B, M, t: (grids.add((B, M)), shrink(self, growing, B, M, t)))
     for P, G, T, temperature in ((4, 7, 40, 1.0), (2, 3, 5, 1.3), (5, 9, 20, 1.0), (3, 1, 9, 0.0)):
         prompts = [a_group(prompt_length=3 + 4 * i, seed=i)[0] for i in range(P)]
         config = GRPOConfig(group_size=max(2, G), max_completion_tokens=T)
@@ -611,17 +612,17 @@ def test_tensors_of_the_grid_stay_where_they_are_and_results_are_not_among_them(
 @pytest.mark.parametrize("forward", ["lean", "modules"])
 def test_a_step_of_the_grid_depends_on_no_data(forward):
     """Fake tensors have no values, so what asks for one (a number, a shape, a branch) raises."""
-    model, grid = make_model("qwen3", dtype=torch.float32), decoding.Grid()
+    model, one = make_model("qwen3", dtype=torch.float32), grid.Grid()
     attention.enable(model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        layers, grid.attended = [(torch.randn(3, 2, 7, 4), torch.randn(3, 2, 7, 4)) for _ in range(2)], 16
-        grid.start(layers, torch.ones(3, 7, dtype=torch.bool), torch.randn(3, 23), torch.rand(3, 4, 32, dtype=torch.float64), 0.8, [EOS])
+        layers, one.attended = [(torch.randn(3, 2, 7, 4), torch.randn(3, 2, 7, 4)) for _ in range(2)], 16
+        one.start(layers, torch.ones(3, 7, dtype=torch.bool), torch.randn(3, 23), torch.rand(3, 4, 32, dtype=torch.float64), 0.8, [EOS])
         step = functools.partial(lean.forward if forward == "lean" else decoding.module_forward, model)
         for _ in range(3):
-            grid.step(step)
-        assert isinstance(grid.token, FakeTensor) and grid.token.shape == (12,)
+            one.step(step)
+        assert isinstance(one.token, FakeTensor) and one.token.shape == (12,)
         with pytest.raises(Exception, match="_local_scalar_dense"):
-            grid.ended.any().item()  # as it would be found
+            one.ended.any().item()  # as it would be found
 
 
 def test_a_row_that_is_not_a_number_spoils_no_other():
@@ -646,9 +647,9 @@ def test_drawing_by_blocks_is_drawing_by_the_whole_cumulative_sum(V):
     uniform = torch.rand(2_000, dtype=torch.float64, generator=generator)
     uniform[::5] = 0.0
     for temperature in (0.0, 0.7, 1.0):
-        for one, two in zip(decoding.draw(logits, temperature, uniform), grpo.sample_token(logits, temperature, uniform), strict=True):
+        for one, two in zip(draw.draw(logits, temperature, uniform), grpo.sample_token(logits, temperature, uniform), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
-        last = decoding.draw(logits, temperature, torch.full_like(uniform, 1 - 2**-53))
+        last = draw.draw(logits, temperature, torch.full_like(uniform, 1 - 2**-53))
         assert last[1].isfinite().all()  # rounding does not lead to what cannot be drawn
 
 
