@@ -912,6 +912,29 @@ def test_three_whole_steps_are_the_same_with_both_engines(updates, kl_coef):
             torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("tokens", [1, 40, 10**6])
+def test_passes_of_several_groups_have_the_update_of_single_ones(tokens):
+    """float64, groups of unequal prompts and lengths, one of them flat and so not trained; statistics too."""
+    config, results = GRPOConfig(group_size=4, max_completion_tokens=6, kl_coef=0.1, max_grad_norm=1e9, overlong="mask"), []
+    groups, reference = sampled_groups(make_model(), config, prompts=5, eos_ids=(EOS, 6, 12)), make_model(seed=1)
+    advantages, trained = _advantages(4, B=5), [True, True, False, True, True]
+    advantages[2] = 0.0
+    for joined in (False, True):
+        model, batches = make_model(), grpo.micro_batches(groups, config)
+        if joined:
+            sizes = [len(b.prompts[0]) + sum(map(len, b.completions)) for b in batches]
+            batches = packing.join(batches, trained, tokens)
+            assert len(batches) == {1: 5, 40: len(batches), 10**6: 2}[tokens] and [8, 9, 10, 11] in [b.rows for b in batches]
+            assert sorted(row for b in batches for row in b.rows) == list(range(20))
+            assert all(len(b.rows) == 4 or sum(sizes[row // 4] for row in b.rows[::4]) <= tokens for b in batches)
+        refs = grpo.reference_logprobs(reference, batches, config, FAST)
+        stats = grpo.policy_update(model, torch.optim.SGD(model.parameters(), lr=0.5), batches, advantages, refs, config, FAST)
+        results.append((stats, torch.cat([weight.flatten() for weight in model.parameters()])))
+    (one, weights), (two, expected) = results
+    assert one == pytest.approx(two, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_a13_statistics_are_means_over_all_tokens_of_flat_groups_too():
     """One group flat: its tokens count with ratio 1 and no clipping, also where no pass is made for them."""
     model = make_model()

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
+from engine.bf16 import weights_to_sample_with
 from engine.fast import FAST
 from policy import Reference, build_tiny, checkpoint_activations, load_policy
 
@@ -52,6 +53,25 @@ def test_autocast_keeps_the_fast_ways_of_sampling_and_updating(tiny):
         warnings.simplefilter("error", UserWarning)
         fresh = build_tiny(TEXTS, seed=1, vocab_size=320, width=64, layers=4)
         updated(fresh.model, sampled(fresh))
+
+
+def test_bf16_weights_to_sample_with_stay_in_place_and_are_those_of_now(tiny):
+    model = copy.deepcopy(tiny.model)
+    with weights_to_sample_with(model) as same:
+        assert same is model  # no bf16 arithmetic is asked for
+    places = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), weights_to_sample_with(model) as sampler:
+            assert not torch.is_autocast_enabled("cpu")
+            assert sampler.lm_head.weight is sampler.model.embed_tokens.weight  # still tied
+            for new, old in zip(sampler.parameters(), model.parameters(), strict=True):
+                assert new.dtype == torch.bfloat16 and torch.equal(new, old.bfloat16())
+            places.append([weight.data_ptr() for weight in sampler.parameters()])
+        updated_in_place = torch.optim.SGD(model.parameters(), lr=1.0)
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        updated_in_place.step()
+    assert places[0] == places[1]
 
 
 def test_gradient_checkpointing_changes_no_weight_and_uses_no_deprecated_call(tiny):
@@ -124,6 +144,18 @@ def test_adapters_on_a_bf16_base_are_float32(adapted, tmp_path):
                    load_policy(adapted.model.peft_config["default"].base_model_name_or_path, lora_rank=4, dtype=torch.bfloat16)):
         kinds = {(p.requires_grad, p.dtype) for p in policy.model.parameters()}
         assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_adapters_are_sampled_unmerged_beside_a_base_that_is_not_copied(adapted, tmp_path):
+    adapted.save(tmp_path)
+    policy = load_policy(str(tmp_path), dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with weights_to_sample_with(policy.model) as sampler:
+            shared = [new.data_ptr() == old.data_ptr() for new, old in zip(sampler.parameters(), policy.model.parameters(), strict=True)]
+            assert shared == [not weight.requires_grad for weight in policy.model.parameters()]
+        groups = sampled(policy)
+        stats = updated(policy.model, groups)[1]
+    assert 0 < stats["sampler_gap"] < 0.1
 
 
 def test_gradient_checkpointing_of_adapters_changes_nothing(adapted):

@@ -397,6 +397,18 @@ def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_rewar
     assert [train.has_right_and_wrong(rows[q]) for q in rows] == [True, False, False, True, True]
 
 
+def test_a_run_in_bf16_resumes_bit_for_bit(small, tmp_path):
+    flags = [*small, "--steps", 2, "--save-every", 1, "--precision", "bf16"]
+    run(*flags, "--output", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-2")
+    run(*flags, "--output", tmp_path / "half", "--resume")
+    one, two = (without_times(lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "half"))
+    assert one == two and all(1e-5 < step["sampler_gap"] < 0.05 for step in one)  # float32: about 1e-7
+    weights = [(tmp_path / name / "checkpoints/step-2/model.safetensors").read_bytes() for name in ("whole", "half")]
+    assert weights[0] == weights[1]
+
+
 def test_a_run_with_dynamic_sampling_and_a_length_penalty_resumes_bit_for_bit(small, tmp_path):
     flags = [*small, "--steps", 2, "--save-every", 1, "--dynamic-sampling", 2, "--overlong", "penalise",
              "--rewards", "format,execution"]
