@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 CHUNK = 2**24  # elements of logits that exist at once (packing.py)
-PASS = 1e9  # bytes that passes of several groups may keep for backward on a CPU; a GPU gives a quarter of its memory
+PASS = 1.5e8  # bytes that a pass of several groups keeps for backward on a CPU; a GPU gives a quarter of its memory
 LIBRARIES = 0.45e9  # bytes of Python with torch and transformers on a CPU, and of a CUDA context on a GPU
-MOST = 2**14  # tokens of a pass of several groups: more gain nothing, and the mask of a row grows with its square
+LEAST, MOST = 2**10, 2**14  # tokens of such a pass: more gain nothing, and the mask of a row grows with its square
 SLACK = 0.4  # of what comes and goes: the C library's heap, for blocks under 32 MiB, does not give everything back
 SHARE = 0.95  # of a card or machine that may be planned for
 
@@ -221,9 +221,9 @@ def attention_elements(shape: Shape, work: Work) -> int:
 
 
 def tokens_per_pass(shape: Shape, work: Work, memory: float) -> int:
-    """How many tokens may go through the model together, so that no more bytes than these are kept for backward."""
+    """How many tokens go through the model together, so that about so many bytes are kept for backward."""
     one = replace(work, pass_tokens=0)
-    return min(MOST, int(memory * row_tokens(one) / (shape.layers * layer_bytes(shape, one))))
+    return min(MOST, max(LEAST, int(memory * row_tokens(one) / (shape.layers * layer_bytes(shape, one)))))
 
 
 def peak(found: Phases) -> tuple[str, float]:
