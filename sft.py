@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from data import PromptBuilder, PromptConfig, columns_of, load_dataset, run_config_of
 from engine.fast import FAST
+from engine.packing import fill
 from grpo import Engine
 from policy import load_for_sampling
 from rewards import RewardConfig, build_memory, parse_completion
@@ -220,15 +221,7 @@ def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float,
 
 def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int) -> list[list]:
     """Splits a batch so that no pass has more tokens than these, where it has more than one pair."""
-    parts, left = [], 0  # left: tokens that the last part has room for
-    for pair in pairs:
-        size = sum(map(len, pair))
-        if size > left:
-            parts.append([])
-            left = max(tokens, size)
-        parts[-1].append(pair)
-        left -= size
-    return parts
+    return fill(pairs, [len(prompt) + len(completion) for prompt, completion in pairs], tokens)
 
 
 def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False,

@@ -387,12 +387,12 @@ class Trainer:
     def micro_batches(self, groups: list[Group], trained: list[bool]) -> list[MicroBatch]:
         """What goes through the model together in the update: some completions of a group with --micro-batch, else as
         many whole groups as --tokens-per-pass allows and leave every process something to do."""
-        s = self.s
+        s, batches = self.s, micro_batches(groups, self.s.grpo)
         if s.grpo.micro_batch or s.run.engine == "plain":
-            return micro_batches(groups, s.grpo)
+            return batches
         tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
         share = math.ceil(tokens / distributed.size())
-        return join(micro_batches(groups, s.grpo), trained, min(self.pass_tokens, share))
+        return join(batches, trained, min(self.pass_tokens, share))
 
     def autocast(self, cache: bool = True):
         """bf16 arithmetic where --precision asks for it; master weights stay float32.
@@ -545,7 +545,7 @@ class Trainer:
         and on a GPU where the optimizer on the CPU has float32 copies. The tiny policy has room for its own."""
         run = self.s.run
         rounded = run.lora_rank or self.device == "cuda" and run.optimizer_device == "cpu" and run.model != "tiny"
-        asked = run.precision == "bf16" or run.precision == "auto" and self.device == "cuda"
+        asked = computes_in_bf16(run, 0, self.device == "cuda")  # on a CPU only where it is asked for by name
         return torch.bfloat16 if rounded and asked else torch.float32
 
     @cached_property

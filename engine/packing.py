@@ -9,6 +9,7 @@ Others compute a shared prompt once as well: Snowflake's ArcticTraining (ZoRRo) 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,7 @@ class PackedGroup:
 
     def unpack(self, values: Tensor) -> Tensor:
         """Spreads one value a completion token over the group, padding 0. [ΣC_i] -> [G, T]"""
-        mask = self.mask.to(values.device)
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+        return _spread(values, self.mask)
 
 
 def pack_group(prompt: Tensor, completions: Sequence[Tensor]) -> PackedGroup:
@@ -60,8 +60,19 @@ def pack_group(prompt: Tensor, completions: Sequence[Tensor]) -> PackedGroup:
         input_ids=torch.cat([prompt, *completions])[None],
         position_ids=torch.cat([torch.arange(P), P + within])[None],
         segment_ids=torch.repeat_interleave(torch.arange(len(lengths) + 1), F.pad(lengths, (1, 0), value=P)),
-        predictors=predictors, mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        predictors=predictors, mask=_mask(lengths.tolist()),
         prompt=prompt, completions=list(completions))
+
+
+def _mask(lengths: Sequence[int]) -> Tensor:
+    """True on the tokens of rows of these lengths, padded on the right. -> bool [N, T]"""
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Puts values, one a token, where a mask is true, and 0 elsewhere. [ΣC], [N, T] -> [N, T]"""
+    mask = mask.to(values.device)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float) -> Tensor:
@@ -81,15 +92,22 @@ def join(batches: Sequence[MicroBatch], trained: Sequence[bool], tokens: int) ->
     """
     passes = []
     for kind in (True, False):
-        left = 0  # tokens that the last pass has room for
-        for batch in (batch for batch, wanted in zip(batches, trained, strict=True) if wanted is kind):
-            size = len(batch.prompts[0]) + sum(map(len, batch.completions))
-            if size > left:
-                passes.append([])
-                left = max(tokens, size)
-            left -= size
-            passes[-1].append(batch)
+        chosen = [batch for batch, wanted in zip(batches, trained, strict=True) if wanted is kind]
+        sizes = [len(batch.prompts[0]) + sum(map(len, batch.completions)) for batch in chosen]
+        passes += fill(chosen, sizes, tokens)
     return [_joined(batches) for batches in passes]
+
+
+def fill(items: Sequence, sizes: Sequence[int], tokens: int) -> list[list]:
+    """Splits items, in their order, into parts of no more tokens than these, or of a single item."""
+    parts, left = [], 0  # left: tokens that the last part has room for
+    for item, size in zip(items, sizes, strict=True):
+        if size > left:
+            parts.append([])
+            left = max(tokens, size)
+        parts[-1].append(item)
+        left -= size
+    return parts
 
 
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
@@ -133,9 +151,7 @@ def packed_logprobs(model, groups: Sequence[PackedGroup], temperature: float) ->
     lm_head, hidden = packed_hidden(model, groups)
     completions = [completion for group in groups for completion in group.completions]
     logp = token_logprobs(lm_head, hidden, torch.cat(completions).to(hidden.device), temperature)  # [ΣC]
-    lengths = torch.tensor([len(completion) for completion in completions])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(logp.device)  # [N, T]
-    return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
+    return _spread(logp, _mask([len(completion) for completion in completions]))
 
 
 def packed_hidden(model, groups: Sequence[PackedGroup]) -> tuple[torch.nn.Module, Tensor]:
@@ -144,8 +160,7 @@ def packed_hidden(model, groups: Sequence[PackedGroup]) -> tuple[torch.nn.Module
     lm_head = causal.get_output_embeddings()
     device = lm_head.weight.device
     enable(model)
-    sizes = [group.input_ids.shape[1] for group in groups]
-    starts = [sum(sizes[:g]) for g in range(len(sizes))]
+    starts = accumulate((group.input_ids.shape[1] for group in groups[:-1]), initial=0)
     predictors = torch.cat([start + group.predictors for start, group in zip(starts, groups, strict=True)])
     ids, positions = (torch.cat(rows, dim=1).to(device) for rows in zip(
         *((group.input_ids, group.position_ids) for group in groups), strict=True))  # [1, L] each
