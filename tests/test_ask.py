@@ -1,9 +1,7 @@
 """Asking a database: one question, a session, the local page (in a real browser where there is one)."""
 
-import contextlib
 import html
 import http.client
-import io
 import json
 import os
 import random
@@ -21,14 +19,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_in_process
 from little_policy import little_policy_folder
 
 import ask
 from ask import AskConfig, Asker, Session, cell_text, print_reply, printable, table_lines
 from data import PromptConfig, run_config_of
 from running.ask_page import Server, serve
-from running.errors import UserError, run_main
+from running.errors import UserError
 from scoring.voting import Candidate
 from text2sql import demo_world
 
@@ -256,13 +254,8 @@ def run_cli(*arguments, text="", **environment):
 
 
 def run_here(*arguments):
-    """The same in this process, which spares the seconds of its imports."""
-    out, err = io.StringIO(), io.StringIO()
-    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          pytest.raises(SystemExit) as ended):
-        patch.setattr(sys, "argv", ["ask.py", *map(str, arguments)])
-        run_main(ask.main)
-    return SimpleNamespace(returncode=ended.value.code, stdout=out.getvalue(), stderr=err.getvalue())
+    """The same in this process."""
+    return SimpleNamespace(**dict(zip(("returncode", "stdout", "stderr"), run_in_process(ask, *arguments), strict=True)))
 
 
 def test_text_that_is_no_text(asker):

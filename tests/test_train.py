@@ -1,7 +1,5 @@
 """train.py from the outside, as a user runs it: the demo, Spider's layout, a chat model, resume, Ctrl-C, bad input."""
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -17,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_database
+from conftest import run_in_process, tiny_database
 from little_policy import little_policy_folder
 from transformers import AutoModelForCausalLM
 
 import train
 from grpo import Group, GRPOConfig
 from policy import build_tiny
-from running.errors import UserError, run_main
+from running.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-step", "2", "--group-size", "2",
@@ -33,13 +31,8 @@ SHORT = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-s
 
 
 def call(*arguments):
-    """(exit status, stdout, stderr) of train.py, run in this process, which spares the seconds of its imports."""
-    out, err = io.StringIO(), io.StringIO()
-    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          pytest.raises(SystemExit) as ended):
-        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        run_main(train.main)
-    return ended.value.code, out.getvalue(), err.getvalue()
+    """(exit status, stdout, stderr) of train.py, run in this process."""
+    return run_in_process(train, *arguments)
 
 
 def run(*arguments, check=0):
