@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 from data import PromptBuilder, PromptConfig, columns_of, load_dataset, run_config_of
 from engine.fast import FAST
-from engine.packing import fill
 from grpo import Engine
 from policy import load_for_sampling
 from rewards import RewardConfig, build_memory, parse_completion
@@ -59,6 +58,7 @@ __all__ = ["MineConfig", "SFTConfig", "TRACE_TEMPLATES", "cold_start", "cold_sta
            "plan_trace", "supervised_pairs", "taught_text", "teachable", "template_trace", "template_traces"]
 
 PASS_TOKENS = 2**12  # of a forward pass of the cold start, where nothing else is said
+TOGETHER = 4  # questions on one database that a cold start teaches side by side, so that their schema is computed once
 OFTEN = 50  # times that a cold start may show each trace before we say that there are few
 TAG = re.compile(r"</?think(?:ing)?\s*>", re.IGNORECASE)
 FENCE_MARK = re.compile(r"^[ \t]*```[\w+-]*[ \t]*$\n?|```(?:sql(?:ite)?\b)?", re.MULTILINE | re.IGNORECASE)
@@ -183,7 +183,8 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
     warmup = max(1, min(50, steps // 10))
     losses, heartbeat = [], Heartbeat()
     model.train()
-    with tqdm(_batches(len(pairs), config.cold_start_batch, steps, seed), desc="cold start", unit="step",
+    kin = families([prompt for prompt, _ in pairs]) if not config.prompt_loss else None
+    with tqdm(_batches(len(pairs), config.cold_start_batch, steps, seed, kin), desc="cold start", unit="step",
               dynamic_ncols=True, disable=quiet or None) as bar:  # None: only on a terminal, else a line a minute
         for step, batch in enumerate(bar, 1):
             # linear warm-up, then cosine decay
@@ -210,7 +211,7 @@ def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float,
         return sum(len(completion) for _, completion in part), sum(len(prompt) - 1 for prompt, _ in part)
 
     total, loss = tokens(pairs), 0.0
-    for part in passes(pairs, tokens_per_pass):
+    for part in passes(pairs, tokens_per_pass, prompt_loss > 0):
         share, prompt_share = (n / of if of else 0.0 for n, of in zip(tokens(part), total, strict=True))
         with autocast():
             of_completions, of_prompts = supervised_losses(model, part, prompt_loss > 0, engine)
@@ -219,9 +220,26 @@ def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float,
     return loss
 
 
-def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int) -> list[list]:
-    """Splits a batch so that no pass has more tokens than these, where it has more than one pair."""
-    return fill(pairs, [len(prompt) + len(completion) for prompt, completion in pairs], tokens)
+def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int, with_prompts: bool = False) -> list[list]:
+    """Splits a batch so that no pass has more tokens than these, where it has more than one pair.
+
+    Families (see below) stay together.
+    """
+    parts = []
+    for family in [range(len(pairs))] if with_prompts else families([prompt for prompt, _ in pairs]):
+        for i in family:
+            if parts and pass_size([*parts[-1], pairs[i]], with_prompts) <= tokens:
+                parts[-1].append(pairs[i])
+            else:
+                parts.append([pairs[i]])
+    return parts
+
+
+def pass_size(pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False) -> int:
+    """Tokens of a pass over these pairs: what several are given is computed once."""
+    given = given_tokens(pairs, with_prompts)
+    return (sum(len(row) for pair in pairs for row in pair) - sum(map(len, given))
+            + sum({id(tokens): len(tokens) for tokens in given}.values()))
 
 
 def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False,
@@ -229,20 +247,48 @@ def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompt
     """Mean cross-entropies of the completion tokens and of the prompt tokens (scalars, nats).
 
     A prompt's first token is given; the second is 0 unless `with_prompts`. The fast engine makes one row of all pairs,
-    without padding, and logits of the tokens that carry a loss only.
+    without padding, in which what neighbours are given together stands once.
     """
-    rows = [torch.cat(pair) for pair in pairs]
-    given = [1 if with_prompts else len(prompt) for prompt, _ in pairs]
-    logp = engine.logprobs(model, [row[:n] for row, n in zip(rows, given, strict=True)],
-                           [row[n:] for row, n in zip(rows, given, strict=True)], 1.0)  # [N, T]
-    position = torch.tensor(given)[:, None] + torch.arange(logp.shape[1])  # [N, T], of each token in its row
-    prompt, total = (torch.tensor(sizes)[:, None] for sizes in ([len(p) for p, _ in pairs], [len(row) for row in rows]))
+    rows, given = [torch.cat(pair) for pair in pairs], given_tokens(pairs, with_prompts)
+    logp = engine.logprobs(model, given, [row[len(tokens):] for row, tokens in zip(rows, given, strict=True)],
+                           1.0)  # [N, T]
+    first, prompt, total = (torch.tensor(list(map(len, sizes)))[:, None]
+                            for sizes in (given, [prompt for prompt, _ in pairs], rows))
+    position = first + torch.arange(logp.shape[1])  # [N, T], of each token in its row
     taught, read = (mask.to(logp.device) for mask in ((position >= prompt) & (position < total), position < prompt))
     return -logp[taught].mean(), -logp[read].mean() if with_prompts else logp.new_zeros(())
 
 
-def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
-    """`steps` batches of indices; every pair is seen once before any is seen again.
+def given_tokens(pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False) -> list[Tensor]:
+    """What of each prompt needs no prediction: its first token, or all that a family has in common, as one tensor."""
+    if with_prompts:
+        return [prompt[:1] for prompt, _ in pairs]
+    given = {}
+    for family in families([prompt for prompt, _ in pairs]):
+        first, last = pairs[family[0]][0], pairs[family[-1]][0]
+        given |= dict.fromkeys(family, first[:alike(first, last)])  # sorted, so those between begin so too
+    return [given[i] for i in range(len(pairs))]
+
+
+def families(prompts: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of prompts, sorted, those together of which at least half is the same: questions on one database."""
+    kin = []
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i].tolist()):
+        if kin and 2 * alike(prompts[kin[-1][0]], prompts[i]) >= len(prompts[i]):
+            kin[-1].append(i)
+        else:
+            kin.append([i])
+    return kin
+
+
+def alike(a: Tensor, b: Tensor) -> int:
+    """How many tokens two prompts [P] have in common at their beginning."""
+    n = min(len(a), len(b))
+    return int((a[:n] == b[:n]).cumprod(0).sum())
+
+
+def _batches(count: int, size: int, steps: int, seed: int, kin: Sequence[list[int]] | None = None) -> list[list[int]]:
+    """`steps` batches of indices; every pair is seen once before any is seen again, a few of a family side by side.
 
     Raises:
         ValueError: there are no pairs.
@@ -251,7 +297,11 @@ def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
         raise ValueError("there are no pairs to make batches of")
     rng, order = random.Random(seed), []
     while len(order) < size * steps:
-        order += rng.sample(range(count), count)
+        few = [[i] for i in range(count)]
+        if kin is not None:
+            mixed = [rng.sample(family, len(family)) for family in kin]
+            few = [family[i:i + TOGETHER] for family in mixed for i in range(0, len(family), TOGETHER)]
+        order += [i for some in rng.sample(few, len(few)) for i in some]
     return [order[i * size:(i + 1) * size] for i in range(steps)]
 
 

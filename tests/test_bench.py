@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from policy import build_tiny
 from settings import parse_settings
 from text2sql import demo_world
 
@@ -50,6 +51,18 @@ def test_the_loss_over_a_large_vocabulary_takes_a_fraction_of_the_naive_memory()
     logits = 1200 * 60_000 * 4 / 2**20  # megabytes
     assert chunked["added_mb"] < logits < 2 * logits < naive["added_mb"]
     assert chunked["norm"] == pytest.approx(naive["norm"], rel=1e-4)
+
+
+def test_ways_of_the_cold_start_are_measured_on_the_same_traces(tmp_path):
+    data = demo_world.load("cold", tmp_path / "demo")[0]
+    build_tiny([record["question"] for record in data], seed=0, vocab_size=400, width=32, layers=1).save(tmp_path / "model")
+    done = bench("cold_start.py", "--model", tmp_path / "model", "--data", "demo", "--data-dir", tmp_path / "demo",
+                 "--batch", 12, "--steps", 2, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows[2:5]] == ["padded", "packed", "shared"]
+    padded, packed, shared = (int(row[1]) for row in rows[2:5])
+    assert shared < packed < padded and rows[2][3] == "1.0"
 
 
 @pytest.mark.skipif(find_spec("trl") is not None, reason="trl is there")

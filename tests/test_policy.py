@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -484,6 +485,16 @@ def _pairs(tiny):
     return [(encode(TEXTS[2]), encode("<think> count </think> SELECT 1")), (encode("x"), encode("<think> a </think> b c d"))]
 
 
+def _questions(tiny):
+    """Pairs on two databases, in turns."""
+    texts = [(f"{TEXTS[2]}question : How many are older than 1250 ?", "<think> count </think> SELECT 1"),
+             ("concert ( year )\nquestion : Years ?", "<think> a </think> b c d"),
+             (f"{TEXTS[2]}question : How many ?", "<think> age </think> SELECT 2"),
+             ("concert ( year )\nquestion : Years above 350 ?", "<think> a </think> b"),
+             (f"{TEXTS[2]}question : How many singers ?", "<think> name </think> SELECT 1, 3")]
+    return [tuple(torch.tensor(tiny.tokenizer.encode(text)) for text in pair) for pair in texts]
+
+
 def test_supervised_losses_are_means_over_completion_and_prompt_tokens(tiny):
     pairs = _pairs(tiny)
     ours = sft.supervised_losses(tiny.model.eval(), pairs, with_prompts=True)
@@ -500,18 +511,38 @@ def test_supervised_losses_are_means_over_completion_and_prompt_tokens(tiny):
 @pytest.mark.parametrize("prompt_loss", [0.0, 0.3])
 def test_a_batch_of_the_cold_start_in_several_passes_has_the_gradient_of_one(tiny, prompt_loss):
     """With either engine; the model's norms are in float32."""
-    pairs, model = _pairs(tiny) * 2 + _pairs(tiny)[:1], copy.deepcopy(tiny.model).double().eval()
-    results = []
-    two = sum(len(row) for pair in pairs[:2] for row in pair)
-    for tokens, engine, count in ((10**6, FAST, 1), (two, FAST, 3), (1, FAST, 5), (10**6, PLAIN, 1)):
-        parts = sft.passes(pairs, tokens)
-        assert len(parts) == count and [pair for part in parts for pair in part] == pairs
+    pairs, model = _questions(tiny), copy.deepcopy(tiny.model).double().eval()
+    results, whole = [], sft.pass_size(pairs, prompt_loss > 0)
+    for tokens, engine, count in ((whole, FAST, 1), (whole - 1, FAST, 2), (1, FAST, 5), (whole, PLAIN, 1)):
+        parts = sft.passes(pairs, tokens, prompt_loss > 0)
+        assert len(parts) == count and (tokens == 1 or all(sft.pass_size(part, prompt_loss > 0) <= tokens for part in parts))
+        assert sorted(id(row) for part in parts for pair in part for row in pair) == sorted(
+            id(row) for pair in pairs for row in pair)
         model.zero_grad()
         loss = sft._backward(model, pairs, prompt_loss, contextlib.nullcontext, tokens, engine)
         results.append((loss, torch.cat([weight.grad.flatten() for weight in model.parameters()])))
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-5, atol=1e-7)
+
+
+def test_what_questions_on_one_database_have_in_common_goes_through_the_model_once(tiny, monkeypatch):
+    pairs, seen = _questions(tiny), []
+    assert sorted(map(sorted, sft.families([prompt for prompt, _ in pairs]))) == [[0, 2, 4], [1, 3]]
+    whole = sum(len(row) for pair in pairs for row in pair)
+    given = sft.given_tokens(pairs)
+    assert given[0] is given[2] is given[4] and given[1] is given[3]
+    schema = tiny.tokenizer.encode(f"{TEXTS[2]}question : How many")
+    assert given[0].tolist() == schema and given[1].tolist() == tiny.tokenizer.encode("concert ( year )\nquestion : Years")
+    assert sft.pass_size(pairs) == whole - 2 * len(given[0]) - len(given[1])
+    decoder = tiny.model.get_decoder()
+    monkeypatch.setattr(decoder, "forward", lambda *a, f=decoder.forward, **k: (seen.append(k["input_ids"]), f(*a, **k))[1])
+    sft.supervised_losses(tiny.model.eval(), *sft.passes(pairs, whole))
+    assert [row.shape for row in seen] == [(1, sft.pass_size(pairs))]
+    with torch.no_grad():
+        loss = sft.supervised_losses(tiny.model, pairs)[0]  # in any order
+        each = [sft.supervised_losses(tiny.model, [pair])[0] * len(pair[1]) for pair in pairs]
+    torch.testing.assert_close(loss, sum(each) / sum(len(completion) for _, completion in pairs))
 
 
 def test_cold_start_learns_and_is_reproducible(tiny):
@@ -529,6 +560,14 @@ def test_batches_show_every_pair_before_any_again():
     batches = sft._batches(5, 2, 10, seed=0)
     flat = [i for batch in batches for i in batch]
     assert len(batches) == 10 and all(sorted(flat[i:i + 5]) == list(range(5)) for i in range(0, 20, 5))
+
+
+def test_batches_show_a_few_questions_on_one_database_side_by_side():
+    kin = [list(range(9)), [9], list(range(10, 14))]
+    flat = [i for batch in sft._batches(14, 7, 4, 0, kin) for i in batch]
+    assert sorted(flat[:14]) == sorted(flat[14:]) == list(range(14)) and flat[:14] != flat[14:]
+    runs = [len(list(run)) for _, run in itertools.groupby(flat[:14], lambda i: i // 9 + i // 10)]
+    assert sum(runs) == 14 and max(runs) >= sft.TOGETHER
 
 
 def test_template_traces_name_tables_columns_and_clauses():
