@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from data import PromptBuilder, PromptConfig, columns_of, load_dataset, run_config_of
 from engine.fast import FAST
+from engine.packing import alike, families
 from grpo import Engine
 from policy import load_for_sampling
 from rewards import RewardConfig, build_memory, parse_completion
@@ -268,23 +269,6 @@ def given_tokens(pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = Fa
         first, last = pairs[family[0]][0], pairs[family[-1]][0]
         given |= dict.fromkeys(family, first[:alike(first, last)])  # sorted, so those between begin so too
     return [given[i] for i in range(len(pairs))]
-
-
-def families(prompts: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of prompts, sorted, those together of which at least half is the same: questions on one database."""
-    kin = []
-    for i in sorted(range(len(prompts)), key=lambda i: prompts[i].tolist()):
-        if kin and 2 * alike(prompts[kin[-1][0]], prompts[i]) >= len(prompts[i]):
-            kin[-1].append(i)
-        else:
-            kin.append([i])
-    return kin
-
-
-def alike(a: Tensor, b: Tensor) -> int:
-    """How many tokens two prompts [P] have in common at their beginning."""
-    n = min(len(a), len(b))
-    return int((a[:n] == b[:n]).cumprod(0).sum())
 
 
 def _batches(count: int, size: int, steps: int, seed: int, kin: Sequence[list[int]] | None = None) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,6 +12,8 @@ from engine import lean
 from engine.attention import causal_lm, enable, is_exact, no_mask
 from engine.bf16 import weights_to_sample_with
 from engine.grid import LOOK, Grid
+from engine.packing import alike, can_pack, families
+from engine.row_attention import RowLayout
 from grpo import Group, as_groups, dropout_off, left_pad, plain_decode, plain_logprobs
 
 
@@ -38,11 +41,55 @@ def grid_decode(model, forward: Callable, prompts, uniform, temperature, eos_ids
 
 def prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
     """Keys and values of B prompts, a layer [B, Hk, P, d] each; their mask [B, P]; logits of what follows [B, V]."""
-    ids, mask = left_pad(prompts, next(model.parameters()).device)  # [B, P] each
+    device = next(model.parameters()).device
+    if device.type == "cpu" and can_pack(model, quiet=True):
+        return row_prefill(model, prompts)
+    ids, mask = left_pad(prompts, device)  # [B, P] each
     out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=True, logits_to_keep=1)
     enable(model)
     return [(layer.keys, layer.values) for layer in out.past_key_values.layers], mask.bool(), out.logits[:, -1]
+
+
+def row_prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """`prefill` by one row without padding, in which what a family of prompts has in common stands once."""
+    enable(model)
+    ids, positions, groups, at, end = [], [], [], {}, 0  # at: {prompt: where its tokens are in the row}
+    for shared, family in shared_beginnings(prompts):
+        groups.append((shared, [len(prompts[i]) - shared for i in family]))
+        start = end
+        for i in family:
+            begin, whole = 0 if i == family[0] else shared, len(prompts[i])  # the first brings what all have in common
+            ids.append(prompts[i][begin:])
+            positions.append(torch.arange(begin, whole))
+            at[i] = torch.cat([torch.arange(start, start + begin), torch.arange(end, end + whole - begin)])
+            end += whole - begin
+    rows, mask = left_pad([at[i] for i in range(len(prompts))], "cpu")  # [B, P] each
+    layout = KeepingLayout(groups, rows.device)
+    logits = model(input_ids=torch.cat(ids)[None], position_ids=torch.cat(positions)[None], use_cache=False,
+                   attention_mask=no_mask(rows.device), layout=layout, logits_to_keep=rows[:, -1]).logits[0]
+    kept = [tuple(x[0][:, rows].transpose(0, 1) for x in layout.kept[n]) for n in range(len(layout.kept))]
+    return kept, mask.bool(), logits
+
+
+def shared_beginnings(prompts: Sequence[Tensor]) -> list[tuple[int, list[int]]]:
+    """(tokens that they have in common, indices of prompts); each prompt has at least one token of its own."""
+    found = []
+    for family in families(prompts):
+        shared = min(alike(prompts[family[0]], prompts[family[-1]]), *(len(prompts[i]) - 1 for i in family))
+        found += [(shared, family)] if shared and len(family) > 1 else [(0, [i]) for i in family]
+    return found
+
+
+@dataclass(frozen=True)
+class KeepingLayout(RowLayout):
+    """A row whose keys and values are kept, {layer: 2 × [1, Hk, L, d]}."""
+
+    kept: dict = field(default_factory=dict)
+
+    def attend(self, layer, query, key, value, scaling, window=None):
+        self.kept[layer] = key, value
+        return super().attend(layer, query, key, value, scaling, window)
 
 
 _grids: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> Grid

@@ -85,6 +85,23 @@ def logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], te
                                    for i, end in zip(starts, [*starts[1:], len(prompts)], strict=True)], temperature)
 
 
+def families(prompts: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of prompts, sorted, those together of which at least half is the same: questions on one database."""
+    kin = []
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i].tolist()):
+        if kin and 2 * alike(prompts[kin[-1][0]], prompts[i]) >= len(prompts[i]):
+            kin[-1].append(i)
+        else:
+            kin.append([i])
+    return kin
+
+
+def alike(a: Tensor, b: Tensor) -> int:
+    """How many tokens two prompts [P] have in common at their beginning."""
+    n = min(len(a), len(b))
+    return int((a[:n] == b[:n]).cumprod(0).sum())
+
+
 def join(batches: Sequence[MicroBatch], trained: Sequence[bool], tokens: int) -> list[MicroBatch]:
     """Puts groups, each a micro-batch, into passes of up to so many tokens, or of a single group.
 
@@ -131,9 +148,9 @@ def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple
     return logprobs(model, [packed.prompt] * len(packed.completions), packed.completions, temperature), entropy
 
 
-def can_pack(model) -> bool:
-    """Whether a model takes packed rows; a warning says if it cannot."""
-    return is_exact(model, "packed rows", _gap)
+def can_pack(model, quiet: bool = False) -> bool:
+    """Whether a model takes packed rows; unless quiet a warning says if it cannot."""
+    return is_exact(model, "packed rows", _gap, quiet)
 
 
 def _gap(model) -> float:

@@ -259,6 +259,29 @@ def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(engine, pr
     assert passes == [prefill] + 5 * [4]  # a prefill of the prompt, then a token at a time
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_prompts_that_begin_alike_are_prefilled_as_padded_ones_are(family, monkeypatch):
+    if family == "gpt2":
+        model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2)).double().eval()
+    else:
+        model = make_model(family)
+    assert packing.can_pack(model)
+    a, b = torch.arange(1, 9), torch.tensor([5, 4, 3])
+    prompts = [torch.cat([a, b]), b, a, torch.cat([a, b[:1]]), b[:1], b[:1], torch.cat([b, a]), torch.cat([a, b])]
+    assert decoding.shared_beginnings(prompts) == [(7, [2, 3, 0, 7]), (0, [4]), (0, [5]), (0, [1]), (0, [6])]
+    with torch.no_grad():
+        sizes, (layers, mask, logits) = tokens_a_pass(model, lambda: decoding.prefill(model, prompts))
+        monkeypatch.setattr(decoding, "can_pack", lambda model, quiet: False)
+        padded = decoding.prefill(model, prompts)
+    assert sizes == [sum(map(len, prompts)) - 3 * 7] and torch.equal(mask, padded[1])
+    torch.testing.assert_close(logits, padded[2], rtol=1e-9, atol=1e-9)
+    for pair, other in zip(layers, padded[0], strict=True):
+        for kept, theirs in zip(pair, other, strict=True):
+            P = theirs.shape[2]  # of a window only its last are kept there
+            real = mask[:, None, -P:, None]
+            torch.testing.assert_close(kept[:, :, -P:] * real, theirs * real, rtol=1e-9, atol=1e-9)
+
+
 def test_completions_that_have_ended_leave_the_grid(monkeypatch):
     model, config = make_model(), GRPOConfig(group_size=16, max_completion_tokens=12)
     monkeypatch.setattr(grid, "SHRINK", 1.0)
@@ -560,7 +583,7 @@ def test_both_engines_sample_the_same_groups(family, temperature):
     config = GRPOConfig(group_size=5, max_completion_tokens=9)
     plain, fast = (grpo.sample_groups(model, prompts, config, eos_ids=(EOS, 5, 9), seeds=[1, 2, 3], engine=engine,
                                       temperature=temperature) for engine in (PLAIN, FAST))
-    assert attention._verdicts[model] == {"shared prompts": True, "lean layers": family != "gemma"}
+    assert attention._verdicts[model] == {"shared prompts": True, "packed rows": True, "lean layers": family != "gemma"}
     for one, two in zip(plain, fast, strict=True):
         assert torch.equal(one.prompt, two.prompt) and one.truncated == two.truncated
         for a, b in zip(one.completions, two.completions, strict=True):
