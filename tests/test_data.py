@@ -7,6 +7,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 from conftest import ROOT
@@ -29,6 +30,7 @@ from data import (
     value_index,
 )
 from running.errors import UserError, parse_json, write_whole
+from sql_exec import SQLExecutor
 from text2sql.holdout import groups_of, normalised_sql
 from text2sql.prompts import needed_columns, space_out
 from text2sql.schema import Hint, quote_identifier
@@ -278,6 +280,19 @@ def test_training_on_one_database_tests_on_other_questions(shared_data):
     assert shared_with_training(splits) == (0, 0, 1)
     nothing = load_splits("bird", shared_data / "bird_superhero", "dev", dev_size=0, test_size=0)
     assert len(nothing.train) == 129 and not nothing.dev and not nothing.tests and not nothing.notes
+
+
+def test_the_shop_of_the_docs_has_fifty_questions_that_all_have_an_answer(tmp_path):
+    shop = ROOT / "docs" / "shop"
+    with closing(sqlite3.connect(tmp_path / "shop.sqlite")) as connection:
+        connection.executescript((shop / "shop.sql").read_text())
+    splits = load_splits(str(shop / "shop.jsonl"), tmp_path, "train")
+    assert (len(splits.train), len(splits.dev), len(splits.tests["test"])) == (35, 5, 10)
+    assert shared_with_training(splits) == (0, 0, 1)
+    examples = splits.train + splits.dev + splits.tests["test"]
+    with SQLExecutor(splits.databases, 1) as executor:
+        golds = executor.run_gold([(example.db_id, example.gold_sqls[0]) for example in examples])
+    assert all(gold.status == "ok" and gold.rows and gold.rows[0][0] is not None for gold in golds)
 
 
 def test_mini_dev_is_no_test_of_itself(tmp_path, tiny_db):
