@@ -120,7 +120,7 @@ def test_every_setting_of_a_run_is_in_the_table_of_flags():
 
 def test_ablations_are_those_of_the_commands_shown():
     files = sorted((ROOT / "docs").glob("ablation-*.json"))
-    assert len(files) == 5
+    assert len(files) == 6
     for file in files:
         content = json.loads(file.read_text())
         assert f"python {content['command']}\n" in ABLATIONS, f"{file.name} was made by {content['command']}"
