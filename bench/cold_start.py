@@ -40,7 +40,7 @@ def template_pairs(options, policy) -> list:
     """(prompt, completion) of the training questions."""
     data = load_dataset(options.data, options.data_dir, "train")
     traced = sft.template_traces(data.examples, columns_of(data.databases))
-    builder = PromptBuilder(data.databases, policy.tokenizer, PromptConfig(style="compact"))
+    builder = PromptBuilder(data.databases, policy.tokenizer, PromptConfig(style="compact", max_prompt_tokens=512))
     return sft.supervised_pairs(traced, builder, policy.tokenizer, policy.end_id)[0]
 
 

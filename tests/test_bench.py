@@ -16,6 +16,7 @@ from text2sql import demo_world
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 import dense  # noqa: E402
+import knows  # noqa: E402
 import scaling  # noqa: E402
 import steps  # noqa: E402
 
@@ -101,3 +102,41 @@ def test_what_the_dense_rewards_of_a_run_say(tmp_path):
                     "(3) memory agrees with soft-F1 in 50.0 % of pairs"]
     done = bench("dense.py", tmp_path)
     assert done.returncode == 2 and "config.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_rewards_know_of_answers(tmp_path):
+    records = demo_world.load("cold", tmp_path)[0]
+    record = next(record for record in records if record["sql"].startswith("SELECT COUNT(*) FROM "))
+    gold = record["sql"]
+    table = gold.split()[3]
+    sqls = [gold, f"SELECT 1 FROM {table}", f"SELECT nothing FROM {table}"]
+    completions = [{"thought": record["trace"], "sql": sql, "status": "ok"} for sql in sqls] + [{"status": "format"}]
+    config = parse_settings(["--data-dir", str(tmp_path)]).as_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(record | {"gold_sqls": [gold], "completions": completions}) + "\n")
+    done = bench("knows.py", tmp_path, "--rewards", "atomic,result,scope,memory:hash/other")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "1 groups; of 4 completions 3 have the format, 2 run and 1 are right"
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (line.split("|") for line in lines[4:])}
+    whole, chance = "100.0 [100.0, 100.0]", "50.0 [50.0, 50.0]"
+    assert rows["atomic"][0] == rows["result"][0] == whole and rows["atomic"][3] == ""  # no group is all wrong
+    assert rows["scope"][2] == whole  # the second names a column that is nowhere
+    assert rows["memory:hash/other"][0] == chance  # they all reason alike
+    wrong = bench("knows.py", tmp_path, "--rewards", "atomic,wit")
+    assert wrong.returncode == 2 and "no 'wit'" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_figures_of_what_rewards_know_are_those_of_pairs_within_a_group():
+    def answer(right, runs, nearness):
+        return knows.Answer("db", "?", ("SELECT 1",), "", "SELECT 1", right, runs, nearness)
+
+    mixed = [(answer(True, True, 1.0), 0.5), (answer(False, True, 0.6), 0.7), (answer(False, True, 0.2), 0.5),
+             (answer(False, False, 0.0), 0.5)]
+    wrong = [(answer(False, True, 0.5), 0.2), (answer(False, False, 0.0), 0.4)]
+    assert knows.figures([mixed, wrong]) == {
+        "right": [[0.0, 0.5, 0.5], []], "nearer": [[1.0, 1.0, 0.5], [0.0]], "runs": [[1.0, 0.5], [0.0]],
+        "spread": [[], [pytest.approx(0.1)]]}
+    assert knows.estimate([[1.0, 0.0], []], percent=True) == "50.0 [50.0, 50.0]" and knows.estimate([[]], True) == ""
+    assert knows.used_names("SELECT T1.Name, COUNT(*) AS n FROM singer AS T1 WHERE x > 'a b' ORDER BY n DESC") == {
+        "name", "singer", "x"}

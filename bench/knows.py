@@ -1,0 +1,296 @@
+"""What does each reward know of an answer, before it trains anything? Measured on the rollouts of a run:
+
+    python train.py --model M --start COLD_STARTED --steps 8 --lr 1e-12 --prompts-per-step 64 --group-size 16 \\
+        --output runs/knows
+    python bench/knows.py runs/knows
+    python bench/knows.py runs/knows --rewards atomic,memory:policy/other,memory:ENCODER/same
+
+Each reward is asked blindly, of right answers as of wrong ones, which a run does not do. Of answers in the format:
+
+    right     how often it ranks a right answer above a wrong one of the same group
+    nearer    how often, of two wrong answers of a group, it ranks the one first whose rows are nearer (soft-F1)
+    runs      how often it ranks a wrong answer that runs above one of its group that does not
+    spread    its standard deviation within groups that are all wrong
+
+50 % is chance; ties count half. Intervals (95 %) are bootstrapped over groups. Rewards:
+
+    atomic, schema, result       as in rewards.py; `result` is the soft-F1 itself
+    memory:EMBEDDER/SCOPE        the cosine to the verified traces of the run's cold start, by an embedder of --embedder
+    rare         the atomic overlap, an operation weighed by how rare it is among the golds of the training questions
+    names        the overlap of the names that the queries use, where made-up ones count as well
+    scope        the share of its names that the tables it reads from have; needs no gold
+    roles        memory:hash/other of reasoning in which names and values are replaced by what they are
+    by question  likewise, compared with the traces of those questions that resemble this one
+
+The last five are ideas, not rewards that can be trained with.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from statistics import pstdev
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import columns_of, load_splits  # noqa: E402
+from rewards import MemoryGate, RewardConfig, build_memory, schema_overlap, shape_atomic, soft_f1  # noqa: E402
+from running import options  # noqa: E402
+from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
+from sft import template_traces  # noqa: E402
+from sql_exec import MATCHES, Results, SQLExecutor  # noqa: E402
+from text2sql.atomic import atomic_operations, atomic_reward, is_name, names_in  # noqa: E402
+from text2sql.memory import HashEmbedder, gate_for  # noqa: E402
+
+MEMORY_TRACES = 20  # as --memory-top-k
+WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion that has the format, with what became of its SQL."""
+
+    db_id: str
+    question: str
+    golds: Sequence[str]
+    thought: str
+    sql: str
+    right: bool
+    runs: bool
+    nearness: float  # soft-F1 of its rows
+
+
+Blind = Callable[[Sequence[Answer]], Sequence[float]]  # what a reward says of answers
+
+
+def read_groups(records: Sequence[dict], databases, match) -> list[list[Answer]]:
+    """The answers of each group, run once more, because a log has the first rows only."""
+    asked = [(record["db_id"], c["sql"], record["gold_sqls"]) for record in records for c in record["completions"]
+             if c["status"] != "format"]
+    with SQLExecutor(databases) as executor:
+        results = Results(executor, asked, [match])
+    groups = []
+    for record in records:
+        db_id, golds = record["db_id"], record["gold_sqls"]
+        groups.append([])
+        for c in record["completions"]:
+            if c["status"] == "format":
+                continue
+            found, wanted = results.predicted(db_id, c["sql"]), [results.gold(db_id, gold) for gold in golds]
+            runs = found.status == "ok"
+            tables = [gold.rows for gold in wanted if runs and gold.status == "ok"]
+            nearness = max((soft_f1(found.rows, rows) for rows in tables), default=0.0)
+            right = results.is_right(db_id, c["sql"], golds, match)
+            groups[-1].append(Answer(db_id, record["question"], golds, c["thought"], c["sql"], right, runs, nearness))
+    return groups
+
+
+# ---- rewards and ideas
+
+
+class Rewards:
+    """By name what each says of answers; `data` are the splits of the run."""
+
+    def __init__(self, config: dict, data, checkpoint: Path):
+        self.config, self.data, self.checkpoint = config, data, checkpoint
+        self.schemas = columns_of(data.databases)
+        traced = template_traces(data.train, self.schemas) if config["traces"] == "template" else data.traced
+        self.traced = [example for example in traced if not example.trace_sql]
+        self.named = {"atomic": self.atomic, "schema": self.schema, "result": self.result, "rare": self.rare,
+                      "names": self.names, "scope": self.scope, "roles": self.roles, "by question": self.by_question}
+
+    def of(self, name: str) -> Blind:
+        """The reward of this name. Raises UserError: there is none."""
+        if name in self.named:
+            return self.named[name]
+        kind, _, spec = name.partition(":")
+        embedder, _, scope = spec.rpartition("/")
+        if kind != "memory" or not embedder:
+            raise UserError(f"--rewards: there is no {name!r}; choose among {', '.join(self.named)}, "
+                            "memory:EMBEDDER/SCOPE")
+        return lambda answers: self.memory(embedder, scope, answers)
+
+    def atomic(self, answers):
+        return [shape_atomic(atomic_reward(a.sql, a.golds, self.schemas[a.db_id])) for a in answers]
+
+    def schema(self, answers):
+        return [max(schema_overlap(a.sql, gold, self.schemas[a.db_id]) for gold in a.golds) for a in answers]
+
+    def result(self, answers):
+        return [a.nearness for a in answers]
+
+    def memory(self, embedder: str, scope: str, answers):
+        """With the traces that the run began with."""
+        policy = None
+        if embedder == "policy":
+            from policy import load_policy
+            policy = load_policy(str(self.checkpoint))
+        settings = RewardConfig(rewards="format,execution,memory", embedder=embedder, memory_scope=scope)
+        gate = options.build(MemoryGate, self.config)
+        verified = [(example.db_id, example.trace) for example in self.traced]
+        memory = build_memory(settings, gate, self.schemas, policy and policy.model.get_decoder(),
+                              policy and policy.tokenizer)
+        memory.gate = gate_for(verified, memory.columns, memory.gate)
+        memory.add_many(verified)
+        return memory.similarities([(a.db_id, a.thought) for a in answers])
+
+    def rare(self, answers):
+        """The weight of an operation is the logarithm of how many golds there are to one that has it."""
+        golds = [atomic_operations(example.gold_sqls[0], self.schemas[example.db_id]) for example in self.data.train]
+        counts = Counter(operation for gold in golds for operation in gold)
+
+        def weight(operations):
+            return sum(math.log((1 + len(golds)) / (1 + counts[operation])) for operation in operations)
+
+        def overlap(a, gold):
+            mine, theirs = (atomic_operations(sql, self.schemas[a.db_id]) for sql in (a.sql, gold))
+            return weight(mine & theirs) / max(weight(mine | theirs), 1e-9)
+
+        return [max(overlap(a, gold) for gold in a.golds) for a in answers]
+
+    def names(self, answers):
+        def overlap(mine, theirs):
+            return len(mine & theirs) / max(1, len(mine | theirs))
+
+        return [max(overlap(used_names(a.sql), used_names(gold)) for gold in a.golds) for a in answers]
+
+    def scope(self, answers):
+        """Of names that are neither tables read from nor their columns it is not asked where else they exist."""
+        shares = []
+        for a in answers:
+            used = used_names(a.sql)
+            schema = {table.lower(): {c.lower() for c in columns} for table, columns in self.schemas[a.db_id].items()}
+            read = used & schema.keys()
+            known = read.union(*(schema[table] for table in read))
+            shares.append(len(used & known) / max(1, len(used)))
+        return shares
+
+    def roles(self, answers):
+        stored = {(example.db_id, self.in_roles(example.db_id, example.trace)) for example in self.traced}
+        return self._similarities(answers, sorted(stored), [a.db_id for a in answers],
+                                  [self.in_roles(a.db_id, a.thought) for a in answers])
+
+    def by_question(self, answers):
+        stored = [(e.db_id, self.in_roles(e.db_id, e.question)) for e in self.traced]
+        traces = HashEmbedder()([self.in_roles(e.db_id, e.trace) for e in self.traced])
+        return self._similarities(answers, stored, [a.db_id for a in answers],
+                                  [self.in_roles(a.db_id, a.question) for a in answers], traces)
+
+    def _similarities(self, answers, stored, db_ids, keys, traces=None):
+        """Cosines of the reasoning to the centroid of the traces whose keys are nearest, of other databases."""
+        embed = HashEmbedder()
+        vectors, databases = embed([text for _, text in stored]), np.array([db_id for db_id, _ in stored])
+        traces, found = vectors if traces is None else traces, []
+        centroids = {}
+        reasoning = embed([self.in_roles(a.db_id, a.thought) for a in answers])
+        for a, key, mine in zip(answers, keys, reasoning, strict=True):
+            if (a.db_id, key) not in centroids:
+                cosines = np.where(databases == a.db_id, -2.0, vectors @ embed([key])[0])
+                centroids[a.db_id, key] = traces[np.argsort(-cosines, kind="stable")[:MEMORY_TRACES]].mean(0)
+            centroid = centroids[a.db_id, key]
+            found.append(float(mine @ centroid / max(np.linalg.norm(centroid), 1e-9)))
+        return found
+
+    def in_roles(self, db_id: str, text: str) -> str:
+        """The text with `table`, `column` and `value` in the place of names and numbers."""
+        tables = {form for table in self.schemas[db_id] for form in forms(table)}
+        columns = {form for names in self.schemas[db_id].values() for name in names for form in forms(name)}
+
+        def role(word):
+            return ("table" if word in tables else "column" if word in columns else
+                    "value" if word[0].isdigit() else word)
+
+        return " ".join(role(word) for word in WORD.findall(text.lower()))
+
+
+def forms(name: str) -> set[str]:
+    """A name and its parts, lower case, with their plurals."""
+    parts = {name.lower(), *WORD.findall(name.lower().replace("_", " "))}
+    return parts | {f"{part}s" for part in parts}
+
+
+def used_names(sql: str) -> set[str]:
+    """Names in a query, without those that it gives itself with AS."""
+    given = {alias.lower() for alias in re.findall(r"\bas\s+(\w+)", sql, re.IGNORECASE)}
+    functions = {name.lower() for name in re.findall(r"(\w+)\s*\(", sql)}
+    return {name for name in names_in(sql) if is_name(name)} - given - functions - {"asc", "desc"}
+
+
+# ---- figures
+
+
+def ranked(pairs) -> list[float]:
+    """Of (higher, lower) pairs whether they are in this order; ties are a half."""
+    return [(a > b) + (a == b) / 2 for a, b in pairs]
+
+
+def figures(groups: Sequence[Sequence[tuple[Answer, float]]]) -> dict[str, list[list[float]]]:
+    """{figure: of each group its values}"""
+    found = {"right": [], "nearer": [], "runs": [], "spread": []}
+    for group in groups:
+        right, wrong = ([pair for pair in group if pair[0].right is kind] for kind in (True, False))
+        found["right"].append(ranked((a, b) for (_, a), (_, b) in product(right, wrong)))
+        by_nearness = sorted(wrong, key=lambda pair: -pair[0].nearness)
+        found["nearer"].append(ranked((a, b) for (x, a), (y, b) in combinations(by_nearness, 2)
+                                      if x.nearness > y.nearness))
+        found["runs"].append(ranked((a, b) for (x, a), (y, b) in product(wrong, wrong) if x.runs and not y.runs))
+        found["spread"].append([pstdev(value for _, value in wrong)] if len(wrong) > 1 and not right else [])
+    return found
+
+
+def estimate(values: Sequence[Sequence[float]], percent: bool) -> str:
+    """The mean over all values with a 95 % interval over groups."""
+    filled = [group for group in values if group]
+    if not filled:
+        return ""
+    sums, counts = np.array([sum(group) for group in filled]), np.array([len(group) for group in filled])
+    drawn = np.random.default_rng(0).integers(0, len(filled), (1000, len(filled)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    mean, (low, high) = sums.sum() / counts.sum(), np.percentile(means, [2.5, 97.5])
+    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]" if percent else f"{mean:.3f}"
+
+
+def table(groups: Sequence[Sequence[Answer]], blind: dict[str, Blind]) -> list[str]:
+    """Markdown, a row a reward."""
+    flat = [answer for group in groups for answer in group]
+    lines = ["| reward | right, % | nearer, % | runs, % | spread |", "|---|---|---|---|---|"]
+    for name, ask in blind.items():
+        values = iter(ask(flat))
+        found = figures([[(answer, next(values)) for answer in group] for group in groups])
+        cells = [estimate(found[column], column != "spread") for column in ("right", "nearer", "runs", "spread")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Read a run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--rewards", default="atomic,schema,result,memory:hash/other,memory:hash/same,rare,names,scope,"
+                        "roles,by question", help="what to ask, separated by commas (default: all that need no model)")
+    options_given = parser.parse_args()
+    folder = options_given.run
+    config = parse_json(read_text(folder / "config.json"), folder / "config.json")
+    log = folder / "rollouts.jsonl"
+    records = [parse_json(line, log) for line in read_text(log).splitlines()]
+    traces = None if config["traces"] == "template" else config["traces"]
+    data = load_splits(config["data"], config["data_dir"], config["split"], traces=traces, seed=config["seed"],
+                       world=config["world"], dev_size=config["eval_questions"], test_size=config["test_questions"])
+    rewards = Rewards(config, data, folder / "checkpoints" / "step-0")
+    blind = {name: rewards.of(name) for name in options_given.rewards.split(",")}
+    groups = read_groups(records, data.databases, MATCHES[config["match"]])
+    shaped = [answer for group in groups for answer in group]
+    print(f"{len(groups)} groups; of {sum(len(record['completions']) for record in records)} completions {len(shaped)} "
+          f"have the format, {sum(a.runs for a in shaped)} run and {sum(a.right for a in shaped)} are right\n")
+    print(*table(groups, blind), sep="\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
