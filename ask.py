@@ -28,6 +28,7 @@ from data import (
     PromptBuilder,
     PromptConfig,
     Schema,
+    as_its_run,
     lineage,
     load_dataset,
     read_schema,
@@ -67,7 +68,8 @@ class AskConfig:
     evidence: str = option("", "what the model should know besides the database, in your words")
     think: bool = option(False, "show the model's reasoning")
     rows: int = option(20, "rows of a result that are shown", at_least=1)
-    max_completion_tokens: int = option(512, "an answer is cut at this many tokens", at_least=1)
+    max_completion_tokens: int = option(512, "an answer is cut at this many tokens; of a policy trained here by "
+                                            "default as in its run", at_least=1)
     lenient_format: bool | None = option(None, "also take SQL inside a code fence (default: as the run that made the "
                                                "model)")
     seed: int = option(0, "seed of sampling: the same question gets the same answer", at_least=0, at_most=2**32)
@@ -443,8 +445,8 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, AskConfig, Prom
     add_arguments(parser, PromptConfig)
     given = parser.parse_args(arguments)
     try:
-        config = build(AskConfig, vars(given))
-        return given, config, prompt_config(vars(given), run_config_of(config.model))
+        run = run_config_of(getattr(given, "model", AskConfig.model))
+        return given, build(AskConfig, as_its_run(vars(given), run)), prompt_config(vars(given), run)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -14,7 +14,7 @@ What is held back from training
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from text2sql.question_files import (
 )
 from text2sql.schema import Schema, columns_of, read_schema, schema_columns, value_index
 
-__all__ = ["Dataset", "Example", "PromptBuilder", "PromptConfig", "Schema", "UserError", "Splits",
+__all__ = ["Dataset", "Example", "PromptBuilder", "PromptConfig", "Schema", "UserError", "Splits", "as_its_run",
            "columns_of", "load_dataset", "load_for_evaluation", "load_splits", "not_seen_before", "read_schema",
            "reported_split", "run_config_of", "schema_columns", "value_index"]
 
@@ -238,6 +238,12 @@ def run_config_of(model: str) -> dict | None:
         if isinstance(config, dict) and isinstance(config.get("data"), str) and "model_type" not in config:
             return config
     return None
+
+
+def as_its_run(given: Mapping, run: Mapping | None) -> dict:
+    """The given settings; how long completions may be is as in the run that made the model, unless it is given."""
+    limit = (run or {}).get("max_completion_tokens")
+    return ({"max_completion_tokens": limit} if isinstance(limit, int) else {}) | dict(given)
 
 
 def reported_split(name: str) -> str:

@@ -40,7 +40,16 @@ from textwrap import fill
 import numpy as np
 from tqdm import tqdm
 
-from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset, load_for_evaluation, run_config_of
+from data import (
+    Dataset,
+    Example,
+    PromptBuilder,
+    PromptConfig,
+    as_its_run,
+    load_dataset,
+    load_for_evaluation,
+    run_config_of,
+)
 from rewards import unwrap_fence
 from running.errors import UserError, check_folder, json_lines, parse_json, read_text, run_main, write_text
 from running.guards import Heartbeat
@@ -94,7 +103,8 @@ class EvaluateConfig:
                                        at_least=0)
     vote: str = option("value-aware", "which answer counts; none: the greedy one", choices=(*VOTES, "none"))
     greedy: bool = option(True, "also give the greedy answer, beside the samples")
-    max_completion_tokens: int = option(512, "a completion is cut at this many tokens", at_least=1)
+    max_completion_tokens: int = option(512, "a completion is cut at this many tokens; of a policy trained here by "
+                                            "default as in its run", at_least=1)
     batch: int = option(256, "completions decoded side by side", at_least=1)
     lenient_format: bool | None = option(None, "also take SQL inside a code fence (default: as the run that made the "
                                                 "model; in --predictions no)")
@@ -300,8 +310,8 @@ def parse_arguments(arguments=None):
     given = parser.parse_args(arguments)
     if given.compare:
         return given, None, None
-    config = build(EvaluateConfig, vars(given))
-    return given, config, prompt_config(vars(given), run_config_of(config.model) if config.model else None)
+    run = run_config_of(given.model) if getattr(given, "model", None) else None
+    return given, build(EvaluateConfig, as_its_run(vars(given), run)), prompt_config(vars(given), run)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import PromptBuilder, PromptConfig, columns_of, load_dataset, run_config_of
+from data import PromptBuilder, PromptConfig, as_its_run, columns_of, load_dataset, run_config_of
 from engine.fast import FAST
 from engine.packing import alike, families
 from grpo import Engine
@@ -309,7 +309,8 @@ class MineConfig:
     limit: int = option(0, "only this many questions, drawn by the seed; 0: all", at_least=0)
     samples: int = field(default=8, metadata={"at_least": 1})  # -n
     temperature: float = option(1.0, "of sampling", above=0)
-    max_completion_tokens: int = option(512, "a completion is cut at this many tokens", at_least=1)
+    max_completion_tokens: int = option(512, "a completion is cut at this many tokens; of a policy trained here by "
+                                            "default as in its run", at_least=1)
     batch: int = option(256, "completions decoded side by side", at_least=1)
     lenient_format: bool = option(False, "also take SQL inside a code fence")
     max_per_question: int = option(2, "at most this many traces of a question", at_least=1)
@@ -400,8 +401,8 @@ def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfi
         add_arguments(parser, kind)
     given = vars(parser.parse_args(arguments))
     try:
-        prompts = prompt_config(given, run_config_of(given["model"]) if given.get("model") else None)
-        configs = (build(MineConfig, given), build(MemoryGate, given), prompts)
+        run = run_config_of(given["model"]) if given.get("model") else None
+        configs = (build(MineConfig, as_its_run(given, run)), build(MemoryGate, given), prompt_config(given, run))
         for config in configs:
             check(config)
     except ValueError as error:

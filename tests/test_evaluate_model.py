@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT
 from little_policy import LESSONS, little_policy_folder
 
+import ask
 import evaluate
+import sft
 from data import Example, load_splits
 from evaluate import (
     EvaluateConfig,
@@ -107,6 +109,19 @@ def test_killed_and_started_again_gives_the_same_json(own_data, tmp_path, monkey
 
 
 FENCES = ["<think> a </think> ```sql\nSELECT COUNT(*) FROM singer\n```", "<think> a </think>\r\n```sql SELECT COUNT(*) FROM singer```"]
+
+
+@pytest.mark.parametrize("parse", [
+    lambda *flags: evaluate.parse_arguments(flags)[1],
+    lambda *flags: ask.parse_arguments([*flags, "--database", "any.sqlite", "Who?"])[1],
+    lambda *flags: sft.parse_arguments([*flags, "--mine", "mined.jsonl"])[0]], ids=["evaluate", "ask", "mine"])
+def test_completions_may_be_as_long_as_in_the_run_that_made_the_model(parse, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"data": "spider", "max_completion_tokens": 33}))
+    model = ("--model", str(tmp_path / "best"))
+    assert parse(*model).max_completion_tokens == 33
+    assert parse(*model, "--max-completion-tokens", "44").max_completion_tokens == 44
+    assert parse("--model", "qwen2.5-3b").max_completion_tokens == 512
 
 
 def test_a_model_is_read_as_its_run_read_it(own_data, tmp_path, monkeypatch, capsys):
