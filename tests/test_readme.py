@@ -152,6 +152,7 @@ def workplace(tmp_path_factory):
     records = [{"db_id": "music", "question": question, "query": sql, "trace": thought} for question, sql, thought in LESSONS]
     for place in ("SPIDER/train_spider.json", "SPIDER/dev.json", "BIRD/train/train.json", "BIRD/dev.json"):
         (folder / place).write_text(json.dumps(records))
+    (folder / "SPIDER" / "dev_exclude.json").write_text("[99]")
     splits = [record | {"split": split} for record in records for split in ("train", "dev", "test")]
     (folder / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in splits))
     (folder / "FILE").write_text("".join(f"{record['query']}\n" for record in records))
