@@ -80,7 +80,7 @@ LAPTOP = {
     "lr": (2e-5, "twice what was tried on a GPU with 256 completions a step"),
     "lr_warmup": (2, "few steps"),
     "kl_coef": (0.0, "no pass of a reference"),
-    "rewards": ("format,execution,atomic", "the memory told right from wrong in no run of ours, docs/ablations.md"),
+    "rewards": ("format,execution,atomic", "the cosine of the memory hardly tells right from wrong, docs/ablations.md"),
     "gradient_checkpointing": (False, "passes are small, see --tokens-per-pass"),
     "eval_every": (20, "twice"),
     "eval_questions": (64, "few, for time"),
