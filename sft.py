@@ -28,7 +28,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from data import PromptBuilder, PromptConfig, as_its_run, columns_of, load_dataset, run_config_of
 from engine.fast import FAST
-from engine.packing import alike, families
+from engine.packing import families, fill, shared_by
 from grpo import Engine
 from policy import load_for_sampling
 from rewards import RewardConfig, build_memory, parse_completion
@@ -226,14 +227,8 @@ def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int, with_prompts: bo
 
     Families (see below) stay together.
     """
-    parts = []
-    for family in [range(len(pairs))] if with_prompts else families([prompt for prompt, _ in pairs]):
-        for i in family:
-            if parts and pass_size([*parts[-1], pairs[i]], with_prompts) <= tokens:
-                parts[-1].append(pairs[i])
-            else:
-                parts.append([pairs[i]])
-    return parts
+    order = range(len(pairs)) if with_prompts else chain(*families([prompt for prompt, _ in pairs]))
+    return fill([pairs[i] for i in order], partial(pass_size, with_prompts=with_prompts), tokens)
 
 
 def pass_size(pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False) -> int:
@@ -264,10 +259,9 @@ def given_tokens(pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = Fa
     """What of each prompt needs no prediction: its first token, or all that a family has in common, as one tensor."""
     if with_prompts:
         return [prompt[:1] for prompt, _ in pairs]
-    given = {}
-    for family in families([prompt for prompt, _ in pairs]):
-        first, last = pairs[family[0]][0], pairs[family[-1]][0]
-        given |= dict.fromkeys(family, first[:alike(first, last)])  # sorted, so those between begin so too
+    given, prompts = {}, [prompt for prompt, _ in pairs]
+    for family in families(prompts):
+        given |= dict.fromkeys(family, prompts[family[0]][:shared_by(prompts, family)])
     return [given[i] for i in range(len(pairs))]
 
 

@@ -15,16 +15,18 @@ Of (2) and (3) 50 % is chance; ties count half.
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
 from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import columns_of, load_splits  # noqa: E402
+from data import Splits, columns_of, load_splits  # noqa: E402
 from rewards import MemoryGate, RewardConfig, build_memory  # noqa: E402
 from running import options  # noqa: E402
 from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
+from sft import template_traces  # noqa: E402
 from text2sql.memory import gate_for  # noqa: E402
 
 DENSE = ("atomic", "memory")
@@ -38,19 +40,36 @@ def spread(groups: list[list[dict]], weights: dict[str, float]) -> dict[str, flo
 
 def agreement(pairs: Iterable[tuple[float, float]]) -> float:
     """Share of (higher, lower) pairs in which the first is the larger; ties count half."""
-    return fmean((a > b) + (a == b) / 2 for a, b in pairs)
+    return fmean(in_order(a, b) for a, b in pairs)
+
+
+def in_order(a: float, b: float) -> float:
+    """Whether the first is the larger; a tie is a half."""
+    return (a > b) + (a == b) / 2
+
+
+def splits_of(config: dict) -> Splits:
+    """The data of a run, by its config.json; with traces of the template, where it was trained on them."""
+    template = config["traces"] == "template"
+    data = load_splits(config["data"], config["data_dir"], config["split"],
+                       traces=None if template else config["traces"], seed=config["seed"], world=config["world"],
+                       dev_size=config["eval_questions"], test_size=config["test_questions"])
+    return replace(data, traced=template_traces(data.train, columns_of(data.databases))) if template else data
+
+
+def first_memory(rewards: RewardConfig, config: dict, schemas: dict, traced, model=None, tokenizer=None):
+    """The TraceMemory that a run begins with, of its verified traces."""
+    memory = build_memory(rewards, options.build(MemoryGate, config), schemas, model, tokenizer)
+    verified = [(example.db_id, example.trace) for example in traced if not example.trace_sql]
+    memory.gate = gate_for(verified, memory.columns, memory.gate)
+    memory.add_many(verified)
+    return memory
 
 
 def memory_ranks(records: list[dict], config: dict) -> list[tuple[float, float]]:
     """(cosine of a right completion, of a wrong one of its group), with the memory of the step before."""
-    data = load_splits(config["data"], config["data_dir"], config["split"], traces=config["traces"],
-                       seed=config["seed"], world=config["world"], dev_size=config["eval_questions"],
-                       test_size=config["test_questions"])
-    memory = build_memory(options.build(RewardConfig, config), options.build(MemoryGate, config),
-                          columns_of(data.databases))
-    verified = [(example.db_id, example.trace) for example in data.traced if not example.trace_sql]
-    memory.gate = gate_for(verified, memory.columns, memory.gate)
-    memory.add_many(verified)
+    data = splits_of(config)
+    memory = first_memory(options.build(RewardConfig, config), config, columns_of(data.databases), data.traced)
     pairs = []
     for _, groups in groupby(records, key=lambda record: record["step"]):
         groups = list(groups)

@@ -32,6 +32,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
 from statistics import pstdev
@@ -40,16 +41,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import columns_of, load_splits  # noqa: E402
-from rewards import MemoryGate, RewardConfig, build_memory, schema_overlap, shape_atomic, soft_f1  # noqa: E402
-from running import options  # noqa: E402
-from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
-from sft import template_traces  # noqa: E402
-from sql_exec import MATCHES, Results, SQLExecutor  # noqa: E402
-from text2sql.atomic import atomic_operations, atomic_reward, is_name, names_in  # noqa: E402
-from text2sql.memory import HashEmbedder, gate_for  # noqa: E402
+import dense  # noqa: E402
 
-MEMORY_TRACES = 20  # as --memory-top-k
+from data import columns_of  # noqa: E402
+from rewards import RewardConfig, schema_overlap, shape_atomic, soft_f1  # noqa: E402
+from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
+from sql_exec import MATCHES, Results, SQLExecutor  # noqa: E402
+from text2sql.atomic import atomic_operations, atomic_reward, is_name, jaccard, names_in  # noqa: E402
+from text2sql.memory import HashEmbedder  # noqa: E402
+
 WORD = re.compile(r"\w+")
 
 
@@ -101,8 +101,7 @@ class Rewards:
     def __init__(self, config: dict, data, checkpoint: Path):
         self.config, self.data, self.checkpoint = config, data, checkpoint
         self.schemas = columns_of(data.databases)
-        traced = template_traces(data.train, self.schemas) if config["traces"] == "template" else data.traced
-        self.traced = [example for example in traced if not example.trace_sql]
+        self.traced = [example for example in data.traced if not example.trace_sql]
         self.named = {"atomic": self.atomic, "schema": self.schema, "result": self.result, "rare": self.rare,
                       "names": self.names, "scope": self.scope, "roles": self.roles, "by question": self.by_question}
 
@@ -133,12 +132,8 @@ class Rewards:
             from policy import load_policy
             policy = load_policy(str(self.checkpoint))
         settings = RewardConfig(rewards="format,execution,memory", embedder=embedder, memory_scope=scope)
-        gate = options.build(MemoryGate, self.config)
-        verified = [(example.db_id, example.trace) for example in self.traced]
-        memory = build_memory(settings, gate, self.schemas, policy and policy.model.get_decoder(),
-                              policy and policy.tokenizer)
-        memory.gate = gate_for(verified, memory.columns, memory.gate)
-        memory.add_many(verified)
+        memory = dense.first_memory(settings, self.config, self.schemas, self.traced,
+                                    policy and policy.model.get_decoder(), policy and policy.tokenizer)
         return memory.similarities([(a.db_id, a.thought) for a in answers])
 
     def rare(self, answers):
@@ -156,10 +151,7 @@ class Rewards:
         return [max(overlap(a, gold) for gold in a.golds) for a in answers]
 
     def names(self, answers):
-        def overlap(mine, theirs):
-            return len(mine & theirs) / max(1, len(mine | theirs))
-
-        return [max(overlap(used_names(a.sql), used_names(gold)) for gold in a.golds) for a in answers]
+        return [max(jaccard(used_names(a.sql), used_names(gold)) for gold in a.golds) for a in answers]
 
     def scope(self, answers):
         """Of names that are neither tables read from nor their columns it is not asked where else they exist."""
@@ -174,16 +166,14 @@ class Rewards:
 
     def roles(self, answers):
         stored = {(example.db_id, self.in_roles(example.db_id, example.trace)) for example in self.traced}
-        return self._similarities(answers, sorted(stored), [a.db_id for a in answers],
-                                  [self.in_roles(a.db_id, a.thought) for a in answers])
+        return self._similarities(answers, sorted(stored), [self.in_roles(a.db_id, a.thought) for a in answers])
 
     def by_question(self, answers):
         stored = [(e.db_id, self.in_roles(e.db_id, e.question)) for e in self.traced]
         traces = HashEmbedder()([self.in_roles(e.db_id, e.trace) for e in self.traced])
-        return self._similarities(answers, stored, [a.db_id for a in answers],
-                                  [self.in_roles(a.db_id, a.question) for a in answers], traces)
+        return self._similarities(answers, stored, [self.in_roles(a.db_id, a.question) for a in answers], traces)
 
-    def _similarities(self, answers, stored, db_ids, keys, traces=None):
+    def _similarities(self, answers, stored, keys, traces=None):
         """Cosines of the reasoning to the centroid of the traces whose keys are nearest, of other databases."""
         embed = HashEmbedder()
         vectors, databases = embed([text for _, text in stored]), np.array([db_id for db_id, _ in stored])
@@ -193,21 +183,23 @@ class Rewards:
         for a, key, mine in zip(answers, keys, reasoning, strict=True):
             if (a.db_id, key) not in centroids:
                 cosines = np.where(databases == a.db_id, -2.0, vectors @ embed([key])[0])
-                centroids[a.db_id, key] = traces[np.argsort(-cosines, kind="stable")[:MEMORY_TRACES]].mean(0)
+                nearest = np.argsort(-cosines, kind="stable")[:RewardConfig.memory_top_k]
+                centroids[a.db_id, key] = traces[nearest].mean(0)
             centroid = centroids[a.db_id, key]
             found.append(float(mine @ centroid / max(np.linalg.norm(centroid), 1e-9)))
         return found
 
     def in_roles(self, db_id: str, text: str) -> str:
         """The text with `table`, `column` and `value` in the place of names and numbers."""
-        tables = {form for table in self.schemas[db_id] for form in forms(table)}
-        columns = {form for names in self.schemas[db_id].values() for name in names for form in forms(name)}
+        known = self.role_of[db_id]
+        return " ".join(known.get(word, "value" if word[0].isdigit() else word) for word in WORD.findall(text.lower()))
 
-        def role(word):
-            return ("table" if word in tables else "column" if word in columns else
-                    "value" if word[0].isdigit() else word)
-
-        return " ".join(role(word) for word in WORD.findall(text.lower()))
+    @cached_property
+    def role_of(self) -> dict[str, dict[str, str]]:
+        """{db_id: {word: what it names}}; a word that names both is a table."""
+        return {db_id: {form: "column" for names in schema.values() for name in names for form in forms(name)}
+                | {form: "table" for table in schema for form in forms(table)}
+                for db_id, schema in self.schemas.items()}
 
 
 def forms(name: str) -> set[str]:
@@ -228,7 +220,7 @@ def used_names(sql: str) -> set[str]:
 
 def ranked(pairs) -> list[float]:
     """Of (higher, lower) pairs whether they are in this order; ties are a half."""
-    return [(a > b) + (a == b) / 2 for a, b in pairs]
+    return [dense.in_order(a, b) for a, b in pairs]
 
 
 def figures(groups: Sequence[Sequence[tuple[Answer, float]]]) -> dict[str, list[list[float]]]:
@@ -280,9 +272,7 @@ def main() -> None:
     config = parse_json(read_text(folder / "config.json"), folder / "config.json")
     log = folder / "rollouts.jsonl"
     records = [parse_json(line, log) for line in read_text(log).splitlines()]
-    traces = None if config["traces"] == "template" else config["traces"]
-    data = load_splits(config["data"], config["data_dir"], config["split"], traces=traces, seed=config["seed"],
-                       world=config["world"], dev_size=config["eval_questions"], test_size=config["test_questions"])
+    data = dense.splits_of(config)
     rewards = Rewards(config, data, folder / "checkpoints" / "step-0")
     blind = {name: rewards.of(name) for name in options_given.rewards.split(",")}
     groups = read_groups(records, data.databases, MATCHES[config["match"]])

@@ -12,7 +12,7 @@ from engine import lean
 from engine.attention import causal_lm, enable, is_exact, no_mask
 from engine.bf16 import weights_to_sample_with
 from engine.grid import LOOK, Grid
-from engine.packing import alike, can_pack, families
+from engine.packing import can_pack, families, shared_by
 from engine.row_attention import RowLayout
 from grpo import Group, as_groups, dropout_off, left_pad, plain_decode, plain_logprobs
 
@@ -76,7 +76,7 @@ def shared_beginnings(prompts: Sequence[Tensor]) -> list[tuple[int, list[int]]]:
     """(tokens that they have in common, indices of prompts); each prompt has at least one token of its own."""
     found = []
     for family in families(prompts):
-        shared = min(alike(prompts[family[0]], prompts[family[-1]]), *(len(prompts[i]) - 1 for i in family))
+        shared = min(shared_by(prompts, family), *(len(prompts[i]) - 1 for i in family))
         found += [(shared, family)] if shared and len(family) > 1 else [(0, [i]) for i in family]
     return found
 

@@ -7,7 +7,7 @@ only, a chunk at a time. It works with gradient checkpointing. The plain way is 
 Others compute a shared prompt once as well: Snowflake's ArcticTraining (ZoRRo) and verl's prefix grouper.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -96,6 +96,11 @@ def families(prompts: Sequence[Tensor]) -> list[list[int]]:
     return kin
 
 
+def shared_by(prompts: Sequence[Tensor], family: Sequence[int]) -> int:
+    """How many tokens a family has in common at its beginning: those of its first and last, for it is sorted."""
+    return alike(prompts[family[0]], prompts[family[-1]])
+
+
 def alike(a: Tensor, b: Tensor) -> int:
     """How many tokens two prompts [P] have in common at their beginning."""
     n = min(len(a), len(b))
@@ -110,20 +115,22 @@ def join(batches: Sequence[MicroBatch], trained: Sequence[bool], tokens: int) ->
     passes = []
     for kind in (True, False):
         chosen = [batch for batch, wanted in zip(batches, trained, strict=True) if wanted is kind]
-        sizes = [len(batch.prompts[0]) + sum(map(len, batch.completions)) for batch in chosen]
-        passes += fill(chosen, sizes, tokens)
+        passes += fill(chosen, _tokens, tokens)
     return [_joined(batches) for batches in passes]
 
 
-def fill(items: Sequence, sizes: Sequence[int], tokens: int) -> list[list]:
-    """Splits items, in their order, into parts of no more tokens than these, or of a single item."""
-    parts, left = [], 0  # left: tokens that the last part has room for
-    for item, size in zip(items, sizes, strict=True):
-        if size > left:
-            parts.append([])
-            left = max(tokens, size)
-        parts[-1].append(item)
-        left -= size
+def _tokens(batches: Sequence[MicroBatch]) -> int:
+    return sum(len(batch.prompts[0]) + sum(map(len, batch.completions)) for batch in batches)
+
+
+def fill(items: Sequence, size: Callable[[list], int], tokens: int) -> list[list]:
+    """Splits items, in their order, into parts whose size is at most this many tokens, or of a single item."""
+    parts = []
+    for item in items:
+        if parts and size([*parts[-1], item]) <= tokens:
+            parts[-1].append(item)
+        else:
+            parts.append([item])
     return parts
 
 
