@@ -142,7 +142,8 @@ class Rewards:
         counts = Counter(operation for gold in golds for operation in gold)
 
         def weight(operations):
-            return sum(math.log((1 + len(golds)) / (1 + counts[operation])) for operation in operations)
+            # fsum: in whatever order a set is read, equal weights are equal, and a tie stays one
+            return math.fsum(math.log((1 + len(golds)) / (1 + counts[operation])) for operation in operations)
 
         def overlap(a, gold):
             mine, theirs = (atomic_operations(sql, self.schemas[a.db_id]) for sql in (a.sql, gold))
