@@ -103,7 +103,8 @@ class Grid:
             self.graphs[key] = None
             return self.step(forward)
         if self.graphs[key] is None:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            if not any(self.graphs.values()):  # a pool ends with the last of its graphs
+                self.pool = torch.cuda.graph_pool_handle()
             self.graphs[key] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graphs[key], pool=self.pool):  # records and computes nothing
                 self.step(forward)
