@@ -4,7 +4,7 @@
 
     f  format     1 for `<think> reasoning </think> one SQL statement`, else 0: it gates the others; other styles
                   of answers are in text2sql/answer_style.py
-    x  execution  0 does not run, 1 runs, 2 returns the gold result
+    x  execution  0 does not run, 1 runs (`execution_runs`), 2 returns the gold result
     a  atomic     0 when correct, else φ(max_i J(A(sql), A(gold_i))), J the share of common operations
     m  memory     1 when correct, else the cosine of the reasoning to a centroid of verified traces
 
@@ -14,8 +14,9 @@ function of your own, whatever it says).
 
 Any correct completion outranks any wrong one. A wrong one gets at most w_f + w_x + w_a φ(1) + w_m + w_r +
 w_s + w_u, a correct one at least w_f + 2 w_x + w_m + w_r + w_s, so weights with w_x ≤ w_a φ(1) + w_u are
-refused. Where execution is switched off there is no x to outrank by: a correct completion then gets a =
-φ(1), the most that a wrong one can get, so it is never below one, and `user` is refused.
+refused, whatever `execution_runs` is. Where execution is switched off there is no x to outrank by: a
+correct completion then gets a = φ(1), the most that a wrong one can get, so it is never below one, and
+`user` is refused.
 
 What is switched off is not computed and imports nothing. `format` switched off loses its weight w_f but
 remains the gate, for without it there is no SQL to score. SQL always runs: memory must know what is
@@ -38,7 +39,7 @@ from typing import NamedTuple
 from sql_exec import Comparison, Execution, Results, soft_f1
 from text2sql.answer_style import ANSWER_STYLES, parse_completion, unwrap_fence
 from text2sql.atomic import atomic_operations, atomic_reward, names_in, shape_atomic
-from text2sql.memory import SCOPES, MemoryGate, TraceMemory, make_embedder
+from text2sql.memory import SCOPES, MemoryGate, Roles, TraceMemory, make_embedder
 
 __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "RewardItem", "RewardScorer", "TraceMemory",
            "atomic_operations", "atomic_reward", "build_memory", "load_reward_module", "make_embedder",
@@ -46,6 +47,8 @@ __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "Rewa
 
 COMPONENTS = ("format", "execution", "atomic", "memory", "result", "schema", "user")
 ATOMIC_WHEN = ("wrong", "runs", "fails")
+ATOMIC_WEIGHTS = ("equal", "rare")
+MEMORY_NAMES = ("written", "roles")
 MAX_ATOMIC = shape_atomic(1.0)  # φ(1) of the paper's shaping: the most that a wrong completion's SQL earns
 NEIGHBOURS = 2  # nearest traces that are kept of a wrong completion, for people to read
 MARGIN = 1e-6  # of the sum of all weights; by less, float32 could not tell correct from wrong
@@ -63,9 +66,16 @@ class RewardConfig:
 
     rewards: str = field(default="format,execution,atomic,memory", metadata={
         "help": "rewards that are summed, with optional weights: format,execution=2,atomic=0.5,memory", "common": True})
+    execution_runs: float = field(default=1.0, metadata={
+        "help": "what SQL that runs and is wrong earns in the execution reward, where the gold result earns 2; less "
+                "than 1 keeps a weak policy from unlearning joins, which often fail, see docs/dense-rewards.md",
+        "at_least": 0, "at_most": 1})
     atomic_when: str = field(default="wrong", metadata={
         "help": "which completions earn the atomic reward: all wrong ones, those that run, those that fail",
         "choices": ATOMIC_WHEN})
+    atomic_weights: str = field(default="equal", metadata={
+        "help": "what an operation counts in the atomic reward: all alike, or the more the rarer it is in the training "
+                "questions", "choices": ATOMIC_WEIGHTS})
     atomic_lambda: float = field(default=0.05, metadata={
         "help": "lambda in the atomic reward for an overlap j, lambda j + (1 - lambda) beta j^gamma",
         "at_least": 0, "at_most": 1})
@@ -81,14 +91,18 @@ class RewardConfig:
         "help": "this many of the nearest verified traces form the centroid", "at_least": 1})
     memory_scope: str = field(default="other", metadata={
         "help": "compare with traces of other databases, the same, or any", "choices": SCOPES})
+    memory_names: str = field(default="written", metadata={
+        "help": "names and values in compared reasoning: as written, or replaced by their roles, table, column, value",
+        "choices": MEMORY_NAMES})
     reward_module: str | None = field(default=None, metadata={
         "help": "a Python file with a function reward(...), see docs/rewards.md; user=W in --rewards weighs it"})
 
     def __post_init__(self):
-        for name, choices in (("atomic_when", ATOMIC_WHEN), ("memory_scope", SCOPES)):
+        for name, choices in (("atomic_when", ATOMIC_WHEN), ("atomic_weights", ATOMIC_WEIGHTS),
+                              ("memory_scope", SCOPES), ("memory_names", MEMORY_NAMES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is '{getattr(self, name)}'; choose one of {', '.join(choices)}")
-        for name in ("atomic_lambda", "atomic_beta", "atomic_gamma"):
+        for name in ("execution_runs", "atomic_lambda", "atomic_beta", "atomic_gamma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.memory_top_k < 1:
@@ -107,7 +121,8 @@ class RewardConfig:
         weights = self.weights
         if not weights["execution"]:
             return 0.0
-        return weights["execution"] - weights["user"] - weights["atomic"] * self.shape(1.0)
+        most = self.execution_runs * weights["execution"] + weights["user"] + weights["atomic"] * self.shape(1.0)
+        return 2 * weights["execution"] - most
 
     def shape(self, j: float) -> float:
         """φ(j) of these settings."""
@@ -228,21 +243,25 @@ class RewardScorer:
         memory: a TraceMemory, or None where the memory reward is off.
         match: when a result is right, one of sql_exec.MATCHES.
         user_reward: from `load_reward_module`.
+        rarity: from text2sql/atomic.py, for `atomic_weights` "rare".
         answer_style: how completions are read, one of text2sql/answer_style.py.
 
     Raises:
-        ValueError: a reward has a weight, but what it needs (memory, user_reward) was not given.
+        ValueError: a reward has a weight, but what it needs (memory, user_reward, rarity) was not given.
     """
 
     def __init__(self, config: RewardConfig, executor, schemas: Mapping, memory: TraceMemory | None = None, *,
-                 match: Comparison, user_reward: Callable | None = None, answer_style: str = "think-sql"):
+                 match: Comparison, user_reward: Callable | None = None, rarity: Callable[[str], float] | None = None,
+                 answer_style: str = "think-sql"):
         self.config, self.weights, self.answer_style = config, config.weights, answer_style
         self.executor, self.schemas, self.memory = executor, schemas, memory
-        self.match, self.user_reward = match, user_reward
+        self.match, self.user_reward, self.rarity = match, user_reward, rarity
         self.seconds: dict[str, float] = {}  # of each component since `reset_seconds`
         for name, needed in (("memory", memory), ("user", user_reward)):
             if self.weights[name] and needed is None:
                 raise ValueError(f"the {name} reward has a weight, but there is nothing to compute it with")
+        if self.weights["atomic"] and (rarity is None) != (config.atomic_weights == "equal"):
+            raise ValueError(f"atomic_weights is '{config.atomic_weights}', and rarity must be given for 'rare' only")
 
     def score(self, items: Sequence[RewardItem], remember: bool = True) -> list[RewardBreakdown]:
         """One RewardBreakdown a completion, in order; then the memory learns thoughts of the correct ones (`remember`).
@@ -257,7 +276,7 @@ class RewardScorer:
         records = [Scored(item, *parts) if parts else None for item, parts in read]
         shaped = [record for record in records if record]  # the completions that have the format
         with ThreadPoolExecutor(1) as thread:
-            embedding = thread.submit(self._embed, [record.thought for record in shaped])
+            embedding = thread.submit(self._embed, [(record.item.db_id, record.thought) for record in shaped])
             self._execute(shaped)
             embedding.result()  # raises what the thread raised
         for component in (self._atomic, self._memory, self._result, self._schema, self._user):
@@ -281,11 +300,11 @@ class RewardScorer:
         """Begins to count anew; until then the seconds of all calls add up."""
         self.seconds = {}
 
-    def _embed(self, thoughts: list[str]) -> None:
+    def _embed(self, pairs: list[tuple[str, str]]) -> None:
         """Every thought in one batch: wrong ones are compared with the memory, correct ones enter it."""
         if self.weights["memory"]:
             with self._clock("memory"):
-                self.memory.prepare(thoughts)
+                self.memory.prepare(pairs)
 
     def _execute(self, records: Sequence[Scored]) -> None:
         """Runs predictions and golds: as written for the status, as the comparison wants them for the verdict."""
@@ -296,7 +315,8 @@ class RewardScorer:
                 record.execution = results.predicted(db_id, sql)
                 record.golds = [results.gold(db_id, gold) for gold in golds]
                 record.correct = results.is_right(db_id, sql, golds, self.match)
-                record.components["execution"] = 2.0 if record.correct else float(record.execution.status == "ok")
+                runs = self.config.execution_runs * (record.execution.status == "ok")
+                record.components["execution"] = 2.0 if record.correct else runs
 
     def _atomic(self, records: Sequence[Scored]) -> None:
         if not self.weights["atomic"]:
@@ -310,7 +330,7 @@ class RewardScorer:
                     record.components["atomic"] = when_correct
                 elif self.config.atomic_when == "wrong" or runs == (self.config.atomic_when == "runs"):
                     schema = self.schemas.get(record.item.db_id)
-                    overlap = atomic_reward(record.sql, record.item.gold_sqls, schema)
+                    overlap = atomic_reward(record.sql, record.item.gold_sqls, schema, self.rarity)
                     record.components["atomic"] = self.config.shape(overlap)
 
     def _memory(self, records: Sequence[Scored]) -> None:
@@ -402,8 +422,9 @@ def build_memory(config: RewardConfig, gate: MemoryGate, schemas: Mapping, model
     embed = make_embedder(config.embedder, model, tokenizer)
     columns = {db_id: [column for names in schema.values() for column in names]
                for db_id, schema in schemas.items()}
+    read = Roles(schemas) if config.memory_names == "roles" else None
     return TraceMemory(embed, embed.dim, config.memory_top_k, scope=config.memory_scope, gate=gate,
-                       columns=columns)
+                       columns=columns, read=read)
 
 
 def load_reward_module(path: str | Path) -> Callable:

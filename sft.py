@@ -435,7 +435,7 @@ def choose_traces(records: Sequence[dict], memory: TraceMemory, config: MineConf
              for record in records for rank, trace in enumerate(record["traces"])]
     for _, _, difficulty, trace in sorted(turns, key=lambda turn: turn[:2]):  # every question's first, then seconds
         cells.setdefault((trace["db_id"], difficulty), []).append(trace)
-    memory.prepare(trace["trace"] for traces in cells.values() for trace in traces)
+    memory.prepare((trace["db_id"], trace["trace"]) for traces in cells.values() for trace in traces)
     kept, of_question, of_cell = [], Counter(), Counter()
     for turn in zip_longest(*cells.values()):
         for cell, trace in zip(cells, turn, strict=True):

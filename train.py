@@ -77,6 +77,7 @@ from running.trackers import check_trackers, open_trackers
 from settings import MAY_CHANGE_ON_RESUME, Settings, computes_in_bf16, memory_here, parse_settings, planned
 from sft import PASS_TOKENS, cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import MATCHES, SQLExecutor
+from text2sql.atomic import rarity
 from text2sql.memory import TraceMemory, gate_for
 
 
@@ -348,7 +349,8 @@ class Trainer:
         rows = [breakdowns[i:i + G] for i in range(0, len(breakdowns), G)]
         scored = distributed.merge(list(zip(examples, groups, rows, strict=True)))
         if self.scorer.memory is not None and distributed.size() > 1:
-            self.scorer.memory.exchange((b.thought for b in breakdowns if b.status != "format"), distributed.gather)
+            self.scorer.memory.exchange(((item.db_id, b.thought) for item, b in zip(items, breakdowns, strict=True)
+                                         if b.status != "format"), distributed.gather)
         self.scorer.remember([(example.db_id, b.thought) for example, _, row in scored for b in row if b.correct])
         return scored
 
@@ -485,8 +487,11 @@ class Trainer:
             memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
         if memory is not None:
             self.start_memory(memory)
+        weights = None
+        if s.rewards.weights["atomic"] and s.rewards.atomic_weights == "rare":
+            weights = rarity([(e.gold_sqls[0], self.schemas[e.db_id]) for e in self.data.train])
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
-                            user_reward=self.user_reward, answer_style=s.prompts.answer_style)
+                            user_reward=self.user_reward, rarity=weights, answer_style=s.prompts.answer_style)
 
     def start_memory(self, memory: TraceMemory) -> None:
         """Thresholds that fit the verified traces (the same again when resumed), and at the start the traces."""

@@ -15,24 +15,21 @@ Each reward is asked blindly, of right answers as of wrong ones, which a run doe
 50 % is chance; ties count half. Intervals (95 %) are bootstrapped over groups. Rewards:
 
     atomic, schema, result       as in rewards.py; `result` is the soft-F1 itself
+    rare                         atomic with --atomic-weights rare
     memory:EMBEDDER/SCOPE        the cosine to the verified traces of the run's cold start, by an embedder of --embedder
-    rare         the atomic overlap, an operation weighed by how rare it is among the golds of the training questions
+    roles:EMBEDDER/SCOPE         likewise, with --memory-names roles
     names        the overlap of the names that the queries use, where made-up ones count as well
     scope        the share of its names that the tables it reads from have; needs no gold
-    roles        memory:hash/other of reasoning in which names and values are replaced by what they are
-    by question  likewise, compared with the traces of those questions that resemble this one
+    by question  roles:hash/other, but compared with the traces of those questions that resemble this one
 
-The last five are ideas, not rewards that can be trained with.
+The last three are ideas, not rewards that can be trained with.
 """
 
 import argparse
-import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
 from statistics import pstdev
@@ -47,10 +44,8 @@ from data import columns_of  # noqa: E402
 from rewards import RewardConfig, schema_overlap, shape_atomic, soft_f1  # noqa: E402
 from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
 from sql_exec import MATCHES, Results, SQLExecutor  # noqa: E402
-from text2sql.atomic import atomic_operations, atomic_reward, is_name, jaccard, names_in  # noqa: E402
-from text2sql.memory import HashEmbedder  # noqa: E402
-
-WORD = re.compile(r"\w+")
+from text2sql.atomic import atomic_reward, is_name, jaccard, names_in, rarity  # noqa: E402
+from text2sql.memory import HashEmbedder, Roles  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,8 @@ class Rewards:
         self.schemas = columns_of(data.databases)
         self.traced = [example for example in data.traced if not example.trace_sql]
         self.named = {"atomic": self.atomic, "schema": self.schema, "result": self.result, "rare": self.rare,
-                      "names": self.names, "scope": self.scope, "roles": self.roles, "by question": self.by_question}
+                      "names": self.names, "scope": self.scope, "by question": self.by_question}
+        self.in_roles = Roles(self.schemas)
 
     def of(self, name: str) -> Blind:
         """The reward of this name. Raises UserError: there is none."""
@@ -111,13 +107,16 @@ class Rewards:
             return self.named[name]
         kind, _, spec = name.partition(":")
         embedder, _, scope = spec.rpartition("/")
-        if kind != "memory" or not embedder:
+        if kind not in ("memory", "roles") or not embedder:
             raise UserError(f"--rewards: there is no {name!r}; choose among {', '.join(self.named)}, "
-                            "memory:EMBEDDER/SCOPE")
-        return lambda answers: self.memory(embedder, scope, answers)
+                            "memory:EMBEDDER/SCOPE, roles:EMBEDDER/SCOPE")
+        names = "written" if kind == "memory" else "roles"
+        settings = RewardConfig(rewards="format,execution,memory", embedder=embedder, memory_scope=scope,
+                                memory_names=names)
+        return lambda answers: self.memory(settings, answers)
 
-    def atomic(self, answers):
-        return [shape_atomic(atomic_reward(a.sql, a.golds, self.schemas[a.db_id])) for a in answers]
+    def atomic(self, answers, weight=None):
+        return [shape_atomic(atomic_reward(a.sql, a.golds, self.schemas[a.db_id], weight)) for a in answers]
 
     def schema(self, answers):
         return [max(schema_overlap(a.sql, gold, self.schemas[a.db_id]) for gold in a.golds) for a in answers]
@@ -125,31 +124,20 @@ class Rewards:
     def result(self, answers):
         return [a.nearness for a in answers]
 
-    def memory(self, embedder: str, scope: str, answers):
+    def memory(self, settings: RewardConfig, answers):
         """With the traces that the run began with."""
         policy = None
-        if embedder == "policy":
+        if settings.embedder == "policy":
+            import torch
+
             from policy import load_policy
-            policy = load_policy(str(self.checkpoint))
-        settings = RewardConfig(rewards="format,execution,memory", embedder=embedder, memory_scope=scope)
+            policy = load_policy(str(self.checkpoint), device="cuda" if torch.cuda.is_available() else "cpu")
         memory = dense.first_memory(settings, self.config, self.schemas, self.traced,
                                     policy and policy.model.get_decoder(), policy and policy.tokenizer)
         return memory.similarities([(a.db_id, a.thought) for a in answers])
 
     def rare(self, answers):
-        """The weight of an operation is the logarithm of how many golds there are to one that has it."""
-        golds = [atomic_operations(example.gold_sqls[0], self.schemas[example.db_id]) for example in self.data.train]
-        counts = Counter(operation for gold in golds for operation in gold)
-
-        def weight(operations):
-            # fsum: in whatever order a set is read, equal weights are equal, and a tie stays one
-            return math.fsum(math.log((1 + len(golds)) / (1 + counts[operation])) for operation in operations)
-
-        def overlap(a, gold):
-            mine, theirs = (atomic_operations(sql, self.schemas[a.db_id]) for sql in (a.sql, gold))
-            return weight(mine & theirs) / max(weight(mine | theirs), 1e-9)
-
-        return [max(overlap(a, gold) for gold in a.golds) for a in answers]
+        return self.atomic(answers, rarity([(e.gold_sqls[0], self.schemas[e.db_id]) for e in self.data.train]))
 
     def names(self, answers):
         return [max(jaccard(used_names(a.sql), used_names(gold)) for gold in a.golds) for a in answers]
@@ -165,48 +153,21 @@ class Rewards:
             shares.append(len(used & known) / max(1, len(used)))
         return shares
 
-    def roles(self, answers):
-        stored = {(example.db_id, self.in_roles(example.db_id, example.trace)) for example in self.traced}
-        return self._similarities(answers, sorted(stored), [self.in_roles(a.db_id, a.thought) for a in answers])
-
     def by_question(self, answers):
-        stored = [(e.db_id, self.in_roles(e.db_id, e.question)) for e in self.traced]
-        traces = HashEmbedder()([self.in_roles(e.db_id, e.trace) for e in self.traced])
-        return self._similarities(answers, stored, [self.in_roles(a.db_id, a.question) for a in answers], traces)
-
-    def _similarities(self, answers, stored, keys, traces=None):
-        """Cosines of the reasoning to the centroid of the traces whose keys are nearest, of other databases."""
-        embed = HashEmbedder()
-        vectors, databases = embed([text for _, text in stored]), np.array([db_id for db_id, _ in stored])
-        traces, found = vectors if traces is None else traces, []
-        centroids = {}
+        """Cosines of the reasoning to the centroid of the traces whose questions are nearest, of other databases."""
+        embed, count = HashEmbedder(), RewardConfig.memory_top_k
+        questions, traces = (embed([self.in_roles(e.db_id, text) for e, text in rows]) for rows in (
+            [(e, e.question) for e in self.traced], [(e, e.trace) for e in self.traced]))
+        databases, centroids, found = np.array([e.db_id for e in self.traced]), {}, []
         reasoning = embed([self.in_roles(a.db_id, a.thought) for a in answers])
-        for a, key, mine in zip(answers, keys, reasoning, strict=True):
-            if (a.db_id, key) not in centroids:
-                cosines = np.where(databases == a.db_id, -2.0, vectors @ embed([key])[0])
-                nearest = np.argsort(-cosines, kind="stable")[:RewardConfig.memory_top_k]
-                centroids[a.db_id, key] = traces[nearest].mean(0)
-            centroid = centroids[a.db_id, key]
+        for a, mine in zip(answers, reasoning, strict=True):
+            key = a.db_id, self.in_roles(a.db_id, a.question)
+            if key not in centroids:
+                cosines = np.where(databases == a.db_id, -2.0, questions @ embed([key[1]])[0])
+                centroids[key] = traces[np.argsort(-cosines, kind="stable")[:count]].mean(0)
+            centroid = centroids[key]
             found.append(float(mine @ centroid / max(np.linalg.norm(centroid), 1e-9)))
         return found
-
-    def in_roles(self, db_id: str, text: str) -> str:
-        """The text with `table`, `column` and `value` in the place of names and numbers."""
-        known = self.role_of[db_id]
-        return " ".join(known.get(word, "value" if word[0].isdigit() else word) for word in WORD.findall(text.lower()))
-
-    @cached_property
-    def role_of(self) -> dict[str, dict[str, str]]:
-        """{db_id: {word: what it names}}; a word that names both is a table."""
-        return {db_id: {form: "column" for names in schema.values() for name in names for form in forms(name)}
-                | {form: "table" for table in schema for form in forms(table)}
-                for db_id, schema in self.schemas.items()}
-
-
-def forms(name: str) -> set[str]:
-    """A name and its parts, lower case, with their plurals."""
-    parts = {name.lower(), *WORD.findall(name.lower().replace("_", " "))}
-    return parts | {f"{part}s" for part in parts}
 
 
 def used_names(sql: str) -> set[str]:
@@ -266,8 +227,9 @@ def main() -> None:
     """Read a run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--rewards", default="atomic,schema,result,memory:hash/other,memory:hash/same,rare,names,scope,"
-                        "roles,by question", help="what to ask, separated by commas (default: all that need no model)")
+    parser.add_argument("--rewards", default="atomic,rare,schema,result,memory:hash/other,memory:hash/same,"
+                        "roles:hash/other,names,scope,by question",
+                        help="what to ask, separated by commas (default: all that need no model)")
     options_given = parser.parse_args()
     folder = options_given.run
     config = parse_json(read_text(folder / "config.json"), folder / "config.json")

@@ -1,6 +1,7 @@
 """The atomic reward: equal for forms of one query, below 1 for different ones, quick and safe on any input."""
 
 import json
+import math
 import os
 import random
 import re
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from text2sql import atomic
-from text2sql.atomic import atomic_operations, atomic_reward, shape_atomic
+from text2sql.atomic import atomic_operations, atomic_reward, rarity, shape_atomic
 
 SCHEMA = {"singer": ["singer_id", "name", "country", "age"], "song": ["song_id", "singer_id", "title", "sales", "year"],
           "friend": ["a_id", "b_id", "since"]}
@@ -327,6 +328,23 @@ def test_forms_of_one_query_score_one(left, right, music):
         assert atomic_operations(left, schema) == atomic_operations(right, schema)
         assert atomic_reward(left, right, schema) == atomic_reward(right, left, schema) == 1.0
     assert bag(music, left) == bag(music, right)
+
+
+@pytest.mark.parametrize("left, right", EQUIVALENT[:8] + DIFFERENT[:8])
+def test_rare_operations_weigh_more(left, right):
+    """By hand, and what holds of the unweighted overlap: symmetric, 1 for equal sets, none for a set without common."""
+    weight = rarity([("SELECT name FROM singer", SCHEMA)] * 6 + [("SELECT name FROM singer WHERE age > 30", SCHEMA)] * 2)
+    assert weight("where singer.age > 30") == math.log(10 / 3) < weight("where singer.made_up > 1") == math.log(10)
+    common = sorted(atomic_operations("SELECT name FROM singer", SCHEMA))
+    assert all(weight(operation) == math.log(10 / 9) for operation in common) and len(common) == 2
+    score = atomic_reward(left, right, SCHEMA, weight)
+    assert score == atomic_reward(right, left, SCHEMA, weight) and 0 <= score <= 1
+    assert (score == 1.0) == (atomic_reward(left, right, SCHEMA) == 1.0)
+    assert (score == 0.0) == (atomic_reward(left, right, SCHEMA) == 0.0)
+    gold, part = "SELECT name FROM singer WHERE age > 30", "SELECT name FROM singer"
+    assert atomic_reward(part, gold, SCHEMA) == pytest.approx(2 / 3)
+    assert atomic_reward(part, gold, SCHEMA, weight) == pytest.approx(
+        2 * math.log(10 / 9) / (2 * math.log(10 / 9) + math.log(10 / 3)))
 
 
 @pytest.mark.parametrize("left, right", WITH_SCHEMA)

@@ -15,6 +15,7 @@ from text2sql.memory import (
     HashEmbedder,
     MemoryGate,
     ModelEmbedder,
+    Roles,
     TraceMemory,
     count_mentions,
     gate_for,
@@ -276,7 +277,7 @@ def test_a_loaded_memory_continues_exactly(tmp_path):
 
     def step(memory, number):
         pairs = [(f"db{i % 3}", f"thought {i * number % 17}") for i in range(8)]
-        memory.prepare(thought for _, thought in pairs)
+        memory.prepare(pairs)
         similarities = memory.similarities(pairs[::2])
         memory.add_many(pairs[1::2])
         return similarities
@@ -412,3 +413,28 @@ def test_model_embedders_pool_without_padding(tmp_path):
     np.testing.assert_allclose(last(texts)[0], unit(naive), atol=1e-5)
     with pytest.raises(ValueError, match="neither hash"):
         make_embedder(str(tmp_path / "absent"))
+
+
+def test_reasoning_is_compared_by_its_roles():
+    """What is stored and what passes the gate is the thought as written; what is embedded has no names and no values."""
+    schemas = {"music": {"singer": ["name", "Birth_Year"]}, "zoo": {"animals": ["weight", "zoo name"]}}
+    read, seen = Roles(schemas), []
+    assert read("music", "From singer: name. Keep rows where birth_year > 1990 and name = 'Al B'.") == (
+        "from table column keep rows where column value and column value")
+    assert read("zoo", "From animals: weight of the Animals") == "from table column of the table"
+    assert read("unknown", "From singer: name") == "from singer name"
+
+    def embed(texts):
+        seen.extend(texts)
+        return HashEmbedder()(texts)
+
+    gate = MemoryGate(memory_min_words=2, memory_min_columns=1, memory_min_density=0.0)
+    columns = {db_id: [c for names in schema.values() for c in names] for db_id, schema in schemas.items()}
+    memory = TraceMemory(embed, 512, gate=gate, columns=columns, read=read)
+    thought = "From singer: name"
+    memory.prepare([("music", thought)])
+    assert memory.add("music", thought) and memory.thoughts == [thought] and seen == ["from table column"]
+    assert memory.similarity("zoo", "From animals: weight") == pytest.approx(1.0, abs=1e-6)
+    plain = TraceMemory(HashEmbedder(), 512, gate=gate, columns=columns)
+    plain.add("music", thought)
+    assert plain.similarity("zoo", "From animals: weight") < 0.5

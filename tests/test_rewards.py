@@ -524,6 +524,30 @@ def test_thoughts_are_embedded_while_sql_runs(executor):
     assert subject.score([item(GOLD)])[0].correct and set(subject.seconds) == {"execution", "atomic", "memory"}
 
 
+def test_what_sql_that_only_runs_earns(executor):
+    sqls = (GOLD, "SELECT name FROM city", "SELECT title FROM city")  # right, runs, fails
+    for runs in (1.0, 0.25, 0.0):
+        subject = scorer(executor, "format,execution", execution_runs=runs)
+        assert [b.execution for b in subject.score([item(sql) for sql in sqls])] == [2.0, runs, 0.0]
+        assert subject.config.margin == 2.0 - runs
+    with pytest.raises(ValueError, match="execution_runs is 1.5"):
+        RewardConfig(execution_runs=1.5)
+
+
+def test_rare_operations_are_weighed_where_it_is_asked_for(executor):
+    def weight(operation):
+        return 3.0 if operation.startswith("where") else 1.0
+
+    sql = "SELECT name FROM city"
+    plain, = scorer(executor, "format,execution,atomic").score([item(sql)])
+    config = RewardConfig(rewards="format,execution,atomic", atomic_weights="rare")
+    weighed, = RewardScorer(config, executor, {"towns": SCHEMA}, match=MATCHES["bird"], rarity=weight).score([item(sql)])
+    assert plain.atomic == pytest.approx(config.shape(2 / 3)) and weighed.atomic == pytest.approx(config.shape(2 / 5))
+    for settings, rarity in ((config, None), (RewardConfig(rewards="format,execution,atomic"), weight)):
+        with pytest.raises(ValueError, match="rarity must be given for 'rare' only"):
+            RewardScorer(settings, executor, {"towns": SCHEMA}, match=MATCHES["bird"], rarity=rarity)
+
+
 def test_the_margin_is_how_far_correct_lies_above_wrong():
     config = RewardConfig(rewards="format,execution=2,atomic=0.5,memory")
     assert config.margin == pytest.approx(2 - 0.5 * config.shape(1.0))

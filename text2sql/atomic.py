@@ -28,9 +28,10 @@ subquery against a join).
 """
 
 import hashlib
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -80,16 +81,17 @@ class Unparsable(ValueError):
 # ----------------------------------------------------------------------------------------
 # The interface.
 
-def atomic_reward(predicted: str, golds, schema: dict | None = None) -> float:
+def atomic_reward(predicted: str, golds, schema: dict | None = None, weight: Callable | None = None) -> float:
     """The largest Jaccard index of the operations of `predicted` and those of a gold: symmetric, in [0, 1].
 
     `golds` is one query or several equivalent ones. The score is not shaped: equivalent queries score
-    exactly 1, and what cannot be parsed scores 0, also against itself. Raises nothing.
+    exactly 1, and what cannot be parsed scores 0, also against itself. `weight` says what an operation
+    counts, as `rarity` does; without it all count alike. Raises nothing.
     """
     golds = [golds] if isinstance(golds, str) else golds
     schema = freeze_schema(schema)
     found = operations_of(predicted, schema)
-    return max((jaccard(found, operations_of(gold, schema)) for gold in golds), default=0.0)
+    return max((jaccard(found, operations_of(gold, schema), weight) for gold in golds), default=0.0)
 
 
 def shape_atomic(j: float, lam: float = 0.05, beta: float = 0.79, gamma: float = 0.20) -> float:
@@ -106,10 +108,24 @@ def atomic_operations(sql: str, schema: dict | None = None) -> frozenset[str]:
     return operations_of(sql, freeze_schema(schema))
 
 
-def jaccard(a: frozenset, b: frozenset) -> float:
+def jaccard(a: frozenset, b: frozenset, weight: Callable | None = None) -> float:
     """Shared over all; 0 when either is empty, so two unparsable queries are not alike."""
-    shared = len(a & b)
-    return shared / (len(a) + len(b) - shared) if shared else 0.0
+    if weight is None:
+        shared = len(a & b)
+        return shared / (len(a) + len(b) - shared) if shared else 0.0
+    # fsum: in whatever order a set is read, equal sums are equal
+    return math.fsum(map(weight, a & b)) / math.fsum(map(weight, a | b)) if a & b else 0.0
+
+
+def rarity(golds: Iterable[tuple[str, dict | None]]) -> Callable[[str], float]:
+    """The weight of an operation by how rare it is among N (gold SQL, schema): log((N + 2) / (n + 1)), n have it.
+
+    `from singer` then counts less than the right condition on it, and most what no gold has, such as a column that was
+    made up. It is the inverse document frequency of text retrieval (Sparck Jones 1972).
+    """
+    sets = [atomic_operations(sql, schema) for sql, schema in golds]
+    counts = Counter(operation for operations in sets for operation in operations)
+    return lambda operation: math.log((len(sets) + 2) / (counts[operation] + 1))
 
 
 def freeze_schema(schema: dict | None) -> tuple | None:

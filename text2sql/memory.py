@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 WORD = re.compile(r"\w+")
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 SCOPES = ("other", "same", "any")
 FORMAT = "trace-memory-2"
 RECENT = 4096  # texts whose embeddings are kept, so that none is embedded twice
@@ -140,18 +141,20 @@ class TraceMemory:
         scope: compare with traces of `other` databases, of the `same`, or of `any`.
         gate: which thoughts may enter.
         columns: {db_id: column names}; without them the gate's rules about columns do not apply.
+        read: (db_id, thought) to what of it is embedded, as `Roles`; without it the thought as written.
 
     Raises:
         ValueError: an unknown scope, or a top_k below 1.
     """
 
     def __init__(self, embed: Callable, dim: int, top_k: int = 20, *, scope: str = "other",
-                 gate: MemoryGate | None = None, columns: Mapping[str, Iterable[str]] | None = None):
+                 gate: MemoryGate | None = None, columns: Mapping[str, Iterable[str]] | None = None,
+                 read: Callable[[str, str], str] | None = None):
         if scope not in SCOPES:
             raise ValueError(f"memory scope is '{scope}'; choose one of {', '.join(SCOPES)}")
         if top_k < 1:
             raise ValueError(f"memory top_k is {top_k}; it must be at least 1")
-        self.embed, self.dim, self.top_k, self.scope = embed, dim, top_k, scope
+        self.embed, self.dim, self.top_k, self.scope, self.read = embed, dim, top_k, scope, read
         self.gate = gate or MemoryGate()
         self.columns = {db_id: lower_case(names) for db_id, names in (columns or {}).items()}
         self._clear()
@@ -181,7 +184,7 @@ class TraceMemory:
         passed = [i for i, reason in enumerate(reasons) if reason is None]
         for start in range(0, len(passed), BLOCK):
             block = passed[start:start + BLOCK]
-            vectors = self._embed([pairs[i][1] for i in block])  # [n, dim]
+            vectors = self._embed([pairs[i] for i in block])  # [n, dim]
             nearest = (vectors @ self._vectors[:len(self)].T).max(1, initial=-1.0)  # [n], among the stored ones
             within = vectors @ vectors.T  # [n, n]
             for row, i in enumerate(block):
@@ -193,17 +196,17 @@ class TraceMemory:
         self.rejections.update(reason for reason in reasons if reason is not None)
         return [reason is None for reason in reasons]
 
-    def prepare(self, thoughts: Iterable[str]) -> None:
-        """Embeds thoughts ahead, in one batch, for `similarities` and `add` to find."""
-        self._embed(list(thoughts))
+    def prepare(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Embeds the thoughts of (db_id, thought) pairs ahead, in one batch, for `similarities` and `add` to find."""
+        self._embed(list(pairs))
 
-    def exchange(self, thoughts: Iterable[str], gather: Callable[[dict], list[dict]]) -> None:
+    def exchange(self, pairs: Iterable[tuple[str, str]], gather: Callable[[dict], list[dict]]) -> None:
         """Between the processes of a run: of recent embeddings, all keep those of these thoughts and of each other's.
 
         So none embeds what another has, all add the same vectors, and a resumed run finds in all what one has saved.
         """
-        own = list(dict.fromkeys(thoughts))
-        parts = gather(dict(zip(own, self._embed(own), strict=True)))
+        own = list(dict.fromkeys(pairs))
+        parts = gather(dict(zip(self._texts(own), self._embed(own), strict=True)))
         self._recent = OrderedDict((text, vector) for part in reversed(parts) for text, vector in part.items())
 
     def _append(self, db_id: str, thought: str, vector: np.ndarray) -> None:
@@ -243,7 +246,7 @@ class TraceMemory:
         """`similarity` of many (db_id, thought) pairs, each with its `count` nearest traces for people to read."""
         if not len(self):
             return [(0.0, [])] * len(pairs)
-        vectors = self._embed([thought for _, thought in pairs])  # [n, dim]
+        vectors = self._embed(pairs)  # [n, dim]
         result = []
         for start in range(0, len(pairs), BLOCK):
             block = vectors[start:start + BLOCK]
@@ -272,8 +275,13 @@ class TraceMemory:
             candidates = candidates[cosines[candidates] >= kth]
         return candidates[np.argsort(-cosines[candidates], kind="stable")][:k]
 
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+    def _texts(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        """What is embedded of (db_id, thought) pairs."""
+        return [self.read(*pair) if self.read else pair[1] for pair in pairs]
+
+    def _embed(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Unit vectors [n, dim]; only texts not seen lately are embedded, in one batch."""
+        texts = self._texts(pairs)
         new = list(dict.fromkeys(text for text in texts if text not in self._recent))
         if new:
             vectors = np.asarray(self.embed(new), np.float32)
@@ -340,6 +348,31 @@ UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, EOFError
 
 def lower_case(names: Iterable[str]) -> frozenset[str]:
     return frozenset(name.lower() for name in names)
+
+
+class Roles:
+    """Reads reasoning without what belongs to one database: names as `table` or `column`, values as `value`.
+
+        From singer: name. Keep rows where age > 30.  ->  from table column keep rows where column value
+
+    What is left is how the query is thought out. A word that names both a table and a column is a table.
+    """
+
+    def __init__(self, schemas: Mapping[str, Mapping[str, Iterable[str]]]):
+        self.roles = {db_id: {form: "column" for columns in schema.values() for name in columns for form in forms(name)}
+                      | {form: "table" for table in schema for form in forms(table)}
+                      for db_id, schema in schemas.items()}
+
+    def __call__(self, db_id: str, text: str) -> str:
+        roles = self.roles.get(db_id, {})
+        words = WORD.findall(QUOTED.sub(" 0 ", text.lower()))
+        return " ".join(roles.get(word, "value" if word[0].isdigit() else word) for word in words)
+
+
+def forms(name: str) -> set[str]:
+    """A name and its parts, lower case, with their plurals."""
+    parts = {name.lower(), *WORD.findall(name.lower().replace("_", " "))}
+    return parts | {f"{part}s" for part in parts}
 
 
 # ---- embedders: callables from a list of texts to an array [n, dim], with an attribute `dim`
