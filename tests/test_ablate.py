@@ -4,6 +4,7 @@ import json
 import sys
 import time
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,29 @@ def test_differences_are_paired_by_seed():
     assert "| other | 2 | 31.0 [-108.8, 170.8] |" in text and "+11.0 [-16.1, 23.7]".replace("-16.1", "-1.7") in text
 
 
+def test_the_interval_over_questions_and_seeds():
+    rng = np.random.default_rng(1)
+
+    def runs(share, questions="q"):
+        return {seed: {"accuracy": share, "right": {"questions": questions, "marks": "".join(
+            str(int(x < share)) for x in rng.random(400))}} for seed in range(4)}
+
+    base, better = runs(0.3), runs(0.6)
+    low, high = ablate.over_questions(better, base)
+    found = np.mean([[int(a) - int(b) for a, b in zip(better[s]["right"]["marks"], base[s]["right"]["marks"], strict=True)]
+                     for s in range(4)])
+    assert low < found < high and 0.02 < high - low < 0.15
+    assert ablate.over_questions(base, base) == [0.0, 0.0]
+    assert ablate.over_questions({9: better[0]}, base) is None  # no seed in common
+    assert ablate.over_questions(runs(0.3, "others"), base) is None  # other questions, as the demo's are by seed
+    assert ablate.over_questions({0: {"accuracy": 0.1}}, base) is None  # measured before it was kept
+    summary = ablate.summarise({"base": base, "other": better}, "base")
+    assert summary["other"]["measures"]["accuracy"]["difference"]["over questions"] == [low, high]
+    text = ablate.rows({"other": summary["other"]}, [], ["accuracy"])
+    assert text.count("[") == 2 and f"[{100 * low:.1f}, {100 * high:.1f}]" in text
+    assert "right" not in summary["other"]["measures"]
+
+
 def test_the_plot_is_one_picture_with_a_line_and_a_band_a_cell():
     def curve(*means):
         return [[10 * i, {"mean": m, "interval": [m - 0.1, m + 0.1]}] for i, m in enumerate(means, 1)]
@@ -235,6 +259,9 @@ def test_an_ablation_is_run_skipped_continued_and_checked(small, tmp_path, monke
             right = evaluation["answers"]["greedy"]["execution_accuracy"]["bird"]
             assert measures["accuracy"] == pytest.approx(right, abs=1e-5) and right > 0
             assert 0 <= measures["does not run"] < 1 and 0 < measures["result groups"] <= 3
+            assert measures["pass@3"] == pytest.approx(evaluation["pass_at_k"]["bird"][2], abs=1e-5)
+            marks = [int(mark) for mark in measures["right"]["marks"]]
+            assert np.mean(marks) == pytest.approx(right) and len(marks) == evaluation["n"]
             assert [step for step, _ in measures["curve"]] == [x["step"] for x in lines]
             assert [y for _, y in measures["curve"]] == pytest.approx([x["dev_accuracy"] for x in lines], abs=1e-5)
             assert not (path / "checkpoints").exists() and (path / "best" / "config.json").exists()
@@ -287,10 +314,12 @@ def test_what_is_measured_was_held_out(small, tmp_path, monkeypatch):
     (["--data", "bird", "--data-dir", "X", "--split", "dev", "--questions", "0"], 1000, "dev")])
 def test_the_part_that_is_measured(tmp_path, flags, questions, split):
     given, common = ablate.parse_arguments(["--grid", "kl", "--seeds", "1", "--output", str(tmp_path), *flags])
+    given = replace(given, exclude="left_out.json")
     starts, runs = ablate.plan(given, common)
     assert {run.settings.run.test_questions for run in starts + runs} == {questions}
     (runs[0].folder / "best").mkdir(parents=True)
     words = ablate.evaluation_flags(runs[0], given, tmp_path / "evaluation.json")
+    assert words[words.index("--exclude") + 1] == "left_out.json"
     assert words[words.index("--split") + 1] == split and words[words.index("--model") + 1] == str(runs[0].folder / "best")
 
 

@@ -30,6 +30,7 @@ import readme  # noqa: E402
 
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in readme.PAGES}
 README, WALKTHROUGH, ABLATIONS = PAGES["README.md"], PAGES["docs/walkthrough.md"], PAGES["docs/ablations.md"]
+DENSE = PAGES["docs/dense-rewards.md"]
 REWARDS, EXTEND, PITFALLS = PAGES["docs/rewards.md"], PAGES["docs/extend.md"], PAGES["docs/pitfalls.md"]
 OWN_REWARD = re.search(r"```python\n(def reward\(.*?)```", REWARDS, re.DOTALL)[1]
 OWN_TEMPLATE = re.search(r"```\n(\{% set system.*?)```", PAGES["docs/prompts.md"], re.DOTALL)[1]
@@ -123,7 +124,7 @@ def test_ablations_are_those_of_the_commands_shown():
     assert len(files) == 6
     for file in files:
         content = json.loads(file.read_text())
-        assert f"python {content['command']}\n" in ABLATIONS, f"{file.name} was made by {content['command']}"
+        assert f"python {content['command']}\n" in ABLATIONS + DENSE, f"{file.name} was made by {content['command']}"
         starts, runs = ablate.plan(*ablate.parse_arguments(content["command"].split()[1:]))
         cells_now = list(dict.fromkeys(run.cell for run in starts + runs))  # k1 was a loss when this was measured
         assert cells_now == [cell for cell in content["runs"] if "k1" not in cell.split()]
@@ -133,7 +134,9 @@ def test_ablations_are_those_of_the_commands_shown():
         for cell, part in summary.items():  # of rounded runs, hence within the rounding
             for name, value in part["measures"].items():
                 assert value["mean"] == pytest.approx(content["summary"][cell]["measures"][name]["mean"], abs=2e-5)
-        assert ET.fromstring(file.with_suffix(".svg").read_text()) is not None and file.stat().st_size < 60_000
+        assert file.stat().st_size < 60_000
+        if any(part["curve"] for part in summary.values()):
+            assert ET.fromstring(file.with_suffix(".svg").read_text()) is not None
 
 
 def test_commands_of_every_program_are_found():

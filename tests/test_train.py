@@ -20,9 +20,12 @@ from little_policy import little_policy_folder
 from transformers import AutoModelForCausalLM
 
 import train
+from data import columns_of
 from grpo import Group, GRPOConfig
 from policy import build_tiny
+from rewards import RewardConfig
 from running.errors import UserError
+from text2sql.atomic import atomic_reward, rarity
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-step", "2", "--group-size", "2",
@@ -233,6 +236,28 @@ def test_other_sets_of_rewards_run(small, tmp_path, rewards):
     on = {part.split("=")[0] for part in rewards.split(",")}
     assert ("seconds/rewards/atomic" in first) == ("atomic" in on)
     assert ("seconds/rewards/memory" in first) == ("memory" in on) == (folder / "checkpoints/step-1/memory.npz").exists()
+
+
+def test_sharpened_rewards_are_those_of_the_training_questions(small, tmp_path):
+    """Operations are weighed by the golds that the run trains on, as one can tell from its log."""
+    folder = tmp_path / "run"
+    run(*small, "--steps", "2", "--test-questions", "0", "--eval-every", "0", "--eval-questions", "0", "--output", folder,
+        "--rewards", "format,execution,atomic,memory", "--atomic-weights", "rare", "--memory-names", "roles",
+        "--execution-runs", "0.5", "--cold-start-steps", "60", "--max-completion-tokens", "40", "--group-size", "8")
+    schema = columns_of({"music": Path(small[small.index("--data") + 1]).with_name("music.sqlite")})["music"]
+    weight = rarity([(f"SELECT COUNT(*) FROM singer WHERE age > {n}", schema) for n in range(24)])
+    shape, seen = RewardConfig().shape, set()
+    for group in lines(folder / "rollouts.jsonl"):
+        for one in group["completions"]:
+            if one["status"] == "format":
+                continue
+            rewards = one["rewards"]
+            seen.add(rewards["execution"])
+            if rewards["execution"] < 2:
+                assert rewards["execution"] == 0.5 * (one["status"] == "ok")
+                assert rewards["atomic"] == pytest.approx(
+                    shape(atomic_reward(one["sql"], group["gold_sqls"], schema, weight)), abs=1e-4)
+    assert len(seen) > 1
 
 
 @pytest.fixture(scope="module")
