@@ -9,7 +9,8 @@
   (2) train     every cell of the grid from there, at most --jobs runs at once
   (3) measure   the best policy of each run answers held-out questions, once greedily and --samples times by sampling
   (4) compare   mean over seeds, and the mean difference to the baseline (the first cell) on the same seed, both with
-                95 % t-intervals over seeds
+                95 % t-intervals over seeds; the difference in accuracy also with a 95 % bootstrap interval over
+                questions and seeds, both drawn anew, where all seeds are asked the same questions
 
 Written to --output: ablation.json (everything measured), table.md, curves.svg, and a run's folder for each run, whose
 checkpoints and rollouts are deleted once it is measured (--keep keeps them). The same command given again skips what
@@ -21,7 +22,9 @@ Measures of a run
   area            area under the curve of its accuracy on dev, divided by its length
   flat groups     share of groups whose completions all earned the same, over the run; all wrong: none was correct
   reward spread   standard deviation of the rewards of a group, mean over the run
-  does not run    share of sampled answers without SQL that runs
+  does not run    share of sampled answers without SQL that runs; greedy does not run: of the greedy ones
+  pass@N          whether one of the N = --samples answers to a question is right
+  joins           JOINs in a greedy answer that has SQL: fewer than at the start mean that queries grow simpler
   result groups   different results among the --samples answers to a question
   collapse        1 when the last accuracy on dev is more than 5 points below its best, else 0
   seconds         of its steps, evaluations not counted
@@ -45,6 +48,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 from tqdm import tqdm
 
 from data import PromptConfig, reported_split
@@ -53,7 +57,8 @@ from running.guards import step_seconds
 from running.options import add_arguments, build, check, flag_of, option
 from running.run_folder import check_settings
 from running.wording import escape
-from settings import MAY_CHANGE_ON_RESUME, RunConfig, Settings, SFTConfig, parse_settings
+from settings import DEFAULTS_BEFORE, MAY_CHANGE_ON_RESUME, RunConfig, Settings, SFTConfig, parse_settings
+from text2sql.question_files import excluded
 
 ROOT = Path(__file__).resolve().parent
 BOTH = "format,execution,atomic=0.5,memory=0.5"
@@ -81,16 +86,24 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
         "dapo, 2 updates": {"loss": "dapo", "updates_per_rollout": "2"},
         "cispo, 2 updates": {"loss": "cispo", "updates_per_rollout": "2", "clip_low": "1", "clip_high": "4"}},
     "advantage-scale": {scale: {"advantage_scale": scale} for scale in ("none", "group", "batch")},
+    "dense": {name: {"rewards": rewards, "execution_runs": "1", "atomic_weights": weights, "memory_names": names}
+              for name, rewards, weights, names in (  # the paper's rewards, and with both dense ones sharpened
+                  ("execution", "format,execution", "equal", "written"),
+                  ("+ both", "format,execution,atomic,memory", "equal", "written"),
+                  ("+ both, sharpened", "format,execution,atomic,memory", "rare", "roles"))},
+    "runs": {f"{value} for running": {"execution_runs": value} for value in ("1", "0.5", "0")},
     "embedder": {name: {"rewards": BOTH, "embedder": name} for name in ("hash", "policy")},
 }
+JOIN = re.compile(r"\bjoin\b", re.IGNORECASE)
 STEP = re.compile(r"step-(\d+)")  # folders of other names are not ours
 RESERVED = ("seed", "output", "resume", "start")  # flags of train.py that are set here
 # What shapes the cold start cannot differ between runs that share it.
 OF_THE_START = {"model", "lora_rank", "data", "data_dir", "split", "world", "traces",
                 *(field.name for config in (SFTConfig, PromptConfig) for field in fields(config))}
-SHOWN = ("accuracy", "area", "flat groups", "all wrong", "reward spread", "does not run", "result groups", "collapse",
-         "seconds")
-PLAIN = ("reward spread", "result groups", "seconds")  # not shares, so not shown in per cent
+SHOWN = ("accuracy", "area", "flat groups", "all wrong", "reward spread", "does not run", "joins", "result groups",
+         "collapse", "seconds")
+APART = ("curve", "right")  # of a run, but no measures of their own
+PLAIN = ("reward spread", "joins", "result groups", "seconds")  # not shares, so not shown in per cent
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
                2.120, 2.110, 2.101, 2.093)  # 97.5 % of Student's t for 1, 2, ... degrees of freedom
 
@@ -106,6 +119,7 @@ class AblateConfig:
     jobs: int = option(1, "runs at once; each takes its share of the CPU's cores unless --threads is given", at_least=1)
     samples: int = option(30, "answers sampled per question when a run is measured", at_least=2)
     questions: int = option(200, "held-out questions to measure on, the first ones; 0: all", at_least=0)
+    exclude: str | None = option(None, "file with a JSON list of ids of held-out questions to leave out")
     keep: bool = option(False, "keep the checkpoints and rollouts of finished runs")
     output: Path | None = option(None, "folder of the ablation (default: runs/ablation-GRID)")
     vary: tuple[str, ...] = ()  # FLAG=A,B,C, each a dimension of the grid
@@ -174,7 +188,7 @@ def as_flags(values: Mapping[str, str]) -> list[str]:
 
 def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Run]]:
     """The starts and the runs, seed by seed; what is wrong with their flags is said here, before any work."""
-    cells = cells_of(given.grid, given.vary)
+    cells, _ = cells_of(given.grid, given.vary), excluded(given.exclude)
     folders = {name: re.sub(r"[^\w.=+-]+", "-", name).strip("-") for name in cells}
     if len(set(folders.values())) < len(cells):
         raise UserError("two cells of the grid would share a folder; give their values other names")
@@ -197,7 +211,7 @@ def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Ru
             for start in starts for cell in cells]
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
-            check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE_ON_RESUME)  # without locking it
+            check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE_ON_RESUME, DEFAULTS_BEFORE)  # unlocked
     return starts, runs
 
 
@@ -286,16 +300,19 @@ class Workers:
 
 def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
     """Trains and measures a run, or what is left of it to do; returns its measures."""
-    file, how = run.folder / "measures.json", [given.samples, given.questions]
+    file, how = run.folder / "measures.json", [given.samples, given.questions, sorted(excluded(given.exclude))]
     if file.exists():
         stored = parse_json(read_text(file), file)
         if stored["how"] == how:
             return stored["measures"]
     log = run.folder.parent / f"{run.folder.name}.log"
     if not run.trained:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
         if not run.checkpoints():  # killed before its first checkpoint: nothing to continue
             shutil.rmtree(run.folder, ignore_errors=True)
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
+            golds = run.folder.parent / "start" / "gold_cache"  # results of the same questions
+            if golds.exists():
+                shutil.copytree(golds, run.folder / "gold_cache")
         workers.call("train.py", [*run.flags, *(["--resume"] if run.checkpoints() else [])], log)
     evaluation = run.folder / "evaluation.json"
     workers.call("evaluate.py", evaluation_flags(run, given, evaluation), log)
@@ -322,6 +339,7 @@ def evaluation_flags(run: Run, given: AblateConfig, evaluation: Path) -> list[st
     for field in (field for field in fields(s.prompts) if "help" in field.metadata):
         flags += [flag_of(field), str(getattr(s.prompts, field.name))]
     flags += ["--data-dir", s.run.data_dir] if s.run.data_dir else []
+    flags += ["--exclude", given.exclude] if given.exclude else []
     return flags + (["--lenient-format"] if s.rewards.lenient_format else [])
 
 
@@ -333,9 +351,15 @@ def measures_of(run: Run, evaluation: dict) -> dict:
     measures = {"accuracy": evaluation["execution_accuracy"][match]}
     measures |= {f"accuracy, {level}": scores["execution_accuracy"][match]
                  for level, scores in evaluation["by_difficulty"].items()}
+    measures[f"pass@{evaluation['samples_per_question']}"] = evaluation["pass_at_k"][match][-1]
     measures |= {"voted accuracy": evaluation["answers"]["value-aware"]["execution_accuracy"][match],
                  "result groups": evaluation["result_groups"],
-                 "does not run": 1 - evaluation["sample_statuses"].get("ok", 0.0)}
+                 "does not run": 1 - evaluation["sample_statuses"].get("ok", 0.0),
+                 "greedy does not run": 1 - evaluation["statuses"].get("ok", 0.0)}
+    joins = [len(JOIN.findall(item["sql"])) for item in evaluation["examples"] if item["sql"]]
+    measures["joins"] = fmean(joins) if joins else 0.0
+    measures["right"] = {"questions": evaluation["protocol"]["questions"],
+                         "marks": "".join(str(int(item[match])) for item in evaluation["examples"])}
     file = run.folder / "metrics.jsonl"
     steps = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return measures | (training_measures(steps) if steps else {})
@@ -372,17 +396,37 @@ def mean_interval(values: Sequence[float]) -> dict:
     return {"mean": mean, "interval": [mean - half, mean + half]}
 
 
+def over_questions(runs: Mapping[int, dict], base: Mapping[int, dict], draws: int = 2000) -> list[float] | None:
+    """A 95 % percentile bootstrap interval of the difference in accuracy, over the questions and the seeds that both
+    have: each draw takes as many of both, with replacement. None where seeds differ in their questions.
+
+    Few seeds say little of how seeds differ: with three, that part counts 2.6 times less than in Student's interval,
+    and with one not at all.
+    """
+    seeds = [seed for seed in runs if seed in base]
+    pairs = [[measures[seed].get("right") for measures in (runs, base)] for seed in seeds]
+    if not pairs or None in sum(pairs, []) or len({str(right["questions"]) for right in sum(pairs, [])}) > 1:
+        return None
+    right = np.array([[[int(mark) for mark in side["marks"]] for side in pair] for pair in pairs])  # [S, 2, Q]
+    changes, rng = right[:, 0] - right[:, 1], np.random.default_rng(0)  # [S, Q]
+    S, Q = changes.shape
+    means = [changes[rng.integers(S, size=S)][:, rng.integers(Q, size=Q)].mean() for _ in range(draws)]
+    return [float(bound) for bound in np.percentile(means, (2.5, 97.5))]
+
+
 def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
     """For each cell every measure over its seeds, and its paired difference to the baseline on the same seeds."""
     summary = {}
     for cell, runs in results.items():
         base, intervals = results.get(baseline, {}), {}
-        for name in dict.fromkeys(name for measures in runs.values() for name in measures if name != "curve"):
+        for name in dict.fromkeys(name for measures in runs.values() for name in measures if name not in APART):
             values = {seed: measures[name] for seed, measures in runs.items() if name in measures}
             intervals[name] = mean_interval(list(values.values()))
             pairs = [value - base[seed][name] for seed, value in values.items() if name in base.get(seed, {})]
             if pairs and cell != baseline:
                 intervals[name]["difference"] = mean_interval(pairs)
+        if cell != baseline and (drawn := over_questions(runs, base)):
+            intervals["accuracy"]["difference"]["over questions"] = drawn
         curves = [dict(map(tuple, measures["curve"])) for measures in runs.values() if "curve" in measures]
         shared = sorted(set.intersection(*map(set, curves))) if curves else []
         summary[cell] = {"seeds": len(runs), "measures": intervals,
@@ -394,10 +438,13 @@ def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
 
 def table(summary: dict, baseline: str) -> str:
     """Markdown: the measures of every cell, then its differences to the baseline."""
-    tiers = list(dict.fromkeys(name for found in summary.values() for name in found["measures"] if ", " in name))
+    names = list(dict.fromkeys(name for found in summary.values() for name in found["measures"]))
+    tiers, passes = [name for name in names if ", " in name], [name for name in names if name.startswith("pass@")]
+    shown = (*SHOWN, *passes)
     others = {cell: found for cell, found in summary.items() if cell not in (baseline, "start")}
-    titles = {"Mean over seeds [95 % interval]": (summary, SHOWN, ()), "By difficulty": (summary, tiers, ()),
-              f"Difference to `{baseline}` on the same seeds [95 % interval]": (others, (), (*SHOWN, *tiers))}
+    titles = {"Mean over seeds [95 % interval]": (summary, shown, ()), "By difficulty": (summary, tiers, ()),
+              f"Difference to `{baseline}` on the same seeds [95 % over seeds] [of accuracy: over questions, too]": (
+                  others, (), (*shown, *tiers))}
     return "\n".join(f"{title}:\n\n{rows(*what)}" for title, what in titles.items())
 
 
@@ -420,10 +467,11 @@ def in_words(name: str, value: dict | None, sign: str = "") -> str:
         return ""
     scale, digits = (1, 0 if name == "seconds" else 2) if name in PLAIN else (100, 1)
     text = f"{scale * value['mean']:{sign}.{digits}f}"
-    if value["interval"] is None or name == "collapse":  # a count of few runs has no t-interval
+    if name == "collapse":  # a count of few runs has no t-interval
         return text
-    low, high = (scale * bound for bound in value["interval"])
-    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+    for low, high in filter(None, (value["interval"], value.get("over questions"))):
+        text += f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+    return text
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # safe for colour-blind eyes

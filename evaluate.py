@@ -51,7 +51,7 @@ from data import (
     run_config_of,
 )
 from rewards import unwrap_fence
-from running.errors import UserError, check_folder, json_lines, parse_json, read_text, run_main, write_text
+from running.errors import UserError, check_folder, json_lines, run_main, write_text
 from running.guards import Heartbeat
 from running.options import HIGHEST_SEED, add_arguments, build, check, option
 from scoring.answers import Examination, Progress, fingerprint, format_advice, questions_hash, scores_of
@@ -74,6 +74,7 @@ from scoring.verdicts import (
 from scoring.voting import VOTES, pass_at_k, sample_candidates
 from sql_exec import MATCHES, SQLExecutor, r_ves_reward
 from text2sql.prompts import prompt_config
+from text2sql.question_files import excluded
 
 __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "compare", "difficulty_levels",
            "greedy_sqls", "load_predictions", "print_comparison", "print_table", "score_predictions", "scores_as_json",
@@ -286,16 +287,6 @@ def clean_mean(values: Sequence[float]) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ main
-
-def excluded(file) -> set[str]:
-    """The question ids of an --exclude file; Spider's ids are positions from 0."""
-    if file is None:
-        return set()
-    ids = parse_json(read_text(Path(file)), file)
-    if not isinstance(ids, list) or not all(isinstance(item, int | str) for item in ids):
-        raise UserError(f"{file} must hold a JSON list of question ids")
-    return {str(item) for item in ids}
-
 
 def parse_arguments(arguments=None):
     """The command line as (namespace, EvaluateConfig, PromptConfig); no configs for a comparison."""

@@ -67,8 +67,8 @@ class RewardConfig:
     rewards: str = field(default="format,execution,atomic,memory", metadata={
         "help": "rewards that are summed, with optional weights: format,execution=2,atomic=0.5,memory", "common": True})
     execution_runs: float = field(default=1.0, metadata={
-        "help": "what SQL that runs and is wrong earns in the execution reward, where the gold result earns 2; less "
-                "than 1 keeps a weak policy from unlearning joins, which often fail, see docs/dense-rewards.md",
+        "help": "what SQL that runs and is wrong earns in the execution reward, where the gold result earns 2; see "
+                "docs/dense-rewards.md",
         "at_least": 0, "at_most": 1})
     atomic_when: str = field(default="wrong", metadata={
         "help": "which completions earn the atomic reward: all wrong ones, those that run, those that fail",
@@ -92,7 +92,8 @@ class RewardConfig:
     memory_scope: str = field(default="other", metadata={
         "help": "compare with traces of other databases, the same, or any", "choices": SCOPES})
     memory_names: str = field(default="written", metadata={
-        "help": "names and values in compared reasoning: as written, or replaced by their roles, table, column, value",
+        "help": "names, numbers and quoted values in compared reasoning: as written, or replaced by their roles "
+                "(table, column, value)",
         "choices": MEMORY_NAMES})
     reward_module: str | None = field(default=None, metadata={
         "help": "a Python file with a function reward(...), see docs/rewards.md; user=W in --rewards weighs it"})

@@ -144,6 +144,8 @@ class SFTConfig:
 
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
+# What runs had that were started before the setting was there, and do not name it.
+DEFAULTS_BEFORE = {"execution_runs": 1.0, "atomic_weights": "equal", "memory_names": "written"}
 MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "sharding", "eval_every", "save_every", "sql_workers",
                         "log", "verbose", "token_ratios_every", "keep",
                         "max_skipped", "warn_flat_steps", "warn_format_steps", "warn_kl", "warn_truncated",

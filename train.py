@@ -74,7 +74,15 @@ from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics
 from running.trackers import check_trackers, open_trackers
-from settings import MAY_CHANGE_ON_RESUME, Settings, computes_in_bf16, memory_here, parse_settings, planned
+from settings import (
+    DEFAULTS_BEFORE,
+    MAY_CHANGE_ON_RESUME,
+    Settings,
+    computes_in_bf16,
+    memory_here,
+    parse_settings,
+    planned,
+)
 from sft import PASS_TOKENS, cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import MATCHES, SQLExecutor
 from text2sql.atomic import rarity
@@ -120,7 +128,7 @@ def run_all(s: Settings) -> int:
                        world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
     data = not_seen_before(data, run.data, run.data_dir, run_config_of(run.start or run.model))
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
-                                                   may_change=MAY_CHANGE_ON_RESUME))
+                                                   may_change=MAY_CHANGE_ON_RESUME, defaults=DEFAULTS_BEFORE))
     for note in data.notes:
         print(note)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; `stop_signals` is kinder while steps run

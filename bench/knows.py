@@ -20,7 +20,8 @@ Each reward is asked blindly, of right answers as of wrong ones, which a run doe
     roles:EMBEDDER/SCOPE         likewise, with --memory-names roles
     names        the overlap of the names that the queries use, where made-up ones count as well
     scope        the share of its names that the tables it reads from have; needs no gold
-    by question  roles:hash/other, but compared with the traces of those questions that resemble this one
+    by question  roles:hash/other, but compared with the traces of those questions that resemble this one, of all
+                 traces, for it has no gate
 
 The last three are ideas, not rewards that can be trained with.
 """

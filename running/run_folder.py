@@ -19,7 +19,9 @@ import shutil
 import socket
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -44,12 +46,13 @@ class RunFolder:
             differs from the one the run was started with, or another process is running it.
     """
 
-    def __init__(self, path: str | Path, settings: dict, *, resume: bool, may_change: tuple[str, ...] = ()):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, settings: dict, *, resume: bool, may_change: tuple[str, ...] = (),
+                 defaults: Mapping = MappingProxyType({})):
+        self.path, self.defaults = Path(path), defaults
         config = self.path / "config.json"
         self.resumes = resume or self._has_only_begun(settings, may_change)
         if resume:
-            check_settings(self.path, settings, may_change)
+            check_settings(self.path, settings, may_change, defaults)
         elif self.path.exists() and not self.resumes and not self._is_free():
             raise UserError(f"{self.path} already holds a run or other files: continue it with --resume, choose "
                             "another --output, or delete it")
@@ -68,7 +71,7 @@ class RunFolder:
         if [step for step, _ in self.checkpoints()] != [0] or (self.path / "metrics.jsonl").exists():
             return False
         try:
-            check_settings(self.path, settings, may_change)
+            check_settings(self.path, settings, may_change, self.defaults)
         except UserError:
             return False
         return True
@@ -179,8 +182,11 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...]) -> None:
-    """Raises UserError when the folder holds no run, or one with other settings."""
+def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...], defaults: Mapping) -> None:
+    """Raises UserError when the folder holds no run, or one with other settings.
+
+    defaults: of settings that a run from before there was such a choice does not name.
+    """
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{folder} holds no run to resume (no config.json); start it without --resume")
@@ -188,6 +194,7 @@ def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...]) ->
         stored = json.loads(config.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{config} is not valid JSON, so the run cannot be resumed") from error
+    stored = {**defaults, **stored}
     for name, value in settings.items():
         if name not in may_change and name in stored and stored[name] != json.loads(json.dumps(value)):
             raise UserError(f"{folder} was started with {name} = {stored[name]}, not {value}: resume it with "

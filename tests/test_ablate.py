@@ -314,12 +314,15 @@ def test_what_is_measured_was_held_out(small, tmp_path, monkeypatch):
     (["--data", "bird", "--data-dir", "X", "--split", "dev", "--questions", "0"], 1000, "dev")])
 def test_the_part_that_is_measured(tmp_path, flags, questions, split):
     given, common = ablate.parse_arguments(["--grid", "kl", "--seeds", "1", "--output", str(tmp_path), *flags])
-    given = replace(given, exclude="left_out.json")
+    with pytest.raises(UserError, match="cannot read left_out.json"):  # before any work
+        ablate.plan(replace(given, exclude="left_out.json"), common)
+    (tmp_path / "left_out.json").write_text("[3]")
+    given = replace(given, exclude=str(tmp_path / "left_out.json"))
     starts, runs = ablate.plan(given, common)
     assert {run.settings.run.test_questions for run in starts + runs} == {questions}
     (runs[0].folder / "best").mkdir(parents=True)
     words = ablate.evaluation_flags(runs[0], given, tmp_path / "evaluation.json")
-    assert words[words.index("--exclude") + 1] == "left_out.json"
+    assert words[words.index("--exclude") + 1] == str(tmp_path / "left_out.json")
     assert words[words.index("--split") + 1] == split and words[words.index("--model") + 1] == str(runs[0].folder / "best")
 
 

@@ -423,6 +423,9 @@ def test_reasoning_is_compared_by_its_roles():
         "from table column keep rows where column value and column value")
     assert read("zoo", "From animals: weight of the Animals") == "from table column of the table"
     assert read("unknown", "From singer: name") == "from singer name"
+    assert read("music", "the singer's name and the album's year, 3.5 or 4th") == (
+        "the table s column and the album s column value or 4th")
+    assert Roles({"x": {"t": ["song_count"]}})("x", "Count songs by song_count") == "count column by column"
 
     def embed(texts):
         seen.extend(texts)

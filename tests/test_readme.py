@@ -34,6 +34,7 @@ DENSE = PAGES["docs/dense-rewards.md"]
 REWARDS, EXTEND, PITFALLS = PAGES["docs/rewards.md"], PAGES["docs/extend.md"], PAGES["docs/pitfalls.md"]
 OWN_REWARD = re.search(r"```python\n(def reward\(.*?)```", REWARDS, re.DOTALL)[1]
 OWN_TEMPLATE = re.search(r"```\n(\{% set system.*?)```", PAGES["docs/prompts.md"], re.DOTALL)[1]
+MEASURES = {*ablate.SHOWN, "greedy does not run", "voted accuracy", "best on dev", "last on dev"}  # ablate.py writes
 FOLDERS = ("engine", "text2sql", "scoring", "models", "running")
 SMALLER = {  # appended to a command, so that it takes a second or two
     "train.py": "--cold-start-steps 2 --cold-start-batch 2 --steps 1 --prompts-per-step 2 --group-size 2 --eval-every 0 "
@@ -119,7 +120,10 @@ def test_every_setting_of_a_run_is_in_the_table_of_flags():
             assert ("` * |" in row) == bool(field.metadata.get("common")), row
 
 
-def test_ablations_are_those_of_the_commands_shown():
+def test_ablations_are_those_of_the_commands_shown(tmp_path, monkeypatch):
+    (tmp_path / "SPIDER").mkdir()
+    (tmp_path / "SPIDER" / "dev_exclude.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
     files = sorted((ROOT / "docs").glob("ablation-*.json"))
     assert len(files) == 6
     for file in files:
@@ -135,6 +139,8 @@ def test_ablations_are_those_of_the_commands_shown():
             for name, value in part["measures"].items():
                 assert value["mean"] == pytest.approx(content["summary"][cell]["measures"][name]["mean"], abs=2e-5)
         assert file.stat().st_size < 60_000
+        by_tier = {name for name in summary[content["baseline"]]["measures"] if name.startswith("accuracy, ")}
+        assert all(part["measures"].keys() <= MEASURES | by_tier for part in summary.values()), file.name
         if any(part["curve"] for part in summary.values()):
             assert ET.fromstring(file.with_suffix(".svg").read_text()) is not None
 
@@ -183,6 +189,7 @@ def test_every_command_runs(command, workplace, monkeypatch):
         return
     if "--help" in words or "--help-all" in words:  # tests of their own
         return
+    monkeypatch.chdir(folder)
     if script == "ablate.py":
         ablate.plan(*ablate.parse_arguments(words[2:]))  # tests/test_ablate.py runs it on a small grid
         return
@@ -195,7 +202,6 @@ def test_every_command_runs(command, workplace, monkeypatch):
             arguments += ["--data", "mine.jsonl", "--data-dir", "my_databases"]
         if script == "train.py" and "--output" not in words:
             arguments += ["--output", f"runs/{len(list(folder.glob('runs/*')))}" if (folder / "runs/demo").exists() else "runs/demo"]
-    monkeypatch.chdir(folder)
     if words[0] == "torchrun":
         parse_settings(arguments)  # tests/test_distributed.py runs several processes
         return

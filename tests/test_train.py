@@ -25,6 +25,7 @@ from grpo import Group, GRPOConfig
 from policy import build_tiny
 from rewards import RewardConfig
 from running.errors import UserError
+from settings import DEFAULTS_BEFORE
 from text2sql.atomic import atomic_reward, rarity
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +146,18 @@ def test_resume_is_bit_exact(small, small_run, tmp_path):
         assert all(torch.equal(a[key], b[key]) for key in a)
     with np.load(half / "checkpoints/step-4/memory.npz") as a, np.load(whole / "checkpoints/step-4/memory.npz") as b:
         assert all((a[key] == b[key]).all() for key in a)
+
+
+def test_a_run_from_before_a_setting_was_there_keeps_what_it_had(small, small_run, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(small_run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in DEFAULTS_BEFORE:
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    refused = run(*small, "--steps", 4, "--save-every", 2, "--output", folder, "--resume", "--memory-names", "roles", check=2)
+    assert "was started with memory_names = written, not roles" in refused
+    run(*small, "--steps", 4, "--save-every", 2, "--output", folder, "--resume")
 
 
 def test_resuming_a_finished_run_changes_nothing(small, small_run):

@@ -123,9 +123,9 @@ def rarity(golds: Iterable[tuple[str, dict | None]]) -> Callable[[str], float]:
     `from singer` then counts less than the right condition on it, and most what no gold has, such as a column that was
     made up. It is the inverse document frequency of text retrieval (Sparck Jones 1972).
     """
-    sets = [atomic_operations(sql, schema) for sql, schema in golds]
-    counts = Counter(operation for operations in sets for operation in operations)
-    return lambda operation: math.log((len(sets) + 2) / (counts[operation] + 1))
+    golds = list(golds)
+    counts, N = Counter(op for sql, schema in golds for op in atomic_operations(sql, schema)), len(golds)
+    return lambda operation: math.log((N + 2) / (counts[operation] + 1))
 
 
 def freeze_schema(schema: dict | None) -> tuple | None:

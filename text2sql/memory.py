@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 WORD = re.compile(r"\w+")
-QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+VALUE = re.compile(r"(?<!\w)('[^'\n]*'|\"[^\"\n]*\"|\d+(\.\d+)?)(?!\w)")  # not what lies between two apostrophes
 SCOPES = ("other", "same", "any")
 FORMAT = "trace-memory-2"
 RECENT = 4096  # texts whose embeddings are kept, so that none is embedded twice
@@ -355,7 +355,8 @@ class Roles:
 
         From singer: name. Keep rows where age > 30.  ->  from table column keep rows where column value
 
-    What is left is how the query is thought out. A word that names both a table and a column is a table.
+    What is left is how the query is thought out. Values are numbers and what is quoted. Parts of names count as names,
+    but for the words of reasoning itself (`count` of `song_count`). What names a table and a column is a table.
     """
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Iterable[str]]]):
@@ -365,13 +366,20 @@ class Roles:
 
     def __call__(self, db_id: str, text: str) -> str:
         roles = self.roles.get(db_id, {})
-        words = WORD.findall(QUOTED.sub(" 0 ", text.lower()))
-        return " ".join(roles.get(word, "value" if word[0].isdigit() else word) for word in words)
+        words = WORD.findall(VALUE.sub(" value ", text.lower()))
+        return " ".join(roles.get(word, word) for word in words)
+
+
+# Words that say how a query is thought out, whatever a database calls its columns.
+OF_REASONING = frozenset(WORD.findall("""
+    a all and are as at average avg both by clauses column columns count distinct each every except first for from
+    group having in intersect is it join keep last least less limit max maximum min minimum more most not number of
+    on or order rows select show sort sum table tables take than the then to union value where which with"""))
 
 
 def forms(name: str) -> set[str]:
     """A name and its parts, lower case, with their plurals."""
-    parts = {name.lower(), *WORD.findall(name.lower().replace("_", " "))}
+    parts = {name.lower(), *WORD.findall(name.lower().replace("_", " "))} - OF_REASONING
     return parts | {f"{part}s" for part in parts}
 
 

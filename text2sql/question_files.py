@@ -296,3 +296,13 @@ def _gold_sqls(record, complain) -> tuple[str, ...]:
 def shortlist(names, shown=5, between=", ") -> str:
     """Some of the names, and how many more there are."""
     return between.join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def excluded(file) -> set[str]:
+    """The question ids of an --exclude file; Spider's ids are positions from 0."""
+    if file is None:
+        return set()
+    ids = parse_json(read_text(Path(file)), file)
+    if not isinstance(ids, list) or not all(isinstance(item, int | str) for item in ids):
+        raise UserError(f"{file} must hold a JSON list of question ids")
+    return {str(item) for item in ids}
