@@ -83,7 +83,7 @@ LAPTOP = {
     "temperature": (0.7, "nearer to the greedy answers that are measured, as in the demo, docs/runs.md"),
     "advantage_scale": ("none", "groups with right and wrong answers weigh most, as in the demo, docs/runs.md"),
     "rewards": ("format,execution,atomic", "the memory hardly tells right from wrong, docs/dense-rewards.md"),
-    "execution_runs": (0.0, "where SQL that runs earns a point, the policy unlearns joins, docs/dense-rewards.md"),
+    "execution_runs": (0.0, "with 1, joins earned nothing where they were needed, docs/dense-rewards.md"),
     "atomic_weights": ("rare", "knows a little better what runs, docs/dense-rewards.md"),
     "gradient_checkpointing": (False, "passes are small, see --tokens-per-pass"),
     "eval_every": (15, "twice"),

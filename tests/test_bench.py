@@ -118,13 +118,27 @@ def test_what_rewards_know_of_answers(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "1 groups; of 4 completions 3 have the format, 2 run and 1 are right"
-    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (line.split("|") for line in lines[4:])}
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (line.split("|") for line in lines[4:8])}
+    assert lines[-2].startswith("| no join | 0 of 1 | – / 33.3 | – / 66.7 |")
     whole, chance = "100.0 [100.0, 100.0]", "50.0 [50.0, 50.0]"
     assert rows["atomic"][0] == rows["result"][0] == whole and rows["atomic"][3] == ""  # no group is all wrong
     assert rows["scope"][2] == whole  # the second names a column that is nowhere
     assert rows["memory:hash/other"][0] == chance  # they all reason alike
     wrong = bench("knows.py", tmp_path, "--rewards", "atomic,wit")
     assert wrong.returncode == 2 and "no 'wit'" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_what_a_join_earns_by_hand():
+    def answer(gold, sql, right, runs):
+        return knows.Answer("db", "?", (gold,), "", sql, right, runs, 0.0)
+
+    one, two = "SELECT a FROM t", "SELECT a FROM t JOIN u"
+    groups = [[answer(one, one, True, True), answer(one, two, False, True)],
+              [answer(two, one, False, True), answer(two, two, True, True), answer(two, two, False, False)],
+              [answer(two, two, False, False)]]
+    assert knows.what_a_join_earns(groups, lambda answers: [0.5] * len(answers))[2:] == [
+        "| no join | 1 of 1 | 0.0 / 100.0 | 100.0 / 100.0 | -1.00 | -2.00 | -0.50 | -1.50 |",
+        "| joins | 1 of 2 | 33.3 / 0.0 | 33.3 / 100.0 | +0.00 | +1.00 | -0.25 | +0.75 |"]
 
 
 def test_figures_of_what_rewards_know_are_those_of_pairs_within_a_group():

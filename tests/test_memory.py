@@ -438,6 +438,10 @@ def test_reasoning_is_compared_by_its_roles():
     memory.prepare([("music", thought)])
     assert memory.add("music", thought) and memory.thoughts == [thought] and seen == ["from table column"]
     assert memory.similarity("zoo", "From animals: weight") == pytest.approx(1.0, abs=1e-6)
+    # what sounds alike is a copy within a database only, also when both come together
+    assert memory.add_many([("zoo", "From animals: weight"), ("music", "From singer: birth_year"),
+                            ("zoo", "From animals: zoo name")]) == [True, False, True]
+    assert memory.similarity("music", thought) > 0.9  # of the zoo, not only its own
     plain = TraceMemory(HashEmbedder(), 512, gate=gate, columns=columns)
     plain.add("music", thought)
     assert plain.similarity("zoo", "From animals: weight") < 0.5

@@ -2,13 +2,16 @@
 
 import doctest
 import importlib.util
+import io
 import json
 import re
 import shlex
 import shutil
+import sqlite3
 import sys
 import types
 import xml.etree.ElementTree as ET
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -171,6 +174,11 @@ def workplace(tmp_path_factory):
     for name in ("A.json", "B.json"):
         (folder / name).write_text(json.dumps(scores))
     shutil.copy(database, folder / "shop.sqlite")
+    shutil.copytree(ROOT / "docs" / "shop", folder / "docs" / "shop")
+    for place in ("my/shop.sqlite", "SPIDER/database/concert_singer/concert_singer.sqlite"):
+        (folder / place).parent.mkdir(parents=True)
+        with closing(sqlite3.connect(folder / place)) as connection:
+            connection.executescript((ROOT / "docs" / "shop" / "shop.sql").read_text())
     return folder, str(little_policy_folder(database))
 
 
@@ -178,7 +186,7 @@ def workplace(tmp_path_factory):
 def test_every_command_runs(command, workplace, monkeypatch):
     """As it stands on the page, with a small model and data, and fewer steps; all in one folder, in their order."""
     folder, model = workplace
-    words = ["0" if word == "S" else model if word in ("path/to/checkpoint", "runs/demo/best") or re.search("qwen|smollm2-135|OmniSQL-7B|finer-sql-3b", word)
+    words = ["0" if word == "S" else model if word == "path/to/checkpoint" or re.search("runs/.*/best|qwen|smollm2-135|OmniSQL-7B|finer-sql-3b", word)
              else word for word in shlex.split(command)]
     if words[0] in ("make", "pip"):
         assert_named_in_makefile(words)
@@ -199,6 +207,7 @@ def test_every_command_runs(command, workplace, monkeypatch):
     else:
         arguments += SMALLER[script].split()
         if "--data" not in words and script == "train.py" or "demo" in words:  # .ci/run runs the real demo
+            arguments = ["test" if word == "unseen" else word for word in arguments]  # a split of the demo alone
             arguments += ["--data", "mine.jsonl", "--data-dir", "my_databases"]
         if script == "train.py" and "--output" not in words:
             arguments += ["--output", f"runs/{len(list(folder.glob('runs/*')))}" if (folder / "runs/demo").exists() else "runs/demo"]
@@ -206,6 +215,7 @@ def test_every_command_runs(command, workplace, monkeypatch):
         parse_settings(arguments)  # tests/test_distributed.py runs several processes
         return
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # of ask.py without a question
     try:
         assert importlib.import_module(script.removesuffix(".py")).main() in (0, None)
     except UserError as error:

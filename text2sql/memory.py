@@ -185,8 +185,11 @@ class TraceMemory:
         for start in range(0, len(passed), BLOCK):
             block = passed[start:start + BLOCK]
             vectors = self._embed([pairs[i] for i in block])  # [n, dim]
-            nearest = (vectors @ self._vectors[:len(self)].T).max(1, initial=-1.0)  # [n], among the stored ones
-            within = vectors @ vectors.T  # [n, n]
+            stored, own = self._databases[:len(self)], self._numbers(pairs[i][0] for i in block)  # [len(self)], [n]
+            cosines, within = vectors @ self._vectors[:len(self)].T, vectors @ vectors.T  # [n, len(self)], [n, n]
+            if self.read:  # what is left of a thought may be common to many databases, and is no copy for that
+                cosines[stored != own[:, None]] = within[own != own[:, None]] = -1.0
+            nearest = cosines.max(1, initial=-1.0)  # [n], among the stored ones
             for row, i in enumerate(block):
                 if nearest[row] >= self.gate.memory_max_cosine:
                     reasons[i] = "duplicate"
@@ -209,12 +212,16 @@ class TraceMemory:
         parts = gather(dict(zip(self._texts(own), self._embed(own), strict=True)))
         self._recent = OrderedDict((text, vector) for part in reversed(parts) for text, vector in part.items())
 
+    def _numbers(self, db_ids: Iterable[str]) -> np.ndarray:
+        """The numbers of databases; new ones are counted on."""
+        return np.array([self._number_of.setdefault(db_id, len(self._number_of)) for db_id in db_ids], np.int64)
+
     def _append(self, db_id: str, thought: str, vector: np.ndarray) -> None:
         if len(self) == len(self._vectors):
             self._vectors = np.concatenate([self._vectors, np.zeros_like(self._vectors)])
             self._databases = np.concatenate([self._databases, np.zeros_like(self._databases)])
         self._vectors[len(self)] = vector
-        self._databases[len(self)] = self._number_of.setdefault(db_id, len(self._number_of))
+        self._databases[len(self)] = self._numbers([db_id])[0]
         self.thoughts.append(thought)
         self.db_ids.append(db_id)
 
