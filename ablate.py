@@ -188,7 +188,8 @@ def as_flags(values: Mapping[str, str]) -> list[str]:
 
 def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Run]]:
     """The starts and the runs, seed by seed; what is wrong with their flags is said here, before any work."""
-    cells, _ = cells_of(given.grid, given.vary), excluded(given.exclude)
+    excluded(given.exclude)  # raises what is wrong with it
+    cells = cells_of(given.grid, given.vary)
     folders = {name: re.sub(r"[^\w.=+-]+", "-", name).strip("-") for name in cells}
     if len(set(folders.values())) < len(cells):
         raise UserError("two cells of the grid would share a folder; give their values other names")

@@ -38,11 +38,11 @@ from typing import NamedTuple
 
 from sql_exec import Comparison, Execution, Results, soft_f1
 from text2sql.answer_style import ANSWER_STYLES, parse_completion, unwrap_fence
-from text2sql.atomic import atomic_operations, atomic_reward, names_in, shape_atomic
+from text2sql.atomic import atomic_operations, atomic_reward, names_in, rarity, shape_atomic
 from text2sql.memory import SCOPES, MemoryGate, Roles, TraceMemory, make_embedder
 
 __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "RewardItem", "RewardScorer", "TraceMemory",
-           "atomic_operations", "atomic_reward", "build_memory", "load_reward_module", "make_embedder",
+           "atomic_operations", "atomic_reward", "build_memory", "build_rarity", "load_reward_module", "make_embedder",
            "parse_completion", "parse_rewards", "rewards_apart", "shape_atomic", "soft_f1", "unwrap_fence"]
 
 COMPONENTS = ("format", "execution", "atomic", "memory", "result", "schema", "user")
@@ -244,7 +244,7 @@ class RewardScorer:
         memory: a TraceMemory, or None where the memory reward is off.
         match: when a result is right, one of sql_exec.MATCHES.
         user_reward: from `load_reward_module`.
-        rarity: from text2sql/atomic.py, for `atomic_weights` "rare".
+        rarity: from `build_rarity`.
         answer_style: how completions are read, one of text2sql/answer_style.py.
 
     Raises:
@@ -426,6 +426,13 @@ def build_memory(config: RewardConfig, gate: MemoryGate, schemas: Mapping, model
     read = Roles(schemas) if config.memory_names == "roles" else None
     return TraceMemory(embed, embed.dim, config.memory_top_k, scope=config.memory_scope, gate=gate,
                        columns=columns, read=read)
+
+
+def build_rarity(config: RewardConfig, examples: Sequence, schemas: Mapping) -> Callable[[str], float] | None:
+    """The weights of operations that a configuration asks for, by the first golds of training examples, or None."""
+    if not config.weights["atomic"] or config.atomic_weights == "equal":
+        return None
+    return rarity([(example.gold_sqls[0], schemas[example.db_id]) for example in examples])
 
 
 def load_reward_module(path: str | Path) -> Callable:

@@ -66,6 +66,7 @@ from rewards import (
     RewardItem,
     RewardScorer,
     build_memory,
+    build_rarity,
     load_reward_module,
     rewards_apart,
 )
@@ -85,7 +86,6 @@ from settings import (
 )
 from sft import PASS_TOKENS, cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import MATCHES, SQLExecutor
-from text2sql.atomic import rarity
 from text2sql.memory import TraceMemory, gate_for
 
 
@@ -495,11 +495,9 @@ class Trainer:
             memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
         if memory is not None:
             self.start_memory(memory)
-        weights = None
-        if s.rewards.weights["atomic"] and s.rewards.atomic_weights == "rare":
-            weights = rarity([(e.gold_sqls[0], self.schemas[e.db_id]) for e in self.data.train])
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
-                            user_reward=self.user_reward, rarity=weights, answer_style=s.prompts.answer_style)
+                            user_reward=self.user_reward, answer_style=s.prompts.answer_style,
+                            rarity=build_rarity(s.rewards, self.data.train, self.schemas))
 
     def start_memory(self, memory: TraceMemory) -> None:
         """Thresholds that fit the verified traces (the same again when resumed), and at the start the traces."""

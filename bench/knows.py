@@ -47,10 +47,10 @@ import dense  # noqa: E402
 
 from ablate import JOIN  # noqa: E402
 from data import columns_of  # noqa: E402
-from rewards import RewardConfig, schema_overlap, shape_atomic, soft_f1  # noqa: E402
+from rewards import RewardConfig, build_rarity, schema_overlap, shape_atomic, soft_f1  # noqa: E402
 from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
 from sql_exec import MATCHES, Results, SQLExecutor  # noqa: E402
-from text2sql.atomic import atomic_reward, is_name, jaccard, names_in, rarity  # noqa: E402
+from text2sql.atomic import atomic_reward, is_name, jaccard, names_in  # noqa: E402
 from text2sql.memory import HashEmbedder, Roles  # noqa: E402
 
 
@@ -143,7 +143,7 @@ class Rewards:
         return memory.similarities([(a.db_id, a.thought) for a in answers])
 
     def rare(self, answers):
-        return self.atomic(answers, rarity([(e.gold_sqls[0], self.schemas[e.db_id]) for e in self.data.train]))
+        return self.atomic(answers, build_rarity(RewardConfig(atomic_weights="rare"), self.data.train, self.schemas))
 
     def names(self, answers):
         return [max(jaccard(used_names(a.sql), used_names(gold)) for gold in a.golds) for a in answers]

@@ -48,9 +48,9 @@ class RunFolder:
 
     def __init__(self, path: str | Path, settings: dict, *, resume: bool, may_change: tuple[str, ...] = (),
                  defaults: Mapping = MappingProxyType({})):
-        self.path, self.defaults = Path(path), defaults
+        self.path = Path(path)
         config = self.path / "config.json"
-        self.resumes = resume or self._has_only_begun(settings, may_change)
+        self.resumes = resume or self._has_only_begun(settings, may_change, defaults)
         if resume:
             check_settings(self.path, settings, may_change, defaults)
         elif self.path.exists() and not self.resumes and not self._is_free():
@@ -66,12 +66,12 @@ class RunFolder:
         for scratch in [*self.path.glob("checkpoints/.new-*"), *self.path.glob(".new-*"), *self.path.glob(".old-*")]:
             shutil.rmtree(scratch)  # left by a kill while saving
 
-    def _has_only_begun(self, settings: dict, may_change: tuple[str, ...]) -> bool:
+    def _has_only_begun(self, settings: dict, may_change: tuple[str, ...], defaults: Mapping) -> bool:
         """Whether the same command was stopped before its first step: it goes on from its cold start."""
         if [step for step, _ in self.checkpoints()] != [0] or (self.path / "metrics.jsonl").exists():
             return False
         try:
-            check_settings(self.path, settings, may_change, self.defaults)
+            check_settings(self.path, settings, may_change, defaults)
         except UserError:
             return False
         return True

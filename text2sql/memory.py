@@ -185,10 +185,10 @@ class TraceMemory:
         for start in range(0, len(passed), BLOCK):
             block = passed[start:start + BLOCK]
             vectors = self._embed([pairs[i] for i in block])  # [n, dim]
-            stored, own = self._databases[:len(self)], self._numbers(pairs[i][0] for i in block)  # [len(self)], [n]
             cosines, within = vectors @ self._vectors[:len(self)].T, vectors @ vectors.T  # [n, len(self)], [n, n]
             if self.read:  # what is left of a thought may be common to many databases, and is no copy for that
-                cosines[stored != own[:, None]] = within[own != own[:, None]] = -1.0
+                own = self._numbers(pairs[i][0] for i in block)  # [n]
+                cosines[self._databases[:len(self)] != own[:, None]] = within[own != own[:, None]] = -1.0
             nearest = cosines.max(1, initial=-1.0)  # [n], among the stored ones
             for row, i in enumerate(block):
                 if nearest[row] >= self.gate.memory_max_cosine:
