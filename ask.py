@@ -7,6 +7,9 @@
 The model answers -n times. Candidates that return the same rows vote together and the winner is shown, with
 its SQL and how many agreed. The database is opened read-only by a process of its own (see sql_exec.py):
 whatever the model writes, it cannot change the database.
+
+Where no flag says otherwise, a policy trained here is asked as in its run: prompts and answers are written, limited and
+read in the same way.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from data import (
     as_its_run,
     lineage,
     load_dataset,
+    path_of,
     read_schema,
     run_config_of,
     schema_columns,
@@ -43,6 +47,7 @@ from scoring.voting import VOTES, Candidate, choose, rank_groups, sample_candida
 from sql_exec import Execution, SQLExecutor
 from text2sql import demo_world
 from text2sql.prompts import full_schema, prompt_config
+from text2sql.question_files import is_own
 
 HISTORY = Path("~/.ask_history").expanduser()
 WIDEST_CELL = 40  # characters of a cell that a terminal shows
@@ -75,7 +80,7 @@ class AskConfig:
     seed: int = option(0, "seed of sampling: the same question gets the same answer", at_least=0, at_most=2**32)
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
     workers: int = option(2, "SQL worker processes", at_least=1)
-    timeout: float = option(10.0, "seconds a query may take", above=0)
+    timeout: float = option(10.0, "seconds a query may take", above=0, at_most=1e6)
     max_rows: int = option(10_000, "a longer result is refused as too large", at_least=1)
 
     def __post_init__(self):
@@ -134,9 +139,8 @@ class Asker:
     def __init__(self, config: AskConfig, prompts: PromptConfig, policy=None):
         self.config = config
         self.path = check_database(config.database)
-        run = run_config_of(config.model) or {}
-        self.lenient = config.lenient_format if config.lenient_format is not None else bool(run.get("lenient_format"))
-        self.note = unknown_database(config.model, run, self.path)
+        self.lenient = bool(config.lenient_format)
+        self.note = unknown_database(config.model, run_config_of(config.model) or {}, self.path)
         if policy is None:
             from policy import load_for_sampling  # here, so that --help does not wait for PyTorch
             policy = load_for_sampling(config.model, config.threads)
@@ -220,7 +224,9 @@ def databases_of(run: dict) -> list[dict[str, set]]:
         lines = map(demo_world.parse_tables, demo_world.SEEN.values())
         return [columns_by_table({table.name: [table.key, *([table.parent.key] if table.parent else []), *table.pools]
                                   for table in tables}) for tables in lines]
-    files = load_dataset(run["data"], run.get("data_dir"), run.get("split", "train")).databases.values()
+    name, folder = run["data"], run.get("data_dir")
+    name = str(path_of(run, name)) if is_own(name) else name
+    files = load_dataset(name, folder and path_of(run, folder), run.get("split", "train")).databases.values()
     return [columns_by_table(schema_columns(read_schema(file))) for file in files]
 
 
@@ -456,6 +462,8 @@ def main() -> int:
     given, config, prompts = parse_arguments()
     if given.question is not None and not re.search(r"\w", given.question):
         raise UserError("the question is empty")
+    if given.question is not None and given.serve is not None:
+        raise UserError("--serve answers the questions that are asked on its page: leave out the question or --serve")
     with Asker(config, prompts) as asker:
         if asker.note:
             print(f"note: {asker.note}\n")

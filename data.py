@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from running.errors import UserError
+from running.errors import UserError, is_config_of_run
 from text2sql.example import Example
 from text2sql.holdout import HeldBack, hold_out, not_shared, part_size, question_key
 from text2sql.prompts import PromptBuilder, PromptConfig
@@ -36,8 +36,8 @@ from text2sql.question_files import (
 from text2sql.schema import Schema, columns_of, read_schema, schema_columns, value_index
 
 __all__ = ["Dataset", "Example", "PromptBuilder", "PromptConfig", "Schema", "UserError", "Splits", "as_its_run",
-           "columns_of", "load_dataset", "load_for_evaluation", "load_splits", "not_seen_before", "read_schema",
-           "reported_split", "run_config_of", "schema_columns", "value_index"]
+           "columns_of", "load_dataset", "load_for_evaluation", "load_splits", "not_seen_before", "path_of",
+           "read_schema", "reported_split", "run_config_of", "schema_columns", "value_index"]
 
 
 def load_dataset(name: str, data_dir=None, split: str = "train", **demo_options) -> Dataset:
@@ -101,21 +101,26 @@ def load_splits(name: str, data_dir=None, split: str = "train", *, traces=None, 
     if is_own(name) and len(dev.rest) < count:
         notes += _repeats_note(name, pool.examples)
     found, trace_notes = _traced(traces, databases, name)
+    every = _test_questions(name, data_dir, split, pool.examples) if traces else []
     return _without_leaks(Splits(dev.rest, [example for example in dev.rest if example.trace] + found, dev.held,
                                  {part: questions for part, questions in tests.items() if questions},
                                  databases, tuple(dict.fromkeys(notes + trace_notes))),
-                          by_gold=not (given and is_own(name)))
+                          every, by_gold=not (is_own(name) and (given or every)))
 
 
 def _demo_splits(data_dir, split, traces, seed, world, dev_size, test_size) -> Splits:
     """The demo's own splits."""
+    if split not in ("train", "cold"):
+        raise UserError(f"the demo cannot be trained on --split {split}, for its other splits are held out: give train "
+                        "or cold")
     parts = {part: load_dataset("demo", data_dir, part, seed=seed, world=world)
              for part in (split, "cold", "dev", "test", "unseen")}
     databases = {db_id: path for part in parts.values() for db_id, path in part.databases.items()}
     found, notes = _traced(traces, databases, "the demo")
     tests = {part: parts[part].examples[:test_size] for part in ("test", "unseen")} if test_size else {}
+    every = [example for part in ("dev", "test", "unseen") for example in parts[part].examples]
     return _without_leaks(Splits(parts[split].examples, parts["cold"].examples + found,
-                                 parts["dev"].examples[:dev_size], tests, databases, notes))
+                                 parts["dev"].examples[:dev_size], tests, databases, notes), every)
 
 
 def _given_test(name, data_dir, split) -> tuple[str, Dataset | None, str]:
@@ -134,6 +139,18 @@ def _given_test(name, data_dir, split) -> tuple[str, Dataset | None, str]:
         return "dev", load_dataset(name, data_dir, "dev"), ""
     except NoSuchSplit as error:
         return "", None, f"no other test questions were found ({error})"
+
+
+def _test_questions(name, data_dir, split, trained: list[Example]) -> list[Example]:
+    """All test questions that the data bring and training does not have: a run reports a sample of one split at most,
+    and evaluate.py counts every one."""
+    if is_own(name):
+        labels = {"dev", "test"} & set(own_labels(Path(name), split)) - {split.strip().lower()}
+        found = [load_dataset(name, data_dir, label) for label in sorted(labels)]
+    else:
+        found = [_given_test(name, data_dir, split)[1]]
+    questions = [example for part in found if part for example in part.examples]
+    return not_shared(questions, trained, by_gold=not is_own(name))
 
 
 def _test_of(given: Dataset, label: str, trained: list[Example], name) -> tuple[list[Example], tuple[str, ...]]:
@@ -176,10 +193,14 @@ def _repeats_note(name, examples: list[Example]) -> tuple[str, ...]:
             "trained on or held back, never both",) if repeated else ()
 
 
-def _without_leaks(splits: Splits, by_gold: bool = False) -> Splits:
-    """The same without traces of questions that are held back (as sft.py --mine may find some)."""
-    held_back = [example for part in (splits.dev, *splits.tests.values()) for example in part]
-    traced = not_shared(splits.traced, held_back, by_gold)
+def _without_leaks(splits: Splits, every: list[Example], by_gold: bool = True) -> Splits:
+    """The same without traces of questions that are held back (as sft.py --mine may find some).
+
+    every: all test questions that the data bring; `splits.tests` may hold a sample of them.
+    by_gold: whether a gold query in common with a test question counts, too.
+    """
+    tests = [example for part in (*splits.tests.values(), every) for example in part]
+    traced = not_shared(not_shared(splits.traced, splits.dev), tests, by_gold)
     count = len(splits.traced) - len(traced)
     note = (f"left out {count} of {len(splits.traced)} traces: their questions are held back",) if count else ()
     return replace(splits, traced=traced, notes=splits.notes + note)
@@ -235,15 +256,16 @@ def run_config_of(model: str) -> dict | None:
             config = json.loads((place / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(config, dict) and isinstance(config.get("data"), str) and "model_type" not in config:
+        if is_config_of_run(config):
             return config
     return None
 
 
 def as_its_run(given: Mapping, run: Mapping | None) -> dict:
-    """The given settings; how long completions may be is as in the run that made the model, unless it is given."""
-    limit = (run or {}).get("max_completion_tokens")
-    return ({"max_completion_tokens": limit} if isinstance(limit, int) else {}) | dict(given)
+    """The given settings; where they are silent, completions are as long as in the run that made the model, and are
+    read as there."""
+    kinds, run = {"max_completion_tokens": int, "lenient_format": bool}, run or {}
+    return {name: run[name] for name, kind in kinds.items() if isinstance(run.get(name), kind)} | dict(given)
 
 
 def reported_split(name: str) -> str:
@@ -262,7 +284,7 @@ def load_for_evaluation(name: str, data_dir=None, split: str = "dev", run: dict 
     `train` is given as it is. Notes say which, and where nothing was held back.
     """
     if name == "demo":
-        return _noted(load_dataset(name, data_dir, split, **demo_options), *_other_world(run, demo_options))
+        return _noted(load_dataset(name, data_dir, split, **demo_options), *_demo_notes(run, split, demo_options))
     split = split.strip().lower()
     runs = [one for one in lineage(run) if _same_data(name, one)]
     if is_own(name):
@@ -285,18 +307,27 @@ def lineage(run: dict | None) -> Iterator[dict]:
     while run and run not in known:
         known.append(run)
         yield run
-        run = run_config_of(str(run.get("start") or run.get("model") or ""))
+        source = run.get("start") or run.get("model")
+        run = run_config_of(str(path_of(run, source))) if source else None
+
+
+def path_of(run: dict, path: str) -> Path:
+    """A path among a run's settings, which is relative to the folder in which the run was started; to the present one
+    where that is not known, as of older runs, or is not here, as of a run from another machine."""
+    start = Path(run.get("cwd", ""))
+    return start / path if start.is_dir() else Path(path)
 
 
 def _same_data(name: str, run: dict) -> bool:
     """Whether a run was trained on these data: the same benchmark, or the same file."""
-    return Path(name).resolve() == Path(run["data"]).resolve() if is_own(name) else run["data"] == name
+    return Path(name).resolve() == path_of(run, run["data"]).resolve() if is_own(name) else run["data"] == name
 
 
 def _splits_of(name, data_dir, run: dict) -> Splits:
     """The sets that a run was trained and measured on."""
     folder = run.get("data_dir")
-    if is_own(name) or not folder or not Path(folder).is_dir():
+    folder = folder and path_of(run, folder)
+    if is_own(name) or not folder or not folder.is_dir():
         folder = data_dir
     sizes = {"dev_size": "eval_questions", "test_size": "test_questions", "seed": "seed"}
     return load_splits(name, folder, run.get("split", "train"),
@@ -349,13 +380,19 @@ def _nothing_held_back(name, count: int, split: str, run: dict | None) -> tuple[
     return (f"{name} has no field 'split': all {count} records are used, and {known}",)
 
 
-def _other_world(run: dict | None, options: dict) -> tuple[str, ...]:
-    """In words, that a policy was trained on the demo of another seed or world, whose questions may be these."""
-    if not run or run["data"] != "demo":
-        return ()
-    other = [f"{field} {run[field]}" for field, value in options.items() if run.get(field, value) != value]
-    return (f"the policy was trained on the demo with {', '.join(other)}: some of these questions may have been among "
-            "its own",) if other else ()
+def _demo_notes(run: dict | None, split: str, options: dict) -> tuple[str, ...]:
+    """In words, what a policy, or one that it began with, has seen of these questions of the demo."""
+    notes = []
+    for one in [one for one in lineage(run) if one["data"] == "demo"]:
+        other = [f"{field} {one[field]}" for field, value in options.items() if one.get(field, value) != value]
+        if other:
+            notes.append(f"the policy was trained on the demo with {', '.join(other)}: some of these questions may "
+                         "have been among its own")
+        elif split in ("cold", one.get("split", "train")):
+            notes.append("the policy was trained on these questions: --split test has others")
+        elif split == "dev" and one.get("eval_every") and one.get("eval_questions"):
+            notes.append("the run chose its best policy by these questions: --split test has others")
+    return tuple(dict.fromkeys(notes))
 
 
 def _noted(dataset: Dataset, *notes: str) -> Dataset:

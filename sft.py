@@ -6,7 +6,9 @@ fences in it are removed, and if `parse_completion` still could not read it back
 
 No teacher is needed to write the traces. A template derives them from the gold SQL (text2sql/traces.py), or `--mine`
 samples a model on questions with gold SQL, keeps what it got right, and writes a file that train.py takes as --traces,
-for its cold start and its memory. When mining is interrupted, the same command continues where it stopped.
+for its cold start and its memory. When mining is interrupted, the same command continues where it stopped. Where no
+flag says otherwise, a policy trained here is asked as in its run: prompts and answers are written, limited and read in
+the same way.
 
     python sft.py --mine mined.jsonl --model runs/demo/best
     python sft.py --mine mined.jsonl --model qwen2.5-coder-3b --data spider --data-dir SPIDER -n 4 --lenient-format
@@ -306,7 +308,8 @@ class MineConfig:
     max_completion_tokens: int = option(512, "a completion is cut at this many tokens; of a policy trained here by "
                                             "default as in its run", at_least=1)
     batch: int = option(256, "completions decoded side by side", at_least=1)
-    lenient_format: bool = option(False, "also take SQL inside a code fence")
+    lenient_format: bool = option(False, "also take SQL inside a code fence; of a policy trained here by default as in "
+                                         "its run")
     max_per_question: int = option(2, "at most this many traces of a question", at_least=1)
     max_per_cell: int = option(20, "at most this many traces per database and difficulty", at_least=1)
     embedder: str = option("hash", "compares traces: hash (no model), policy (--model), or a Hugging Face "
@@ -315,7 +318,7 @@ class MineConfig:
                        at_most=HIGHEST_SEED)
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
     workers: int = option(os.cpu_count() or 1, "SQL worker processes", at_least=1)
-    timeout: float = option(5.0, "seconds a query may take", above=0)
+    timeout: float = option(5.0, "seconds a query may take", above=0, at_most=1e6)
 
     matches, keep_distinct, ways = tuple(MATCHES), True, ("sample",)  # how `Examination` answers and judges here
 

@@ -130,3 +130,8 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else f"‹U+{ord(c):04X}›" for c in text)
+
+
+def is_config_of_run(config) -> bool:
+    """Whether the content of a config.json is a training run's; a model's folder has a file of that name, too."""
+    return isinstance(config, dict) and isinstance(config.get("data"), str) and "model_type" not in config

@@ -25,14 +25,15 @@ from types import MappingProxyType
 
 import torch
 
-from running.errors import UserError, flush, write_whole
+from running.errors import UserError, flush, is_config_of_run, write_whole
 
 TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 
 
 CHECKSUMS = "checksums.json"
 LOCK = ".lock"
-BEFORE_THE_START = {"config.json", "checkpoints", "gold_cache", LOCK}  # what a run without a checkpoint may have left
+# What a run without a checkpoint may have left, besides TensorBoard's events.
+BEFORE_THE_START = {"config.json", "checkpoints", "gold_cache", "wandb", LOCK}
 _locks: dict[Path, object] = {}  # open files; the system unlocks them when the process ends, however it ends
 
 
@@ -60,7 +61,8 @@ class RunFolder:
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock()
-            write_whole(config, json.dumps(settings, indent=2) + "\n")
+            written = settings | {"cwd": str(Path.cwd())}  # which relative paths among the settings are relative to
+            write_whole(config, json.dumps(written, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
         for scratch in [*self.path.glob("checkpoints/.new-*"), *self.path.glob(".new-*"), *self.path.glob(".old-*")]:
@@ -78,7 +80,8 @@ class RunFolder:
 
     def _is_free(self) -> bool:
         """Whether nothing is lost when a run begins here."""
-        return self.path.is_dir() and all(path.name in BEFORE_THE_START for path in self.path.iterdir()) and not any(
+        files = (path.name for path in self.path.iterdir() if not path.name.startswith("events.out.tfevents"))
+        return all(name in BEFORE_THE_START for name in files) and not any(
             self.path.glob("checkpoints/[!.]*"))  # of ours or of somebody else: the folder may be deleted with it
 
     def _lock(self) -> None:
@@ -191,9 +194,12 @@ def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...], de
     if not config.is_file():
         raise UserError(f"{folder} holds no run to resume (no config.json); start it without --resume")
     try:
-        stored = json.loads(config.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{config} is not valid JSON, so the run cannot be resumed") from error
+        stored = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{config} cannot be read or is not valid JSON, so the run cannot be resumed") from error
+    if not is_config_of_run(stored):
+        raise UserError(f"{config} is not that of a run, so nothing can be resumed there: give --output the folder of "
+                        "the run itself, not one of its checkpoints, or leave --resume out")
     stored = {**defaults, **stored}
     for name, value in settings.items():
         if name not in may_change and name in stored and stored[name] != json.loads(json.dumps(value)):

@@ -143,6 +143,9 @@ def test_a_policy_of_random_weights_knows_the_databases_of_its_data_only(tmp_pat
     (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "music", "sql": "SELECT 1"}]))
     own = trained(tmp_path / "own", data=str(tmp_path / "own.json"))
     assert note(own, tiny_db) == ""
+    assert note(trained(tmp_path / "moved", data="own.json", cwd=str(tmp_path)), tiny_db) == ""
+    moved = trained(tmp_path / "other", data="own.json", data_dir=".", cwd=str(tmp_path))
+    assert "the databases of own.json alone" in note(moved, shop)
     assert f"the databases of {tmp_path / 'own.json'} alone, and any name.sqlite is none of them" in note(own, shop)
     assert note("qwen2.5-3b", tiny_db) == note(str(little_policy_folder(tiny_db)), tiny_db) == ""
 
@@ -151,7 +154,8 @@ def test_a_policy_of_random_weights_knows_the_databases_of_its_data_only(tmp_pat
     (None, None, False), (None, True, True), (False, True, False), (True, False, True)])
 def test_answers_are_read_as_in_training(tmp_path, tiny_db, asker, given, of_run, lenient):
     model = "qwen2.5-3b" if of_run is None else trained(tmp_path / "run", model="qwen2.5-3b", lenient_format=of_run)
-    config = AskConfig(model=model, database=str(tiny_db), workers=1, lenient_format=given)
+    flags = [] if given is None else ["--lenient-format" if given else "--no-lenient-format"]
+    _, config, _ = ask.parse_arguments(["--model", model, "--database", str(tiny_db), "--workers", "1", *flags])
     with Asker(config, PromptConfig(), policy=asker.policy) as other:
         assert other.lenient is lenient
 
@@ -344,6 +348,8 @@ def test_a_table_of_500_columns(odd_files, asker, capsys):
     (["--database", "x.sqlite", "--temperature", 0], "--temperature is 0.0; it must be above 0"),
     (["--database", "x.sqlite", "--seed", 10**20], "--seed is 1000"),
     (["--database", "x.sqlite", " ?"], "the question is empty"),
+    (["--database", "x.sqlite", "q", "--serve"], "leave out the question or --serve"),
+    (["--database", "x.sqlite", "--timeout", 1e7], "--timeout is 10000000.0; it must be at most 1000000.0"),
     (["--database", "x.sqlite", "q"], "cannot read the database x.sqlite")])
 def test_bad_command_lines(arguments, words):
     done = run_here(*arguments)

@@ -19,6 +19,7 @@ from data import (
     Example,
     PromptBuilder,
     PromptConfig,
+    lineage,
     load_dataset,
     load_for_evaluation,
     load_splits,
@@ -31,6 +32,7 @@ from data import (
 )
 from running.errors import UserError, parse_json, write_whole
 from sql_exec import SQLExecutor
+from text2sql import demo_world
 from text2sql.holdout import groups_of, normalised_sql
 from text2sql.prompts import needed_columns, space_out
 from text2sql.schema import Hint, quote_identifier
@@ -476,6 +478,29 @@ def test_a_run_that_goes_on_from_another_is_not_measured_on_what_that_one_saw(tm
     assert count > 5 and f"left out {count} held-back questions" in cut.notes[-1] and cut.train == splits.train
 
 
+def test_paths_of_a_run_are_relative_to_where_it_was_started(tmp_path, tiny_db, monkeypatch):
+    path = own_file(tmp_path, 46)
+    run_folder(tmp_path / "runs" / "first", **run_of("own.json", cwd=str(tmp_path), model="smollm2-135m"))
+    last = run_of("own.json", cwd=str(tmp_path), start="runs/first/best")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert list(lineage(last)) == [last, run_of("own.json", cwd=str(tmp_path), model="smollm2-135m")]
+    dataset = load_for_evaluation(path, split="test", run=last)
+    assert dataset.examples == load_splits(path).tests["test"] and "held back for the test" in dataset.notes[0]
+    old = {name: value for name, value in last.items() if name != "cwd"}  # says nothing of where it was
+    assert len(load_for_evaluation(path, run=old).examples) == 46 and list(lineage(old)) == [old]
+    monkeypatch.chdir(tmp_path)
+    for run in (old, last | {"cwd": "/gone"}):
+        assert load_for_evaluation("own.json", split="test", run=run).examples == dataset.examples
+        assert len(list(lineage(run))) == 2
+    (tmp_path / "BIRD" / "dev_databases" / "music").mkdir(parents=True)
+    tiny_db.rename(tmp_path / "BIRD" / "dev_databases" / "music" / "music.sqlite")
+    own_file(tmp_path / "BIRD", 40, "dev.json")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = run_of("bird", data_dir="BIRD", cwd=str(tmp_path), split="dev")
+    assert len(load_for_evaluation("bird", tmp_path / "BIRD", "dev", run).examples) == 8
+
+
 def test_an_official_dev_split_is_evaluated_without_what_was_trained_on(shared_data):
     folder = shared_data / "spider"
     run = run_of("spider", data_dir=str(folder), split="dev")
@@ -496,6 +521,51 @@ def test_the_demo_of_another_seed_is_told(tmp_path):
     assert dataset.examples == load_dataset("demo", tmp_path, "dev", **options).examples
     assert "with seed 3, world hard" in dataset.notes[0]
     assert not load_for_evaluation("demo", tmp_path, "dev", run | options, **options).notes
+
+
+@pytest.mark.parametrize("split, settings, words", [
+    ("dev", {}, "the run chose its best policy by these questions: --split test has others"),
+    ("dev", {"eval_every": 0}, ""), ("dev", {"eval_questions": 0}, ""), ("test", {}, ""), ("unseen", {}, ""),
+    ("train", {}, "trained on these questions"), ("cold", {}, "trained on these questions"), ("train", {"split": "cold"}, ""),
+    ("dev", {"seed": 3}, "with seed 3")])
+def test_what_a_policy_of_the_demo_has_seen_is_told(tmp_path, monkeypatch, split, settings, words):
+    monkeypatch.setattr(demo_world, "SIZES", {part: dict.fromkeys(demo_world.TIERS, 2) for part in demo_world.SPLITS})
+    options = {"seed": 0, "world": "default"}
+    run = run_of("demo", **{"world": "default", "eval_every": 40} | settings)
+    later = run_of("own.json", start=str(run_folder(tmp_path / "first", **run) / "best"))
+    for one in (run, later):  # its own, and that of a policy it began with
+        notes = load_for_evaluation("demo", tmp_path, split, one, **options).notes
+        assert len(notes) == bool(words) and all(words in note for note in notes)
+    assert not load_for_evaluation("demo", tmp_path, split, None, **options).notes
+
+
+@pytest.mark.parametrize("split", ["test", "dev", "unseen"])
+def test_what_the_demo_reports_cannot_be_trained_on(tmp_path, split):
+    with pytest.raises(UserError, match=f"--split {split}, .*give train or cold"):
+        load_splits("demo", tmp_path, split)
+
+
+def test_traces_of_test_questions_that_a_run_does_not_report_are_left_out_as_well(tmp_path, tiny_db, monkeypatch):
+    own = [GOOD | {"question": f"{part} {i}", "sql": f"SELECT {i} AS {part}", "split": part}
+           for part in ("train", "dev", "test") for i in range(40)]
+    (tmp_path / "database" / "music").mkdir(parents=True)
+    (tmp_path / "database" / "music" / "music.sqlite").write_bytes(tiny_db.read_bytes())
+    for name, part in (("train_spider", "train"), ("dev", "dev")):
+        write(tmp_path / f"{name}.json", [one for one in own if one["split"] == part])
+    traces = write(tmp_path / "traces.json", [one | {"trace": "look"} for one in own])
+    path = write(tmp_path / "own.json", own)
+    for name, folder, left in ((path, None, {"train"}), ("spider", tmp_path, {"train", "test"})):  # Spider has no test here
+        for size in (5, 0):
+            splits = load_splits(name, folder, traces=traces, test_size=size)
+            assert {item.question.split()[0] for item in splits.traced} == left, (name, size)
+            assert len(splits.traced) == 36 + 40 * (len(left) - 1)
+    monkeypatch.setattr(demo_world, "SIZES", {part: dict.fromkeys(demo_world.TIERS, 5) for part in demo_world.SPLITS})
+    asked = [item for part in ("dev", "test") for item in load_dataset("demo", tmp_path, part).examples]
+    traces = write(tmp_path / "traces.json", [{"question": item.question, "db_id": item.db_id, "sql": "SELECT 1", "trace": "look"}
+                                              for item in asked])
+    for size in (5, 0):
+        splits = load_splits("demo", tmp_path, traces=traces, dev_size=3, test_size=size)
+        assert len(splits.traced) == 20 and "left out 40 of 60 traces" in splits.notes[-1]
 
 
 @pytest.mark.parametrize("name, split, words", [

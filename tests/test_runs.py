@@ -21,22 +21,33 @@ ROOT = Path(__file__).parents[1]
 def test_a_new_run_refuses_a_folder_with_anything_in_it(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="already holds a run"):
-        RunFolder(tmp_path, {}, resume=False)
+        RunFolder(tmp_path, {"data": "demo"}, resume=False)
     assert (tmp_path / "notes.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_resume_wants_the_same_settings_but_for_some(tmp_path):
-    RunFolder(tmp_path, {"seed": 0, "threads": 1}, resume=False)
-    RunFolder(tmp_path, {"seed": 0, "threads": 2}, resume=True, may_change=("threads",))
+    RunFolder(tmp_path, {"data": "demo", "seed": 0, "threads": 1}, resume=False)
+    RunFolder(tmp_path, {"data": "demo", "seed": 0, "threads": 2}, resume=True, may_change=("threads",))
     with pytest.raises(UserError, match="seed = 0, not 1"):
         RunFolder(tmp_path, {"seed": 1, "threads": 2}, resume=True)
     (tmp_path / "config.json").write_text("{half")
-    with pytest.raises(UserError, match="not valid JSON"):
-        RunFolder(tmp_path, {"seed": 0}, resume=True)
+    for broken in (b"{half", b"\xff"):
+        (tmp_path / "config.json").write_bytes(broken)
+        with pytest.raises(UserError, match="not valid JSON"):
+            RunFolder(tmp_path, {"seed": 0}, resume=True)
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "qwen2", "data": "x"}', "[]", "{}"])
+def test_resume_leaves_the_folder_of_a_model_as_it_is(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match="is not that of a run.*not one of its checkpoints"):
+        RunFolder(tmp_path, {"data": "demo", "seed": 0}, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == config
 
 
 def test_logs_are_cut_back_to_a_step(tmp_path):
-    folder = RunFolder(tmp_path, {}, resume=False)
+    folder = RunFolder(tmp_path, {"data": "demo"}, resume=False)
     folder.log("metrics", [{"step": n, "x": "é\ud800"} for n in (1, 2, 3)])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "ha')
@@ -60,7 +71,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_leftovers_of_a_kill_are_removed_and_old_checkpoints_go(tmp_path):
-    folder = RunFolder(tmp_path, {}, resume=False)
+    folder = RunFolder(tmp_path, {"data": "demo"}, resume=False)
 
     class Nothing:
         def save(self, path):
@@ -70,7 +81,7 @@ def test_leftovers_of_a_kill_are_removed_and_old_checkpoints_go(tmp_path):
         folder.save_checkpoint(step, Nothing(), {"step": step}, keep=2)
     assert [step for step, _ in folder.checkpoints()] == [0, 3, 10]
     (tmp_path / "checkpoints" / ".new-step-11").mkdir()
-    again = RunFolder(tmp_path, {}, resume=True)
+    again = RunFolder(tmp_path, {"data": "demo"}, resume=True)
     assert [step for step, _ in again.checkpoints()] == [0, 3, 10] and not list(tmp_path.glob("checkpoints/.new*"))
     newest = again.checkpoints()[-1][1]
     assert load_state(newest) == {"step": 10}
@@ -81,7 +92,7 @@ def test_leftovers_of_a_kill_are_removed_and_old_checkpoints_go(tmp_path):
 
 
 def test_resuming_skips_damaged_checkpoints_and_says_why(tmp_path, capsys):
-    folder = RunFolder(tmp_path, {}, resume=False)
+    folder = RunFolder(tmp_path, {"data": "demo"}, resume=False)
 
     class Nothing:
         def save(self, path):
@@ -150,40 +161,42 @@ class Empty:
 
 
 def test_a_run_that_never_saved_a_checkpoint_does_not_block_its_folder(tmp_path):
-    RunFolder(tmp_path, {"seed": 0}, resume=False)
+    first, other, third = ({"data": "demo", "seed": seed} for seed in range(3))
+    RunFolder(tmp_path, first, resume=False)
     (tmp_path / "checkpoints" / ".new-step-0").mkdir()  # killed while its first checkpoint was written
     (tmp_path / "gold_cache").mkdir()
+    (tmp_path / "events.out.tfevents.1.host.2.0").touch()
     kept = tmp_path / "checkpoints" / "step-0-backup"
     kept.mkdir()
     with pytest.raises(UserError, match="other files"):  # it would be deleted if the new run could not start
-        RunFolder(tmp_path, {"seed": 1}, resume=False)
+        RunFolder(tmp_path, other, resume=False)
     kept.rmdir()
-    folder = RunFolder(tmp_path, {"seed": 1}, resume=False)
-    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
+    folder = RunFolder(tmp_path, other, resume=False)
+    assert json.loads((tmp_path / "config.json").read_text()) == other | {"cwd": str(Path.cwd())}
     assert not folder.resumes
     folder.save_checkpoint(0, Empty(), {})
-    assert RunFolder(tmp_path, {"seed": 1}, resume=False).resumes  # the same command goes on from its cold start
+    assert RunFolder(tmp_path, other, resume=False).resumes  # the same command goes on from its cold start
     with pytest.raises(UserError, match="already holds a run.*--resume"):
-        RunFolder(tmp_path, {"seed": 2}, resume=False)
+        RunFolder(tmp_path, third, resume=False)
     folder.log("metrics", [{"step": 1}])
     with pytest.raises(UserError, match="already holds a run.*--resume"):
-        RunFolder(tmp_path, {"seed": 1}, resume=False)
+        RunFolder(tmp_path, other, resume=False)
 
 
 def test_a_second_process_in_a_folder_is_told_who_is_there(tmp_path):
-    code = ("import sys, time; from running.run_folder import RunFolder; RunFolder(sys.argv[1], {}, resume=False)"
+    code = ("import sys, time; from running.run_folder import RunFolder; RunFolder(sys.argv[1], {'data': 'demo'}, resume=False)"
             ".save_checkpoint(0, type('Empty', (), {'save': lambda self, path: None})(), {}); print('up', flush=True); time.sleep(60)")
     first = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "up\n"
     with pytest.raises(UserError, match=f"is being trained by process {first.pid} on .*--resume"):
-        RunFolder(tmp_path, {}, resume=True)
+        RunFolder(tmp_path, {"data": "demo"}, resume=True)
     first.kill()
     first.communicate()
-    assert RunFolder(tmp_path, {}, resume=True).checkpoints()  # the lock went with the process
+    assert RunFolder(tmp_path, {"data": "demo"}, resume=True).checkpoints()  # the lock went with the process
 
 
 def test_only_what_we_name_is_a_checkpoint(tmp_path):
-    folder = RunFolder(tmp_path, {}, resume=False)
+    folder = RunFolder(tmp_path, {"data": "demo"}, resume=False)
     (tmp_path / "checkpoints" / "step-10-backup").mkdir()
     for step in (0, 1, 2, 3):
         folder.save_checkpoint(step, Empty(), {}, keep=1)
@@ -191,7 +204,7 @@ def test_only_what_we_name_is_a_checkpoint(tmp_path):
 
 
 def test_the_policy_of_step_0_is_verified(tmp_path):
-    folder = RunFolder(tmp_path, {}, resume=False)
+    folder = RunFolder(tmp_path, {"data": "demo"}, resume=False)
     folder.save_checkpoint(0, Empty(), {})
     assert folder.first_checkpoint().name == "step-0"
     (tmp_path / "checkpoints" / "step-0" / "model").write_text("zeros")
@@ -203,7 +216,7 @@ def test_the_policy_of_step_0_is_verified(tmp_path):
 
 
 def test_a_full_disk_while_logging_is_one_sentence(tmp_path):
-    folder = RunFolder(tmp_path, {}, resume=False)
+    folder = RunFolder(tmp_path, {"data": "demo"}, resume=False)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left.*--resume"):
         folder.log("metrics", [{"step": 1}])

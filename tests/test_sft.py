@@ -346,6 +346,7 @@ def test_a_model_that_never_meets_the_format_is_told_so(own_data, tmp_path, monk
     (["--mine", "/nowhere/x.jsonl", "--model", "m"], "cannot write /nowhere/x.jsonl"),
     (["--mine", "x.jsonl", "--model", "m", "-n", "0"], "--samples is 0; it must be at least 1"),
     (["--mine", "x.jsonl", "--model", "m", "--temperature", "0"], "--temperature is 0.0; it must be above 0"),
+    (["--mine", "x.jsonl", "--model", "m", "--timeout", "1e7"], "--timeout is 10000000.0; it must be at most 1000000.0"),
     (["--mine", "x.jsonl", "--model", "m", "--max-per-cell", "0"], "--max-per-cell is 0; it must be at least 1"),
     (["--mine", "x.jsonl", "--model", "m", "--memory-min-bigrams", "2"], "--memory-min-bigrams is 2.0; it must be at most 1"),
     (["--mine", "x.jsonl", "--model", "m", "--memory-min-words", "9", "--memory-max-words", "3"], "no thought has at least 9"),

@@ -306,3 +306,13 @@ def excluded(file) -> set[str]:
     if not isinstance(ids, list) or not all(isinstance(item, int | str) for item in ids):
         raise UserError(f"{file} must hold a JSON list of question ids")
     return {str(item) for item in ids}
+
+
+def ids_of(name: str, data_dir, split: str) -> set[str]:
+    """The ids of all questions of one's own file or of a benchmark's split, those that a run has seen among them; of
+    the demo none, which is never evaluated in part."""
+    if name == "demo":
+        return set()
+    examples = examples_of(read_records(Path(name)), name) if is_own(name) else load_official(
+        name, Path(data_dir), split.strip().lower()).examples
+    return {example.id for example in examples}
