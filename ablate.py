@@ -89,6 +89,8 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
     "dense": {name: {"rewards": rewards, "execution_runs": "1", "atomic_weights": weights, "memory_names": names}
               for name, rewards, weights, names in (  # the paper's rewards, and with both dense ones sharpened
                   ("execution", "format,execution", "equal", "written"),
+                  ("+ atomic", "format,execution,atomic", "equal", "written"),
+                  ("+ memory", "format,execution,memory", "equal", "written"),
                   ("+ both", "format,execution,atomic,memory", "equal", "written"),
                   ("+ both, sharpened", "format,execution,atomic,memory", "rare", "roles"))},
     "runs": {f"{value} for running": {"execution_runs": value} for value in ("1", "0.5", "0")},
@@ -96,10 +98,13 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
 }
 JOIN = re.compile(r"\bjoin\b", re.IGNORECASE)
 STEP = re.compile(r"step-(\d+)")  # folders of other names are not ours
-RESERVED = ("seed", "output", "resume", "start")  # flags of train.py that are set here
-# What shapes the cold start cannot differ between runs that share it.
-OF_THE_START = {"model", "lora_rank", "data", "data_dir", "split", "world", "traces",
-                *(field.name for config in (SFTConfig, PromptConfig) for field in fields(config))}
+# Flags of train.py that are set here, and by what.
+RESERVED = {"seed": "see --seeds", "output": "see --output", "test_questions": "see --questions",
+            "resume": "the same command continues", "start": "one for all runs of a seed"}
+# Flags that shape the cold start cannot differ between runs that share it; eval_questions are held back from it, too.
+OF_THE_START = {"model", "lora_rank", "recipe", "data", "data_dir", "split", "world", "traces", "eval_questions",
+                *(flag_of(field).removeprefix("--").replace("-", "_") for config in (SFTConfig, PromptConfig)
+                  for field in fields(config))}
 SHOWN = ("accuracy", "area", "flat groups", "all wrong", "reward spread", "does not run", "joins", "result groups",
          "collapse", "seconds")
 APART = ("curve", "right")  # of a run, but no measures of their own
@@ -127,6 +132,8 @@ class AblateConfig:
 
     def __post_init__(self):
         check(self)
+        if self.output and any(place.is_file() for place in (self.output, *self.output.parents)):
+            raise ValueError(f"--output {self.output} is a file or in one; give a folder, which may be a new one")
 
 
 @dataclass(frozen=True)
@@ -556,8 +563,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[AblateConfig, list[str]]:
     add_arguments(parser, AblateConfig)
     given, common = parser.parse_known_args(arguments)
     for flag in common:
-        if flag.split("=")[0] in [f"--{name}" for name in RESERVED]:
-            raise UserError(f"{flag} is set by ablate.py for each run (see --seeds and --output)")
+        name = flag.split("=")[0].removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in RESERVED:
+            raise UserError(f"{flag} is set by ablate.py for each run ({RESERVED[name]})")
     output = Path("runs") / f"ablation-{getattr(given, 'grid', '') or 'own'}"
     values = {"output": output, "command": shlex.join(["ablate.py", *arguments])} | vars(given)
     try:

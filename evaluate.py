@@ -1,9 +1,9 @@
 """Execution accuracy: does the predicted SQL return what the gold SQL returns?
 
-    python evaluate.py --model runs/demo/best                      # greedy answers to the demo's questions
-    python evaluate.py --model runs/demo/best -n 30 --json A.json  # and 30 samples with value-aware voting
+    python evaluate.py --model runs/demo/best --split test                      # greedy answers to held-out questions
+    python evaluate.py --model runs/demo/best --split test -n 30 --json A.json  # and 30 samples, value-aware voting
     python evaluate.py --predictions FILE --data spider --data-dir DIR --split dev --json B.json
-    python evaluate.py --compare A.json B.json                     # difference, and questions that flipped
+    python evaluate.py --compare A.json B.json                                  # difference, and what flipped
 
 What is measured, for every question
   (1) status    what became of the answer as written: ok, error, timeout, refused, too_large; for a model also
@@ -16,8 +16,11 @@ What is measured, for every question
                 .sqlite of its folder
   (4) soft-F1   BIRD's partial credit for overlapping cells; with --r-ves N also BIRD's efficiency score
 
-A --json file states the protocol: prompts, answers, sampling, comparisons, questions. --compare refuses two files whose
-protocols differ, and names what does, unless --anyway is given.
+A --json file states the protocol: prompts, answers, sampling, comparisons, limits, questions. --compare refuses two
+files whose protocols differ, and names what does, unless --anyway is given.
+
+Where no flag says otherwise, a policy trained here is asked as in its run: prompts and answers are written, limited and
+read in the same way.
 
 With -n the model answers n times; scoring/voting.py says how one answer is chosen from them. Both votes, the greedy
 answer and pass@k are reported side by side; --vote selects the one that counts. An evaluation with --json or
@@ -33,7 +36,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from textwrap import fill
 
@@ -53,7 +56,7 @@ from data import (
 from rewards import unwrap_fence
 from running.errors import UserError, check_folder, json_lines, run_main, write_text
 from running.guards import Heartbeat
-from running.options import HIGHEST_SEED, add_arguments, build, check, option
+from running.options import HIGHEST_SEED, add_arguments, build, check, flag_of, option
 from scoring.answers import Examination, Progress, fingerprint, format_advice, questions_hash, scores_of
 from scoring.compare import compare, print_comparison
 from scoring.predictions import load_predictions, save_predictions
@@ -74,7 +77,7 @@ from scoring.verdicts import (
 from scoring.voting import VOTES, pass_at_k, sample_candidates
 from sql_exec import MATCHES, SQLExecutor, r_ves_reward
 from text2sql.prompts import prompt_config
-from text2sql.question_files import excluded
+from text2sql.question_files import excluded, ids_of
 
 __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "compare", "difficulty_levels",
            "greedy_sqls", "load_predictions", "print_comparison", "print_table", "score_predictions", "scores_as_json",
@@ -86,6 +89,8 @@ __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "c
 # Settings on which the records of an evaluation do not depend.
 FREE_TO_CHANGE = ("predictions", "vote", "r_ves", "skip_bad_gold", "json", "progress", "predictions_out", "save_traces",
                   "workers", "gold_cache")
+# Settings of how a model answers, without meaning for a file of predictions; those of prompts are others.
+OF_A_MODEL = ("samples", "temperature", "vote", "greedy", "max_completion_tokens", "progress", "save_traces")
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,6 @@ class EvaluateConfig:
         if bool(self.predictions) == bool(self.model):
             raise UserError("give --predictions FILE or --model NAME, " + ("not both" if self.model else
                             "for there is nothing to evaluate"))
-        if self.predictions and (self.samples > 1 or self.save_traces or self.progress):
-            raise UserError("-n, --save-traces and --progress need a --model")
         try:
             check(self)
         except ValueError as error:
@@ -142,6 +145,8 @@ class EvaluateConfig:
             raise UserError(f"--match takes {' and '.join(MATCHES)}, separated by commas, not {self.match!r}")
         for file in filter(None, (self.json, self.progress, self.predictions_out, self.save_traces)):
             check_folder(file)
+        if self.gold_cache and Path(self.gold_cache).is_file():
+            raise UserError(f"--gold-cache {self.gold_cache} is a file: give a folder, which may be a new one")
 
     @property
     def sampling_temperature(self) -> float:
@@ -299,10 +304,26 @@ def parse_arguments(arguments=None):
     add_arguments(parser, EvaluateConfig)
     add_arguments(parser, PromptConfig)
     given = parser.parse_args(arguments)
+    refuse_idle_flags(given)
     if given.compare:
         return given, None, None
     run = run_config_of(given.model) if getattr(given, "model", None) else None
     return given, build(EvaluateConfig, as_its_run(vars(given), run)), prompt_config(vars(given), run)
+
+
+def refuse_idle_flags(given: argparse.Namespace) -> None:
+    """Raises UserError for flags that would change nothing."""
+    flags = {one.name: flag_of(one) for config in (EvaluateConfig, PromptConfig) for one in fields(config)}
+    idle, why = [], ""
+    if given.compare:
+        idle, why = [name for name in flags if name != "json"], "--compare takes --json and --anyway alone"
+    elif getattr(given, "predictions", "") and not getattr(given, "model", ""):
+        idle, why = (*OF_A_MODEL, *vars(PromptConfig())), "--predictions FILE goes without flags that need a --model"
+    wrong = [flags[name] for name in idle if name in given]
+    if wrong:
+        raise UserError(f"{why}: leave out {', '.join(wrong)}")
+    if given.anyway and not given.compare:
+        raise UserError("--anyway is for --compare: leave it out")
 
 
 def main() -> None:
@@ -330,20 +351,26 @@ def settle(config: EvaluateConfig) -> tuple[EvaluateConfig, Dataset]:
     """The questions, and the config with the way of reading answers; the run that made the model decides on both."""
     where = {"data_dir": config.data_dir, "split": config.split, "seed": config.seed, "world": config.world}
     run = run_config_of(config.model) if config.model else None
-    lenient = config.lenient_format
-    if lenient is None:
-        lenient = bool(run and run.get("lenient_format"))
+    lenient = bool(config.lenient_format)
     dataset = load_for_evaluation(config.data, run=run, **where) if config.model else load_dataset(config.data, **where)
-    if lenient and config.lenient_format is None:
+    if lenient and run and run.get("lenient_format"):
         note = "SQL in a code fence counts, as in the run that made the model (--no-lenient-format: it does not)"
         dataset = replace(dataset, notes=(*dataset.notes, note))
     return replace(config, lenient_format=lenient), dataset
 
 
 def chosen(config: EvaluateConfig, examples: Sequence[Example]) -> list[int]:
-    """Positions of the questions that --exclude and --limit leave."""
-    left_out = excluded(config.exclude)
-    return [i for i, example in enumerate(examples) if example.id not in left_out][:config.limit or None]
+    """Positions of the questions that --exclude and --limit leave; says how many --exclude left out."""
+    ids, asked = excluded(config.exclude), {example.id for example in examples}
+    kept = [i for i, example in enumerate(examples) if example.id not in ids]
+    if ids and not ids & asked and not ids & ids_of(config.data, config.data_dir, config.split):
+        raise UserError(f"--exclude {config.exclude}: none of its ids, such as {min(ids)!r}, is one of {config.data}, "
+                        f"split {config.split}, such as {examples[0].id!r}: give ids of these data")
+    if ids:
+        others = f"; {len(ids - asked)} of its {len(ids)} ids are none of these questions" if ids - asked else ""
+        print(fill(f"left out {len(examples) - len(kept)} of {len(examples)} questions by --exclude {config.exclude}"
+                   + others, 80, break_long_words=False, break_on_hyphens=False))
+    return kept[:config.limit or None]
 
 
 def evaluate_predictions(config: EvaluateConfig, dataset, executor: SQLExecutor, suite) -> None:
@@ -408,7 +435,9 @@ def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suit
     if config.r_ves:
         right = scores if "bird" in config.matches else score_predictions(
             examples, [score.sql for score in scores], executor, ["bird"], suite=suite)  # it is BIRD's score
-        content.setdefault("timing", {})["r_ves"] = mean(r_ves(examples, right, executor, config.r_ves))
+        kept = [i for i, score in enumerate(scores) if not (config.skip_bad_gold and score.bad_gold)]
+        content.setdefault("timing", {})["r_ves"] = mean(
+            r_ves([examples[i] for i in kept], [right[i] for i in kept], executor, config.r_ves))
     if config.json:
         write_text(config.json, json.dumps(content, indent=1) + "\n")
     if config.predictions_out:
@@ -424,14 +453,16 @@ def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suit
 
 def protocol_of(config: EvaluateConfig, examples, summary: dict, written: dict) -> dict:
     """All that a score depends on but the model; of a predictions file nothing is known of how it was made."""
-    shown = {"data": Path(config.data).name, "split": config.split, "questions": questions_hash(examples)[:16]}
+    shown = {"data": Path(config.data).name, "split": config.split, "questions": questions_hash(examples)[:16],
+             "test_suite": config.test_suite, "lenient_format": bool(config.lenient_format),
+             "timeout": config.timeout, "max_rows": config.max_rows}
     if "spider" in config.matches:
         shown["spider_metric"] = summary["spider_metric"]
     if not config.model:
         return shown
     return shown | written | {
-        "lenient_format": bool(config.lenient_format), "answer": config.answer, "samples": config.samples,
-        "temperature": config.sampling_temperature, "max_completion_tokens": config.max_completion_tokens}
+        "answer": config.answer, "samples": config.samples, "temperature": config.sampling_temperature,
+        "max_completion_tokens": config.max_completion_tokens}
 
 
 def spider_metric(config: EvaluateConfig, suite: dict[str, list[str]] | None) -> str:

@@ -672,10 +672,15 @@ def _read_execution(file: Path) -> Execution | None:
 
 
 def _write_execution(file: Path, execution: Execution) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Keep a result; on a full or unwritable disk it is not kept, so it will run again."""
     scratch = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # with the mode of the umask
-    scratch.write_bytes(_to_json([getattr(execution, item.name) for item in fields(execution)]))
-    os.replace(scratch, file)  # readers see the old file, none, or the whole new one
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(_to_json([getattr(execution, item.name) for item in fields(execution)]))
+        os.replace(scratch, file)  # readers see the old file, none, or the whole new one
+    except OSError:
+        with suppress(OSError):
+            scratch.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------

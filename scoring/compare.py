@@ -52,7 +52,7 @@ def compare(file_a, file_b, anyway: bool = False) -> dict:
     in_a, in_b = by_question(a["examples"]), by_question(b["examples"])
     skip = a.get("bad_golds_skipped") or b.get("bad_golds_skipped")
     shared = [key for key in in_a if key in in_b
-              and not (skip and in_a[key]["gold_status"] not in ("ok", "empty"))]
+              and not (skip and any(side[key]["gold_status"] not in ("ok", "empty") for side in (in_a, in_b)))]
     if not shared:
         raise UserError(f"{file_a} and {file_b} have no question in common")
     labels = dict(zip(shared, numbered([str(key[0]) for key in shared]), strict=True))

@@ -49,13 +49,26 @@ def test_combinations():
     (["--grid", "kl", "--samples", "1"], "--samples is 1"), (["--grid", "kl", "--questions", "-1"], "--questions is -1"),
     (["--vary", "rewards=format,execution;format,execution,user=0.2"], "execution,user=0.2 name user, so give --reward-mod"),
     (["--grid", "rewards", "--reward-module", "mine.py"], "no cell uses --reward-module mine.py: name user=W"),
-    (["--vary", "reward_module=a.py,b.py"], "needs both")])
+    (["--vary", "reward_module=a.py,b.py"], "needs both"),
+    *[(["--vary", f"{flag}=x,y"], f"{flag.replace('-', '_')} belongs to it") for flag in (
+        "prompt_style", "prompt-template", "answer", "descriptions", "recipe", "eval_questions", "test_questions")],
+    (["--grid", "kl", "--test-questions", "50"], r"--test-questions is set by ablate.py for each run \(see --questions\)"),
+    (["--grid", "kl", "--test-questions=50"], "see --questions"), (["--grid", "kl", "--start", "x"], "one for all runs"),
+    (["--grid", "kl", "--output", __file__], "is a file or in one; give a folder"),
+    (["--grid", "kl", "--output", f"{__file__}/sub"], "is a file or in one; give a folder")])
 def test_bad_command_lines_are_refused_before_any_work(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, "perform", None)
     with pytest.raises(UserError, match=words):
         ablate.plan(*ablate.parse_arguments(arguments))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--grid", "kl", "--see", "7"], ["--vary", "see=7,8"]])
+def test_a_flag_that_is_cut_short_is_none(arguments, capsys):
+    with pytest.raises(SystemExit):
+        ablate.plan(*ablate.parse_arguments(arguments))
+    assert "unrecognized arguments: --see 7" in capsys.readouterr().err
 
 
 def modules_of(*arguments):

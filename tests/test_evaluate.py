@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
+import evaluate
 from data import Example, load_dataset
 from evaluate import (
     MATCHES,
@@ -328,7 +329,11 @@ def test_command_line(tmp_path, tiny_db):
     assert [item["gold_status"] for item in content["examples"]] == ["ok", "ok", "error"]
     assert "paired by position" in done.stdout and "golds that fail: 1, left out" in done.stdout
     done = run_cli(*arguments, "--exclude", tmp_path / "exclude.json", "--match", "bird")
-    assert done.stdout.splitlines()[2].split()[:3] == ["all", "2", "50.0"] and "spider" not in done.stdout
+    assert "\nall" in done.stdout and "spider" not in done.stdout
+    assert done.stdout.partition("\nall")[2].split()[:2] == ["2", "50.0"]
+    assert "left out 1 of 3 questions by --exclude" in done.stdout and "none of these" not in done.stdout
+    protocol = json.loads((tmp_path / "out.json").read_text())["protocol"]
+    assert protocol == protocol | {"test_suite": False, "lenient_format": False, "timeout": 30.0, "max_rows": 1_000_000}
 
 
 @pytest.mark.parametrize("extra, words", [
@@ -345,7 +350,8 @@ def test_command_line(tmp_path, tiny_db):
     (["--seed", "-1"], "--seed is -1; it must be at least 0"),
     (["--seed", "10000000"], "--seed is 10000000; it must be at most 1000000"),
     (["--batch", "0"], "--batch is 0; it must be at least 1"),
-    (["--max-completion-tokens", "0"], "--max-completion-tokens is 0; it must be at least 1"),
+    (["--max-completion-tokens", "9", "--vote", "none"], "need a --model: leave out --vote, --max-completion-tokens"),
+    (["--gold-cache", __file__], "test_evaluate.py is a file: give a folder"),
     (["--predictions", ""], "give --predictions FILE"),
     (["--json", "/nowhere/out.json"], "cannot write /nowhere/out.json"),
     (["--exclude", "gone.json"], "cannot read gone.json"),
@@ -353,6 +359,43 @@ def test_command_line(tmp_path, tiny_db):
 def test_bad_command_lines(tmp_path, tiny_db, extra, words):
     done = run_cli(*own_data(tmp_path, tiny_db), *extra)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def parsed(*arguments):
+    """The settings of a command line that names a file of predictions."""
+    return evaluate.parse_arguments(["--predictions", "p.sql", *map(str, arguments)])[1]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--predictions", "p.sql", "--no-greedy", "--temperature", "0.5"], "leave out --temperature, --greedy"),
+    (["--predictions", "p.sql", "--prompt-style", "full", "--answer", "fence"], "leave out --prompt-style, --answer"),
+    (["--predictions", "p.sql", "--anyway"], "--anyway is for --compare"),
+    (["--compare", "a", "b", "--match", "bird", "-n", "3"], "--json and --anyway alone: leave out --samples, --match"),
+    (["--compare", "a", "b", "--max-value-hints", "3", "--model", "m"], "leave out --model, --max-value-hints")])
+def test_flags_that_would_change_nothing_are_refused(arguments, words):
+    with pytest.raises(UserError, match=words):
+        evaluate.parse_arguments(arguments)
+    assert evaluate.parse_arguments(["--compare", "a", "b", "--anyway", "--json", "c.json"])[1] is None
+    assert parsed("--lenient-format", "--limit", 3, "--seed", 1, "--workers", 1).limit == 3
+
+
+def test_what_is_excluded_is_told(tmp_path, tiny_db, capsys):
+    own_data(tmp_path, tiny_db)
+    config = parsed("--data", tmp_path / "own.json", "--exclude", tmp_path / "exclude.json", "--limit", 2)
+    examples = load_dataset(config.data).examples
+
+    def chosen(ids, examples=examples):
+        (tmp_path / "exclude.json").write_text(json.dumps(ids))
+        return evaluate.chosen(config, examples), " ".join(capsys.readouterr().out.split())
+
+    kept, printed = chosen([0, 7, 8])
+    assert kept == [1, 2] and "left out 1 of 3 questions by --exclude" in printed
+    assert printed.endswith("; 2 of its 3 ids are none of these questions")
+    assert chosen([]) == ([0, 1], "")
+    kept, printed = chosen([2], examples[:2])  # of the file, but its run was trained on it
+    assert kept == [0, 1] and "left out 0 of 2 questions" in printed
+    with pytest.raises(UserError, match=r"exclude.json: none of its ids, such as '7', is one of .*own.json, split dev"):
+        chosen([7, 8])
 
 
 def test_every_number_has_a_range():

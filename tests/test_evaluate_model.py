@@ -124,6 +124,18 @@ def test_completions_may_be_as_long_as_in_the_run_that_made_the_model(parse, tmp
     assert parse("--model", "qwen2.5-3b").max_completion_tokens == 512
 
 
+@pytest.mark.parametrize("parse", [
+    lambda *flags: evaluate.parse_arguments(flags)[1],
+    lambda *flags: ask.parse_arguments([*flags, "--database", "any.sqlite", "Who?"])[1],
+    lambda *flags: sft.parse_arguments([*flags, "--mine", "mined.jsonl"])[0]], ids=["evaluate", "ask", "mine"])
+def test_answers_are_read_as_in_the_run_that_made_the_model(parse, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"data": "spider", "lenient_format": True}))
+    model = ("--model", str(tmp_path / "best"))
+    assert parse(*model).lenient_format is True and not parse(*model, "--no-lenient-format").lenient_format
+    assert not parse("--model", "qwen2.5-3b").lenient_format
+
+
 def test_a_model_is_read_as_its_run_read_it(own_data, tmp_path, monkeypatch, capsys):
     run, out = tmp_path / "run", tmp_path / "a.json"
     shutil.copytree(own_data[1], run / "best")
@@ -232,6 +244,7 @@ def test_prompts_that_do_not_fit_are_wrong_answers(own_data, tmp_path, monkeypat
     (["--model", "m", "-n", "5", "--temperature", "0"], "cannot give 5 sample(s)"),
     (["--model", "m", "--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
     (["--model", "m", "--temperature", "inf"], "--temperature is inf; it must be a finite number"),
+    (["--model", "m", "--max-completion-tokens", "0"], "--max-completion-tokens is 0; it must be at least 1"),
     (["--model", "m", "--save-traces", "/nowhere/t.jsonl"], "cannot write /nowhere/t.jsonl"),
     (["--compare", "a.json", "gone.json"], "cannot read a.json")])
 def test_bad_command_lines(monkeypatch, arguments, words):
@@ -408,6 +421,38 @@ def test_compare_by_hand(tmp_path, capsys):
     assert same["interval"] == (0, 0) and same["gained"] == same["lost"] == []  # paired: no noise between
 
 
+@pytest.mark.parametrize("bad", ["a", "b"])
+def test_a_gold_that_failed_on_either_side_is_left_out_with_the_others(tmp_path, bad):
+    files = [scores_file(tmp_path / name, [1, 0], bad_golds_skipped=True) for name in "ab"]
+    content = json.loads((tmp_path / bad).read_text())
+    content["examples"][1]["gold_status"] = "timeout"
+    (tmp_path / bad).write_text(json.dumps(content))
+    assert compare(*files)["n"] == 1 and compare(*files)["matches"]["bird"]["a"] == 1
+
+
+@pytest.mark.parametrize("flag", [["--timeout", 9], ["--max-rows", 9], ["--test-suite"], ["--lenient-format"]])
+def test_predictions_that_were_run_otherwise_are_not_compared(tmp_path, tiny_db, monkeypatch, flag):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "music", "sql": "SELECT 1"}]))
+    (tmp_path / "p.sql").write_text("SELECT 1\n")
+    common = ["--predictions", tmp_path / "p.sql", "--data", tmp_path / "own.json", "--workers", 1, "--match", "bird", "--json"]
+    run_main(monkeypatch, *common, a)
+    run_main(monkeypatch, *common, b, *flag)
+    with pytest.raises(UserError, match=rf"measured differently: {flag[0][2:].replace('-', ' ')} \([^)]*\); measure them"):
+        compare(a, b)
+
+
+def test_r_ves_leaves_out_the_bad_golds_that_are_left_out_elsewhere(tmp_path, tiny_db, monkeypatch):
+    golds = ["SELECT 1", "SELECT oops"]
+    (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "music", "sql": sql} for sql in golds]))
+    (tmp_path / "p.sql").write_text("SELECT 1\nSELECT 1\n")
+    monkeypatch.setattr(evaluate, "time_ratio", lambda *_: 1.0)  # a reward of 1
+    for flags, score in (([], 50.0), (["--skip-bad-gold"], 100.0)):
+        run_main(monkeypatch, "--predictions", tmp_path / "p.sql", "--data", tmp_path / "own.json", "--workers", 1, "--r-ves", 1,
+                 "--json", tmp_path / "out.json", *flags)
+        assert json.loads((tmp_path / "out.json").read_text())["timing"]["r_ves"] == score
+
+
 def test_compare_counts_every_question_of_a_repeated_id(tmp_path, capsys):
     files = []
     for name, verdicts in (("a", [1, 0, 1, 0]), ("b", [1, 1, 0, 1])):
@@ -456,6 +501,7 @@ def test_evaluations_state_their_protocol_and_only_equal_ones_are_compared(own_d
     assert protocol.pop("questions") and len(protocol.pop("template")) == 16
     assert protocol == {
         "data": "own.json", "split": "dev", "spider_metric": "test-suite comparison on a single database, DISTINCT ignored",
+        "test_suite": False, "timeout": 30.0, "max_rows": 1_000_000,
         "prompt_style": "compact", "answer_style": "think-sql", "descriptions": "auto", "tables": "", "sample_values": 3,
         "max_value_hints": 6, "max_prompt_tokens": 2048, "precision": "float32", "lenient_format": False, "answer": "greedy",
         "samples": 1, "temperature": 0.0, "max_completion_tokens": 60}

@@ -42,7 +42,7 @@ FOLDERS = ("engine", "text2sql", "scoring", "models", "running")
 SMALLER = {  # appended to a command, so that it takes a second or two
     "train.py": "--cold-start-steps 2 --cold-start-batch 2 --steps 1 --prompts-per-step 2 --group-size 2 --eval-every 0 "
                 "--max-completion-tokens 12 --test-questions 0 --save-every 0 --threads 1 --sql-workers 1",
-    "evaluate.py": "--max-completion-tokens 16 --workers 1", "ask.py": "-n 100 --max-completion-tokens 24 --workers 1",
+    "evaluate.py": "--workers 1", "ask.py": "-n 100 --max-completion-tokens 24 --workers 1",
     "sft.py": "--max-completion-tokens 24 --workers 1 --memory-min-words 2 --memory-min-columns 0 --memory-min-density 0",
     "report.py": "", "running.show": "--step 1"}
 
@@ -123,6 +123,9 @@ def test_every_setting_of_a_run_is_in_the_table_of_flags():
             assert ("` * |" in row) == bool(field.metadata.get("common")), row
 
 
+NOT_YET_RUN = {"ablation-dense": ("+ atomic", "+ memory")}  # as docs/dense-rewards.md says
+
+
 def test_ablations_are_those_of_the_commands_shown(tmp_path, monkeypatch):
     (tmp_path / "SPIDER").mkdir()
     (tmp_path / "SPIDER" / "dev_exclude.json").write_text("[]")
@@ -133,6 +136,7 @@ def test_ablations_are_those_of_the_commands_shown(tmp_path, monkeypatch):
         content = json.loads(file.read_text())
         assert f"python {content['command']}\n" in ABLATIONS + DENSE, f"{file.name} was made by {content['command']}"
         starts, runs = ablate.plan(*ablate.parse_arguments(content["command"].split()[1:]))
+        runs = [run for run in runs if run.cell not in NOT_YET_RUN.get(file.stem, ())]
         cells_now = list(dict.fromkeys(run.cell for run in starts + runs))  # k1 was a loss when this was measured
         assert cells_now == [cell for cell in content["runs"] if "k1" not in cell.split()]
         assert all(set(content["runs"][run.cell]) >= {str(run.seed)} for run in runs)  # every run was finished
@@ -164,7 +168,7 @@ def workplace(tmp_path_factory):
     records = [{"db_id": "music", "question": question, "query": sql, "trace": thought} for question, sql, thought in LESSONS]
     for place in ("SPIDER/train_spider.json", "SPIDER/dev.json", "BIRD/train/train.json", "BIRD/dev.json"):
         (folder / place).write_text(json.dumps(records))
-    (folder / "SPIDER" / "dev_exclude.json").write_text("[99]")
+    (folder / "SPIDER" / "dev_exclude.json").write_text("[5]")
     splits = [record | {"split": split} for record in records for split in ("train", "dev", "test")]
     (folder / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in splits))
     (folder / "FILE").write_text("".join(f"{record['query']}\n" for record in records))
@@ -205,7 +209,8 @@ def test_every_command_runs(command, workplace, monkeypatch):
     if "--resume" in arguments:  # the run decides the rest
         arguments += ["--eval-every", "0"]
     else:
-        arguments += SMALLER[script].split()
+        arguments += [] if "--compare" in words else SMALLER[script].split()
+        arguments += ["--max-completion-tokens", "16"] if script == "evaluate.py" and "--model" in words else []
         if "--data" not in words and script == "train.py" or "demo" in words:  # .ci/run runs the real demo
             arguments = ["test" if word == "unseen" else word for word in arguments]  # a split of the demo alone
             arguments += ["--data", "mine.jsonl", "--data-dir", "my_databases"]

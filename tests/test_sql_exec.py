@@ -2,6 +2,7 @@
 PITFALLS part B that concerns running SQL (B2, B3, B5, B10 and the comparators are in test_sql_match.py)."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -582,6 +583,22 @@ def test_damaged_and_stale_cache_entries_are_run_again(tiny_db, tmp_path):
         os.utime(timeout, (0, 0))  # older than a day
         assert executor.run_gold([("music", ENDLESS)])[0].status == "timeout"
         assert timeout.stat().st_mtime > 0 and json.loads(kept)[0] == "timeout"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tiny_db, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/sub"):
+        with SQLExecutor({"music": tiny_db}, workers=1, cache=tmp_path / place) as executor:
+            assert executor.run_gold([("music", "SELECT 1")])[0].rows == [(1,)]
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with SQLExecutor({"music": tiny_db}, workers=1, cache=tmp_path / "cache") as executor:
+        assert executor.run_gold([("music", "SELECT 1")])[0].rows == [(1,)]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_passing_troubles_are_not_cached(tiny_db, tmp_path):

@@ -20,7 +20,8 @@ A prompt that is too long is shortened, never cut, in this order:
     (4) tables go of which nothing is mentioned, be it a word of the name, a column or a cell;
     (5) tables go whose whole name is not mentioned, nor a cell of them, where there are others.
 With a mentioned table stay those that its foreign keys point to, and tables that link two mentioned ones. What still
-does not fit is left out and counted. `--tables` names the only tables that prompts may show.
+does not fit is left out of training, with a note; evaluate.py counts it as a wrong answer. `--tables` names the only
+tables that prompts may show.
 
 What users and databases say is plain text, whatever it looks like (see plain_text.py): control tokens come from the
 chat template and the template's own text alone. The gold SQL is never read here.
@@ -76,7 +77,8 @@ class PromptConfig:
     sample_values: int = option(3, "sample values shown per column in the full style", at_least=0, at_most=5)
     max_value_hints: int = option(6, "at most this many cells that the question mentions", at_least=0)
     max_prompt_tokens: int = option(2048, "longer prompts are shortened (descriptions, sample values, then columns, "
-                                          "then tables that nothing mentions), else left out", at_least=1, common=True)
+                                          "then tables that nothing mentions); what is still too long is left out of "
+                                          "training, and wrong in an evaluation", at_least=1, common=True)
     template_text: str = ""  # what the file of `template` says, so that a run keeps it
 
     def __post_init__(self):
