@@ -21,6 +21,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from data import run_config_of
 from engine import distributed
 from engine.attention import causal_lm
 from models.adapters import (
@@ -57,6 +58,7 @@ __all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activatio
 # What transformers and its readers of files raise for a checkpoint that is broken in one way or another.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
                   SafetensorError, StrictDataclassError, pickle.UnpicklingError)
+ADAPTERS = "adapters"  # subfolder of merged weights
 END, PAD = "<|endoftext|>", "<|pad|>"
 BF16_PARAMETERS = 20e6  # a smaller model computes in float32 on any CPU
 
@@ -92,12 +94,18 @@ class Policy:
         self._finish(folder)
 
     def save_merged(self, folder: str | Path) -> None:
-        """As `save`, with LoRA adapters merged into the weights, one after the other on the CPU."""
+        """As `save`, with LoRA adapters merged into the weights, one after the other on the CPU.
+
+        Merged into bf16 weights, most of what adapters have learned in a short run is rounded away. So they are kept as
+        well, in a subfolder, from which `load_for_sampling` takes them.
+        """
         if not has_adapters(self.model) or self.weights:  # sharded adapters stay as they are
             return self.save(folder)
         with _quiet():
             causal_lm(self.model).save_pretrained(folder, state_dict=merged_weights(self.model))
         self._finish(folder)
+        if causal_lm(self.model).get_input_embeddings().weight.dtype != torch.float32:
+            self.save(Path(folder) / ADAPTERS)
 
     def _finish(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -183,17 +191,37 @@ def prefers_bf16(parameters: int, gpu: bool) -> bool:
 
 
 def load_for_sampling(name: str, threads: int = 0) -> Policy:
-    """A policy on the GPU where there is one, in bf16 where training computes so; threads 0 is PyTorch's choice."""
+    """A policy on the GPU where there is one; threads 0 is PyTorch's choice.
+
+    It computes in bf16 where training does: as --precision of the run that made it says.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # the tokenizer warns of long prompts, which we shorten or refuse
     if threads:
         torch.set_num_threads(threads)
+    precision = (run_config_of(name) or {}).get("precision", "auto")
+    name = unmerged(name)
     if torch.cuda.is_available():
-        return load_policy(name, device="cuda", dtype=torch.bfloat16)
+        return load_policy(name, device="cuda", dtype=torch.float32 if precision == "float32" else torch.bfloat16)
     policy = load_policy(name)
     parameters = sum(weight.numel() for weight in policy.model.parameters())
-    return replace(policy, model=policy.model.bfloat16()) if prefers_bf16(parameters, gpu=False) else policy
+    rounded = precision == "bf16" or precision == "auto" and prefers_bf16(parameters, gpu=False)
+    return replace(policy, model=policy.model.bfloat16()) if rounded else policy
+
+
+def unmerged(name: str) -> str:
+    """Of weights that adapters were merged into with a loss their folder, if their base and peft are here too."""
+    adapters = Path(name) / ADAPTERS
+    if not (adapters / "adapter_config.json").is_file():
+        return name
+    try:
+        import_peft("unmerged they need peft")
+        require_model(base_of_adapters(adapters))
+    except UserError as error:
+        print(f"note: in {name} adapters are merged into bf16 weights, rounded; {error}", file=sys.stderr)
+        return name
+    return str(adapters)
 
 
 def check_positions(policy: Policy, prompt: int, completion: int) -> None:

@@ -108,6 +108,11 @@ class RewardConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.memory_top_k < 1:
             raise ValueError(f"memory_top_k is {self.memory_top_k}; it must be at least 1")
+        failing, running = self.weights["atomic"] * self.shape(1.0), self.execution_runs * self.weights["execution"]
+        if self.atomic_when == "fails" and failing > running:
+            raise ValueError(f"with --atomic-when fails, wrong SQL can earn {failing:.2f} when it fails and only "
+                             f"{running:.2f} when it runs: raise --execution-runs or the weight of execution, or lower "
+                             "that of atomic")
         if bool(self.reward_module) != bool(self.weights["user"]):
             raise ValueError("a reward of your own needs both: reward_module, and user=W among the rewards")
 
@@ -187,6 +192,7 @@ class RewardBreakdown:
     result: float = 0.0
     schema: float = 0.0
     user: float = 0.0
+    overlong: float = 0.0  # what train.py takes off for length
     correct: bool = False
     text: str = ""
     thought: str = ""

@@ -1,8 +1,9 @@
 """The settings of a run: every flag of train.py, what flags that are left out mean, and what of them is planned with.
 
 Flags that are given always win. What is left out comes from the run that is resumed, or from three layers: the
-dataclasses, the kind of model (KINDS), and a recipe. The values for pretrained models are where others' runs usually
-start (LoRA takes about ten times the learning rate of full fine-tuning); none was tuned here.
+dataclasses, the kind of model (KINDS), and a recipe; how prompts are written, from the run that made the policy. The
+values for pretrained models are where others' runs usually start (LoRA takes about ten times the learning rate of full
+fine-tuning); none was tuned here.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data import PromptConfig
+from data import PromptConfig, run_config_of
 from engine import plan
 from grpo import GRPOConfig
 from policy import config_of, prefers_bf16
@@ -22,6 +23,7 @@ from running.errors import UserError
 from running.guards import GuardConfig
 from running.options import HIGHEST_SEED, option
 from running.recipes import RECIPES, recipe_values
+from text2sql.prompts import prompt_config
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
 TINY = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
@@ -75,7 +77,7 @@ class RunConfig:
 
     model: str = option("tiny", "tiny, an alias of docs/scale.md, a Hugging Face id, a local folder or a GGUF file",
                         common=True)
-    engine: str = option("fast", "how sampling and log-probabilities are computed: fast, or plain as grpo.py shows it",
+    engine: str = option("fast", "how rollouts and log-probabilities are computed: fast, or plain as grpo.py shows it",
                          choices=("fast", "plain"), common=True)
     precision: str = option("auto", "of arithmetic, on float32 weights; auto: bf16 on GPUs, and on CPUs with AMX or "
                                     "AVX512-BF16 for models of over 20 million parameters",
@@ -106,7 +108,8 @@ class RunConfig:
     prompts_per_step: int = option(8, "questions per step (B); B times G completions are sampled",
                                    at_least=1, common=True)
     dynamic_sampling: int = option(0, "at most this many extra rollouts per step, to replace questions whose "
-                                       "completions are all right or all wrong (DAPO)", at_least=0)
+                                       "completions are all right or all wrong (DAPO); those left over have advantage "
+                                       "0, so dense rewards do not count there", at_least=0)
     lr: float = option(1e-6, "peak learning rate of GRPO", above=0, common=True)
     lr_warmup: int = option(10, "steps of linear warm-up", at_least=0)
     lr_decay: bool = option(False, "let the learning rate fall linearly to a tenth at the last step")
@@ -119,7 +122,7 @@ class RunConfig:
     match: str = option("bird", "how results are compared with the gold result", choices=("bird", "spider"))
     empty_gold: str = option("keep", "training questions whose gold result has no rows", choices=("keep", "drop"))
     sql_workers: int = option(2, "processes that run SQL", at_least=1)
-    sql_timeout: float = option(5.0, "seconds a query may take", above=0)
+    sql_timeout: float = option(5.0, "seconds a query may take", above=0, at_most=1e6)
     threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0, common=True)
     verbose: int = option(0, "steps between printed groups, in colour; 0: none, without a number: 10", alone=10,
                          at_least=0)
@@ -173,6 +176,7 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
     """Command line to settings; flags left out take the defaults above. Raises UserError."""
     show_all = "--help-all" in arguments
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False,
                                      epilog="--model tiny has other defaults, and some depend on the size of a "
                                             "pretrained model: see docs/flags.md")
     parser.add_argument("--help-all", action="help", help="show every flag; --help shows those that most runs need")
@@ -186,17 +190,35 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
         config = None if model == "tiny" else config_of(model)
         kind = defaults_of_kind(config, lora=given.get("lora_rank", 0) > 0, traces=bool(given.get("traces")))
         defaults = kind | recipe_values(given.get("recipe", "none"), parameters_of(config))
-    values = defaults | given
+    values, source = defaults | given, str(given.get("start") or given.get("model", ""))
+    earlier = run_config_of(source) if source and not given.get("resume") else None
     if "template" in given:  # not what a resumed run kept of its own
         values["template_text"] = ""
     try:
+        if earlier:  # its policy was taught with these prompts
+            values |= vars(prompt_config(given, earlier))
         settings = Settings(*(options.build(config, values) for config in CONFIGS))
         for part in vars(settings).values():
             options.check(part)
     except ValueError as error:
         raise UserError(str(error)) from error
     check_together(settings)
+    check_source(settings.run, earlier)
     return settings
+
+
+def check_source(run: RunConfig, earlier: dict | None) -> None:
+    """Raises UserError where the policy that a run begins with is not what its other settings are meant for.
+
+    earlier: the settings of the run that made this policy, if any.
+    """
+    source = run.start or run.model
+    if run.start and earlier and (earlier["model"] == "tiny") != (run.model == "tiny"):
+        raise UserError(f"--start {run.start} was trained from --model {earlier['model']}, but this run has the "
+                        f"defaults of --model {run.model}: give --model {earlier['model']}")
+    if not run.lora_rank and not run.resume and (Path(source) / "adapter_config.json").is_file():
+        raise UserError(f"{source} holds LoRA adapters, which are trained with --lora-rank, and at its learning rate: "
+                        "give the rank that they have")
 
 
 def check_together(s: Settings) -> None:

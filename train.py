@@ -38,7 +38,6 @@ from grpo import (
     Group,
     MicroBatch,
     dropout_off,
-    flat_groups,
     gdpo_advantages,
     group_advantages,
     loss_normalizer,
@@ -49,6 +48,7 @@ from grpo import (
 )
 from models.adapters import has_adapters
 from policy import (
+    ADAPTERS,
     Policy,
     Reference,
     build_tiny,
@@ -120,6 +120,9 @@ def run_all(s: Settings) -> int:
     if run.optimizer_device == "cpu" and distributed.size() > 1:
         raise UserError("--optimizer-device cpu works in a single process only: leave it out, as --sharding on spreads "
                         "the optimizer")
+    if run.sharding == "on" and run.lora_rank and s.grpo.kl_coef and distributed.size() > 1:
+        raise UserError("--sharding on cannot compute the KL to adapters of step 0: leave it out, for with --lora-rank "
+                        "each process has the frozen weights anyway, or give --kl-coef 0")
     print(f"{run.model}: {s.grpo.group_size} completions a question, {run.prompts_per_step} questions a step, learning "
           f"rate {run.lr:g}, gradient checkpointing {'on' if run.gradient_checkpointing else 'off'}"
           + (f", recipe {run.recipe}" if run.recipe != "none" else ""))
@@ -193,7 +196,9 @@ class Trainer:
     def train(self) -> int:
         """Runs the remaining steps; returns the exit status."""
         run = self.s.run
-        if not self.checkpoint and not run.start:
+        if run.start and not self.checkpoint:
+            print(f"begins with {run.start}, without a cold start")
+        elif not self.checkpoint:
             self.cold_start()
         distributed.copy_from_main(self.policy.model)
         self.reference = self.freeze_reference()  # the policy of step 0, or None
@@ -231,9 +236,9 @@ class Trainer:
         s, policy, clock = self.s, self.policy, Stopwatch()
         self.scorer.reset_seconds()
         examples, groups, breakdowns = self.rollout(clock)  # [B], [B], [B][G]
-        rewards = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
         if s.grpo.overlong == "penalise":  # half the margin, so that a correct completion still outranks a wrong one
-            rewards = rewards + 0.5 * s.rewards.margin * overlong_penalty(groups, s.grpo)
+            breakdowns = penalise(breakdowns, 0.5 * s.rewards.margin * overlong_penalty(groups, s.grpo))
+        rewards = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
         if s.grpo.advantage_scale == "gdpo":
             apart, weights = rewards_apart(breakdowns, s.rewards)  # [K][B][G], [K]
             advantages = gdpo_advantages(torch.tensor(apart), weights)  # [B, G]
@@ -242,10 +247,10 @@ class Trainer:
         if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
             advantages[[not has_right_and_wrong(row) for row in breakdowns]] = 0.0
 
-        trained = [bool(self.reference or s.grpo.updates_per_rollout > 1 or row.any()) for row in advantages]  # [B]
+        trained = [self.is_trained(row) for row in advantages]  # [B]
         batches = self.micro_batches(groups, trained)
         normalizer = sum(loss_normalizer(batch.mask, s.grpo) for batch in batches)
-        trained = [trained[batch.rows[0] // s.grpo.group_size] for batch in batches]
+        trained = [self.is_trained(advantages.flatten()[batch.rows]) for batch in batches]
         batches, missing = distributed.divide(batches, trained)  # one process has them all
         ref_logps = None
         if self.reference:
@@ -263,7 +268,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
         ratios = self.token_ratios(groups, watched, before, self.group_logps(groups, watched))
         clock.lap("update")
-        stats = distributed.merge_stats(stats) | {"flat_groups": flat_groups(rewards).float().mean().item()}
+        stats = distributed.merge_stats(stats) | {"flat_groups": (~advantages.any(1)).float().mean().item()}
         return Step(examples, groups, breakdowns, advantages, stats, ratios, clock.laps)
 
     def log(self, step: Step) -> dict:
@@ -272,13 +277,14 @@ class Trainer:
         extra |= {"lr": self.learning_rate(), "memory_size": len(self.scorer.memory or ()),
                   "sql_worker_restarts": sum(distributed.gather(self.executor.worker_restarts)),
                   "questions_drawn": self.drawn}
-        metrics = step_metrics(self.step, step.groups, step.breakdowns, COMPONENTS, step.stats, step.seconds, extra)
+        parts = (*COMPONENTS, "overlong") if self.s.grpo.overlong == "penalise" else COMPONENTS
+        metrics = step_metrics(self.step, step.groups, step.breakdowns, parts, step.stats, step.seconds, extra)
         if not distributed.is_main():
             return metrics
         self.folder.log("metrics", [metrics])
         for tracker in self.trackers:
             tracker.log(metrics, self.step)
-        records = rollout_records(self.step, step.examples, step.groups, step.breakdowns, COMPONENTS, step.advantages,
+        records = rollout_records(self.step, step.examples, step.groups, step.breakdowns, parts, step.advantages,
                                   step.token_ratios)
         self.folder.log("rollouts", records)
         if self.s.run.verbose and self.step % self.s.run.verbose == 0:
@@ -353,7 +359,7 @@ class Trainer:
         G = self.s.grpo.group_size
         items = [RewardItem(example.db_id, example.gold_sqls, self.policy.decode(completion), example.question)
                  for example, group in zip(examples, groups, strict=True) for completion in group.completions]
-        breakdowns = self.scorer.score(items, remember=False)
+        breakdowns = distributed.everywhere(lambda: self.scorer.score(items, remember=False), RewardError)
         rows = [breakdowns[i:i + G] for i in range(0, len(breakdowns), G)]
         scored = distributed.merge(list(zip(examples, groups, rows, strict=True)))
         if self.scorer.memory is not None and distributed.size() > 1:
@@ -387,6 +393,10 @@ class Trainer:
         return {number: [{"tokens_text": [self.policy.tokenizer.decode([token]) for token in tokens.tolist()],
                           "ratios": [round(ratio, 4) for ratio in (new - old).exp().tolist()]}
                          for tokens, old, new in zip(groups[number].completions, before, after, strict=True)]}
+
+    def is_trained(self, advantages: torch.Tensor) -> bool:
+        """Whether completions with these advantages go through the model in the update, as `policy_update` decides."""
+        return bool(self.reference or self.s.grpo.updates_per_rollout > 1 or advantages.any())
 
     def learning_rate(self) -> float:
         """Linear warm-up, then constant or a linear fall to a tenth."""
@@ -440,8 +450,8 @@ class Trainer:
         return bool(self.dev_set and run.eval_every) and (self.step % run.eval_every == 0 or self.step == run.steps)
 
     def evaluate_dev(self) -> float:
-        """Accuracy on dev, the mean over tiers where there are tiers; a new best policy is kept in best/."""
-        accuracy = self.evaluate(self.dev_set, "dev")["mean_over_difficulties"][self.s.run.match]
+        """Accuracy on dev; a new best policy is kept in best/."""
+        accuracy = self.evaluate(self.dev_set, "dev")["execution_accuracy"][self.s.run.match]
         if accuracy > self.best:
             self.best = accuracy
             policy = self.savable_policy()
@@ -451,14 +461,16 @@ class Trainer:
     def compare(self) -> None:
         """Prints the held-out accuracy of the best policy by dev beside that of the start."""
         best = self.folder.path / "best"
-        if self.s.run.eval_every and self.dev_set and best.exists():
-            load_weights(self.policy, best)  # into the same model, so that there is no second one
+        chosen = bool(self.s.run.eval_every and self.dev_set) and best.exists()
+        if chosen:
+            adapters = best / ADAPTERS  # what merging would have rounded away
+            load_weights(self.policy, adapters if adapters.is_dir() else best)  # into the same model: no second one
         after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         if not distributed.is_main():
             return
         print(before_after_table(self.before, after, self.s.run.match))
         write_whole(self.folder.path / "result.json", json.dumps({"before": self.before, "after": after}, indent=1))
-        print(f"policy: {best if best.exists() else self.folder.checkpoints()[-1][1]}")
+        print(f"policy: {best if chosen else self.folder.checkpoints()[-1][1]}")
 
     # --------------------------------------------------------------------------------------------- preparation
 
@@ -486,7 +498,7 @@ class Trainer:
     def make_scorer(self) -> RewardScorer:
         """The rewards, with the memory that the verified traces start."""
         s, memory = self.s, self.memory
-        if s.rewards.embedder == "policy":  # the policy of step 0, so that embeddings do not move as it learns
+        if s.rewards.embedder == "policy" and s.rewards.weights["memory"]:  # of step 0, so that embeddings do not move
             if self.checkpoint:
                 frozen = load_policy(str(self.first_checkpoint), device=self.device, dtype=self.base_dtype).model
             else:
@@ -645,6 +657,12 @@ def overlong_penalty(groups: list[Group], config) -> torch.Tensor:
     buffer = min(config.overlong_buffer or limit // 5 or 1, limit)
     lengths = torch.tensor([[float(len(c)) for c in group.completions] for group in groups])  # [B, G]
     return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
+
+
+def penalise(breakdowns: list, penalties: torch.Tensor) -> list:
+    """The breakdowns [B][G] with a penalty [B, G] in their totals, which is logged as `overlong`."""
+    return [[replace(b, total=b.total + penalty, overlong=penalty) for b, penalty in zip(row, values, strict=True)]
+            for row, values in zip(breakdowns, penalties.tolist(), strict=True)]
 
 
 def before_after_table(before: dict, after: dict, match: str) -> str:

@@ -116,6 +116,20 @@ def merge(items: list) -> list:
     return [item for items in gather(items) for item in items]
 
 
+def everywhere(action: Callable, *errors: type[Exception]):
+    """What `action()` returns in this process; one of these errors in any process is raised in all of them, so that
+    process 0 says it."""
+    result, failure = None, None
+    try:
+        result = action()
+    except errors as error:
+        failure = error
+    for failed in gather(failure):
+        if failed is not None:
+            raise failed
+    return result
+
+
 def on_main(action: Callable):
     """What `action()` returns in process 0, in all of them; a UserError is raised in all of them."""
     outcome = None
@@ -179,8 +193,8 @@ def merge_stats(stats: dict[str, float]) -> dict[str, float]:
 
 def sum_gradients(model) -> None:
     """Adds up the gradients of all processes; those of a sharded model were added up in backward."""
-    if size() > 1:
-        with _together():
+    if size() > 1 and any(gather(any(weight.grad is not None for weight in model.parameters()))):
+        with _together():  # where no process has any, zeros would still move weights, by AdamW's momentum
             for weight in model.parameters():
                 if weight.requires_grad and not is_sharded(weight):
                     weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -194,6 +194,8 @@ def update(several, prompts, broken=False, **settings):
         groups = sampled_groups(model, config, prompts=prompts, seed=step)
         advantages = torch.randn(prompts, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         advantages[1::3] = 0  # a flat group, which is left out without a KL term
+        if step == 3:
+            advantages[:] = 0  # without a KL term nothing moves, not even by the optimizer's momentum
         if broken:
             advantages[2, 1] = torch.inf  # which one process computes
         batches, step = grpo.micro_batches(groups, config), None
@@ -228,9 +230,19 @@ def compare():
 def wrong():
     raise UserError("said once")
 
+def second_fails():
+    if distributed.rank():
+        wrong()
+    return 1
+
 def main():
     with distributed.process_group():
         compare()
+        assert distributed.everywhere(lambda: distributed.rank(), UserError) == distributed.rank()
+        try:
+            raise AssertionError(distributed.everywhere(second_fails, UserError))
+        except UserError as error:
+            assert str(error) == "said once"  # by process 0, too
         distributed.on_main(wrong)
 
 run_main(main)

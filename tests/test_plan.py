@@ -243,6 +243,8 @@ def test_the_docs_show_the_defaults_by_size():
 @pytest.mark.parametrize("flags, message", [
     ("--advantage-scale gdpo --overlong penalise", "gdpo standardises each reward by itself"),
     ("--advantage-scale gdpo --rewards format,execution=2,user=0.5 --reward-module x.py", "the reward user"),
+    ("--atomic-when fails --rewards format,execution,atomic --execution-runs 0.5", "can earn 0.80 when it fails and only 0.50 when it runs"),
+    ("--atomic-when fails --rewards format,atomic", "only 0.00 when it runs"),
     ("--dual-clip 0.5", "--dual-clip is 0.5; it must be above 1, or 0")])
 def test_settings_that_make_no_sense_together_are_one_sentence(flags, message):
     with pytest.raises(UserError, match=message):

@@ -1,6 +1,8 @@
 """Precision and memory: autocast, gradient checkpointing, the reference elsewhere, adapters merged."""
 
 import copy
+import json
+import sys
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import grpo
 from engine.bf16 import weights_to_sample_with
 from engine.fast import FAST
-from policy import Reference, build_tiny, checkpoint_activations, load_policy
+from policy import Reference, build_tiny, checkpoint_activations, load_for_sampling, load_policy
 
 TEXTS = ["table singer ; keep age > 350 ; count rows", "SELECT COUNT(*) FROM singer WHERE age > 350"] * 4
 CONFIG = grpo.GRPOConfig(group_size=4, max_completion_tokens=8, kl_coef=0.0)
@@ -156,6 +158,35 @@ def test_adapters_are_sampled_unmerged_beside_a_base_that_is_not_copied(adapted,
         groups = sampled(policy)
         stats = updated(policy.model, groups)[1]
     assert 0 < stats["sampler_gap"] < 0.1
+
+
+def test_what_merging_rounds_away_is_kept_beside_the_merged_weights(adapted, tmp_path, monkeypatch, capsys):
+    base = adapted.model.peft_config["default"].base_model_name_or_path
+    policy, prompt = load_policy(base, lora_rank=4, dtype=torch.bfloat16), torch.arange(3, 12)[None]
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(3e-4 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    policy.save_merged(tmp_path / "best")
+
+    def answers(one):
+        with torch.no_grad():
+            return one.model.float()(input_ids=prompt).logits
+
+    sampler = load_for_sampling(str(tmp_path / "best"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    merged = load_for_sampling(str(tmp_path / "best"))
+    assert "unmerged they need peft" in capsys.readouterr().err
+    whole, coarse = (answers(load_policy(base, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    learned, kept, rounded = answers(policy) - coarse, answers(sampler) - whole, answers(merged) - coarse
+    assert (kept - learned).norm() < 0.05 * learned.norm() < 0.3 * learned.norm() < (rounded - learned).norm()
+
+
+@pytest.mark.parametrize("precision, dtype", [("auto", torch.float32), ("float32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_policy_is_asked_in_the_precision_of_its_run(tiny, tmp_path, precision, dtype):
+    tiny.save(tmp_path / "best")
+    (tmp_path / "config.json").write_text(json.dumps({"data": "demo", "precision": precision}))
+    assert load_for_sampling(str(tmp_path / "best")).model.dtype == dtype
 
 
 def test_gradient_checkpointing_of_adapters_changes_nothing(adapted):

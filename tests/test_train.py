@@ -381,6 +381,30 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, small, small_run):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_start_brings_its_prompts_and_is_trained_as_its_model_is(tmp_path):
+    start = tmp_path / "run" / "checkpoints" / "step-0"
+    start.mkdir(parents=True)
+    config = train.parse_settings(["--model", "smollm2-135m", "--recipe", "laptop", "--data", "spider"]).as_dict()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    given = ["--model", "smollm2-135m", "--start", str(start)]
+    assert train.parse_settings(given).prompts == train.parse_settings(["--start", "none", "--model", "smollm2-135m", "--recipe", "laptop"]).prompts
+    assert train.parse_settings(given).prompts.style == "compact"
+    assert train.parse_settings([*given, "--prompt-style", "full"]).prompts.style == "full"  # flags that are given win
+    with pytest.raises(UserError, match="was trained from --model smollm2-135m.*give --model smollm2-135m"):
+        train.parse_settings(["--start", str(start)])
+    (start / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds LoRA adapters.*--lora-rank"):
+        train.parse_settings(given)
+    assert train.parse_settings([*given, "--lora-rank", "8"]).run.lora_rank == 8
+
+
+def test_adapters_are_not_sharded_with_a_kl(monkeypatch):
+    monkeypatch.setattr(train.distributed, "size", lambda: 2)
+    flags = ["--model", "smollm2-135m", "--lora-rank", "4", "--sharding", "on", "--kl-coef", "0.1"]
+    with pytest.raises(UserError, match="--sharding on cannot compute the KL to adapters"):
+        train.run_all(train.parse_settings(flags))
+
+
 def test_too_little_disk_is_refused_before_anything_is_written(small_data, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "free_space", lambda folder: 1000)
     monkeypatch.setattr(sys, "argv", ["train.py", *small_data, "--output", str(tmp_path / "run")])
@@ -450,5 +474,11 @@ def test_a_run_with_dynamic_sampling_and_a_length_penalty_resumes_bit_for_bit(sm
     run(*flags, "--output", half, "--resume")
     one, two = (without_times(lines(folder / "metrics.jsonl")) for folder in (tmp_path / "whole", half))
     assert one == two and one[0]["questions_drawn"] == 6  # nothing is right yet: all extra rollouts are used
+    assert [step["flat_groups"] for step in one] == [1.0, 1.0]  # so no group has an advantage
+    penalties = [c["rewards"]["overlong"] for group in lines(half / "rollouts.jsonl") for c in group["completions"]]
+    assert min(penalties) < 0 and np.mean([step["reward/overlong"] for step in one]) == pytest.approx(np.mean(penalties))
+    for group in lines(half / "rollouts.jsonl"):
+        for c in group["completions"]:
+            assert c["rewards"]["total"] == pytest.approx(sum(c["rewards"][name] for name in ("format", "execution", "overlong")))
     text = run(*flags[:-1], "format,atomic", "--output", tmp_path / "other", check=2)
     assert "needs the execution reward" in text
