@@ -22,12 +22,12 @@ from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import Splits, columns_of, load_splits  # noqa: E402
+from data import Example, Splits, columns_of, load_splits  # noqa: E402
 from rewards import MemoryGate, RewardConfig, build_memory  # noqa: E402
 from running import options  # noqa: E402
 from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
 from sft import template_traces  # noqa: E402
-from text2sql.memory import gate_for  # noqa: E402
+from text2sql.memory import TraceMemory, gate_for  # noqa: E402
 
 DENSE = ("atomic", "memory")
 
@@ -57,9 +57,8 @@ def splits_of(config: dict) -> Splits:
     return replace(data, traced=template_traces(data.train, columns_of(data.databases))) if template else data
 
 
-def first_memory(rewards: RewardConfig, config: dict, schemas: dict, traced, model=None, tokenizer=None):
-    """The TraceMemory that a run begins with, of its verified traces."""
-    memory = build_memory(rewards, options.build(MemoryGate, config), schemas, model, tokenizer)
+def fill(memory: TraceMemory, traced: Iterable[Example]) -> TraceMemory:
+    """The memory with the verified traces that a run begins with, and the gate that fits them."""
     verified = [(example.db_id, example.trace) for example in traced if not example.trace_sql]
     memory.gate = gate_for(verified, memory.columns, memory.gate)
     memory.add_many(verified)
@@ -69,7 +68,8 @@ def first_memory(rewards: RewardConfig, config: dict, schemas: dict, traced, mod
 def memory_ranks(records: list[dict], config: dict) -> list[tuple[float, float]]:
     """(cosine of a right completion, of a wrong one of its group), with the memory of the step before."""
     data = splits_of(config)
-    memory = first_memory(options.build(RewardConfig, config), config, columns_of(data.databases), data.traced)
+    memory = fill(build_memory(options.build(RewardConfig, config), options.build(MemoryGate, config),
+                               columns_of(data.databases)), data.traced)
     pairs = []
     for _, groups in groupby(records, key=lambda record: record["step"]):
         groups = list(groups)

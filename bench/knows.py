@@ -1,7 +1,7 @@
 """What does each reward know of an answer, before it trains anything? Measured on the rollouts of a run:
 
-    python train.py --model M --start COLD_STARTED --steps 8 --lr 1e-12 --prompts-per-step 64 --group-size 16 \\
-        --output runs/knows
+    python train.py --model M --traces template --start COLD_STARTED --steps 8 --lr 1e-12 --prompts-per-step 64 \\
+        --group-size 16 --output runs/knows
     python bench/knows.py runs/knows
     python bench/knows.py runs/knows --rewards atomic,memory:policy/other,memory:ENCODER/same
 
@@ -35,6 +35,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -47,7 +48,16 @@ import dense  # noqa: E402
 
 from ablate import JOIN  # noqa: E402
 from data import columns_of  # noqa: E402
-from rewards import RewardConfig, build_rarity, schema_overlap, shape_atomic, soft_f1  # noqa: E402
+from rewards import (  # noqa: E402
+    MemoryGate,
+    RewardConfig,
+    build_memory,
+    build_rarity,
+    schema_overlap,
+    shape_atomic,
+    soft_f1,
+)
+from running import options  # noqa: E402
 from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
 from sql_exec import MATCHES, Results, SQLExecutor  # noqa: E402
 from text2sql.atomic import atomic_reward, is_name, jaccard, names_in  # noqa: E402
@@ -96,6 +106,19 @@ def read_groups(records: Sequence[dict], databases, match) -> list[list[Answer]]
 # ---- rewards and ideas
 
 
+class Once:
+    """An embedder that embeds each text once, for the rewards that share it."""
+
+    def __init__(self, embed: Callable):
+        self.embed, self.known = embed, {}
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """-> [n, dim]"""
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        self.known |= dict(zip(new, self.embed(new), strict=True)) if new else {}
+        return np.stack([self.known[text] for text in texts])
+
+
 class Rewards:
     """By name what each says of answers; `data` are the splits of the run."""
 
@@ -106,9 +129,12 @@ class Rewards:
         self.named = {"atomic": self.atomic, "schema": self.schema, "result": self.result, "rare": self.rare,
                       "names": self.names, "scope": self.scope, "by question": self.by_question}
         self.in_roles = Roles(self.schemas)
+        self.embedders: dict[str, Once] = {}
 
     def of(self, name: str) -> Blind:
         """The reward of this name. Raises UserError: there is none."""
+        if not self.traced and (":" in name or name == "by question"):
+            raise UserError(f"--rewards {name} compares with the traces of the run's cold start, and it had none")
         if name in self.named:
             return self.named[name]
         kind, _, spec = name.partition(":")
@@ -117,8 +143,11 @@ class Rewards:
             raise UserError(f"--rewards: there is no {name!r}; choose among {', '.join(self.named)}, "
                             "memory:EMBEDDER/SCOPE, roles:EMBEDDER/SCOPE")
         names = "written" if kind == "memory" else "roles"
-        settings = RewardConfig(rewards="format,execution,memory", embedder=embedder, memory_scope=scope,
-                                memory_names=names)
+        try:
+            settings = RewardConfig(rewards="format,execution,memory", embedder=embedder, memory_scope=scope,
+                                    memory_names=names)
+        except ValueError as error:
+            raise UserError(f"--rewards {name}: {error}") from error
         return lambda answers: self.memory(settings, answers)
 
     def atomic(self, answers, weight=None):
@@ -132,15 +161,19 @@ class Rewards:
 
     def memory(self, settings: RewardConfig, answers):
         """With the traces that the run began with."""
-        policy = None
-        if settings.embedder == "policy":
-            import torch
+        policy = self.policy if settings.embedder == "policy" else None
+        memory = build_memory(settings, options.build(MemoryGate, self.config), self.schemas,
+                              policy and policy.model.get_decoder(), policy and policy.tokenizer)
+        memory.embed = self.embedders.setdefault(settings.embedder, Once(memory.embed))
+        return dense.fill(memory, self.traced).similarities([(a.db_id, a.thought) for a in answers])
 
-            from policy import load_policy
-            policy = load_policy(str(self.checkpoint), device="cuda" if torch.cuda.is_available() else "cpu")
-        memory = dense.first_memory(settings, self.config, self.schemas, self.traced,
-                                    policy and policy.model.get_decoder(), policy and policy.tokenizer)
-        return memory.similarities([(a.db_id, a.thought) for a in answers])
+    @cached_property
+    def policy(self):
+        """The policy before training, on the GPU where there is one."""
+        import torch
+
+        from policy import load_policy
+        return load_policy(str(self.checkpoint), device="cuda" if torch.cuda.is_available() else "cpu")
 
     def rare(self, answers):
         return self.atomic(answers, build_rarity(RewardConfig(atomic_weights="rare"), self.data.train, self.schemas))
