@@ -132,8 +132,6 @@ class AblateConfig:
 
     def __post_init__(self):
         check(self)
-        if self.output and any(place.is_file() for place in (self.output, *self.output.parents)):
-            raise ValueError(f"--output {self.output} is a file or in one; give a folder, which may be a new one")
 
 
 @dataclass(frozen=True)
@@ -578,6 +576,10 @@ def main() -> int:
     """Run the grid."""
     given, common = parse_arguments(sys.argv[1:])
     starts, runs = plan(given, common)
+    try:
+        given.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --output {given.output}: {error.strerror}") from error
     baseline, failures = runs[0].cell, 0
     results = {run.cell: {} for run in starts + runs}  # {cell: {seed: measures}}
     threads = runs[0].settings.run.threads

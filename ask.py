@@ -33,11 +33,10 @@ from data import (
     Schema,
     as_its_run,
     lineage,
-    load_dataset,
-    path_of,
     read_schema,
     run_config_of,
     schema_columns,
+    training_questions,
 )
 from running.errors import UserError, run_main, sound
 from running.options import add_arguments, build, check, option
@@ -47,7 +46,6 @@ from scoring.voting import VOTES, Candidate, choose, rank_groups, sample_candida
 from sql_exec import Execution, SQLExecutor
 from text2sql import demo_world
 from text2sql.prompts import full_schema, prompt_config
-from text2sql.question_files import is_own
 
 HISTORY = Path("~/.ask_history").expanduser()
 WIDEST_CELL = 40  # characters of a cell that a terminal shows
@@ -224,10 +222,8 @@ def databases_of(run: dict) -> list[dict[str, set]]:
         lines = map(demo_world.parse_tables, demo_world.SEEN.values())
         return [columns_by_table({table.name: [table.key, *([table.parent.key] if table.parent else []), *table.pools]
                                   for table in tables}) for tables in lines]
-    name, folder = run["data"], run.get("data_dir")
-    name = str(path_of(run, name)) if is_own(name) else name
-    files = load_dataset(name, folder and path_of(run, folder), run.get("split", "train")).databases.values()
-    return [columns_by_table(schema_columns(read_schema(file))) for file in files]
+    return [columns_by_table(schema_columns(read_schema(file)))
+            for file in training_questions(run).databases.values()]
 
 
 def columns_by_table(tables: Mapping[str, Iterable[str]]) -> dict[str, set]:

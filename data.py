@@ -37,7 +37,7 @@ from text2sql.schema import Schema, columns_of, read_schema, schema_columns, val
 
 __all__ = ["Dataset", "Example", "PromptBuilder", "PromptConfig", "Schema", "UserError", "Splits", "as_its_run",
            "columns_of", "load_dataset", "load_for_evaluation", "load_splits", "not_seen_before", "path_of",
-           "read_schema", "reported_split", "run_config_of", "schema_columns", "value_index"]
+           "read_schema", "reported_split", "run_config_of", "schema_columns", "training_questions", "value_index"]
 
 
 def load_dataset(name: str, data_dir=None, split: str = "train", **demo_options) -> Dataset:
@@ -316,6 +316,14 @@ def path_of(run: dict, path: str) -> Path:
     where that is not known, as of older runs, or is not here, as of a run from another machine."""
     start = Path(run.get("cwd", ""))
     return start / path if start.is_dir() else Path(path)
+
+
+def training_questions(run: dict) -> Dataset:
+    """What a run was trained on, with the databases, as its config.json says."""
+    name, folder = run["data"], run.get("data_dir")
+    options = {field: run[field] for field in ("seed", "world") if field in run} if name == "demo" else {}
+    return load_dataset(str(path_of(run, name)) if is_own(name) else name, folder and path_of(run, folder),
+                        run.get("split", "train"), **options)
 
 
 def _same_data(name: str, run: dict) -> bool:

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data import load_dataset, read_schema, schema_columns
+from data import read_schema, schema_columns, training_questions
 from rewards import COMPONENTS, atomic_operations
 from running.errors import UserError, run_main, visible
 from running.run_folder import RolloutLog, parse_record
@@ -152,11 +152,9 @@ class RunDatabases:
 
 def find_databases(config: dict) -> dict[str, Path]:
     """{db_id: file} of the run's training data; empty when it has moved away."""
-    name = config.get("data")
-    options = {key: config[key] for key in ("seed", "world") if key in config} if name == "demo" else {}
     try:
-        return load_dataset(name, config.get("data_dir"), config.get("split", "train"), **options).databases
-    except (UserError, OSError, ValueError, TypeError, AttributeError):
+        return training_questions(config).databases
+    except (UserError, OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
 
 
@@ -322,6 +320,7 @@ def settings_list(config: dict) -> str:
 
     if not config:
         return "<p>There is no readable config.json.</p>"
+    config = {name: value for name, value in config.items() if name != "cwd"}  # a place, no setting
     return (f'<dl class="settings">{pairs([name for name in KEY_SETTINGS if name in config])}</dl>'
             f"<details><summary>All {len(config)} settings</summary>"
             f'<dl class="settings all">{pairs(sorted(config))}</dl></details>')

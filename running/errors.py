@@ -120,9 +120,11 @@ def flush(path: Path) -> None:
 
 
 def check_folder(file) -> None:
-    """A file that cannot be written because its folder is missing: said before the work, not after."""
+    """A file that cannot be written, for its folder is missing or it is one itself: said before the work, not after."""
     if not Path(file).absolute().parent.is_dir():
         raise UserError(f"cannot write {file}: its folder does not exist")
+    if Path(file).is_dir():
+        raise UserError(f"cannot write {file}: it is a folder; name a file in it")
 
 
 def visible(text: str) -> str:

@@ -53,15 +53,21 @@ def test_combinations():
     *[(["--vary", f"{flag}=x,y"], f"{flag.replace('-', '_')} belongs to it") for flag in (
         "prompt_style", "prompt-template", "answer", "descriptions", "recipe", "eval_questions", "test_questions")],
     (["--grid", "kl", "--test-questions", "50"], r"--test-questions is set by ablate.py for each run \(see --questions\)"),
-    (["--grid", "kl", "--test-questions=50"], "see --questions"), (["--grid", "kl", "--start", "x"], "one for all runs"),
-    (["--grid", "kl", "--output", __file__], "is a file or in one; give a folder"),
-    (["--grid", "kl", "--output", f"{__file__}/sub"], "is a file or in one; give a folder")])
+    (["--grid", "kl", "--test-questions=50"], "see --questions"), (["--grid", "kl", "--start", "x"], "one for all runs")])
 def test_bad_command_lines_are_refused_before_any_work(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, "perform", None)
     with pytest.raises(UserError, match=words):
         ablate.plan(*ablate.parse_arguments(arguments))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("output, why", [(__file__, "File exists"), (f"{__file__}/sub", "Not a directory")])
+def test_an_output_that_cannot_be_is_refused_before_any_work(output, why, monkeypatch):
+    monkeypatch.setattr(ablate, "perform", None)
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "--grid", "kl", "--output", output])
+    with pytest.raises(UserError, match=f"cannot write to --output .*{why}"):
+        ablate.main()
 
 
 @pytest.mark.parametrize("arguments", [["--grid", "kl", "--see", "7"], ["--vary", "see=7,8"]])
