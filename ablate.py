@@ -20,7 +20,7 @@ Measures of a run
   accuracy        greedy execution accuracy of its best policy on held-out questions, those that the run was neither
                   trained on nor chosen by; also by difficulty
   area            area under the curve of its accuracy on dev, divided by its length
-  flat groups     share of groups whose completions all earned the same, over the run; all wrong: none was correct
+  flat groups     share of groups that taught nothing, as all earned the same, over the run; all wrong: none was correct
   reward spread   standard deviation of the rewards of a group, mean over the run
   does not run    share of sampled answers without SQL that runs; greedy does not run: of the greedy ones
   pass@N          whether one of the N = --samples answers to a question is right
@@ -43,10 +43,11 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
+from tempfile import TemporaryFile
 
 import numpy as np
 from tqdm import tqdm
@@ -58,7 +59,7 @@ from running.options import add_arguments, build, check, flag_of, option
 from running.run_folder import check_settings
 from running.wording import escape
 from settings import DEFAULTS_BEFORE, MAY_CHANGE_ON_RESUME, RunConfig, Settings, SFTConfig, parse_settings
-from text2sql.question_files import excluded
+from text2sql.question_files import check_excluded, excluded
 
 ROOT = Path(__file__).resolve().parent
 BOTH = "format,execution,atomic=0.5,memory=0.5"
@@ -170,7 +171,9 @@ def cells_of(grid: str, vary: Sequence[str]) -> dict[str, dict[str, str]]:
         split = [value.strip() for value in values.split(";" if ";" in values else ",") if value.strip()]
         if not name or not split:
             raise UserError(f"--vary {text!r} is not of the form flag=a,b,c")
-        if name in OF_THE_START or name in RESERVED:
+        if name in RESERVED:
+            raise UserError(f"--vary {name} cannot be: ablate.py sets it for each run ({RESERVED[name]})")
+        if name in OF_THE_START:
             raise UserError(f"--vary {name} cannot be: the runs of a seed share their start, and {name} belongs to it")
         dimensions.append({f"{name}={value}": {name: value} for value in split})
     if not dimensions:
@@ -193,7 +196,6 @@ def as_flags(values: Mapping[str, str]) -> list[str]:
 
 def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Run]]:
     """The starts and the runs, seed by seed; what is wrong with their flags is said here, before any work."""
-    excluded(given.exclude)  # raises what is wrong with it
     cells = cells_of(given.grid, given.vary)
     folders = {name: re.sub(r"[^\w.=+-]+", "-", name).strip("-") for name in cells}
     if len(set(folders.values())) < len(cells):
@@ -215,6 +217,11 @@ def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Ru
               for seed in range(given.seeds)]
     runs = [make(cell, start.seed, folders[cell], start=str(start.folder / "checkpoints" / "step-0"), **flags_of[cell])
             for start in starts for cell in cells]
+    prompts = {start.seed: start.settings.prompts for start in starts}  # which all that begins with them takes over
+    runs = [replace(run, settings=replace(run.settings, prompts=prompts[run.seed])) for run in runs]
+    run = starts[0].settings.run
+    if run.data != "demo":
+        check_excluded(given.exclude, run.data, run.data_dir, evaluated_split(run))
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
             check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE_ON_RESUME, DEFAULTS_BEFORE)  # unlocked
@@ -331,12 +338,16 @@ def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
     return measures
 
 
+def evaluated_split(run: RunConfig) -> str:
+    """The split that a run is measured on."""
+    own_part = run.data in ("spider", "bird") and run.split != "train"  # of which a part was held back
+    return run.split if own_part else reported_split(run.data)
+
+
 def evaluation_flags(run: Run, given: AblateConfig, evaluation: Path) -> list[str]:
     """evaluate.py's command line for a run: greedy answers count, and --samples at temperature 1 for the rest."""
     s = run.settings
-    own_part = s.run.data in ("spider", "bird") and s.run.split != "train"  # of which a part was held back
-    values = {"model": run.policy(), "data": s.run.data,
-              "split": s.run.split if own_part else reported_split(s.run.data),
+    values = {"model": run.policy(), "data": s.run.data, "split": evaluated_split(s.run),
               "world": s.run.world, "seed": s.run.seed, "match": s.run.match, "threads": s.run.threads, "vote": "none",
               "samples": given.samples, "temperature": 1.0, "limit": given.questions, "json": evaluation,
               "max_completion_tokens": s.grpo.max_completion_tokens, "workers": s.run.sql_workers,
@@ -578,8 +589,10 @@ def main() -> int:
     starts, runs = plan(given, common)
     try:
         given.output.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=given.output):
+            pass
     except OSError as error:
-        raise UserError(f"cannot write to --output {given.output}: {error.strerror}") from error
+        raise UserError(f"cannot write to --output {given.output}: {error.strerror}; give another folder") from error
     baseline, failures = runs[0].cell, 0
     results = {run.cell: {} for run in starts + runs}  # {cell: {seed: measures}}
     threads = runs[0].settings.run.threads

@@ -101,10 +101,10 @@ def load_splits(name: str, data_dir=None, split: str = "train", *, traces=None, 
     if is_own(name) and len(dev.rest) < count:
         notes += _repeats_note(name, pool.examples)
     found, trace_notes = _traced(traces, databases, name)
-    every = _test_questions(name, data_dir, split, pool.examples) if traces else []
+    every, unread = _test_questions(name, data_dir, split, pool.examples) if traces else ([], ())
     return _without_leaks(Splits(dev.rest, [example for example in dev.rest if example.trace] + found, dev.held,
                                  {part: questions for part, questions in tests.items() if questions},
-                                 databases, tuple(dict.fromkeys(notes + trace_notes))),
+                                 databases, tuple(dict.fromkeys(notes + trace_notes + unread))),
                           every, by_gold=not (is_own(name) and (given or every)))
 
 
@@ -141,16 +141,20 @@ def _given_test(name, data_dir, split) -> tuple[str, Dataset | None, str]:
         return "", None, f"no other test questions were found ({error})"
 
 
-def _test_questions(name, data_dir, split, trained: list[Example]) -> list[Example]:
+def _test_questions(name, data_dir, split, trained: list[Example]) -> tuple[list[Example], tuple[str, ...]]:
     """All test questions that the data bring and training does not have: a run reports a sample of one split at most,
-    and evaluate.py counts every one."""
+    and evaluate.py counts every one. And notes on splits that cannot be read."""
+    labels = {"dev"} if split.strip().lower() == "train" else set()
     if is_own(name):
         labels = {"dev", "test"} & set(own_labels(Path(name), split)) - {split.strip().lower()}
-        found = [load_dataset(name, data_dir, label) for label in sorted(labels)]
-    else:
-        found = [_given_test(name, data_dir, split)[1]]
-    questions = [example for part in found if part for example in part.examples]
-    return not_shared(questions, trained, by_gold=not is_own(name))
+    questions, notes = [], ()
+    for label in sorted(labels):
+        try:
+            questions += load_dataset(name, data_dir, label).examples
+        except UserError as error:  # which training does not need
+            notes += (f"whether traces are of questions of the split {label} is not known, for it cannot be read: "
+                      f"{error}",)
+    return not_shared(questions, trained, by_gold=not is_own(name)), notes
 
 
 def _test_of(given: Dataset, label: str, trained: list[Example], name) -> tuple[list[Example], tuple[str, ...]]:
@@ -249,6 +253,8 @@ def run_config_of(model: str) -> dict | None:
         return None
     folder = Path(model).resolve()
     places = [folder, folder.parent] if folder.name == "best" else [folder]
+    if folder.name == "adapters" and folder.parent.name == "best":
+        places.append(folder.parents[1])
     if folder.parent.name == "checkpoints":
         places.append(folder.parents[1])
     for place in places:
@@ -313,9 +319,9 @@ def lineage(run: dict | None) -> Iterator[dict]:
 
 def path_of(run: dict, path: str) -> Path:
     """A path among a run's settings, which is relative to the folder in which the run was started; to the present one
-    where that is not known, as of older runs, or is not here, as of a run from another machine."""
-    start = Path(run.get("cwd", ""))
-    return start / path if start.is_dir() else Path(path)
+    where that is not known, as of older runs, or it is not there, as of a run that has moved."""
+    there = Path(run.get("cwd", ""), path)
+    return there if there.exists() else Path(path)
 
 
 def training_questions(run: dict) -> Dataset:

@@ -77,7 +77,7 @@ from scoring.verdicts import (
 from scoring.voting import VOTES, pass_at_k, sample_candidates
 from sql_exec import MATCHES, SQLExecutor, r_ves_reward
 from text2sql.prompts import prompt_config
-from text2sql.question_files import excluded, ids_of
+from text2sql.question_files import check_excluded, excluded
 
 __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "compare", "difficulty_levels",
            "greedy_sqls", "load_predictions", "print_comparison", "print_table", "score_predictions", "scores_as_json",
@@ -319,6 +319,7 @@ def refuse_idle_flags(given: argparse.Namespace) -> None:
         idle, why = [name for name in flags if name != "json"], "--compare takes --json and --anyway alone"
     elif getattr(given, "predictions", "") and not getattr(given, "model", ""):
         idle, why = (*OF_A_MODEL, *vars(PromptConfig())), "--predictions FILE goes without flags that need a --model"
+    flags |= {"samples": "-n", "greedy": "--greedy" if getattr(given, "greedy", False) else "--no-greedy"}
     wrong = [flags[name] for name in idle if name in given]
     if wrong:
         raise UserError(f"{why}: leave out {', '.join(wrong)}")
@@ -363,9 +364,8 @@ def chosen(config: EvaluateConfig, examples: Sequence[Example]) -> list[int]:
     """Positions of the questions that --exclude and --limit leave; says how many --exclude left out."""
     ids, asked = excluded(config.exclude), {example.id for example in examples}
     kept = [i for i, example in enumerate(examples) if example.id not in ids]
-    if ids and not ids & asked and not ids & ids_of(config.data, config.data_dir, config.split):
-        raise UserError(f"--exclude {config.exclude}: none of its ids, such as {min(ids)!r}, is one of {config.data}, "
-                        f"split {config.split}, such as {examples[0].id!r}: give ids of these data")
+    if not ids & asked:
+        check_excluded(config.exclude, config.data, config.data_dir, config.split)
     if ids:
         others = f"; {len(ids - asked)} of its {len(ids)} ids are none of these questions" if ids - asked else ""
         print(fill(f"left out {len(examples) - len(kept)} of {len(examples)} questions by --exclude {config.exclude}"

@@ -16,7 +16,7 @@ import torch
 from data import PromptConfig, run_config_of
 from engine import plan
 from grpo import GRPOConfig
-from policy import config_of, prefers_bf16
+from policy import ADAPTERS, config_of, prefers_bf16
 from rewards import MemoryGate, RewardConfig
 from running import options
 from running.errors import UserError
@@ -99,7 +99,8 @@ class RunConfig:
     data_dir: str | None = option(None, "folder of the data and its databases", common=True)
     split: str = option("train", "the split to train on")
     world: str = option("default", "world of the demo: default, or hard, where most traces are wrong")
-    start: str | None = option(None, "begin with this checkpoint of an earlier run of --model, without a cold start")
+    start: str | None = option(None, "begin with this checkpoint of an earlier run of --model, without a cold start; "
+                                     "prompts are written as in that run")
     traces: str | None = option(None, "a .json or .jsonl whose records have a `trace`, for cold start and memory; "
                                       "template: traces made from the gold SQL", common=True)
     output: str | None = option(None, "folder of the run (default: runs/DATA)", common=True)
@@ -213,9 +214,13 @@ def check_source(run: RunConfig, earlier: dict | None) -> None:
     earlier: the settings of the run that made this policy, if any.
     """
     source = run.start or run.model
-    if run.start and earlier and (earlier["model"] == "tiny") != (run.model == "tiny"):
-        raise UserError(f"--start {run.start} was trained from --model {earlier['model']}, but this run has the "
-                        f"defaults of --model {run.model}: give --model {earlier['model']}")
+    before = (earlier or {}).get("model", run.model)
+    if run.start and (before == "tiny") != (run.model == "tiny"):
+        raise UserError(f"--start {run.start} was trained from --model {before}, but this run has the defaults of "
+                        f"--model {run.model}: give --model {before}")
+    if not run.resume and (Path(source) / ADAPTERS).is_dir():
+        raise UserError(f"{source} has its LoRA adapters merged into bf16 weights, rounded: begin with "
+                        f"{Path(source) / ADAPTERS} and --lora-rank")
     if not run.lora_rank and not run.resume and (Path(source) / "adapter_config.json").is_file():
         raise UserError(f"{source} holds LoRA adapters, which are trained with --lora-rank, and at its learning rate: "
                         "give the rank that they have")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import evaluate
 import report
-from data import PromptBuilder, Splits, columns_of, load_splits, not_seen_before, run_config_of
+from data import PromptBuilder, Splits, columns_of, load_splits, not_seen_before, path_of, run_config_of
 from engine import distributed, plan
 from engine.attention import causal_lm
 from engine.fast import ENGINES
@@ -129,7 +129,13 @@ def run_all(s: Settings) -> int:
     traces = None if run.traces == "template" else run.traces
     data = load_splits(run.data, run.data_dir, run.split, traces=traces, seed=run.seed,
                        world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
-    data = not_seen_before(data, run.data, run.data_dir, run_config_of(run.start or run.model))
+    resumed = run_config_of(run.output) if run.resume else None
+    source = str(path_of(resumed or {}, run.start or run.model))
+    earlier = run_config_of(source)
+    if earlier and not resumed:
+        print(f"prompts are written as in the run that made {source}, unless a flag says otherwise: style "
+              f"{s.prompts.template or s.prompts.style}, up to {s.prompts.max_prompt_tokens} tokens")
+    data = not_seen_before(data, run.data, run.data_dir, earlier)
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
                                                    may_change=MAY_CHANGE_ON_RESUME, defaults=DEFAULTS_BEFORE))
     for note in data.notes:
@@ -621,7 +627,7 @@ class Trainer:
         """A checkpoint from which `--resume` continues bit for bit (on CPU)."""
         if distributed.on_main(lambda: any(step == self.step for step, _ in self.folder.checkpoints())):
             return
-        state = {"step": self.step, "drawn": self.drawn, "best": self.best, "before": self.before,
+        state = {"step": self.step, "drawn": self.drawn, "best_accuracy": self.best, "before": self.before,
                  "optimizer": distributed.full_state(self.optimizer)}
         policy = self.savable_policy()
         distributed.on_main(lambda: self.folder.save_checkpoint(self.step, policy, state, self.scorer.memory,
@@ -637,7 +643,7 @@ class Trainer:
         """Takes up the state of a checkpoint."""
         state = load_state(checkpoint)
         self.step, self.drawn = state["step"], state["drawn"]
-        self.best, self.before = state["best"], state["before"]
+        self.best, self.before = state.get("best_accuracy", -1.0), state["before"]  # `best` was a mean over tiers
         distributed.load_full_state(self.optimizer, state["optimizer"])
         if self.reference:
             self.reference.load(self.first_checkpoint)

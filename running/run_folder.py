@@ -32,8 +32,8 @@ TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 
 CHECKSUMS = "checksums.json"
 LOCK = ".lock"
-# What a run without a checkpoint may have left, besides TensorBoard's events.
-BEFORE_THE_START = {"config.json", "checkpoints", "gold_cache", "wandb", LOCK}
+BEFORE_THE_START = {"config.json", "checkpoints", "gold_cache", LOCK}  # what a run without a checkpoint may have left
+LOGS = re.compile(r"wandb|events\.out\.tfevents.*")  # of --log, likewise
 _locks: dict[Path, object] = {}  # open files; the system unlocks them when the process ends, however it ends
 
 
@@ -61,7 +61,8 @@ class RunFolder:
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock()
-            written = settings | {"cwd": str(Path.cwd())}  # which relative paths among the settings are relative to
+            place = stored_settings(self.path).get("cwd") if self.resumes else None
+            written = settings | {"cwd": place or str(Path.cwd())}  # what relative paths among them are relative to
             write_whole(config, json.dumps(written, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
@@ -80,8 +81,9 @@ class RunFolder:
 
     def _is_free(self) -> bool:
         """Whether nothing is lost when a run begins here."""
-        files = (path.name for path in self.path.iterdir() if not path.name.startswith("events.out.tfevents"))
-        return all(name in BEFORE_THE_START for name in files) and not any(
+        others = {path.name for path in self.path.iterdir()} - BEFORE_THE_START
+        ours = bool(stored_settings(self.path)) and all(map(LOGS.fullmatch, others))
+        return (ours or not others) and not any(
             self.path.glob("checkpoints/[!.]*"))  # of ours or of somebody else: the folder may be deleted with it
 
     def _lock(self) -> None:
@@ -183,6 +185,15 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_settings(folder: Path) -> dict:
+    """The settings of the run in a folder; none where there is none, or they cannot be read."""
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return stored if is_config_of_run(stored) else {}
 
 
 def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...], defaults: Mapping) -> None:

@@ -51,7 +51,8 @@ def test_combinations():
     (["--grid", "rewards", "--reward-module", "mine.py"], "no cell uses --reward-module mine.py: name user=W"),
     (["--vary", "reward_module=a.py,b.py"], "needs both"),
     *[(["--vary", f"{flag}=x,y"], f"{flag.replace('-', '_')} belongs to it") for flag in (
-        "prompt_style", "prompt-template", "answer", "descriptions", "recipe", "eval_questions", "test_questions")],
+        "prompt_style", "prompt-template", "answer", "descriptions", "recipe", "eval_questions")],
+    (["--vary", "test_questions=1,2"], r"sets it for each run \(see --questions"), (["--vary", "seed=1,2"], "see --seeds"),
     (["--grid", "kl", "--test-questions", "50"], r"--test-questions is set by ablate.py for each run \(see --questions\)"),
     (["--grid", "kl", "--test-questions=50"], "see --questions"), (["--grid", "kl", "--start", "x"], "one for all runs")])
 def test_bad_command_lines_are_refused_before_any_work(arguments, words, tmp_path, monkeypatch):
@@ -60,6 +61,16 @@ def test_bad_command_lines_are_refused_before_any_work(arguments, words, tmp_pat
     with pytest.raises(UserError, match=words):
         ablate.plan(*ablate.parse_arguments(arguments))
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_are_measured_with_the_prompts_of_their_start(tmp_path):
+    """Which the start takes from the run that made its model."""
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "config.json").write_text(json.dumps({"data": "demo", "style": "compact", "max_prompt_tokens": 77}))
+    given = ["--grid", "kl", "--model", str(tmp_path / "best"), "--output", str(tmp_path / "out")]
+    starts, runs = ablate.plan(*ablate.parse_arguments(given))
+    assert {(run.settings.prompts.style, run.settings.prompts.max_prompt_tokens) for run in starts + runs} == {("compact", 77)}
 
 
 @pytest.mark.parametrize("output, why", [(__file__, "File exists"), (f"{__file__}/sub", "Not a directory")])

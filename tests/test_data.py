@@ -490,7 +490,7 @@ def test_paths_of_a_run_are_relative_to_where_it_was_started(tmp_path, tiny_db, 
     old = {name: value for name, value in last.items() if name != "cwd"}  # says nothing of where it was
     assert len(load_for_evaluation(path, run=old).examples) == 46 and list(lineage(old)) == [old]
     monkeypatch.chdir(tmp_path)
-    for run in (old, last | {"cwd": "/gone"}):
+    for run in (old, last | {"cwd": "/gone"}, last | {"cwd": str(tmp_path / "elsewhere")}):  # moved, the last two
         assert load_for_evaluation("own.json", split="test", run=run).examples == dataset.examples
         assert len(list(lineage(run))) == 2
     (tmp_path / "BIRD" / "dev_databases" / "music").mkdir(parents=True)
@@ -566,6 +566,16 @@ def test_traces_of_test_questions_that_a_run_does_not_report_are_left_out_as_wel
     for size in (5, 0):
         splits = load_splits("demo", tmp_path, traces=traces, dev_size=3, test_size=size)
         assert len(splits.traced) == 20 and "left out 40 of 60 traces" in splits.notes[-1]
+
+
+def test_a_test_split_that_training_does_not_need_may_be_hidden(tmp_path, tiny_db):
+    own = [GOOD | {"question": f"{part} {i}", "sql": f"SELECT {i} AS {part}", "split": part}
+           for part in ("train", "dev") for i in range(20)]
+    path = write(tmp_path / "own.json", [*own, {"db_id": "music", "question": "hidden?", "split": "test"}])
+    traces = write(tmp_path / "traces.json", [one | {"trace": "look"} for one in own])
+    splits = load_splits(path, traces=traces)
+    assert {item.question.split()[0] for item in splits.traced} == {"train"}
+    assert any("whether traces are of questions of the split test is not known" in note and "'sql'" in note for note in splits.notes)
 
 
 @pytest.mark.parametrize("name, split, words", [

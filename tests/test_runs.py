@@ -25,6 +25,20 @@ def test_a_new_run_refuses_a_folder_with_anything_in_it(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_logs_of_nobody_knows_what_are_not_taken_for_ours(tmp_path):
+    (tmp_path / "events.out.tfevents.1.host.2.0").touch()
+    with pytest.raises(UserError, match="already holds a run or other files"):
+        RunFolder(tmp_path, {"data": "demo"}, resume=False)
+
+
+def test_a_resumed_run_keeps_the_folder_that_its_paths_are_relative_to(tmp_path, monkeypatch):
+    RunFolder(tmp_path, {"data": "mine.json"}, resume=False)
+    before = (tmp_path / "config.json").read_text()
+    monkeypatch.chdir(tmp_path)
+    RunFolder(tmp_path, {"data": "mine.json"}, resume=True)
+    assert (tmp_path / "config.json").read_text() == before
+
+
 def test_resume_wants_the_same_settings_but_for_some(tmp_path):
     RunFolder(tmp_path, {"data": "demo", "seed": 0, "threads": 1}, resume=False)
     RunFolder(tmp_path, {"data": "demo", "seed": 0, "threads": 2}, resume=True, may_change=("threads",))
@@ -166,6 +180,7 @@ def test_a_run_that_never_saved_a_checkpoint_does_not_block_its_folder(tmp_path)
     (tmp_path / "checkpoints" / ".new-step-0").mkdir()  # killed while its first checkpoint was written
     (tmp_path / "gold_cache").mkdir()
     (tmp_path / "events.out.tfevents.1.host.2.0").touch()
+    (tmp_path / "wandb").mkdir()
     kept = tmp_path / "checkpoints" / "step-0-backup"
     kept.mkdir()
     with pytest.raises(UserError, match="other files"):  # it would be deleted if the new run could not start

@@ -392,6 +392,11 @@ def test_a_start_brings_its_prompts_and_is_trained_as_its_model_is(tmp_path):
     assert train.parse_settings([*given, "--prompt-style", "full"]).prompts.style == "full"  # flags that are given win
     with pytest.raises(UserError, match="was trained from --model smollm2-135m.*give --model smollm2-135m"):
         train.parse_settings(["--start", str(start)])
+    best = start.parents[1] / "best"
+    (best / "adapters").mkdir(parents=True)
+    with pytest.raises(UserError, match="merged into bf16 weights, rounded: begin with .*best/adapters and --lora-rank"):
+        train.parse_settings(["--model", "smollm2-135m", "--start", str(best)])
+    assert train.parse_settings([*given[:2], "--start", str(best / "adapters")]).prompts.style == "compact"
     (start / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="holds LoRA adapters.*--lora-rank"):
         train.parse_settings(given)

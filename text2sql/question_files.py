@@ -308,11 +308,18 @@ def excluded(file) -> set[str]:
     return {str(item) for item in ids}
 
 
-def ids_of(name: str, data_dir, split: str) -> set[str]:
-    """The ids of all questions of one's own file or of a benchmark's split, those that a run has seen among them; of
-    the demo none, which is never evaluated in part."""
-    if name == "demo":
-        return set()
-    examples = examples_of(read_records(Path(name)), name) if is_own(name) else load_official(
-        name, Path(data_dir), split.strip().lower()).examples
-    return {example.id for example in examples}
+def check_excluded(file, name: str, data_dir, split: str) -> None:
+    """Raises UserError: an --exclude file is none, or has no id of one's own file or of a benchmark's split.
+
+    Of the demo, which is never evaluated in part, no other ids are known than those that are asked.
+    """
+    ids, known = excluded(file), set()
+    if not ids:
+        return
+    if name != "demo":
+        examples = examples_of(read_records(Path(name)), name) if is_own(name) else load_official(
+            name, Path(data_dir), split.strip().lower()).examples
+        known = {example.id for example in examples}
+    if not ids & known:
+        raise UserError(f"--exclude {file}: none of its ids, such as {min(ids)!r}, is one of {name}, split {split}"
+                        + (f", such as {min(known)!r}" if known else "") + ": give ids of these data")
