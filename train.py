@@ -527,6 +527,9 @@ class Trainer:
         print(f"memory: {len(memory)} of {len(verified)} verified traces passed the gate {dict(memory.rejections)}")
         if note := memory.start_note(len(verified)):
             print(f"warning: {note}")
+        if memory.scope == "other" and len({e.db_id for e in (*self.data.train, *self.traced)}) == 1:
+            print("warning: all questions are on one database, and the memory compares with traces of others, so its "
+                  "reward is 0 for every wrong answer: give --memory-scope any, or leave memory out of --rewards")
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW on the trained parameters, after the model is sharded where that is wanted."""

@@ -177,9 +177,8 @@ def workplace(tmp_path_factory):
     scores = {"examples": [{"id": "1", "db_id": "music", "gold_status": "ok", "bird": 1}]}
     for name in ("A.json", "B.json"):
         (folder / name).write_text(json.dumps(scores))
-    shutil.copy(database, folder / "shop.sqlite")
     shutil.copytree(ROOT / "docs" / "shop", folder / "docs" / "shop")
-    for place in ("my/shop.sqlite", "SPIDER/database/concert_singer/concert_singer.sqlite"):
+    for place in ("demo_data/seed-0/shop/shop.sqlite", "demo_data/seed-0/music/music.sqlite", "my/shop.sqlite", "SPIDER/database/concert_singer/concert_singer.sqlite"):
         (folder / place).parent.mkdir(parents=True)
         with closing(sqlite3.connect(folder / place)) as connection:
             connection.executescript((ROOT / "docs" / "shop" / "shop.sql").read_text())

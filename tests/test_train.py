@@ -243,11 +243,12 @@ def test_token_ratios_are_kept_every_so_many_steps_and_in_the_last(small, tmp_pa
                                      "format,memory", "execution,memory", "format,execution,atomic=0.5"])
 def test_other_sets_of_rewards_run(small, tmp_path, rewards):
     folder = tmp_path / "run"
-    run(*small, "--steps", "1", "--test-questions", "0", "--eval-every", "0", "--rewards", rewards, "--output", folder,
-        "--cold-start-steps", "2")
+    told = run(*small, "--steps", "1", "--test-questions", "0", "--eval-every", "0", "--rewards", rewards, "--output", folder,
+               "--cold-start-steps", "2")
     first = lines(folder / "metrics.jsonl")[0]
     on = {part.split("=")[0] for part in rewards.split(",")}
     assert ("seconds/rewards/atomic" in first) == ("atomic" in on)
+    assert ("all questions are on one database, and the memory compares with traces of others" in told) == ("memory" in on)
     assert ("seconds/rewards/memory" in first) == ("memory" in on) == (folder / "checkpoints/step-1/memory.npz").exists()
 
 
