@@ -56,10 +56,10 @@ from text2sql.example import Example
 from text2sql.memory import MemoryGate, TraceMemory, gate_for
 from text2sql.plain_text import encode_answers
 from text2sql.prompts import prompt_config
-from text2sql.traces import TEMPLATE, TRACE_TEMPLATES, plan_trace, template_trace
+from text2sql.traces import template_trace
 
-__all__ = ["MineConfig", "SFTConfig", "TRACE_TEMPLATES", "cold_start", "cold_start_notes", "completion_text",
-           "plan_trace", "supervised_pairs", "taught_text", "teachable", "template_trace", "template_traces"]
+__all__ = ["MineConfig", "SFTConfig", "cold_start", "cold_start_notes", "completion_text",
+           "supervised_pairs", "taught_text", "teachable", "template_trace", "template_traces"]
 
 PASS_TOKENS = 2**12  # of a forward pass of the cold start, where nothing else is said
 TOGETHER = 4  # questions on one database that a cold start teaches side by side, so that their schema is computed once
@@ -76,16 +76,13 @@ def taught_text(example, answer_style: str = "think-sql") -> str:
 # ---------------------------------------------------------------------------------------------- which traces are taught
 
 
-def template_traces(examples: Sequence[Example], schemas: Mapping, template: str = TEMPLATE) -> list[Example]:
-    """The examples, those without a trace with one of a template, made from their gold SQL.
+def template_traces(examples: Sequence[Example], schemas: Mapping) -> list[Example]:
+    """The examples, those without a trace with one that is made from their gold SQL.
 
-    Args:
-        schemas: {db_id: {table: [column, ...]}}.
-        template: one of TRACE_TEMPLATES.
+    schemas: {db_id: {table: [column, ...]}}.
     """
-    write = TRACE_TEMPLATES[template]
-    return [example if example.trace else replace(example, trace=write(example.gold_sqls[0], schemas[example.db_id]))
-            for example in examples]
+    return [example if example.trace else replace(
+        example, trace=template_trace(example.gold_sqls[0], schemas[example.db_id])) for example in examples]
 
 
 def teachable(examples: Sequence[Example], executor, schemas: Mapping,
