@@ -196,6 +196,7 @@ def as_flags(values: Mapping[str, str]) -> list[str]:
 
 def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Run]]:
     """The starts and the runs, seed by seed; what is wrong with their flags is said here, before any work."""
+    excluded(given.exclude)  # raises what is wrong with it
     cells = cells_of(given.grid, given.vary)
     folders = {name: re.sub(r"[^\w.=+-]+", "-", name).strip("-") for name in cells}
     if len(set(folders.values())) < len(cells):
@@ -219,9 +220,6 @@ def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Ru
             for start in starts for cell in cells]
     prompts = {start.seed: start.settings.prompts for start in starts}  # which all that begins with them takes over
     runs = [replace(run, settings=replace(run.settings, prompts=prompts[run.seed])) for run in runs]
-    run = starts[0].settings.run
-    if run.data != "demo":
-        check_excluded(given.exclude, run.data, run.data_dir, evaluated_split(run))
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
             check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE_ON_RESUME, DEFAULTS_BEFORE)  # unlocked
@@ -587,6 +585,9 @@ def main() -> int:
     """Run the grid."""
     given, common = parse_arguments(sys.argv[1:])
     starts, runs = plan(given, common)
+    run = starts[0].settings.run
+    if run.data != "demo":
+        check_excluded(given.exclude, run.data, run.data_dir, evaluated_split(run))
     try:
         given.output.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=given.output):

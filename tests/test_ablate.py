@@ -81,6 +81,17 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(output, why, monkey
         ablate.main()
 
 
+def test_excluding_questions_of_other_data_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "mine.json").write_text(json.dumps([{"db_id": "d", "question": "?", "sql": "SELECT 1"}] * 3))
+    (tmp_path / "left_out.json").write_text('["nope"]')
+    monkeypatch.setattr(ablate, "perform", None)
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "--grid", "kl", "--data", str(tmp_path / "mine.json"), "--output",
+                                      str(tmp_path / "out"), "--exclude", str(tmp_path / "left_out.json")])
+    with pytest.raises(UserError, match="none of its ids, such as 'nope', is one of .*mine.json"):
+        ablate.main()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("arguments", [["--grid", "kl", "--see", "7"], ["--vary", "see=7,8"]])
 def test_a_flag_that_is_cut_short_is_none(arguments, capsys):
     with pytest.raises(SystemExit):

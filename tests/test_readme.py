@@ -178,7 +178,9 @@ def workplace(tmp_path_factory):
     for name in ("A.json", "B.json"):
         (folder / name).write_text(json.dumps(scores))
     shutil.copytree(ROOT / "docs" / "shop", folder / "docs" / "shop")
-    for place in ("demo_data/seed-0/shop/shop.sqlite", "demo_data/seed-0/music/music.sqlite", "my/shop.sqlite", "SPIDER/database/concert_singer/concert_singer.sqlite"):
+    (folder / "demo_data" / "seed-0" / "shop").mkdir(parents=True)
+    shutil.copy(database, folder / "demo_data" / "seed-0" / "shop" / "shop.sqlite")
+    for place in ("my/shop.sqlite", "SPIDER/database/concert_singer/concert_singer.sqlite"):
         (folder / place).parent.mkdir(parents=True)
         with closing(sqlite3.connect(folder / place)) as connection:
             connection.executescript((ROOT / "docs" / "shop" / "shop.sql").read_text())
