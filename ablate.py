@@ -218,8 +218,8 @@ def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Ru
               for seed in range(given.seeds)]
     runs = [make(cell, start.seed, folders[cell], start=str(start.folder / "checkpoints" / "step-0"), **flags_of[cell])
             for start in starts for cell in cells]
-    prompts = {start.seed: start.settings.prompts for start in starts}  # which all that begins with them takes over
-    runs = [replace(run, settings=replace(run.settings, prompts=prompts[run.seed])) for run in runs]
+    prompts = starts[0].settings.prompts  # those of all starts, which all that begins with them takes over
+    runs = [replace(run, settings=replace(run.settings, prompts=prompts)) for run in runs]
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
             check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE_ON_RESUME, DEFAULTS_BEFORE)  # unlocked

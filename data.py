@@ -12,13 +12,12 @@ What is held back from training
     whole databases for the test of a benchmark, else questions, together with all that share their text or gold SQL.
 """
 
-import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from running.errors import UserError, is_config_of_run
+from running.errors import UserError, stored_settings
 from text2sql.example import Example
 from text2sql.holdout import HeldBack, hold_out, not_shared, part_size, question_key
 from text2sql.prompts import PromptBuilder, PromptConfig
@@ -257,14 +256,8 @@ def run_config_of(model: str) -> dict | None:
         places.append(folder.parents[1])
     if folder.parent.name == "checkpoints":
         places.append(folder.parents[1])
-    for place in places:
-        try:
-            config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if is_config_of_run(config):
-            return config
-    return None
+    found = (stored_settings(place) for place in places)
+    return next((config for config in found if config is not None), None)
 
 
 def as_its_run(given: Mapping, run: Mapping | None) -> dict:

@@ -7,7 +7,6 @@ fine-tuning); none was tuned here.
 """
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from grpo import GRPOConfig
 from policy import ADAPTERS, config_of, prefers_bf16
 from rewards import MemoryGate, RewardConfig
 from running import options
-from running.errors import UserError
+from running.errors import UserError, stored_settings
 from running.guards import GuardConfig
 from running.options import HIGHEST_SEED, option
 from running.recipes import RECIPES, recipe_values
@@ -64,11 +63,10 @@ def defaults_of_kind(config: dict | None, lora: bool, traces: bool) -> dict:
 
 def settings_of_run(folder: str) -> dict:
     """The settings of the run in a folder; none where they cannot be read, which opening the folder reports."""
-    try:
-        stored = dict(json.loads((Path(folder) / "config.json").read_text()))
-        return {"log": "tensorboard" if stored.get("tensorboard") else ""} | stored  # as --log was called before
-    except (OSError, ValueError, TypeError):
+    stored = stored_settings(Path(folder))
+    if stored is None:
         return {}
+    return {"log": "tensorboard" if stored.get("tensorboard") else ""} | stored  # as --log was called before
 
 
 @dataclass(frozen=True)

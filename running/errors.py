@@ -137,3 +137,12 @@ def visible(text: str) -> str:
 def is_config_of_run(config) -> bool:
     """Whether the content of a config.json is a training run's; a model's folder has a file of that name, too."""
     return isinstance(config, dict) and isinstance(config.get("data"), str) and "model_type" not in config
+
+
+def stored_settings(folder: Path) -> dict | None:
+    """The settings of the training run in a folder; None where there is none, or its config.json cannot be read."""
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return stored if is_config_of_run(stored) else None

@@ -25,7 +25,7 @@ from types import MappingProxyType
 
 import torch
 
-from running.errors import UserError, flush, is_config_of_run, write_whole
+from running.errors import UserError, flush, is_config_of_run, stored_settings, write_whole
 
 TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 
@@ -61,7 +61,7 @@ class RunFolder:
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock()
-            place = stored_settings(self.path).get("cwd") if self.resumes else None
+            place = (stored_settings(self.path) or {}).get("cwd") if self.resumes else None
             written = settings | {"cwd": place or str(Path.cwd())}  # what relative paths among them are relative to
             write_whole(config, json.dumps(written, indent=2) + "\n")
         except OSError as error:
@@ -82,7 +82,7 @@ class RunFolder:
     def _is_free(self) -> bool:
         """Whether nothing is lost when a run begins here."""
         others = {path.name for path in self.path.iterdir()} - BEFORE_THE_START
-        ours = bool(stored_settings(self.path)) and all(map(LOGS.fullmatch, others))
+        ours = stored_settings(self.path) is not None and all(map(LOGS.fullmatch, others))
         return (ours or not others) and not any(
             self.path.glob("checkpoints/[!.]*"))  # of ours or of somebody else: the folder may be deleted with it
 
@@ -185,15 +185,6 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def stored_settings(folder: Path) -> dict:
-    """The settings of the run in a folder; none where there is none, or they cannot be read."""
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return stored if is_config_of_run(stored) else {}
 
 
 def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...], defaults: Mapping) -> None:

@@ -111,10 +111,13 @@ def test_killed_and_started_again_gives_the_same_json(own_data, tmp_path, monkey
 FENCES = ["<think> a </think> ```sql\nSELECT COUNT(*) FROM singer\n```", "<think> a </think>\r\n```sql SELECT COUNT(*) FROM singer```"]
 
 
-@pytest.mark.parametrize("parse", [
+WHAT_ASKS_A_MODEL = pytest.mark.parametrize("parse", [
     lambda *flags: evaluate.parse_arguments(flags)[1],
     lambda *flags: ask.parse_arguments([*flags, "--database", "any.sqlite", "Who?"])[1],
     lambda *flags: sft.parse_arguments([*flags, "--mine", "mined.jsonl"])[0]], ids=["evaluate", "ask", "mine"])
+
+
+@WHAT_ASKS_A_MODEL
 def test_completions_may_be_as_long_as_in_the_run_that_made_the_model(parse, tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"data": "spider", "max_completion_tokens": 33}))
@@ -124,10 +127,7 @@ def test_completions_may_be_as_long_as_in_the_run_that_made_the_model(parse, tmp
     assert parse("--model", "qwen2.5-3b").max_completion_tokens == 512
 
 
-@pytest.mark.parametrize("parse", [
-    lambda *flags: evaluate.parse_arguments(flags)[1],
-    lambda *flags: ask.parse_arguments([*flags, "--database", "any.sqlite", "Who?"])[1],
-    lambda *flags: sft.parse_arguments([*flags, "--mine", "mined.jsonl"])[0]], ids=["evaluate", "ask", "mine"])
+@WHAT_ASKS_A_MODEL
 def test_answers_are_read_as_in_the_run_that_made_the_model(parse, tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"data": "spider", "lenient_format": True}))
