@@ -25,9 +25,8 @@ Each reward is asked blindly, of right answers as of wrong ones, which a run doe
 
 The last three are ideas, not rewards that can be trained with.
 
-A second table says what a join earns, by whether the gold query has one: how often answers with a join / without are
-right and run, and, in groups that have both, how much more those with a join earn by execution (with 1 or 0 for SQL
-that only runs) and with the atomic reward.
+A second table is about joins: how often answers with one / without one are right and run, by whether the gold query has
+one. What a whole set of rewards pushes, there and elsewhere, bench/first_step.py says.
 """
 
 import argparse
@@ -219,28 +218,15 @@ def used_names(sql: str) -> set[str]:
 # ---- figures
 
 
-def what_a_join_earns(groups: Sequence[Sequence[Answer]], atomic: Blind) -> list[str]:
+def by_joins(groups: Sequence[Sequence[Answer]]) -> list[str]:
     """Markdown, a row for questions whose gold has no join, and one for those whose gold has."""
-    sums = {"execution": (1, 0), "0 for running": (0, 0), "+ atomic": (1, 1), "+ atomic, 0 for running": (0, 1)}
-    lines = [f"| gold | groups | right, % | runs, % | {' | '.join(f'{name}, more' for name in sums)} |",
-             "|---|---|---|---|" + "---|" * len(sums)]
-
-    def earned(answers, overlaps, runs, weight) -> float:
-        return fmean(2.0 if a.right else runs * a.runs + weight * overlap
-                     for a, overlap in zip(answers, overlaps, strict=True))
-
+    lines = ["| gold | groups | right, % | run, % |", "|---|---|---|---|"]
     for kind, wanted in (("no join", False), ("joins", True)):
         chosen = [group for group in groups if group and bool(JOIN.search(group[0].golds[0])) is wanted]
-        split = [[[a for a in group if bool(JOIN.search(a.sql)) is joins] for joins in (True, False)]
-                 for group in chosen]
-        sides = [[a for pair in split for a in pair[side]] for side in (0, 1)]
+        sides = [[a for group in chosen for a in group if bool(JOIN.search(a.sql)) is joins] for joins in (True, False)]
         shares = [" / ".join(f"{100 * fmean(getattr(a, name) for a in side):.1f}" if side else "–" for side in sides)
                   for name in ("right", "runs")]
-        both = [[(side, atomic(side)) for side in pair] for pair in split if all(pair)]
-        more = [fmean(earned(*joins, *how) - earned(*none, *how) for joins, none in both) if both else 0.0
-                for how in sums.values()]
-        lines.append(f"| {kind} | {len(both)} of {len(chosen)} | {' | '.join(shares)} | "
-                     f"{' | '.join(f'{value:+.2f}' for value in more)} |")
+        lines.append(f"| {kind} | {len(chosen)} | {' | '.join(shares)} |")
     return lines
 
 
@@ -306,7 +292,7 @@ def main() -> None:
     shaped = [answer for group in groups for answer in group]
     print(f"{len(groups)} groups; of {sum(len(record['completions']) for record in records)} completions {len(shaped)} "
           f"have the format, {sum(a.runs for a in shaped)} run and {sum(a.right for a in shaped)} are right\n")
-    print(*table(groups, blind), "", *what_a_join_earns(groups, rewards.atomic), sep="\n")
+    print(*table(groups, blind), "", *by_joins(groups), sep="\n")
 
 
 if __name__ == "__main__":

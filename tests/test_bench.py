@@ -1,14 +1,17 @@
 """The benches measure what they say: same lengths on every side, no logits beyond a chunk, what dense rewards say."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import ablate
 from policy import build_tiny
 from settings import parse_settings
 from text2sql import demo_world
@@ -16,6 +19,7 @@ from text2sql import demo_world
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 import dense  # noqa: E402
+import first_step  # noqa: E402
 import knows  # noqa: E402
 import scaling  # noqa: E402
 import steps  # noqa: E402
@@ -119,7 +123,7 @@ def test_what_rewards_know_of_answers(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0] == "1 groups; of 4 completions 3 have the format, 2 run and 1 are right"
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (line.split("|") for line in lines[4:8])}
-    assert lines[-2].startswith("| no join | 0 of 1 | – / 33.3 | – / 66.7 |")
+    assert lines[-2] == "| no join | 1 | – / 33.3 | – / 66.7 |"
     whole, chance = "100.0 [100.0, 100.0]", "50.0 [50.0, 50.0]"
     assert rows["atomic"][0] == rows["result"][0] == whole and rows["atomic"][3] == ""  # no group is all wrong
     assert rows["scope"][2] == whole  # the second names a column that is nowhere
@@ -128,7 +132,7 @@ def test_what_rewards_know_of_answers(tmp_path):
     assert wrong.returncode == 2 and "no 'wit'" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_what_a_join_earns_by_hand():
+def test_how_answers_with_a_join_fare_by_hand():
     def answer(gold, sql, right, runs):
         return knows.Answer("db", "?", (gold,), "", sql, right, runs, 0.0)
 
@@ -136,9 +140,8 @@ def test_what_a_join_earns_by_hand():
     groups = [[answer(one, one, True, True), answer(one, two, False, True)],
               [answer(two, one, False, True), answer(two, two, True, True), answer(two, two, False, False)],
               [answer(two, two, False, False)]]
-    assert knows.what_a_join_earns(groups, lambda answers: [0.5] * len(answers))[2:] == [
-        "| no join | 1 of 1 | 0.0 / 100.0 | 100.0 / 100.0 | -1.00 | -2.00 | -0.50 | -1.50 |",
-        "| joins | 1 of 2 | 33.3 / 0.0 | 33.3 / 100.0 | +0.00 | +1.00 | -0.25 | +0.75 |"]
+    assert knows.by_joins(groups)[2:] == ["| no join | 1 | 0.0 / 100.0 | 100.0 / 100.0 |",
+                                          "| joins | 2 | 33.3 / 0.0 | 33.3 / 100.0 |"]
 
 
 def test_figures_of_what_rewards_know_are_those_of_pairs_within_a_group():
@@ -154,3 +157,36 @@ def test_figures_of_what_rewards_know_are_those_of_pairs_within_a_group():
     assert knows.estimate([[1.0, 0.0], []], percent=True) == "50.0 [50.0, 50.0]" and knows.estimate([[]], True) == ""
     assert knows.used_names("SELECT T1.Name, COUNT(*) AS n FROM singer AS T1 WHERE x > 'a b' ORDER BY n DESC") == {
         "name", "singer", "x"}
+
+
+def test_a_push_is_the_derivative_of_a_table_of_probabilities():
+    rng = np.random.default_rng(0)
+    advantages, x, small = rng.normal(size=(3, 5)), rng.normal(size=(3, 5)), 1e-5
+    weights = np.exp([[[-small]], [[small]]] * advantages)  # [2, B, G]
+    before, after = (weights * x).sum(-1) / weights.sum(-1)
+    np.testing.assert_allclose(first_step.pushes(advantages, x), (after - before) / (2 * small), atol=1e-8)
+
+
+def test_what_the_first_step_of_each_cell_pushes(tmp_path):
+    record = next(record for record in demo_world.load("cold", tmp_path)[0] if record["sql"].startswith("SELECT COUNT(*) FROM "))
+    gold = record["sql"]
+    table = gold.split()[3]
+    sqls = [gold, f"SELECT 1 FROM {table}", f"SELECT nothing FROM {table} JOIN {table}"]
+    texts = [f"<think> {record['trace']} </think> {sql}" for sql in sqls] + ["not in the format"]
+    log = [record | {"gold_sqls": [gold], "completions": [{"text": text} for text in group]}
+           for group in (texts, texts[3:] * 4)]
+    config = parse_settings(["--data-dir", str(tmp_path), "--advantage-scale", "group"]).as_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(group) + "\n" for group in log))
+    done = bench("first_step.py", tmp_path, "--grid", "dense")
+    assert done.returncode == 0, done.stderr
+    rows = {cells[1].strip(): [cell.split()[0] for cell in cells[2:-1] if cell.strip()]
+            for cells in (line.split("|") for line in done.stdout.splitlines()[2:])}
+    assert list(rows) == list(ablate.GRIDS["dense"])
+    # rewards 3, 2, 1 and 0 have a deviation of 1.291; the other group is flat and has no right answer
+    right, runs, fails = (value / 1.291 for value in (1.5, 0.5, -0.5))
+    assert rows["execution"] == ["50.0", f"{right / 8:+.3f}", f"{(right + runs) / 8:+.3f}", f"{fails / 8:+.3f}", "+0.000"]
+    assert rows["+ atomic"][0] == "50.0" and float(rows["+ atomic"][1]) < right / 8  # wrong answers earn something, too
+    said = next(line for line in done.stdout.splitlines() if line.startswith("| + atomic")).split("|")[3]
+    value, difference = re.match(r" (\S+) \((\S+) \[", said).groups()
+    assert float(difference) == pytest.approx(float(value) - right / 8, abs=1e-3)
