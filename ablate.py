@@ -26,7 +26,8 @@ Measures of a run
   pass@N          whether one of the N = --samples answers to a question is right
   joins           JOINs in a greedy answer that has SQL: fewer than at the start mean that queries grow simpler
   result groups   different results among the --samples answers to a question
-  collapse        1 when the last accuracy on dev is more than 5 points below its best, else 0
+  collapse        1 when the last accuracy on dev is more than 5 points below its best, else 0 (both in ablation.json)
+  voted accuracy  of the value-aware vote among the --samples answers (in ablation.json)
   seconds         of its steps, evaluations not counted
 """
 
@@ -102,12 +103,15 @@ STEP = re.compile(r"step-(\d+)")  # folders of other names are not ours
 # Flags of train.py that are set here, and by what.
 RESERVED = {"seed": "see --seeds", "output": "see --output", "test_questions": "see --questions",
             "resume": "the same command continues", "start": "one for all runs of a seed"}
-# Flags that shape the cold start cannot differ between runs that share it; eval_questions are held back from it, too.
+# The best policy, by which a run is measured, is chosen as often in all runs of a table.
+MAY_CHANGE = tuple(name for name in MAY_CHANGE_ON_RESUME if name != "eval_every")
+# Flags that shape the cold start cannot differ between runs that share it; eval_questions are held back from it, and
+# `match` is what the start is measured by.
 OF_THE_START = {"model", "lora_rank", "recipe", "data", "data_dir", "split", "world", "traces", "eval_questions",
-                *(flag_of(field).removeprefix("--").replace("-", "_") for config in (SFTConfig, PromptConfig)
+                "match", *(flag_of(field).removeprefix("--").replace("-", "_") for config in (SFTConfig, PromptConfig)
                   for field in fields(config))}
-SHOWN = ("accuracy", "area", "flat groups", "all wrong", "reward spread", "does not run", "joins", "result groups",
-         "collapse", "seconds")
+SHOWN = ("accuracy", "area", "flat groups", "all wrong", "reward spread", "does not run", "greedy does not run",
+         "joins", "result groups", "collapse", "seconds")
 APART = ("curve", "right")  # of a run, but no measures of their own
 PLAIN = ("reward spread", "joins", "result groups", "seconds")  # not shares, so not shown in per cent
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -222,7 +226,7 @@ def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Ru
     runs = [replace(run, settings=replace(run.settings, prompts=prompts)) for run in runs]
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
-            check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE_ON_RESUME, DEFAULTS_BEFORE)  # unlocked
+            check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE, DEFAULTS_BEFORE)  # unlocked
     return starts, runs
 
 
@@ -588,12 +592,7 @@ def main() -> int:
     run = starts[0].settings.run
     if run.data != "demo":
         check_excluded(given.exclude, run.data, run.data_dir, evaluated_split(run))
-    try:
-        given.output.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=given.output):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to --output {given.output}: {error.strerror}; give another folder") from error
+    check_writable(given.output)
     baseline, failures = runs[0].cell, 0
     results = {run.cell: {} for run in starts + runs}  # {cell: {seed: measures}}
     threads = runs[0].settings.run.threads
@@ -625,6 +624,16 @@ def main() -> int:
     print(text)
     print(f"{given.output / 'ablation.json'}, table.md, curves.svg")
     return 1 if failures else 0
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError: nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to --output {folder}: {error.strerror}; give another folder") from error
 
 
 def progress_line(run: Run, error: BaseException | None, measures: dict) -> str:

@@ -12,9 +12,12 @@ What is held back from training
     whole databases for the test of a benchmark, else questions, together with all that share their text or gold SQL.
 """
 
+import filecmp
+import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 from running.errors import UserError, stored_settings
@@ -306,8 +309,24 @@ def lineage(run: dict | None) -> Iterator[dict]:
     while run and run not in known:
         known.append(run)
         yield run
-        source = run.get("start") or run.get("model")
-        run = run_config_of(str(path_of(run, source))) if source else None
+        run = began_with(run)
+
+
+def began_with(run: dict) -> dict | None:
+    """The settings of the run that made what a run began with: as it keeps them, for that folder may be gone; of an
+    older run those that are found there."""
+    if "began_with" in run:
+        return run["began_with"]
+    source = run.get("start") or run.get("model")
+    return run_config_of(str(path_of(run, source))) if source else None
+
+
+def hashes_of(splits: "Splits") -> dict[str, str]:
+    """{part: a hash of its questions with all that they bring along}, by which a resumed run knows them again."""
+    parts = {"training questions": splits.train, "dev questions": splits.dev, "traces": splits.traced,
+             "test questions": [example for part in splits.tests.values() for example in part]}
+    return {name: sha256(json.dumps([astuple(example) for example in part]).encode()).hexdigest()[:16]
+            for name, part in parts.items()}
 
 
 def path_of(run: dict, path: str) -> Path:
@@ -326,8 +345,11 @@ def training_questions(run: dict) -> Dataset:
 
 
 def _same_data(name: str, run: dict) -> bool:
-    """Whether a run was trained on these data: the same benchmark, or the same file."""
-    return Path(name).resolve() == path_of(run, run["data"]).resolve() if is_own(name) else run["data"] == name
+    """Whether a run was trained on these data: the same benchmark, or the same file or a copy of it."""
+    if not is_own(name):
+        return run["data"] == name
+    mine, theirs = Path(name).resolve(), path_of(run, run["data"]).resolve()
+    return mine == theirs or mine.is_file() and theirs.is_file() and filecmp.cmp(mine, theirs, shallow=False)
 
 
 def _splits_of(name, data_dir, run: dict) -> Splits:

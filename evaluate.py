@@ -101,7 +101,8 @@ class EvaluateConfig:
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl")
     data_dir: str | None = option(None, "folder of the data and its databases")
     split: str = option("dev", "the split to evaluate on")
-    world: str = option("default", "world of the demo: default, or hard, where most traces are wrong")
+    world: str = option("default", "world of the demo: default, or hard, where most traces above the simple tier "
+                                   "are wrong")
     limit: int = option(0, "only this many questions, the first; 0: all", at_least=0)
     exclude: str | None = option(None, "file with a JSON list of question ids to leave out")
     samples: int = field(default=1, metadata={"at_least": 1})  # -n

@@ -58,7 +58,7 @@ class GRPOConfig:
     sampler_cap: float = _setting(0.0, "a token weighs min(π / sampler's π, this) (TRL: 2); 0: it weighs 1", at_least=0)
     sampler_veto: float = _setting(0.0, "drop completions with a larger |log(π / sampler's π)|; 0: none", at_least=0)
     updates_per_rollout: int = _setting(1, "optimizer steps on each batch of rollouts", at_least=1)
-    micro_batch: int = _setting(0, "completions per forward pass of the update; 0: the whole group", at_least=0)
+    micro_batch: int = _setting(0, "completions per forward pass of the update; 0: whole groups", at_least=0)
     rollout_batch: int = _setting(256, "completions decoded side by side", at_least=1)
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this global norm; 0: they are not", at_least=0)
     overlong: str = _setting("keep", "truncated completions: keep, mask in the loss, or penalise long ones (DAPO)",

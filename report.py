@@ -320,7 +320,8 @@ def settings_list(config: dict) -> str:
 
     if not config:
         return "<p>There is no readable config.json.</p>"
-    config = {name: value for name, value in config.items() if name != "cwd"}  # a place, no setting
+    others = ("cwd", "began_with", "questions")  # no settings
+    config = {name: value for name, value in config.items() if name not in others}
     return (f'<dl class="settings">{pairs([name for name in KEY_SETTINGS if name in config])}</dl>'
             f"<details><summary>All {len(config)} settings</summary>"
             f'<dl class="settings all">{pairs(sorted(config))}</dl></details>')

@@ -29,7 +29,7 @@ TINY = {"steps": 200, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_pe
         "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
         "max_completion_tokens": 80, "save_every": 100, "eval_every": 40, "cold_start_steps": 300,
         "cold_start_lr": 3e-3, "prompt_loss": 0.3}
-# A group's training with LoRA fits 24 GB up to 4 billion parameters, and 40 GB above (docs/recipes.md).
+# A group's training with LoRA fits 24 GB up to 4 billion parameters, and 40 GB up to 7 (docs/recipes.md).
 KINDS = {  # of pretrained models, up to so many parameters
     1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": True,
           "max_prompt_tokens": 2048, "max_completion_tokens": 1024},
@@ -38,7 +38,7 @@ KINDS = {  # of pretrained models, up to so many parameters
     float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True,
                    "max_prompt_tokens": 4096, "max_completion_tokens": 1536},
 }
-LORA_LR = 10  # times the learning rate
+LORA_LR = 10  # times the learning rates
 
 
 def parameters_of(config: dict | None) -> float:
@@ -55,10 +55,10 @@ def defaults_of_kind(config: dict | None, lora: bool, traces: bool) -> dict:
     if config is None:
         return TINY
     start, parameters = {} if traces else {"cold_start_steps": 0}, parameters_of(config)
-    if parameters == float("inf"):
-        return start
-    values = next(values for limit, values in KINDS.items() if parameters <= limit)
-    return start | values | ({"lr": LORA_LR * values["lr"]} if lora else {})
+    known = parameters < float("inf")
+    values = next(values for limit, values in KINDS.items() if parameters <= limit) if known else {}
+    rates = {"lr": LORA_LR * values.get("lr", RunConfig.lr), "cold_start_lr": LORA_LR * SFTConfig.cold_start_lr}
+    return start | values | (rates if lora else {})
 
 
 def settings_of_run(folder: str) -> dict:
@@ -96,7 +96,8 @@ class RunConfig:
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl", common=True)
     data_dir: str | None = option(None, "folder of the data and its databases", common=True)
     split: str = option("train", "the split to train on")
-    world: str = option("default", "world of the demo: default, or hard, where most traces are wrong")
+    world: str = option("default", "world of the demo: default, or hard, where most traces above the simple tier "
+                                   "are wrong")
     start: str | None = option(None, "begin with this checkpoint of an earlier run of --model, without a cold start; "
                                      "prompts are written as in that run")
     traces: str | None = option(None, "a .json or .jsonl whose records have a `trace`, for cold start and memory; "
@@ -138,7 +139,8 @@ class RunConfig:
 class SFTConfig:
     """Settings of the cold start."""
 
-    cold_start_steps: int = option(400, "supervised steps before GRPO; 0: none", at_least=0, common=True)
+    cold_start_steps: int = option(400, "supervised steps before GRPO; 0: none, which a pretrained model has without "
+                                       "--traces", at_least=0, common=True)
     cold_start_batch: int = option(32, "traces per supervised step", at_least=1)
     cold_start_lr: float = option(1e-5, "peak learning rate of the cold start", above=0)
     prompt_loss: float = option(0.0, "weight of the loss on prompt tokens; a policy from random weights learns to copy "

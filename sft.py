@@ -298,7 +298,8 @@ class MineConfig:
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl")
     data_dir: str | None = option(None, "folder of the data and its databases")
     split: str = option("train", "the split to mine")
-    world: str = option("default", "world of the demo: default, or hard, where most traces are wrong")
+    world: str = option("default", "world of the demo: default, or hard, where most traces above the simple tier "
+                                   "are wrong")
     limit: int = option(0, "only this many questions, drawn by the seed; 0: all", at_least=0)
     samples: int = field(default=8, metadata={"at_least": 1})  # -n
     temperature: float = option(1.0, "of sampling", above=0)

@@ -28,7 +28,16 @@ from tqdm import tqdm
 
 import evaluate
 import report
-from data import PromptBuilder, Splits, columns_of, load_splits, not_seen_before, path_of, run_config_of
+from data import (
+    PromptBuilder,
+    Splits,
+    began_with,
+    columns_of,
+    hashes_of,
+    load_splits,
+    not_seen_before,
+    run_config_of,
+)
 from engine import distributed, plan
 from engine.attention import causal_lm
 from engine.fast import ENGINES
@@ -129,15 +138,15 @@ def run_all(s: Settings) -> int:
     traces = None if run.traces == "template" else run.traces
     data = load_splits(run.data, run.data_dir, run.split, traces=traces, seed=run.seed,
                        world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
-    resumed = run_config_of(run.output) if run.resume else None
-    source = str(path_of(resumed or {}, run.start or run.model))
-    earlier = run_config_of(source)
+    resumed, source = run_config_of(run.output) if run.resume else None, run.start or run.model
+    earlier = began_with(resumed) if resumed else run_config_of(source)
     if earlier and not resumed:
         print(f"prompts are written as in the run that made {source}, unless a flag says otherwise: style "
               f"{s.prompts.template or s.prompts.style}, up to {s.prompts.max_prompt_tokens} tokens")
     data = not_seen_before(data, run.data, run.data_dir, earlier)
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
-                                                   may_change=MAY_CHANGE_ON_RESUME, defaults=DEFAULTS_BEFORE))
+                                                   may_change=MAY_CHANGE_ON_RESUME, defaults=DEFAULTS_BEFORE,
+                                                   made_of={"began_with": earlier, "questions": hashes_of(data)}))
     for note in data.notes:
         print(note)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; `stop_signals` is kinder while steps run
@@ -163,6 +172,7 @@ class Step:
     examples: list  # B
     groups: list[Group]  # B
     breakdowns: list[list[RewardBreakdown]]  # B times G
+    sampled: list[tuple]  # (group, breakdowns) of all groups, also those that --dynamic-sampling replaced
     advantages: torch.Tensor  # [B, G]
     stats: dict[str, float]  # of the update
     token_ratios: dict  # {number of a group: a dict a completion}, see `Trainer.token_ratios`
@@ -241,9 +251,7 @@ class Trainer:
         """One GRPO step: sample → score → advantages → update."""
         s, policy, clock = self.s, self.policy, Stopwatch()
         self.scorer.reset_seconds()
-        examples, groups, breakdowns = self.rollout(clock)  # [B], [B], [B][G]
-        if s.grpo.overlong == "penalise":  # half the margin, so that a correct completion still outranks a wrong one
-            breakdowns = penalise(breakdowns, 0.5 * s.rewards.margin * overlong_penalty(groups, s.grpo))
+        (examples, groups, breakdowns), sampled = self.rollout(clock)  # [B], [B], [B][G]
         rewards = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
         if s.grpo.advantage_scale == "gdpo":
             apart, weights = rewards_apart(breakdowns, s.rewards)  # [K][B][G], [K]
@@ -261,7 +269,7 @@ class Trainer:
         ref_logps = None
         if self.reference:
             with self.autocast(cache=False), self.reference.active(self.device) as model:
-                ref_logps = reference_logprobs(model, batches, s.grpo, ENGINES[s.run.engine])
+                ref_logps = reference_logprobs(model, batches, s.grpo, ENGINES[s.run.engine])  # never sharded
         clock.lap("reference")
 
         for group in self.optimizer.param_groups:
@@ -275,7 +283,7 @@ class Trainer:
         ratios = self.token_ratios(groups, watched, before, self.group_logps(groups, watched))
         clock.lap("update")
         stats = distributed.merge_stats(stats) | {"flat_groups": (~advantages.any(1)).float().mean().item()}
-        return Step(examples, groups, breakdowns, advantages, stats, ratios, clock.laps)
+        return Step(examples, groups, breakdowns, sampled, advantages, stats, ratios, clock.laps)
 
     def log(self, step: Step) -> dict:
         """Writes what became of a step; returns its line of metrics."""
@@ -284,7 +292,7 @@ class Trainer:
                   "sql_worker_restarts": sum(distributed.gather(self.executor.worker_restarts)),
                   "questions_drawn": self.drawn}
         parts = (*COMPONENTS, "overlong") if self.s.grpo.overlong == "penalise" else COMPONENTS
-        metrics = step_metrics(self.step, step.groups, step.breakdowns, parts, step.stats, step.seconds, extra)
+        metrics = step_metrics(self.step, *zip(*step.sampled, strict=True), parts, step.stats, step.seconds, extra)
         if not distributed.is_main():
             return metrics
         self.folder.log("metrics", [metrics])
@@ -322,14 +330,15 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- a step's verbs
 
-    def rollout(self, clock: "Stopwatch") -> tuple[list, list, list]:
+    def rollout(self, clock: "Stopwatch") -> tuple[tuple[list, list, list], list[tuple]]:
         """B examples with their groups and the groups' RewardBreakdowns; each process samples and scores a part.
 
         With --dynamic-sampling, questions whose completions are all right or all wrong give way to fresh ones while
-        extra rollouts are left; what is still missing then is filled up with the last of them.
+        extra rollouts are left; what is still missing then is filled up with the last of them. So also returned: the
+        (group, breakdowns) of all that was sampled, for what is chosen by its accuracy cannot tell that of the policy.
         """
         s, policy = self.s, self.policy
-        kept, others, B = [], [], s.run.prompts_per_step
+        kept, others, sampled, B = [], [], [], s.run.prompts_per_step
         for _ in range(1 + s.run.dynamic_sampling):
             seeds = [s.run.seed * 1_000_003 + self.drawn + i for i in range(B)]  # by a question's turn in the run
             questions = self.next_questions()
@@ -342,14 +351,15 @@ class Trainer:
             clock.lap("rollout")
             scored = self.score(examples, groups)
             clock.lap("rewards")  # the seconds of each component are in scorer.seconds
+            sampled += [(group, row) for _, group, row in scored]
             if not s.run.dynamic_sampling:
-                return tuple(map(list, zip(*scored, strict=True)))
+                return tuple(map(list, zip(*scored, strict=True))), sampled
             kept += [item for item in scored if has_right_and_wrong(item[2])]
             others += [item for item in scored if not has_right_and_wrong(item[2])]
             if len(kept) >= B:
                 break
         chosen = kept[:B] + others[len(others) - max(0, B - len(kept)):]
-        return tuple(map(list, zip(*chosen, strict=True)))
+        return tuple(map(list, zip(*chosen, strict=True))), sampled
 
     def next_questions(self) -> list:
         """The next B (example, prompt ids): a fresh order each epoch, a function of seed and `drawn` alone."""
@@ -367,6 +377,8 @@ class Trainer:
                  for example, group in zip(examples, groups, strict=True) for completion in group.completions]
         breakdowns = distributed.everywhere(lambda: self.scorer.score(items, remember=False), RewardError)
         rows = [breakdowns[i:i + G] for i in range(0, len(breakdowns), G)]
+        if self.s.grpo.overlong == "penalise":  # half the margin, so that a correct one still outranks a wrong one
+            rows = penalise(rows, 0.5 * self.s.rewards.margin * overlong_penalty(groups, self.s.grpo))
         scored = distributed.merge(list(zip(examples, groups, rows, strict=True)))
         if self.scorer.memory is not None and distributed.size() > 1:
             self.scorer.memory.exchange(((item.db_id, b.thought) for item, b in zip(items, breakdowns, strict=True)
@@ -448,6 +460,7 @@ class Trainer:
                                         answer_style=self.s.prompts.answer_style, progress=distributed.is_main())
         scores = evaluate.score_predictions(examples[mine], sqls, self.executor,
                                             levels=evaluate.difficulty_levels(examples)[mine])
+        scores = [score if sql else replace(score, status="format") for score, sql in zip(scores, sqls, strict=True)]
         return evaluate.summarise(distributed.merge(scores))
 
     def evaluation_is_due(self) -> bool:
@@ -461,7 +474,7 @@ class Trainer:
         if accuracy > self.best:
             self.best = accuracy
             policy = self.savable_policy()
-            distributed.on_main(lambda: self.folder.save_best(policy))
+            distributed.on_main(lambda: self.folder.save_best(policy, self.step))
         return accuracy
 
     def compare(self) -> None:
@@ -605,7 +618,10 @@ class Trainer:
     def _usable(self, examples: list, name: str) -> list:
         """(example, prompt ids) of the questions whose gold SQL runs and whose prompt fits; says what was left out."""
         mine = examples[distributed.share_of(len(examples))]
-        golds = self.executor.run_gold([(e.db_id, e.gold_sqls[0]) for e in mine])
+        compared = MATCHES[self.s.run.match].prepare  # a gold that fails as it is compared makes no answer right
+        golds, also = (self.executor.run_gold([(e.db_id, read(e.gold_sqls[0])) for e in mine])
+                       for read in (str, compared))
+        golds = [gold if other.status == "ok" else other for gold, other in zip(golds, also, strict=True)]
         golds = distributed.merge([gold.status if gold.status != "ok" or gold.rows else "empty" for gold in golds])
         wanted = {"ok"} if self.s.run.empty_gold == "drop" and name == "training" else {"ok", "empty"}
         kept = [e for e, status in zip(examples, golds, strict=True) if status in wanted]
@@ -647,6 +663,8 @@ class Trainer:
         state = load_state(checkpoint)
         self.step, self.drawn = state["step"], state["drawn"]
         self.best, self.before = state.get("best_accuracy", -1.0), state["before"]  # `best` was a mean over tiers
+        if self.folder.step_of_best() > step:  # of a step that is done again, and the best one before it is gone
+            self.best = -1.0
         distributed.load_full_state(self.optimizer, state["optimizer"])
         if self.reference:
             self.reference.load(self.first_checkpoint)

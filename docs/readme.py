@@ -83,7 +83,7 @@ def flag_row(command: str, action: argparse.Action) -> str:
     cell = "CPU cores" if (command, action.dest) in CORES else default_cell(command, action.dest, default)
     name = " ".join(filter(None, (", ".join(action.option_strings), values_of(action))))
     star = " *" if field and field.metadata.get("common") else ""
-    return f"| `{name}`{star} | {cell} | {text.replace('|', '/')} |"
+    return f"| `{name}`{star} | {cell} | {text.replace('|', chr(92) + '|')} |"
 
 
 def default_cell(command: str, name: str, default: str | None) -> str:
@@ -136,8 +136,8 @@ def needs() -> str:
     return fill(f"With `--lora-rank 16`, `--model qwen2.5-3b` needs {lora[0]:.1f} GB of GPU memory (a card of "
                 f"{card(lora[0])} GB) and {lora[1]:.0f} GB of disk for checkpoints. Training all weights needs "
                 f"{full[0]:.1f} GB (a card of {card(full[0])} GB) and {full[1]:.0f} GB of disk. `python train.py "
-                "--plan 24 --model qwen2.5-3b --lora-rank 16` computes this and loads nothing. The time of a step has "
-                "not been measured on a GPU yet.", width=120, break_on_hyphens=False)
+                "--plan 24 --model qwen2.5-3b --lora-rank 16` computes this and loads nothing. The time of such a step "
+                "has not been measured.", width=120, break_on_hyphens=False)
 
 
 def memory_and_disk(arguments: list[str]) -> tuple[float, float]:

@@ -31,6 +31,7 @@ TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 
 
 CHECKSUMS = "checksums.json"
+BEST_STEP = "step.txt"
 LOCK = ".lock"
 BEFORE_THE_START = {"config.json", "checkpoints", "gold_cache", LOCK}  # what a run without a checkpoint may have left
 LOGS = re.compile(r"wandb|events\.out\.tfevents.*")  # of --log, likewise
@@ -48,12 +49,13 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, settings: dict, *, resume: bool, may_change: tuple[str, ...] = (),
-                 defaults: Mapping = MappingProxyType({})):
+                 defaults: Mapping = MappingProxyType({}), made_of: Mapping = MappingProxyType({})):
+        """made_of: what else config.json keeps; of it `questions`, {part: hash}, must be the same when resumed."""
         self.path = Path(path)
-        config = self.path / "config.json"
-        self.resumes = resume or self._has_only_begun(settings, may_change, defaults)
+        config, known = self.path / "config.json", (may_change, defaults, made_of.get("questions"))
+        self.resumes = resume or self._has_only_begun(settings, *known)
         if resume:
-            check_settings(self.path, settings, may_change, defaults)
+            check_settings(self.path, settings, *known)
         elif self.path.exists() and not self.resumes and not self._is_free():
             raise UserError(f"{self.path} already holds a run or other files: continue it with --resume, choose "
                             "another --output, or delete it")
@@ -62,19 +64,20 @@ class RunFolder:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock()
             place = (stored_settings(self.path) or {}).get("cwd") if self.resumes else None
-            written = settings | {"cwd": place or str(Path.cwd())}  # what relative paths among them are relative to
+            # cwd: what relative paths among the settings are relative to
+            written = settings | {"cwd": place or str(Path.cwd())} | made_of
             write_whole(config, json.dumps(written, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
         for scratch in [*self.path.glob("checkpoints/.new-*"), *self.path.glob(".new-*"), *self.path.glob(".old-*")]:
             shutil.rmtree(scratch)  # left by a kill while saving
 
-    def _has_only_begun(self, settings: dict, may_change: tuple[str, ...], defaults: Mapping) -> bool:
+    def _has_only_begun(self, settings: dict, *known) -> bool:
         """Whether the same command was stopped before its first step: it goes on from its cold start."""
         if [step for step, _ in self.checkpoints()] != [0] or (self.path / "metrics.jsonl").exists():
             return False
         try:
-            check_settings(self.path, settings, may_change, defaults)
+            check_settings(self.path, settings, *known)
         except UserError:
             return False
         return True
@@ -176,9 +179,19 @@ class RunFolder:
             raise UserError(f"{self.path} has no whole checkpoint left to resume; start another --output")
         return None
 
-    def save_best(self, policy) -> None:
-        """Replaces best/ by this policy."""
-        replace_folder(self.path / "best", policy.save_merged)
+    def save_best(self, policy, step: int) -> None:
+        """Replaces best/ by this policy of a step."""
+
+        def fill(folder: Path) -> None:
+            policy.save_merged(folder)
+            (folder / BEST_STEP).write_text(f"{step}\n")
+
+        replace_folder(self.path / "best", fill)
+
+    def step_of_best(self) -> int:
+        """The step of the policy in best/; -1 where there is none, or an older version wrote it."""
+        file = self.path / "best" / BEST_STEP
+        return int(file.read_text()) if file.is_file() else -1
 
 
 def checksum(path: Path) -> str:
@@ -187,10 +200,12 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...], defaults: Mapping) -> None:
-    """Raises UserError when the folder holds no run, or one with other settings.
+def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...], defaults: Mapping,
+                   questions: Mapping | None = None) -> None:
+    """Raises UserError when the folder holds no run, or one with other settings or other questions.
 
     defaults: of settings that a run from before there was such a choice does not name.
+    questions: {part: hash}; None where they are not known.
     """
     config = folder / "config.json"
     if not config.is_file():
@@ -207,6 +222,10 @@ def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...], de
         if name not in may_change and name in stored and stored[name] != json.loads(json.dumps(value)):
             raise UserError(f"{folder} was started with {name} = {stored[name]}, not {value}: resume it with "
                             "the same settings, or start another --output")
+    for part, known in (stored.get("questions") or {}).items():
+        if questions and questions.get(part) != known:
+            raise UserError(f"{folder} was started with other {part}: put the files of the data back as they were, or "
+                            "start another --output")
 
 
 def damage(folder: Path) -> str | None:

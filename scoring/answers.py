@@ -220,7 +220,8 @@ class Progress:
 
 def fingerprint(config, prompts, examples: Sequence[Example], free: Collection[str]) -> dict:
     """All that the records of an examination depend on; `free` names the settings that do not change them."""
-    weights = sorted(Path(config.model).glob("*.safetensors")) + sorted(Path(config.model).glob("*.bin"))
+    model = Path(config.model)  # a folder, or a GGUF file
+    weights = [model] if model.is_file() else sorted(model.glob("*.safetensors")) + sorted(model.glob("*.bin"))
     return {**{name: value for name, value in vars(config).items() if name not in free}, **vars(prompts),
             "questions": questions_hash(examples),
             "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]}

@@ -94,22 +94,34 @@ def judge(examples, sqls, levels, executor, comparisons: Sequence[Comparison],
         judged.append((score, prediction))
     if not suite:
         return judged
-    return [_on_suite(both, example, level, suite.get(example.db_id), executor, comparisons)
-            for both, example, level in zip(judged, examples, levels, strict=True)]
+    everywhere = [[example.db_id, *suite.get(example.db_id, ())] for example in examples]
+    asked = [(db_id, gold) for example, databases in zip(examples, everywhere, strict=True)
+             for gold in example.gold_sqls for db_id in databases]
+    golds = dict(zip(asked, executor.run_gold(asked), strict=True))
+    return [_on_suite(both, example, level, databases, golds, executor, comparisons)
+            for both, example, level, databases in zip(judged, examples, levels, everywhere, strict=True)]
 
 
-def _on_suite(judged, example, level, others, *how) -> tuple[ExampleScore, Execution]:
-    """What is right on the first database must be right on the others; a gold that fails there is bad."""
+def _on_suite(judged, example, level, databases, golds, *how) -> tuple[ExampleScore, Execution]:
+    """Right is what equals one gold on every database. A gold that fails on one of them is none, whatever is predicted.
+
+    golds: {(db_id, gold): Execution}
+    """
     score, execution = judged
-    if not others or not (score.verified or any(score.correct.values())):
+    if len(databases) == 1:
         return judged
-    count = len(others)
-    elsewhere = [replace(example, db_id=db_id) for db_id in others]
-    for other, _ in judge(elsewhere, [score.sql] * count, [level] * count, *how):
-        correct = {name: score.correct[name] and other.correct[name] for name in score.correct}
-        status = other.gold_status if other.bad_gold else score.gold_status
-        score = replace(score, correct=correct, gold_status=status, verified=score.verified and other.verified)
-    return score, execution
+    fates = {gold: [golds[db_id, gold] for db_id in databases] for gold in example.gold_sqls}
+    sound = [gold for gold, found in fates.items() if all(one.status == "ok" for one in found)]
+    if not sound:
+        status = next(one.status for one in fates[example.gold_sqls[0]] if one.status != "ok")
+        score = replace(score, gold_status=status)
+    correct, verified = dict.fromkeys(score.correct, False), False
+    for gold in sound if score.verified or any(score.correct.values()) else ():
+        asked = [replace(example, db_id=db_id, gold_sqls=(gold,)) for db_id in databases]
+        found = [one for one, _ in judge(asked, [score.sql] * len(asked), [level] * len(asked), *how)]
+        correct = {name: known or all(one.correct[name] for one in found) for name, known in correct.items()}
+        verified = verified or all(one.verified for one in found)
+    return replace(score, correct=correct, verified=verified), execution
 
 
 def suite_databases(databases: dict[str, Path]) -> tuple[dict[str, Path], dict[str, list[str]]]:

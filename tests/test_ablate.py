@@ -51,7 +51,7 @@ def test_combinations():
     (["--grid", "rewards", "--reward-module", "mine.py"], "no cell uses --reward-module mine.py: name user=W"),
     (["--vary", "reward_module=a.py,b.py"], "needs both"),
     *[(["--vary", f"{flag}=x,y"], f"{flag.replace('-', '_')} belongs to it") for flag in (
-        "prompt_style", "prompt-template", "answer", "descriptions", "recipe", "eval_questions")],
+        "prompt_style", "prompt-template", "answer", "descriptions", "recipe", "eval_questions", "match")],
     (["--vary", "test_questions=1,2"], r"sets it for each run \(see --questions"), (["--vary", "seed=1,2"], "see --seeds"),
     (["--grid", "kl", "--test-questions", "50"], r"--test-questions is set by ablate.py for each run \(see --questions\)"),
     (["--grid", "kl", "--test-questions=50"], "see --questions"), (["--grid", "kl", "--start", "x"], "one for all runs")])
@@ -328,8 +328,9 @@ def test_an_ablation_is_run_skipped_continued_and_checked(small, tmp_path, monke
     again = run_ablation(monkeypatch, [*arguments, "--samples", "2", "--seeds", "1"])[1]
     assert {script for script, _, _ in called} == {"evaluate.py"} and len(called) == 3
     assert again["runs"][names[0]]["0"]["curve"] == content["runs"][names[0]]["0"]["curve"]
-    with pytest.raises(UserError, match="was started with lr = 0.0001, not 0.1"):
-        run_ablation(monkeypatch, [*arguments, "--lr", "0.1"])
+    for flag, words in ((("--lr", "0.1"), "lr = 0.0001, not 0.1"), (("--eval-every", "7"), "eval_every = .*, not 7")):
+        with pytest.raises(UserError, match=f"was started with {words}"):  # by evaluations the best policy is chosen
+            run_ablation(monkeypatch, [*arguments, *flag])
 
 
 def test_what_is_measured_was_held_out(small, tmp_path, monkeypatch):

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -19,6 +21,7 @@ from data import (
     Example,
     PromptBuilder,
     PromptConfig,
+    hashes_of,
     lineage,
     load_dataset,
     load_for_evaluation,
@@ -463,6 +466,30 @@ def test_what_an_earlier_run_trained_on_is_left_out(tmp_path, tiny_db):
     assert 0 < len(expected) < 9
     dataset = load_for_evaluation(path, split="test", run=second)
     assert dataset.examples == expected and f"left out {9 - len(expected)} of 9" in dataset.notes[1]
+    shutil.rmtree(tmp_path / "first")  # a run keeps what it began with
+    gone = second | {"began_with": run_of(path, seed=1)}
+    assert load_for_evaluation(path, split="test", run=gone).examples == expected
+    assert list(lineage(gone)) == [gone, run_of(path, seed=1)] and not list(lineage(gone | {"began_with": None}))[1:]
+
+
+def test_a_copy_of_the_questions_is_known_as_the_same_data(tmp_path, tiny_db):
+    path = own_file(tmp_path, 46)
+    copy = shutil.copy(path, tmp_path / "copy.json")
+    held_back = load_splits(path).tests["test"]
+    assert load_for_evaluation(copy, split="test", run=run_of(path)).examples == held_back
+    other = own_file(tmp_path, 45, "copy.json")
+    assert len(load_for_evaluation(other, split="test", run=run_of(path)).examples) == 45
+
+
+def test_hashes_tell_other_questions_and_other_traces(tmp_path, tiny_db):
+    splits = load_splits(own_file(tmp_path, 46))
+    assert hashes_of(splits) == hashes_of(load_splits(own_file(tmp_path, 46)))
+    for part, changed in (("dev questions", replace(splits, dev=splits.dev[::-1])),
+                          ("test questions", replace(splits, tests={})),
+                          ("traces", replace(splits, traced=[replace(splits.train[0], trace="count them")])),
+                          ("training questions", replace(splits, train=splits.train[1:]))):
+        differing = [name for name, known in hashes_of(splits).items() if hashes_of(changed)[name] != known]
+        assert differing == [part]
 
 
 def test_a_run_that_goes_on_from_another_is_not_measured_on_what_that_one_saw(tmp_path, tiny_db):

@@ -370,6 +370,14 @@ def test_suite(tmp_path):
     assert [score.correct["spider"] for score in single] == [True, True, True]
     assert [score.correct["spider"] for score in scores] == [False, True, False]
     assert [score.gold_status for score in scores] == ["ok", "ok", "error"]  # its gold fails on the second
+    several = ("SELECT age FROM singer", "SELECT 40 - age FROM singer", golds[2])  # 30 and 10; 10 and 30; fails on one
+    example = Example("4", "music", "q", several)
+    with SQLExecutor(databases, workers=1) as executor:
+        wrong = score_predictions(examples, ["SELECT 0"] * 3, executor, suite=suite)
+        pair = score_predictions([example] * 2, ["SELECT age FROM singer WHERE age > 0", "SELECT 30"], executor, suite=suite)
+    assert [score.gold_status for score in wrong] == ["ok", "ok", "error"]  # whatever is predicted
+    assert [score.correct["spider"] for score in pair] == [True, False]  # one gold on both, not one on each
+    assert pair[0].gold_status == "ok"
     config = EvaluateConfig(model="m", test_suite=True)
     assert "test suite of 1 to 2 databases" in evaluate.spider_metric(config, suite)
     assert "single database" in evaluate.spider_metric(config, {"alone": []})

@@ -119,7 +119,7 @@ def test_every_setting_of_a_run_is_in_the_table_of_flags():
     for field in readme.training_fields().values():
         if "help" in field.metadata:
             row = next(line for line in table.splitlines() if re.match(rf"\| `{options.flag_of(field)}[ ,]", line))
-            assert field.metadata["help"].partition(" (default")[0].replace("|", "/") in row
+            assert field.metadata["help"].partition(" (default")[0].replace("|", "\\|") in row
             assert ("` * |" in row) == bool(field.metadata.get("common")), row
 
 

@@ -191,6 +191,10 @@ def test_a_run_that_never_saved_a_checkpoint_does_not_block_its_folder(tmp_path)
     assert not folder.resumes
     folder.save_checkpoint(0, Empty(), {})
     assert RunFolder(tmp_path, other, resume=False).resumes  # the same command goes on from its cold start
+    RunFolder(tmp_path, other, resume=True, made_of={"questions": {"traces": "a"}})
+    for resume, words in ((True, "other traces: put the files"), (False, "already holds a run")):
+        with pytest.raises(UserError, match=words):
+            RunFolder(tmp_path, other, resume=resume, made_of={"questions": {"traces": "b"}})
     with pytest.raises(UserError, match="already holds a run.*--resume"):
         RunFolder(tmp_path, third, resume=False)
     folder.log("metrics", [{"step": 1}])
