@@ -26,8 +26,8 @@ Measures of a run
   pass@N          whether one of the N = --samples answers to a question is right
   joins           JOINs in a greedy answer that has SQL: fewer than at the start mean that queries grow simpler
   result groups   different results among the --samples answers to a question
-  collapse        1 when the last accuracy on dev is more than 5 points below its best, else 0 (both in ablation.json)
-  voted accuracy  of the value-aware vote among the --samples answers (in ablation.json)
+  collapse        1 when the last accuracy on dev is more than 5 points below its best, else 0
+  In ablation.json only: best on dev, last on dev; voted accuracy, of the value-aware vote among the --samples answers
   seconds         of its steps, evaluations not counted
 """
 
@@ -53,8 +53,8 @@ from tempfile import TemporaryFile
 import numpy as np
 from tqdm import tqdm
 
-from data import PromptConfig, reported_split
-from running.errors import UserError, parse_json, read_text, run_main, write_whole
+from data import PromptConfig, has_changed, reported_split
+from running.errors import UserError, parse_json, read_text, run_main, stored_settings, write_whole
 from running.guards import step_seconds
 from running.options import add_arguments, build, check, flag_of, option
 from running.run_folder import check_settings
@@ -227,6 +227,9 @@ def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Ru
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
             check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE, DEFAULTS_BEFORE)  # unlocked
+            if has_changed(stored_settings(run.folder)):
+                raise UserError(f"{run.settings.run.data} has changed since {run.folder} was trained on it: put it "
+                                "back as it was, or give another --output")
     return starts, runs
 
 

@@ -12,7 +12,6 @@ What is held back from training
     whole databases for the test of a benchmark, else questions, together with all that share their text or gold SQL.
 """
 
-import filecmp
 import json
 import random
 from collections.abc import Iterator, Mapping
@@ -321,8 +320,16 @@ def began_with(run: dict) -> dict | None:
     return run_config_of(str(path_of(run, source))) if source else None
 
 
+def with_ancestors(run: dict | None) -> dict | None:
+    """A run's settings with those of all that it began with inside, so that none of their folders is needed."""
+    whole = None
+    for one in reversed(list(lineage(run))):
+        whole = one | {"began_with": whole}
+    return whole
+
+
 def hashes_of(splits: "Splits") -> dict[str, str]:
-    """{part: a hash of its questions with all that they bring along}, by which a resumed run knows them again."""
+    """{part: a hash of its questions with all that their records say}, by which a resumed run knows them again."""
     parts = {"training questions": splits.train, "dev questions": splits.dev, "traces": splits.traced,
              "test questions": [example for part in splits.tests.values() for example in part]}
     return {name: sha256(json.dumps([astuple(example) for example in part]).encode()).hexdigest()[:16]
@@ -348,8 +355,19 @@ def _same_data(name: str, run: dict) -> bool:
     """Whether a run was trained on these data: the same benchmark, or the same file or a copy of it."""
     if not is_own(name):
         return run["data"] == name
-    mine, theirs = Path(name).resolve(), path_of(run, run["data"]).resolve()
-    return mine == theirs or mine.is_file() and theirs.is_file() and filecmp.cmp(mine, theirs, shallow=False)
+    same_place = Path(name).resolve() == path_of(run, run["data"]).resolve()
+    return same_place or bool(run.get("data_hash")) and run["data_hash"] == data_hash(name)
+
+
+def data_hash(name: str) -> str | None:
+    """A hash of one's own file of questions; None of a benchmark or where there is no such file."""
+    return sha256(Path(name).read_bytes()).hexdigest()[:16] if is_own(name) and Path(name).is_file() else None
+
+
+def has_changed(run: dict) -> bool:
+    """Whether one's own file of questions is not what it was when a run was trained on it."""
+    known = run.get("data_hash")
+    return bool(known) and data_hash(str(path_of(run, run["data"]))) not in (known, None)
 
 
 def _splits_of(name, data_dir, run: dict) -> Splits:

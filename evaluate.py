@@ -175,14 +175,23 @@ class EvaluateConfig:
 # ----------------------------------------------------------------------------------------- from a policy
 
 def greedy_sqls(policy, encoded_prompts: list[list[int]], max_completion_tokens: int, batch: int = 128,
-                lenient: bool = False, answer_style: str = "think-sql", progress: bool = False) -> list[str]:
-    """The SQL of the greedy completion for each prompt, in order; empty where the format is broken."""
+                lenient: bool = False, answer_style: str = "think-sql", progress: bool = False,
+                room: tuple[float, float] = (math.inf, math.inf)) -> list[str]:
+    """The SQL of the greedy completion for each prompt, in order; empty where the format is broken.
+
+    room: how many tokens of prompts, and of prompts and answers, may be decoded side by side; one prompt always is.
+    """
     order = sorted(range(len(encoded_prompts)), key=lambda i: len(encoded_prompts[i]))  # like lengths side by side
-    sqls, heartbeat = {}, Heartbeat()
+    sqls, heartbeat, start = {}, Heartbeat(), 0
     bar = tqdm(total=len(order), desc="answering", unit="question", leave=False, disable=None if progress else True)
     with bar:
-        for start in range(0, len(order), batch):
+        while start < len(order):
             part = order[start:start + batch]
+            while len(part) > 1 and not all(
+                    len(part) * (len(encoded_prompts[part[-1]]) + answer) <= tokens
+                    for answer, tokens in zip((0, max_completion_tokens), room, strict=True)):
+                part.pop()
+            start += len(part)
             candidates = sample_candidates(policy, [encoded_prompts[i] for i in part], 1, 0.0, max_completion_tokens,
                                            batch, lenient, answer_style=answer_style)
             sqls |= {i: greedy.sql for i, (greedy,) in zip(part, candidates, strict=True)}
@@ -395,9 +404,10 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
                         fingerprint(config, prompts, examples, FREE_TO_CHANGE))
     if progress.done:
         print(f"continuing: {sum(map(len, progress.done.values()))} of {len(examples)} questions are done")
-    from policy import load_for_sampling  # here, so that scoring a predictions file does not wait for PyTorch
+    from policy import check_positions, load_for_sampling  # here, so that scoring a file does not wait for PyTorch
 
     policy = load_for_sampling(config.model, config.threads)
+    check_positions(policy, prompts.max_prompt_tokens, config.max_completion_tokens)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
     written = builder.protocol() | {"precision": str(policy.model.dtype).removeprefix("torch.")}
     if any(example.messages or example.prompt for example in examples):

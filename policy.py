@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 
@@ -207,7 +207,9 @@ def load_for_sampling(name: str, threads: int = 0) -> Policy:
     policy = load_policy(name)
     parameters = sum(weight.numel() for weight in policy.model.parameters())
     rounded = precision == "bf16" or precision == "auto" and prefers_bf16(parameters, gpu=False)
-    return replace(policy, model=policy.model.bfloat16()) if rounded else policy
+    for weight in policy.model.parameters() if rounded else ():  # not buffers: rotary positions stay exact
+        weight.data = weight.data.bfloat16()
+    return policy
 
 
 def unmerged(name: str) -> str:

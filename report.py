@@ -250,7 +250,7 @@ def add_to_index(index: dict, step: int, groups: list[dict]) -> None:
         for name, value in (item for reward in rewards for item in reward.items()):
             index["scales"][name] = max(abs(value), index["scales"].get(name, 0))
         rows.append([sum(bool(completion.get("correct")) for completion in completions), len(completions),
-                     len({reward.get("total") for reward in rewards}) == 1, index["tiers"].index(tier),
+                     all(completion.get("advantage") == 0 for completion in completions), index["tiers"].index(tier),
                      any(completion.get("ratios") for completion in completions)])
     index["steps"].append(step)
     index["groups"].append(rows)
@@ -320,7 +320,7 @@ def settings_list(config: dict) -> str:
 
     if not config:
         return "<p>There is no readable config.json.</p>"
-    others = ("cwd", "began_with", "questions")  # no settings
+    others = ("cwd", "began_with", "questions", "data_hash")  # no settings
     config = {name: value for name, value in config.items() if name not in others}
     return (f'<dl class="settings">{pairs([name for name in KEY_SETTINGS if name in config])}</dl>'
             f"<details><summary>All {len(config)} settings</summary>"

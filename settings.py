@@ -250,6 +250,8 @@ def planned(s: Settings, config: dict | None = None) -> tuple[plan.Shape, plan.W
     Raises UserError: its architecture is not known there.
     """
     run = s.run
+    if run.plan and run.engine == "plain":
+        raise UserError("--plan counts the memory of --engine fast; the plain engine, which is for reading, needs more")
     try:
         shape = plan.Shape.of(config or (plan.TINY if run.model == "tiny" else config_of(run.model)))
     except ValueError as error:
@@ -264,6 +266,13 @@ def planned(s: Settings, config: dict | None = None) -> tuple[plan.Shape, plan.W
         frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)
     memory = (run.plan * 1e9 if run.plan > 0 else memory_here()) / 4 if gpu else plan.PASS
     return shape, replace(work, pass_tokens=run.tokens_per_pass or plan.tokens_per_pass(shape, work, memory))
+
+
+def rollout_room(s: Settings) -> tuple[int, int]:
+    """At most so many tokens of prompts, and of prompts and completions, are decoded side by side in a rollout."""
+    G, P = s.grpo.group_size, s.prompts.max_prompt_tokens
+    together = min(s.run.prompts_per_step, max(1, s.grpo.rollout_batch // G))
+    return together * P, together * (P + G * s.grpo.max_completion_tokens)
 
 
 def computes_in_bf16(run: RunConfig, parameters: int, gpu: bool) -> bool:

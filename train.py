@@ -33,10 +33,13 @@ from data import (
     Splits,
     began_with,
     columns_of,
+    data_hash,
+    has_changed,
     hashes_of,
     load_splits,
     not_seen_before,
     run_config_of,
+    with_ancestors,
 )
 from engine import distributed, plan
 from engine.attention import causal_lm
@@ -92,6 +95,7 @@ from settings import (
     memory_here,
     parse_settings,
     planned,
+    rollout_room,
 )
 from sft import PASS_TOKENS, cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import MATCHES, SQLExecutor
@@ -139,14 +143,18 @@ def run_all(s: Settings) -> int:
     data = load_splits(run.data, run.data_dir, run.split, traces=traces, seed=run.seed,
                        world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
     resumed, source = run_config_of(run.output) if run.resume else None, run.start or run.model
-    earlier = began_with(resumed) if resumed else run_config_of(source)
+    earlier = with_ancestors(began_with(resumed) if resumed else run_config_of(source))
     if earlier and not resumed:
         print(f"prompts are written as in the run that made {source}, unless a flag says otherwise: style "
               f"{s.prompts.template or s.prompts.style}, up to {s.prompts.max_prompt_tokens} tokens")
+    if earlier and has_changed(earlier):
+        print(f"warning: {earlier['data']} has changed since {source} was trained on it: what is held back now may be "
+              "among what that run saw")
     data = not_seen_before(data, run.data, run.data_dir, earlier)
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
                                                    may_change=MAY_CHANGE_ON_RESUME, defaults=DEFAULTS_BEFORE,
-                                                   made_of={"began_with": earlier, "questions": hashes_of(data)}))
+                                                   made_of={"began_with": earlier, "questions": hashes_of(data),
+                                                            "data_hash": data_hash(run.data)}))
     for note in data.notes:
         print(note)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; `stop_signals` is kinder while steps run
@@ -457,7 +465,8 @@ class Trainer:
         with self.autocast(), distributed.unsharded(self.sharded):
             sqls = evaluate.greedy_sqls(self.policy, [ids for _, ids in questions[mine]],
                                         self.s.grpo.max_completion_tokens, lenient=self.s.rewards.lenient_format,
-                                        answer_style=self.s.prompts.answer_style, progress=distributed.is_main())
+                                        answer_style=self.s.prompts.answer_style, progress=distributed.is_main(),
+                                        room=rollout_room(self.s))  # so that --plan holds here as well
         scores = evaluate.score_predictions(examples[mine], sqls, self.executor,
                                             levels=evaluate.difficulty_levels(examples)[mine])
         scores = [score if sql else replace(score, status="format") for score, sql in zip(scores, sqls, strict=True)]
@@ -619,9 +628,9 @@ class Trainer:
         """(example, prompt ids) of the questions whose gold SQL runs and whose prompt fits; says what was left out."""
         mine = examples[distributed.share_of(len(examples))]
         compared = MATCHES[self.s.run.match].prepare  # a gold that fails as it is compared makes no answer right
-        golds, also = (self.executor.run_gold([(e.db_id, read(e.gold_sqls[0])) for e in mine])
-                       for read in (str, compared))
-        golds = [gold if other.status == "ok" else other for gold, other in zip(golds, also, strict=True)]
+        asked = [(e.db_id, sql) for e in mine for sql in (e.gold_sqls[0], compared(e.gold_sqls[0]))]
+        ran = self.executor.run_gold(asked)  # each once
+        golds = [gold if also.status == "ok" else also for gold, also in zip(ran[::2], ran[1::2], strict=True)]
         golds = distributed.merge([gold.status if gold.status != "ok" or gold.rows else "empty" for gold in golds])
         wanted = {"ok"} if self.s.run.empty_gold == "drop" and name == "training" else {"ok", "empty"}
         kept = [e for e, status in zip(examples, golds, strict=True) if status in wanted]

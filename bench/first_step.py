@@ -1,7 +1,7 @@
 """Which way does each cell of an ablation push the policy at its first step? Measured on the rollouts of a run:
 
     python bench/first_step.py runs/knows --grid dense
-    python bench/first_step.py runs/knows --vary "rewards=format,execution;format,execution=2,atomic"
+    python bench/first_step.py runs/knows --vary advantage_scale=group,none --vary execution_runs=1,0
 
 Every cell scores the same completions, as its own first step would, and gives them its advantages A. Were the policy a
 table with a probability π for each answer, the step of size η that A asks for (π becomes π · exp(η A), divided by its
@@ -24,6 +24,7 @@ from one question moves the others too; a table knows nothing of that.
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ from rewards import (  # noqa: E402
     rewards_apart,
 )
 from running import options  # noqa: E402
-from running.errors import parse_json, read_text, run_main  # noqa: E402
+from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
 from sql_exec import MATCHES, SQLExecutor  # noqa: E402
 
 COLUMNS = ("right", "runs", "a needed join", "a needless join", "nearer")
@@ -116,26 +117,37 @@ def in_words(values: np.ndarray, baseline: np.ndarray | None) -> str:
 
 
 def settings_of(config: dict, cell: Mapping[str, str]) -> tuple[RewardConfig, str]:
-    """The rewards of a cell, and how it scales advantages; what it does not set is as in the run."""
+    """The rewards of a cell, and how it scales advantages; what it does not set is as in the run.
+
+    Raises UserError: the cell sets something else, or its memory needs the policy.
+    """
+    others = cell.keys() - {field.name for field in fields(RewardConfig)} - {"advantage_scale"}
+    if others:
+        raise UserError(f"{', '.join(sorted(others))}: from the same completions only the rewards and advantage_scale "
+                        "make another first step; leave it out")
     parser = argparse.ArgumentParser()
     options.add_arguments(parser, RewardConfig)
     options.add_arguments(parser, GRPOConfig)
-    given = config | vars(parser.parse_known_args(as_flags(cell))[0])
-    return options.build(RewardConfig, given), given["advantage_scale"]
+    given = config | vars(parser.parse_args(as_flags(cell)))
+    rewards = options.build(RewardConfig, given)
+    if rewards.weights["memory"] and rewards.embedder == "policy":
+        raise UserError("--embedder policy: no policy is loaded here")
+    return rewards, given["advantage_scale"]
 
 
 def table(config: dict, scores: Scores, golds: Sequence[str], cells: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Markdown, a row a cell."""
     x = properties(scores.of(RewardConfig(rewards="format,execution,result")), golds)
     lines = [f"| | flat, % | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
-    first = dict.fromkeys(COLUMNS)
+    first = {}
     for name, cell in cells.items():
         rewards, scale = settings_of(config, cell)
         advantages = advantages_of(scores.of(rewards), rewards, scale)
         flat = 100 * flat_groups(advantages).double().mean().item()
         found = {column: pushes(advantages.numpy(), values)[groups] for column, (values, groups) in x.items()}
-        lines.append(f"| {name} | {flat:.1f} | {' | '.join(in_words(found[name], first[name]) for name in COLUMNS)} |")
-        first = first if first["right"] is not None else found
+        texts = [in_words(found[column], first.get(column)) for column in COLUMNS]
+        lines.append(f"| {name} | {flat:.1f} | {' | '.join(texts)} |")
+        first = first or found
     return lines
 
 

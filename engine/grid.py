@@ -97,7 +97,8 @@ class Grid:
             self.attended = min(self.T, -(-t // 16) * 16)
             return self.step(forward)
         self.attended = min(self.T, max(64, 1 << (t - 1).bit_length()))
-        key = (self.B, self.M, *self.uniform.shape, self.padding.shape[1], self.attended, self.temperature,
+        seen = tuple(keys.shape[2] for keys, _ in self.prompts)  # fewer than P where a layer has a window
+        key = (self.B, self.M, *self.uniform.shape, self.padding.shape[1], seen, self.attended, self.temperature,
                self.eos.shape[1])
         if key not in self.graphs:  # the first time as it is, which also makes the libraries ready
             self.graphs[key] = None

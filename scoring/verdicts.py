@@ -91,37 +91,32 @@ def judge(examples, sqls, levels, executor, comparisons: Sequence[Comparison],
         verified = all(results.is_right(*question, comparison) for comparison in verifying)
         score = ExampleScore(example.id, db_id, level, sql, prediction.status, gold_status(golds),
                              prediction.error or "", correct, best_soft_f1(prediction, golds), verified)
+        if suite and suite.get(db_id):
+            score = _on_suite(score, example, [gold.status for gold in golds], suite[db_id], executor, comparisons)
         judged.append((score, prediction))
-    if not suite:
-        return judged
-    everywhere = [[example.db_id, *suite.get(example.db_id, ())] for example in examples]
-    asked = [(db_id, gold) for example, databases in zip(examples, everywhere, strict=True)
-             for gold in example.gold_sqls for db_id in databases]
-    golds = dict(zip(asked, executor.run_gold(asked), strict=True))
-    return [_on_suite(both, example, level, databases, golds, executor, comparisons)
-            for both, example, level, databases in zip(judged, examples, levels, everywhere, strict=True)]
+    return judged
 
 
-def _on_suite(judged, example, level, databases, golds, *how) -> tuple[ExampleScore, Execution]:
+def _on_suite(score, example, statuses, others, executor, comparisons) -> ExampleScore:
     """Right is what equals one gold on every database. A gold that fails on one of them is none, whatever is predicted.
 
-    golds: {(db_id, gold): Execution}
+    statuses: of the golds on the first database; others: the names of the other databases.
     """
-    score, execution = judged
-    if len(databases) == 1:
-        return judged
-    fates = {gold: [golds[db_id, gold] for db_id in databases] for gold in example.gold_sqls}
-    sound = [gold for gold, found in fates.items() if all(one.status == "ok" for one in found)]
+    fates = [[status, *(one.status for one in executor.run_gold([(db_id, gold) for db_id in others]))]
+             for gold, status in zip(example.gold_sqls, statuses, strict=True)]
+    sound = [gold for gold, found in zip(example.gold_sqls, fates, strict=True) if set(found) == {"ok"}]
     if not sound:
-        status = next(one.status for one in fates[example.gold_sqls[0]] if one.status != "ok")
-        score = replace(score, gold_status=status)
+        score = replace(score, gold_status=next(status for status in fates[0] if status != "ok"))
     correct, verified = dict.fromkeys(score.correct, False), False
+    first = [example.db_id] if len(example.gold_sqls) > 1 else []  # where not known of this gold alone
     for gold in sound if score.verified or any(score.correct.values()) else ():
-        asked = [replace(example, db_id=db_id, gold_sqls=(gold,)) for db_id in databases]
-        found = [one for one, _ in judge(asked, [score.sql] * len(asked), [level] * len(asked), *how)]
-        correct = {name: known or all(one.correct[name] for one in found) for name, known in correct.items()}
-        verified = verified or all(one.verified for one in found)
-    return replace(score, correct=correct, verified=verified), execution
+        asked = [replace(example, db_id=db_id, gold_sqls=(gold,)) for db_id in (*first, *others)]
+        sqls, levels = [score.sql] * len(asked), [score.difficulty] * len(asked)
+        found = [one for one, _ in judge(asked, sqls, levels, executor, comparisons)]
+        correct = {name: known or score.correct[name] and all(one.correct[name] for one in found)
+                   for name, known in correct.items()}
+        verified = verified or score.verified and all(one.verified for one in found)
+    return replace(score, correct=correct, verified=verified)
 
 
 def suite_databases(databases: dict[str, Path]) -> tuple[dict[str, Path], dict[str, list[str]]]:

@@ -190,3 +190,6 @@ def test_what_the_first_step_of_each_cell_pushes(tmp_path):
     said = next(line for line in done.stdout.splitlines() if line.startswith("| + atomic")).split("|")[3]
     value, difference = re.match(r" (\S+) \((\S+) \[", said).groups()
     assert float(difference) == pytest.approx(float(value) - right / 8, abs=1e-3)
+    for arguments, words in ((["--grid", "kl"], "kl_coef"), (["--vary", "embedder=hash,policy"], "no policy is loaded")):
+        refused = bench("first_step.py", tmp_path, *arguments)
+        assert refused.returncode == 2 and words in refused.stderr and "Traceback" not in refused.stderr

@@ -21,6 +21,8 @@ from data import (
     Example,
     PromptBuilder,
     PromptConfig,
+    data_hash,
+    has_changed,
     hashes_of,
     lineage,
     load_dataset,
@@ -32,10 +34,11 @@ from data import (
     run_config_of,
     schema_columns,
     value_index,
+    with_ancestors,
 )
 from running.errors import UserError, parse_json, write_whole
 from sql_exec import SQLExecutor
-from text2sql import demo_world
+from text2sql import demo_world, schema
 from text2sql.holdout import groups_of, normalised_sql
 from text2sql.prompts import needed_columns, space_out
 from text2sql.schema import Hint, quote_identifier
@@ -476,9 +479,20 @@ def test_a_copy_of_the_questions_is_known_as_the_same_data(tmp_path, tiny_db):
     path = own_file(tmp_path, 46)
     copy = shutil.copy(path, tmp_path / "copy.json")
     held_back = load_splits(path).tests["test"]
-    assert load_for_evaluation(copy, split="test", run=run_of(path)).examples == held_back
-    other = own_file(tmp_path, 45, "copy.json")
-    assert len(load_for_evaluation(other, split="test", run=run_of(path)).examples) == 45
+    run = run_of("gone.json", data_hash=data_hash(path))
+    assert load_for_evaluation(copy, split="test", run=run).examples == held_back and not has_changed(run)
+    here = run | {"data": path}
+    assert not has_changed(here)
+    other = own_file(tmp_path, 45)
+    assert len(load_for_evaluation(other, split="test", run=run).examples) == 45 and has_changed(here)
+
+
+def test_a_chain_of_runs_is_kept_whole(tmp_path, tiny_db):
+    first, second = run_of("demo"), run_of("demo", seed=1, start=str(tmp_path / "first"))
+    run_folder(tmp_path / "first", **first)
+    kept = with_ancestors(second)
+    shutil.rmtree(tmp_path / "first")
+    assert len(list(lineage(kept))) == 2 and len(list(lineage(second))) == 1 and with_ancestors(None) is None
 
 
 def test_hashes_tell_other_questions_and_other_traces(tmp_path, tiny_db):
@@ -740,6 +754,18 @@ def test_hints(tiny_db):
     assert index.hints("France's oldest", 5) == [france]
 
 
+def test_long_columns_leave_room_for_the_cells_of_later_ones(tmp_path, monkeypatch):
+    path = tmp_path / "log.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE log (a TEXT, b TEXT, c TEXT)")
+        connection.executemany("INSERT INTO log VALUES (?, ?, ?)", [[f"{name} {n} {'x' * 60}" for name in "abc"] for n in range(50)])
+        connection.execute("CREATE TABLE country (name TEXT)")
+        connection.execute("INSERT INTO country VALUES ('France')")
+        connection.commit()
+    monkeypatch.setattr(schema, "INDEX_BYTES", 2000)
+    assert [hint.value for hint in schema.ValueIndex(path).hints("How many are from France?", 5)] == ["France"]
+
+
 def test_hints_prefer_the_longest_cell(tmp_path):
     path = tmp_path / "power.sqlite"
     connection = sqlite3.connect(path)
@@ -808,6 +834,20 @@ def test_chat_templates_that_need_care(tiny_db):
     assert text.startswith("<|user|>You are an expert")
     opens_thought = CHAT + "<think>\n"
     assert builder(tiny_db, opens_thought).text(example()).endswith("<|assistant|>")
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+    text = builder(tiny_db, dated + CHAT).text(example())  # as Llama 3.2 has it
+    assert text.startswith("26 Jul 2024<|")  # a resumed run must read the same tomorrow
+
+
+@pytest.mark.parametrize("style", ["full", "finer-sql"])
+def test_sample_values_are_shown_as_they_are(tmp_path, style):
+    path = tmp_path / "music.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE school (name TEXT)")
+        connection.executemany("INSERT INTO school VALUES (?)", [("Amador  Valley High",), ("Bo ",), ("two\nlines",), ("one\n",)])
+        connection.commit()
+    text = builder(path, style=style).text(example("How many schools?"))
+    assert "'Amador  Valley High'" in text and "'Bo '" in text and "two" not in text and "'one" not in text
 
 
 def test_style_follows_the_tokenizer_unless_told(tiny_db):

@@ -180,6 +180,17 @@ def test_greedy_answers_can_be_read_leniently(monkeypatch):
     assert evaluate.greedy_sqls(None, [[1]], 5, lenient=True) == ["SELECT COUNT(*) FROM singer"]
 
 
+@pytest.mark.parametrize("room, sizes", [((math.inf, math.inf), [4, 2]), ((8, math.inf), [3, 1, 1, 1]), ((math.inf, 24), [3, 2, 1]),
+                                         ((1, 1), [1] * 6)])
+def test_no_more_tokens_than_there_is_room_for_are_decoded_side_by_side(monkeypatch, room, sizes):
+    taken = []
+    monkeypatch.setattr(evaluate, "sample_candidates", lambda policy, prompts, *_, **__: taken.append(prompts) or [
+        [voting.Candidate("", "", f"SELECT {len(prompt)}", 0.0, 1, False)] for prompt in prompts])
+    lengths = [5, 1, 2, 2, 7, 9]
+    sqls = evaluate.greedy_sqls(None, [[0] * length for length in lengths], 5, batch=4, room=room)
+    assert sqls == [f"SELECT {length}" for length in lengths] and [len(prompts) for prompts in taken] == sizes
+
+
 @pytest.mark.parametrize("statuses, lenient, words, absent", [
     ({"format": 1.0}, False, ["0.0 %", "--lenient-format", "--traces", "sft.py --mine"], ["--max-completion-tokens"]),
     ({"format": 6, "ok": 1, "error": 3}, True, ["40.0 %", "--traces"], ["--lenient-format", "tokens"]),

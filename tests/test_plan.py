@@ -215,6 +215,16 @@ def test_a_missing_model_is_told_before_data_is_read_or_a_folder_written(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_the_plan_is_of_the_fast_engine_and_of_evaluations_too():
+    s = train.parse_settings(["--plan", "24", "--model", "qwen2.5-3b", "--engine", "plain"])
+    with pytest.raises(UserError, match="--plan counts the memory of --engine fast"):
+        settings.planned(s)
+    shape, work = settings.planned(train.parse_settings(["--plan", "24", "--model", "qwen2.5-3b"]))
+    prompts, tokens = settings.rollout_room(train.parse_settings(["--model", "qwen2.5-3b"]))
+    assert prompts == plan.sampled_together(work) * work.prompt
+    assert plan.keys_and_values(shape, work) == tokens * 2 * shape.kv_heads * shape.head * shape.layers * 2
+
+
 # ---- defaults
 
 
@@ -225,7 +235,7 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
     assert [s.run.gradient_checkpointing for s in by_size.values()] == [True, True, True]
     assert [(s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens) for s in by_size.values()] == [(2048, 1024), *[(4096, 1536)] * 2]
     lora = train.parse_settings(["--model", "qwen2.5-3b", "--lora-rank", "16"])
-    assert lora.run.lr == 10 * middle.run.lr
+    assert lora.run.lr == 10 * middle.run.lr and lora.sft.cold_start_lr == 10 * middle.sft.cold_start_lr
     given = train.parse_settings(["--model", "qwen2.5-3b", "--lr", "3e-5", "--group-size", "4", "--no-gradient-checkpointing"])
     assert (given.run.lr, given.grpo.group_size, given.run.gradient_checkpointing) == (3e-5, 4, False)
     assert train.parse_settings([]).run.lr == settings.TINY["lr"]

@@ -72,6 +72,7 @@ def run(tmp_path):
         mixed = [completion(correct=True, total=4.0, advantage=1.5), completion(total=1.0, advantage=-0.5),
                  completion(total=1.5, advantage=-0.4, sql="", thought="", text="no tags", status="format")]
         wrong = [completion(total=1.0, status="error", error="no such column: x") for _ in range(3)]
+        wrong[0]["rewards"]["total"] += 1e-7  # rounding, or rewards that --dynamic-sampling does not look at
         right = [completion(correct=True, total=4.0 + i, advantage=i - 1.0) for i in range(3)]
         return [group(step, mixed), group(step, wrong, difficulty="hard"), group(step, right)]
 

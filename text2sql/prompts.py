@@ -59,6 +59,7 @@ from text2sql.schema_text import SchemaText, full_schema, space_out
 __all__ = ["PromptBuilder", "PromptConfig", "full_schema", "mentioned_tables", "needed_columns", "needed_tables",
            "only_tables", "prompt_config", "space_out"]
 
+DATE = "26 Jul 2024"  # for chat templates that tell the day, as Llama's do: prompts must be the same tomorrow
 LEVELS = range(6)  # of shortening: 0 is the whole prompt
 OF_A_STYLE = {"omnisql": "fence"}  # how the answers to a shipped style are written, where not as think-sql
 
@@ -253,7 +254,8 @@ class PromptBuilder:
         for attempt in attempts:
             chat = [{"role": role, "content": content} for role, content in attempt]
             try:
-                text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
+                                                          date_string=DATE)
                 break
             except TemplateError as error:
                 problem = error

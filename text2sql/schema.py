@@ -255,7 +255,7 @@ class ValueIndex:
         try:
             for table in read_schema(path).tables:
                 for column in table.columns:
-                    room -= self._add_column(connection, table.name, column.name, room)
+                    room -= self._add_column(connection, table.name, column.name, room // 4)  # later ones get theirs
         except sqlite3.DatabaseError as error:
             raise UserError(f"cannot read the database {path}: {error}") from error
         finally:

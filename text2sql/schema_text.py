@@ -50,8 +50,9 @@ def _create_table(table: Table, sample_values: int, hints: Sequence[Hint]) -> st
         definition = " ".join(filter(None, (quote_identifier(column.name), column.type)))
         if [column] == keys:
             definition += " PRIMARY KEY"
-        values = ", ".join(quote_value(value) for value in _values(table, column, sample_values, hints))
-        comment = ": ".join(filter(None, (column.description, " ".join(values.split()))))
+        values = [quote_value(value) for value in _values(table, column, sample_values, hints)]
+        values = [value for value in values if "".join(value.splitlines()) == value]  # another line is no comment
+        comment = ": ".join(filter(None, (column.description, ", ".join(values))))
         lines.append((definition, f"  -- {comment}" if comment else ""))
     if len(keys) > 1:
         lines.append((f"PRIMARY KEY ({', '.join(quote_identifier(column.name) for column in keys)})", ""))
