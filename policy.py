@@ -31,6 +31,7 @@ from models.adapters import (
     add_frozen_adapters,
     add_lora,
     has_adapters,
+    hash_of_base,
     import_peft,
     live_weights,
     merged_weights,
@@ -59,6 +60,7 @@ __all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activatio
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
                   SafetensorError, StrictDataclassError, pickle.UnpicklingError)
 ADAPTERS = "adapters"  # subfolder of merged weights
+BASE = "base.txt"  # beside adapters, hash_of_base
 END, PAD = "<|endoftext|>", "<|pad|>"
 BF16_PARAMETERS = 20e6  # a smaller model computes in float32 on any CPU
 
@@ -91,6 +93,8 @@ class Policy:
         options = {"selected_adapters": [TRAINED], "save_embedding_layers": False} if has_adapters(self.model) else {}
         with _quiet():
             self.model.save_pretrained(folder, state_dict=self.weights, **options)
+        if has_adapters(self.model) and not self.weights:
+            (Path(folder) / BASE).write_text(hash_of_base(self.model.get_input_embeddings().weight) + "\n")
         self._finish(folder)
 
     def save_merged(self, folder: str | Path) -> None:
@@ -268,7 +272,10 @@ def _read_checkpoint(name: str, source: str, dtype: torch.dtype):
 def _load_adapters(folder: Path, device: str, lora_rank: int, dtype: torch.dtype) -> Policy:
     """A LoRA checkpoint: its base model, named in its adapter_config.json, with the adapters on, trainable."""
     peft, names = import_peft(f"{folder} needs peft for its adapters"), inspect_folder(folder)
-    base = load_policy(base_of_adapters(folder), device=device, dtype=dtype)
+    base, known = load_policy(base_of_adapters(folder), device=device, dtype=dtype), folder / BASE
+    if known.is_file() and known.read_text().strip() != hash_of_base(base.model.get_input_embeddings().weight):
+        raise UserError(f"{folder}: the adapters were trained on other weights than {base_of_adapters(folder)} has "
+                        "here: put the same base model back (that of the hub and a GGUF file of it differ)")
     try:
         with peft_quiet():
             model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)

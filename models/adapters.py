@@ -6,6 +6,7 @@ held at step 0, after the cold start: the base alone, with no adapter, would pul
 
 import contextlib
 import copy
+import hashlib
 import warnings
 
 import torch
@@ -40,6 +41,13 @@ def peft_quiet():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         yield
+
+
+@torch.no_grad()
+def hash_of_base(embeddings: torch.Tensor) -> str:
+    """By which adapters know their base again: of its first embeddings in bf16, alike in float32 and bf16 copies."""
+    rows = embeddings[:64].to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 def has_adapters(model) -> bool:

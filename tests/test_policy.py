@@ -234,6 +234,12 @@ def test_adapters_that_do_not_fit_are_refused(adapted, tmp_path):
     save_file(whole, file)
     with pytest.raises(UserError, match="have rank 4: leave out --lora-rank 8"):
         load_policy(str(tmp_path / "adapters"), lora_rank=8)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    embeddings = next(name for name in weights if "embed_tokens" in name)
+    for moved, sentence in ((0.0, ""), (0.1, "were trained on other weights than")):  # bf16 forgives rounding alone
+        save_file(weights | {embeddings: weights[embeddings] + moved}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=sentence) if moved else contextlib.nullcontext():
+            load_policy(str(tmp_path / "adapters"), dtype=torch.bfloat16)
     (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="does not name the model that the adapters were trained on"):
         load_policy(str(tmp_path / "adapters"))
