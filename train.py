@@ -139,18 +139,7 @@ def run_all(s: Settings) -> int:
     print(f"{run.model}: {s.grpo.group_size} completions a question, {run.prompts_per_step} questions a step, learning "
           f"rate {run.lr:g}, gradient checkpointing {'on' if run.gradient_checkpointing else 'off'}"
           + (f", recipe {run.recipe}" if run.recipe != "none" else ""))
-    traces = None if run.traces == "template" else run.traces
-    data = load_splits(run.data, run.data_dir, run.split, traces=traces, seed=run.seed,
-                       world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
-    resumed, source = run_config_of(run.output) if run.resume else None, run.start or run.model
-    earlier = with_ancestors(began_with(resumed) if resumed else run_config_of(source))
-    if earlier and not resumed:
-        print(f"prompts are written as in the run that made {source}, unless a flag says otherwise: style "
-              f"{s.prompts.template or s.prompts.style}, up to {s.prompts.max_prompt_tokens} tokens")
-    if earlier and has_changed(earlier):
-        print(f"warning: {earlier['data']} has changed since {source} was trained on it: what is held back now may be "
-              "among what that run saw")
-    data = not_seen_before(data, run.data, run.data_dir, earlier)
+    data, earlier = load_questions(s)
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
                                                    may_change=MAY_CHANGE_ON_RESUME, defaults=DEFAULTS_BEFORE,
                                                    made_of={"began_with": earlier, "questions": hashes_of(data),
@@ -171,6 +160,24 @@ def run_all(s: Settings) -> int:
         finally:
             if distributed.is_main():
                 folder.discard_new()  # if it never had a checkpoint
+
+
+def load_questions(s: Settings) -> tuple[Splits, dict | None]:
+    """The questions of the run, without held-back ones that an earlier run saw which it begins with, and the settings
+    of that one."""
+    run = s.run
+    traces = None if run.traces == "template" else run.traces
+    data = load_splits(run.data, run.data_dir, run.split, traces=traces, seed=run.seed,
+                       world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
+    resumed, source = run_config_of(run.output) if run.resume else None, run.start or run.model
+    earlier = with_ancestors(began_with(resumed) if resumed else run_config_of(source))
+    if earlier and not resumed:
+        print(f"prompts are written as in the run that made {source}, unless a flag says otherwise: style "
+              f"{s.prompts.template or s.prompts.style}, up to {s.prompts.max_prompt_tokens} tokens")
+    if earlier and has_changed(earlier):
+        print(f"warning: {earlier['data']} has changed since {source} was trained on it: what is held back now may be "
+              "among what that run saw")
+    return not_seen_before(data, run.data, run.data_dir, earlier), earlier
 
 
 @dataclass
@@ -269,8 +276,7 @@ class Trainer:
         if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
             advantages[[not has_right_and_wrong(row) for row in breakdowns]] = 0.0
 
-        trained = [self.is_trained(row) for row in advantages]  # [B]
-        batches = self.micro_batches(groups, trained)
+        batches = self.micro_batches(groups, [self.is_trained(row) for row in advantages])
         normalizer = sum(loss_normalizer(batch.mask, s.grpo) for batch in batches)
         trained = [self.is_trained(advantages.flatten()[batch.rows]) for batch in batches]
         batches, missing = distributed.divide(batches, trained)  # one process has them all
