@@ -140,9 +140,8 @@ class Asker:
         self.lenient = bool(config.lenient_format)
         self.note = unknown_database(config.model, run_config_of(config.model) or {}, self.path)
         if policy is None:
-            from policy import check_positions, load_for_sampling  # here, so that --help does not wait for PyTorch
+            from policy import load_for_sampling  # here, so that --help does not wait for PyTorch
             policy = load_for_sampling(config.model, config.threads)
-            check_positions(policy, prompts.max_prompt_tokens, config.max_completion_tokens)
         self.policy = policy
         self.builder = PromptBuilder({"database": self.path}, self.policy.tokenizer, prompts)
         self.executor = SQLExecutor({"database": self.path}, config.workers, config.timeout,

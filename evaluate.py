@@ -404,10 +404,9 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
                         fingerprint(config, prompts, examples, FREE_TO_CHANGE))
     if progress.done:
         print(f"continuing: {sum(map(len, progress.done.values()))} of {len(examples)} questions are done")
-    from policy import check_positions, load_for_sampling  # here, so that scoring a file does not wait for PyTorch
+    from policy import load_for_sampling  # here, so that scoring a predictions file does not wait for PyTorch
 
     policy = load_for_sampling(config.model, config.threads)
-    check_positions(policy, prompts.max_prompt_tokens, config.max_completion_tokens)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
     written = builder.protocol() | {"precision": str(policy.model.dtype).removeprefix("torch.")}
     if any(example.messages or example.prompt for example in examples):

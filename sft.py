@@ -42,7 +42,7 @@ from data import PromptBuilder, PromptConfig, as_its_run, columns_of, load_datas
 from engine.fast import FAST
 from engine.packing import families, fill, shared_by
 from grpo import Engine
-from policy import check_positions, load_for_sampling
+from policy import load_for_sampling
 from rewards import RewardConfig, build_memory, parse_completion
 from running.errors import UserError, check_folder, json_lines, run_main, write_whole
 from running.guards import Heartbeat
@@ -343,7 +343,6 @@ def main() -> None:
     if progress.done:
         print(f"continuing: {sum(map(len, progress.done.values()))} of {len(examples)} questions are done")
     policy = load_for_sampling(config.model, config.threads)
-    check_positions(policy, prompts.max_prompt_tokens, config.max_completion_tokens)
     try:
         memory = build_memory(RewardConfig(embedder=config.embedder), gate, columns_of(dataset.databases),
                               policy.model.get_decoder(), policy.tokenizer)

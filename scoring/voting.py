@@ -47,12 +47,15 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int =
 
     temperature 0 is greedy; `batch` completions are decoded at once. The same arguments, the same candidates.
     answer_style: how they are read, one of text2sql/answer_style.py.
+    Raises UserError: a prompt and its answer are longer than the model has positions.
     """
     import torch  # here, so that scoring a predictions file does not wait for it
 
     from engine.fast import FAST
     from grpo import GRPOConfig, sample_groups
+    from policy import check_positions
 
+    check_positions(policy, max(map(len, encoded_prompts), default=0), max_completion_tokens)
     order = sorted(range(len(encoded_prompts)), key=lambda i: len(encoded_prompts[i]))
     prompts = [torch.tensor(encoded_prompts[i], dtype=torch.long) for i in order]
     config = GRPOConfig(max_completion_tokens=max_completion_tokens, rollout_batch=batch)

@@ -25,6 +25,7 @@ from models import model_files
 from models.adapters import merged_weights
 from policy import Policy, Reference, build_tiny, load_policy, load_weights
 from running.errors import UserError
+from scoring import voting
 
 TEXTS = ["table singer ; keep age > 350 ; count rows", "SELECT COUNT(*) FROM singer WHERE age > 350",
          "singer ( singer_id , name , age )\nquestion : How many singers above 1250 ?\nanswer :\n"] * 4
@@ -432,6 +433,8 @@ def test_prompts_longer_than_the_positions_of_a_model_are_told(tiny):
     policies.check_positions(tiny, 4000, 96)
     with pytest.raises(UserError, match="prompts of 4000 tokens and completions of 97 are longer than the 4096 positions"):
         policies.check_positions(tiny, 4000, 97)
+    with pytest.raises(UserError, match="prompts of 4000 tokens"):  # who samples from a model need not remember to ask
+        voting.sample_candidates(tiny, [[5], [5] * 4000], max_completion_tokens=97)
 
 
 # ---- token ids
