@@ -331,6 +331,10 @@ def test_an_ablation_is_run_skipped_continued_and_checked(small, tmp_path, monke
     for flag, words in ((("--lr", "0.1"), "lr = 0.0001, not 0.1"), (("--eval-every", "7"), "eval_every = .*, not 7")):
         with pytest.raises(UserError, match=f"was started with {words}"):  # by evaluations the best policy is chosen
             run_ablation(monkeypatch, [*arguments, *flag])
+    data = out.parent / "own.json"
+    data.write_text(data.read_text() + "\n")
+    with pytest.raises(UserError, match="own.json has changed since .* was trained on it"):
+        run_ablation(monkeypatch, arguments)
 
 
 def test_what_is_measured_was_held_out(small, tmp_path, monkeypatch):

@@ -359,6 +359,15 @@ def test_batches_draw_their_own_samples(monkeypatch):
     assert seeds[1][-2] != seeds[3][-2] and {rest[-1] for rest in seeds} == {"fence"}
 
 
+def test_another_file_of_weights_is_another_model(tmp_path):
+    config = EvaluateConfig(model=str(tmp_path / "model.gguf"))
+    found = []
+    for weights in (b"one", b"other"):
+        (tmp_path / "model.gguf").write_bytes(weights)
+        found.append(answers.fingerprint(config, PromptConfig(), [], ())["weights"])
+    assert found[0] != found[1]
+
+
 # ------------------------------------------------------------------------------------------- test suite
 
 def test_suite(tmp_path):

@@ -104,6 +104,8 @@ def test_the_demo_prints_before_and_after_and_writes_its_folder(demo_run):
     assert "dev_accuracy" in metrics[1] and "dev_accuracy" not in metrics[0]
     groups = lines(folder / "rollouts.jsonl")
     assert len(groups) == 4 * 2 and all(len(g["completions"]) == 2 for g in groups)
+    fates = [part["statuses"] for parts in json.loads((folder / "result.json").read_text()).values() for part in parts.values()]
+    assert all("refused" not in fate for fate in fates) and any("format" in fate for fate in fates)
 
 
 def test_a_run_with_a_template_and_an_answer_style_of_its_own(tmp_path):
