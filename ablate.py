@@ -27,8 +27,8 @@ Measures of a run
   joins           JOINs in a greedy answer that has SQL: fewer than at the start mean that queries grow simpler
   result groups   different results among the --samples answers to a question
   collapse        1 when the last accuracy on dev is more than 5 points below its best, else 0
-  In ablation.json only: best on dev, last on dev; voted accuracy, of the value-aware vote among the --samples answers
   seconds         of its steps, evaluations not counted
+  In ablation.json only: best on dev, last on dev; voted accuracy, of the value-aware vote among the --samples answers
 """
 
 import argparse

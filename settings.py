@@ -271,7 +271,7 @@ def planned(s: Settings, config: dict | None = None) -> tuple[plan.Shape, plan.W
 def rollout_room(s: Settings) -> tuple[int, int]:
     """At most so many tokens of prompts, and of prompts and completions, are decoded side by side in a rollout."""
     G, P = s.grpo.group_size, s.prompts.max_prompt_tokens
-    together = min(s.run.prompts_per_step, max(1, s.grpo.rollout_batch // G))
+    together = plan.side_by_side(s.run.prompts_per_step, G, s.grpo.rollout_batch)
     return together * P, together * (P + G * s.grpo.max_completion_tokens)
 
 

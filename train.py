@@ -74,6 +74,7 @@ from policy import (
 from rewards import (
     COMPONENTS,
     RewardBreakdown,
+    RewardConfig,
     RewardError,
     RewardItem,
     RewardScorer,
@@ -267,12 +268,7 @@ class Trainer:
         s, policy, clock = self.s, self.policy, Stopwatch()
         self.scorer.reset_seconds()
         (examples, groups, breakdowns), sampled = self.rollout(clock)  # [B], [B], [B][G]
-        rewards = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
-        if s.grpo.advantage_scale == "gdpo":
-            apart, weights = rewards_apart(breakdowns, s.rewards)  # [K][B][G], [K]
-            advantages = gdpo_advantages(torch.tensor(apart), weights)  # [B, G]
-        else:
-            advantages = group_advantages(rewards, s.grpo.advantage_scale)  # [B, G]
+        advantages = advantages_of(breakdowns, s.rewards, s.grpo.advantage_scale)  # [B, G]
         if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
             advantages[[not has_right_and_wrong(row) for row in breakdowns]] = 0.0
 
@@ -688,6 +684,14 @@ class Trainer:
         if distributed.is_main():
             self.folder.cut_logs(step)
         print(f"resuming from {checkpoint}")
+
+
+def advantages_of(breakdowns: list, config: RewardConfig, scale: str) -> torch.Tensor:
+    """The advantages of completions with these rewards. [B][G] -> [B, G]"""
+    if scale == "gdpo":
+        apart, weights = rewards_apart(breakdowns, config)  # [K][B][G], [K]
+        return gdpo_advantages(torch.tensor(apart), weights)
+    return group_advantages(torch.tensor([[b.total for b in row] for row in breakdowns]), scale)
 
 
 def overlong_penalty(groups: list[Group], config) -> torch.Tensor:

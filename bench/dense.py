@@ -48,6 +48,13 @@ def in_order(a: float, b: float) -> float:
     return (a > b) + (a == b) / 2
 
 
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """The config.json of a run and its logged groups. Raises UserError: they cannot be read."""
+    config, rollouts = folder / "config.json", folder / "rollouts.jsonl"
+    settings = parse_json(read_text(config), config)
+    return settings, [parse_json(line, rollouts) for line in read_text(rollouts).splitlines()]
+
+
 def splits_of(config: dict) -> Splits:
     """The data of a run, by its config.json; with traces of the template, where it was trained on them."""
     template = config["traces"] == "template"
@@ -109,11 +116,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run")
     folder = parser.parse_args().run
-    config, rollouts = folder / "config.json", folder / "rollouts.jsonl"
-    settings = parse_json(read_text(config), config)
-    if settings["embedder"] == "policy":
-        raise UserError(f"{config}: the embedder is the run's own policy, which is not loaded here")
-    print(*report(settings, [parse_json(line, rollouts) for line in read_text(rollouts).splitlines()]), sep="\n")
+    config, records = read_run(folder)
+    if config["embedder"] == "policy":
+        raise UserError(f"{folder / 'config.json'}: the embedder is the run's own policy, which is not loaded here")
+    print(*report(config, records), sep="\n")
 
 
 if __name__ == "__main__":

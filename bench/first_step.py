@@ -28,7 +28,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,7 +35,7 @@ import dense  # noqa: E402
 
 from ablate import JOIN, as_flags, cells_of  # noqa: E402
 from data import columns_of  # noqa: E402
-from grpo import GRPOConfig, flat_groups, gdpo_advantages, group_advantages  # noqa: E402
+from grpo import GRPOConfig  # noqa: E402
 from rewards import (  # noqa: E402
     MemoryGate,
     RewardBreakdown,
@@ -45,11 +44,11 @@ from rewards import (  # noqa: E402
     RewardScorer,
     build_memory,
     build_rarity,
-    rewards_apart,
 )
 from running import options  # noqa: E402
-from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
+from running.errors import UserError, run_main  # noqa: E402
 from sql_exec import MATCHES, SQLExecutor  # noqa: E402
+from train import advantages_of  # noqa: E402
 
 COLUMNS = ("right", "runs", "a needed join", "a needless join", "nearer")
 
@@ -72,14 +71,6 @@ class Scores:
                               rarity=build_rarity(rewards, self.data.train, self.schemas))
         found = scorer.score(self.items, remember=False)
         return [found[i:i + self.size] for i in range(0, len(found), self.size)]
-
-
-def advantages_of(rows: Sequence[Sequence[RewardBreakdown]], rewards: RewardConfig, scale: str) -> torch.Tensor:
-    """[B, G]"""
-    if scale == "gdpo":
-        apart, weights = rewards_apart(rows, rewards)
-        return gdpo_advantages(torch.tensor(apart, dtype=torch.float64), weights)
-    return group_advantages(torch.tensor([[b.total for b in row] for row in rows], dtype=torch.float64), scale)
 
 
 def properties(rows: Sequence[Sequence[RewardBreakdown]], golds: Sequence[str]) -> dict[str, tuple]:
@@ -142,9 +133,9 @@ def table(config: dict, scores: Scores, golds: Sequence[str], cells: Mapping[str
     first = {}
     for name, cell in cells.items():
         rewards, scale = settings_of(config, cell)
-        advantages = advantages_of(scores.of(rewards), rewards, scale)
-        flat = 100 * flat_groups(advantages).double().mean().item()
-        found = {column: pushes(advantages.numpy(), values)[groups] for column, (values, groups) in x.items()}
+        advantages = advantages_of(scores.of(rewards), rewards, scale).double().numpy()
+        flat = 100 * (~advantages.any(axis=1)).mean()
+        found = {column: pushes(advantages, values)[groups] for column, (values, groups) in x.items()}
         texts = [in_words(found[column], first.get(column)) for column in COLUMNS]
         lines.append(f"| {name} | {flat:.1f} | {' | '.join(texts)} |")
         first = first or found
@@ -159,9 +150,7 @@ def main() -> None:
                         help="cells, as ablate.py reads them")
     given = parser.parse_args()
     cells = cells_of(given.grid, given.vary)
-    log = given.run / "rollouts.jsonl"
-    config = parse_json(read_text(given.run / "config.json"), given.run / "config.json")
-    records = [parse_json(line, log) for line in read_text(log).splitlines()]
+    config, records = dense.read_run(given.run)
     data = dense.splits_of(config)
     with SQLExecutor(data.databases) as executor:
         scores = Scores(config, records, data, executor)

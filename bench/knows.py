@@ -57,7 +57,7 @@ from rewards import (  # noqa: E402
     soft_f1,
 )
 from running import options  # noqa: E402
-from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
+from running.errors import UserError, run_main  # noqa: E402
 from sql_exec import MATCHES, Results, SQLExecutor  # noqa: E402
 from text2sql.atomic import atomic_reward, is_name, jaccard, names_in  # noqa: E402
 from text2sql.memory import HashEmbedder, Roles  # noqa: E402
@@ -282,9 +282,7 @@ def main() -> None:
                         help="what to ask, separated by commas (default: all that need no model)")
     options_given = parser.parse_args()
     folder = options_given.run
-    config = parse_json(read_text(folder / "config.json"), folder / "config.json")
-    log = folder / "rollouts.jsonl"
-    records = [parse_json(line, log) for line in read_text(log).splitlines()]
+    config, records = dense.read_run(folder)
     data = dense.splits_of(config)
     rewards = Rewards(config, data, folder / "checkpoints" / "step-0")
     blind = {name: rewards.of(name) for name in options_given.rewards.split(",")}

@@ -83,7 +83,8 @@ def flag_row(command: str, action: argparse.Action) -> str:
     cell = "CPU cores" if (command, action.dest) in CORES else default_cell(command, action.dest, default)
     name = " ".join(filter(None, (", ".join(action.option_strings), values_of(action))))
     star = " *" if field and field.metadata.get("common") else ""
-    return f"| `{name}`{star} | {cell} | {text.replace('|', chr(92) + '|')} |"
+    text = text.replace("|", r"\|")  # it ends no cell
+    return f"| `{name}`{star} | {cell} | {text} |"
 
 
 def default_cell(command: str, name: str, default: str | None) -> str:

@@ -144,9 +144,14 @@ def bytes_of(work: Work) -> int:
     return 2 if work.bf16 else 4
 
 
+def side_by_side(prompts: int, group: int, rollout_batch: int) -> int:
+    """How many of a step's prompts are decoded side by side."""
+    return min(prompts, max(1, rollout_batch // group))
+
+
 def sampled_together(work: Work) -> int:
-    """Prompts that are decoded side by side."""
-    return min(work.prompts, max(1, work.rollout_batch // work.group))
+    """`side_by_side` of this work."""
+    return side_by_side(work.prompts, work.group, work.rollout_batch)
 
 
 def keys_and_values(shape: Shape, work: Work) -> float:
