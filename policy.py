@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from data import run_config_of
 from engine import distributed
 from engine.attention import causal_lm
+from engine.cores import share_cores
 from models.adapters import (
     FROZEN,
     TRAINED,
@@ -204,6 +205,7 @@ def load_for_sampling(name: str, threads: int = 0) -> Policy:
     logging.set_verbosity_error()  # the tokenizer warns of long prompts, which we shorten or refuse
     if threads:
         torch.set_num_threads(threads)
+    share_cores()
     precision = (run_config_of(name) or {}).get("precision", "auto")
     name = unmerged(name)
     if torch.cuda.is_available():

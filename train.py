@@ -43,6 +43,7 @@ from data import (
 )
 from engine import distributed, plan
 from engine.attention import causal_lm
+from engine.cores import share_cores
 from engine.fast import ENGINES
 from engine.offload import CPUAdamW
 from engine.packing import join
@@ -114,6 +115,7 @@ def main() -> int:
     check_trackers(run.log)
     if run.threads:
         torch.set_num_threads(run.threads)
+    share_cores()
     if not torch.cuda.is_available():
         compute_deterministically()
     with distributed.process_group():
@@ -122,8 +124,8 @@ def main() -> int:
 
 
 def compute_deterministically() -> None:
-    """The same seed gives the same run, bit for bit, with any number of threads: gradients of indexing are summed in a
-    fixed order. An update took 0.99 of the time without. Not asked of GPUs, where some operations have no such way."""
+    """The same seed gives the same run, bit for bit, on the same number of threads: gradients of indexing are summed
+    in a fixed order. An update took 0.99 of the time without. Not asked of GPUs, where some operations cannot."""
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True), which imports a compiler: 3 s
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory, and filling takes time
 
