@@ -600,8 +600,8 @@ def main() -> int:
     results = {run.cell: {} for run in starts + runs}  # {cell: {seed: measures}}
     threads = runs[0].settings.run.threads
     if threads > 1 and given.jobs * threads > free_cores():
-        print(f"note: {given.jobs} runs at once with {threads} threads each share {free_cores()} cores, and threads "
-              "that wait for a core make all of them many times slower: leave out --threads, or give fewer --jobs")
+        print(f"note: {given.jobs} runs at once with {threads} threads each share {free_cores()} cores: "
+              "leave out --threads, and each gets its part of them, or give fewer --jobs")
     workers = Workers(threads)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts us in the background has SIGINT ignored
         signal.signal(number, signal.default_int_handler)
