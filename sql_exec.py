@@ -24,6 +24,7 @@ import json
 import os
 import re
 import select
+import signal
 import sqlite3
 import struct
 import subprocess
@@ -42,10 +43,12 @@ GRACE = 0.4  # seconds: the worker interrupts itself at the deadline, the parent
 START_SECONDS = 60.0  # a worker that has not said hello by then is broken
 OPEN_CONNECTIONS = 32  # a worker keeps this many databases open (each caches up to 2 MB of pages)
 SEARCH_CELLS = 20_000_000  # bound on the column search of `spider_match`: a few seconds
-STATUSES = ("ok", "error", "timeout", "refused", "too_large")
+STATUSES = ("ok", "error", "timeout", "refused", "too_large", "unavailable")
+WAITS_IN_VAIN = 3  # so many limits are waited for a database in a row; then one attempt a statement, until it is read
+KILLINGS = 3  # a statement whose worker the system kills so often is given up
 CACHE_FORM = "2"  # changes with what is kept: results of another form are not found
 WORKER_DIED = "the worker died on this query"
-PASSING_ERRORS = (WORKER_DIED, "database is locked", "cannot read")  # may be gone next time: never cached
+CANNOT_READ, FILE_MISSING = "cannot read", "the file of database"  # how the errors begin that tell of a bad file
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Execution:
     """What became of one statement; `rows` are tuples by position and empty unless the status is ok.
 
     Values are None, int, float, str (invalid UTF-8 replaced by U+FFFD) or bytes. `refused` means not one
-    read-only query; `too_large` that the rows, their bytes, or the memory needed passed their limits.
+    read-only query; `too_large` that the rows, their bytes, or the memory needed passed their limits;
+    `unavailable` that the database could not be read for the statement's whole limit (a writer's lock, an I/O error),
+    or that the system killed its workers: no verdict on the statement, and another time it may run.
     `volatile`: it asked for time or chance, so that it may end otherwise when it runs again.
     """
 
@@ -63,6 +68,11 @@ class Execution:
     error: str | None = None  # one sentence, None when ok
     seconds: float = 0.0  # wall-clock time of executing and fetching in the worker, opening the file aside
     volatile: bool = False
+
+    @property
+    def unread(self) -> bool:
+        """Whether it says nothing about the statement, because its database cannot be read, for now or for good."""
+        return self.status == "unavailable" or (self.error or "").startswith((CANNOT_READ, FILE_MISSING))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -239,9 +249,19 @@ _LIMITS = {
     sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 10,
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
-_UNREADABLE = {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB,
+_UNREADABLE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB,
                sqlite3.SQLITE_READONLY}  # fmt: skip
 _SQL_ERRORS = (sqlite3.Error, sqlite3.Warning, OSError, ValueError)  # ValueError: a column name not in UTF-8
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # of the errors of the system
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error is of the moment, not of the statement or the file: a writer's lock, or failing I/O."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code == sqlite3.SQLITE_IOERR_NOMEM:
+        return False  # the statement wants too much
+    passing = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_IOERR}
+    return code & 0xFF in passing or isinstance(error, OSError) and not isinstance(error, _LASTING)
 
 
 class _Runner:
@@ -254,6 +274,7 @@ class _Runner:
         self.denied: list[str] = []  # what the authorizer denied to the running statement
         self.volatile = False  # whether the running statement asks for time or chance
         self.connections: OrderedDict[str, sqlite3.Connection] = OrderedDict()
+        self.waited: dict[str, float] = {}  # seconds that each database was waited for since it was last read
 
     def connection(self, path: str, stamp: list) -> sqlite3.Connection:
         """An open connection; `stamp` changes with the file, so a replaced database is opened anew."""
@@ -266,7 +287,7 @@ class _Runner:
         return self.connections[key]
 
     def _open(self, path: str) -> sqlite3.Connection:
-        connection = open_database(path, min(1.0, self.timeout / 2))
+        connection = open_database(path, 0.0)  # `answer` waits
         connection.execute("PRAGMA query_only = ON")
         connection.execute("PRAGMA temp_store = MEMORY")  # a large sort must not fill the disk instead
         connection.execute(f"PRAGMA hard_heap_limit = {self.memory_limit_mb * 2**20 * 3 // 4}")
@@ -295,7 +316,23 @@ class _Runner:
         return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
     def answer(self, path: str, stamp: list, sql: str) -> tuple[str, str | None, bytes, bytes]:
-        """Run one statement: status, error, columns as JSON, rows as JSON."""
+        """Run one statement: status, error, columns as JSON, rows as JSON.
+
+        A database that cannot be read is tried again for as long as a statement may take; each attempt has that time
+        of its own, so that what a writer takes is not taken from the statement, or counted as its seconds.
+        """
+        began, before = time.monotonic(), self.waited.get(path, 0.0)
+        while (found := self._attempt(path, stamp, sql))[0] == "unavailable":
+            waited = time.monotonic() - began
+            self.waited[path] = before + waited
+            if waited >= self.timeout or self.waited[path] >= WAITS_IN_VAIN * self.timeout:
+                return found
+            os.write(1, _frame(b"[]"))  # tells the parent that we are alive
+            time.sleep(min(0.05, 0.001 + waited / 4))
+        self.waited.pop(path, None)
+        return found
+
+    def _attempt(self, path: str, stamp: list, sql: str) -> tuple[str, str | None, bytes, bytes]:
         self.denied.clear()
         self.volatile = False
         self.deadline, self.started = time.monotonic() + self.timeout, time.perf_counter()
@@ -303,15 +340,19 @@ class _Runner:
             cursor = self.connection(path, stamp).cursor()
         except _SQL_ERRORS as error:
             reason = getattr(error, "strerror", None) or str(error)
-            return "error", reason if "locked" in reason else f"cannot read {path}: {reason}", b"[]", b"[]"
-        self.started = time.perf_counter()
+            if is_passing(error):
+                return "unavailable", reason, b"[]", b"[]"
+            return "error", f"{CANNOT_READ} {path}: {reason}", b"[]", b"[]"
+        self.started, status = time.perf_counter(), None
         try:
             return self._fetch(cursor.execute(sql))
         except _SQL_ERRORS as error:
-            return *self._classify(error, path), b"[]", b"[]"
+            status, reason = self._classify(error, path)
+            return status, reason, b"[]", b"[]"
         finally:
             cursor.close()
-            if stamp[1]:  # a log: as long as we have the file open, its writer cannot tidy up behind itself
+            # A log: as long as we have the file open, its writer cannot tidy up behind itself.
+            if stamp[1] or status == "unavailable":
                 self.connections.popitem()[1].close()
 
     def _fetch(self, cursor: sqlite3.Cursor) -> tuple[str, str | None, bytes, bytes]:
@@ -336,10 +377,12 @@ class _Runner:
             return "refused", "more than one statement"
         if code == sqlite3.SQLITE_INTERRUPT:
             return "timeout", f"no result within {self.timeout:g} s"
-        if code == sqlite3.SQLITE_TOOBIG:
+        if code == sqlite3.SQLITE_TOOBIG or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_NOMEM:
             return "too_large", str(error)
+        if is_passing(error):
+            return "unavailable", str(error)
         if code in _UNREADABLE:
-            return "error", f"cannot read {path}: {error}"
+            return "error", f"{CANNOT_READ} {path}: {error}"
         return "error", str(error) or type(error).__name__
 
 
@@ -440,6 +483,12 @@ class _Worker:
             pass
         return True
 
+    def was_killed(self) -> bool:
+        """Whether the system, or someone, has ended it, of which its end of the pipe tells first: no query does."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(GRACE) in (-signal.SIGKILL, -signal.SIGTERM)
+        return False
+
     def kill(self) -> None:
         self.process.kill()
         self.process.stdin.close()
@@ -473,7 +522,7 @@ class SQLExecutor:
         self.worker_restarts = 0  # workers killed, or found dead, and replaced
         self._failed_starts = 0  # in a row
         self._workers: list[_Worker] = []
-        self._tried_again: set[int] = set()  # queries of this call whose first worker died at once
+        self._deaths: Counter[int] = Counter()  # of workers of this call, by the query they were at
         self._digests: dict[str, str | None] = {}  # content hash of a database file
         self._lock = threading.RLock()
         self._closed = False
@@ -525,13 +574,13 @@ class SQLExecutor:
         if path is None:
             return "", [], f"unknown database {db_id!r}"
         if not path.is_file():
-            return "", [], f"the file of database {db_id!r} is missing: {path}"
+            return "", [], f"{FILE_MISSING} {db_id!r} is missing: {path}"
         return str(path), database_stamp(path), None
 
     def _drive(self, tasks: list, results: dict) -> None:
         """Keep the workers busy until every task has its result."""
         pending = deque(range(len(tasks)))
-        self._tried_again = set()
+        self._deaths = Counter()
         for worker in list(self._workers):
             if worker.process.poll() is not None:  # died while idle: no query's fault
                 self._retire(worker)
@@ -574,13 +623,16 @@ class SQLExecutor:
 
     def _listen(self, worker: _Worker, tasks: list, pending: deque, results: dict) -> None:
         """Take a worker's answers; replace it when it is dead, overdue, or out of memory."""
-        alive, leaving = worker.receive(), False
+        ended = not worker.receive()
+        alive, leaving = not ended, False
         try:
             for answer in _take_frames(worker.inbox, worker.largest):
                 worker.heard = time.monotonic()
                 if not worker.ready:  # its hello: from now on the deadline is that of a statement
                     worker.ready, worker.limit = True, self.settings["timeout"] + GRACE
                     self._failed_starts = 0
+                    continue
+                if answer == b"[]":  # it waits for a database
                     continue
                 number, leaving, status, error, seconds, volatile, columns, rows = _from_json(answer)
                 if number != worker.sent[0] or status not in STATUSES:
@@ -597,14 +649,25 @@ class SQLExecutor:
             self._failed_starts += 1
             if self._failed_starts >= 3:
                 raise RuntimeError("SQL workers failed to start; their standard error says why")
-        elif not alive and silent < GRACE and worker.sent and worker.sent[0] not in self._tried_again:
-            self._tried_again.add(worker.sent[0])  # it may have been dying before it read the query: try once more
-        elif worker.sent and not leaving:  # the first in line is the one it was running
-            late = f"no result within {self.settings['timeout']:g} s"
-            verdict = ("timeout", late) if alive else ("error", WORKER_DIED)
-            results[tasks[worker.sent.popleft()][0]] = Execution(verdict[0], error=verdict[1], seconds=silent)
+        elif worker.sent and not leaving:
+            verdict = self._verdict(worker, alive, ended, silent)
+            if verdict:
+                results[tasks[worker.sent.popleft()][0]] = verdict
         pending.extendleft(reversed(worker.sent))
         self._retire(worker)
+
+    def _verdict(self, worker: _Worker, alive: bool, ended: bool, silent: float) -> Execution | None:
+        """What to say of the statement that a worker was at, the first in line; None: it is to be tried again."""
+        if alive:
+            late = f"no result within {self.settings['timeout']:g} s"
+            return Execution("timeout", error=late, seconds=silent)
+        self._deaths[worker.sent[0]] += 1
+        if ended and worker.was_killed():  # by a system that is short of memory, as a rule
+            reason = f"the system killed its SQL worker {KILLINGS} times: free some memory, or have fewer workers"
+            return Execution("unavailable", error=reason) if self._deaths[worker.sent[0]] >= KILLINGS else None
+        if silent < GRACE and self._deaths[worker.sent[0]] == 1:
+            return None  # it may have been dying before it read the query
+        return Execution("error", error=WORKER_DIED, seconds=silent)
 
     def _retire(self, worker: _Worker) -> None:
         self._workers.remove(worker)
@@ -618,7 +681,7 @@ class SQLExecutor:
 
         The key is a hash of the database's content, the SQL and the limits. A timeout is believed for a day,
         since a busy machine may have caused it. Never kept are results that depend on time or chance, those
-        of a database that changed meanwhile, a locked or unreadable file, and a dead worker.
+        of a database that changed meanwhile, of one that could not be read, and a dead worker.
         """
         pairs = list(map(tuple, pairs))
         if self.cache is None:
@@ -628,7 +691,7 @@ class SQLExecutor:
         missing = [pair for pair in files if found.get(pair) is None]
         for pair, execution in zip(missing, self.run_many(missing), strict=True):
             found[pair] = execution
-            passing = execution.volatile or (execution.error or "").startswith(PASSING_ERRORS)
+            passing = execution.volatile or execution.unread or execution.error == WORKER_DIED
             if files[pair] and not passing and files[pair] == self._cache_file(*pair):
                 _write_execution(files[pair], execution)
         return [found[pair] for pair in pairs]
@@ -933,6 +996,13 @@ class Results:
 
     def gold(self, db_id: str, sql: str, comparison: Comparison = AS_WRITTEN) -> Execution:
         return self._golds[db_id, comparison.prepare(sql)]
+
+    def unread(self, db_id: str, sql: str, golds: Sequence[str], *comparisons: Comparison) -> Execution | None:
+        """An execution without which nothing can be said of a prediction, for its database could not be read, or
+        None."""
+        asked = [one for way in (AS_WRITTEN, *comparisons)
+                 for one in (self.predicted(db_id, sql, way), *(self.gold(db_id, gold, way) for gold in golds))]
+        return next((execution for execution in asked if execution.unread), None)
 
     def is_right(self, db_id: str, sql: str, golds: Sequence[str], comparison: Comparison) -> bool:
         """Whether a prediction ran and matches a gold that ran; a gold that fails makes nothing right."""

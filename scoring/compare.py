@@ -51,7 +51,8 @@ def compare(file_a, file_b, anyway: bool = False) -> dict:
                         "alike, or give --anyway")
     in_a, in_b = by_question(a["examples"]), by_question(b["examples"])
     skip = a.get("bad_golds_skipped") or b.get("bad_golds_skipped")
-    shared = [key for key in in_a if key in in_b
+    unavailable = {key for side in (in_a, in_b) for key, item in side.items() if item.get("status") == "unavailable"}
+    shared = [key for key in in_a if key in in_b and key not in unavailable
               and not (skip and any(side[key]["gold_status"] not in ("ok", "empty") for side in (in_a, in_b)))]
     if not shared:
         raise UserError(f"{file_a} and {file_b} have no question in common")
@@ -71,13 +72,15 @@ def compare(file_a, file_b, anyway: bool = False) -> dict:
         raise UserError(f"{file_a} and {file_b} have no comparison in common")
     sql = {labels[key]: [side[key].get("sql", "") for side in (in_a, in_b)] for key in shared}
     return {"a": str(file_a), "b": str(file_b), "n": len(shared), "matches": matches, "sql": sql,
-            "only_in_one": len(in_a.keys() ^ in_b.keys())}
+            "only_in_one": len(in_a.keys() ^ in_b.keys()), "unavailable": len(unavailable)}
 
 
 def print_comparison(result: dict) -> None:
     """Two evaluations side by side, and every question that flipped."""
     print(f"A: {result['a']}\nB: {result['b']}\n{result['n']} questions"
-          + (f"; {result['only_in_one']} are in one file only" if result["only_in_one"] else ""))
+          + (f"; {result['only_in_one']} are in one file only" if result["only_in_one"] else "")
+          + (f"; {result['unavailable']} are left out, since their database could not be read"
+             if result["unavailable"] else ""))
     print(f"{'execution accuracy, %':<24}{'A':>7}{'B':>7}{'B - A [95 % interval]':>26}"
           f"{'gained':>8}{'lost':>6}")
     for name, part in result["matches"].items():

@@ -5,7 +5,7 @@ evaluate.py says what is measured and is the command; this file is what it and t
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import fill
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from running.errors import visible
 from scoring.hardness import LEVELS, hardness
-from sql_exec import MATCHES, Comparison, Execution, Results, SQLExecutor, soft_f1
+from sql_exec import CANNOT_READ, MATCHES, Comparison, Execution, Results, SQLExecutor, soft_f1
 from text2sql.example import Example
 
 LEVEL_ORDER = (*LEVELS, "simple", "moderate", "challenging")  # Spider's, then BIRD's names
@@ -29,17 +29,29 @@ class ExampleScore:
     db_id: str
     difficulty: str
     sql: str
-    status: str       # of the prediction: ok, error, timeout, refused, too_large, format, truncated, too_long
+    status: str       # of the prediction: ok, error, timeout, refused, too_large, format, truncated, too_long;
+                      # unavailable: a database could not be read, so that nothing can be said of it
     gold_status: str  # the same, or empty: the gold runs but returns no row
     error: str        # why the prediction did not run, else empty
     correct: dict[str, bool]
     soft_f1: float
     verified: bool = False  # right by every comparison, where Spider's does not replace the word `value`
+    gold_error: str = ""    # why the gold did not run, else empty
+    file: str = ""          # the database that `gold_error`, or `error` where it is unavailable, is about
+
+    @property
+    def unavailable(self) -> bool:
+        """True when a database could not be read: left out of every figure."""
+        return self.status == "unavailable"
 
     @property
     def bad_gold(self) -> bool:
         """True when there is nothing to compare with."""
         return self.gold_status not in ("ok", "empty")
+
+    def left_out(self, skip_bad_gold: bool) -> bool:
+        """True when no figure counts it."""
+        return self.unavailable or skip_bad_gold and self.bad_gold
 
 
 # --------------------------------------------------------------------------------------------- scoring
@@ -89,30 +101,49 @@ def judge(examples, sqls, levels, executor, comparisons: Sequence[Comparison],
         prediction, golds = results.predicted(db_id, sql), [results.gold(db_id, gold) for gold in gold_sqls]
         correct = {comparison.name: results.is_right(*question, comparison) for comparison in comparisons}
         verified = all(results.is_right(*question, comparison) for comparison in verifying)
-        score = ExampleScore(example.id, db_id, level, sql, prediction.status, gold_status(golds),
-                             prediction.error or "", correct, best_soft_f1(prediction, golds), verified)
-        if suite and suite.get(db_id):
-            score = _on_suite(score, example, [gold.status for gold in golds], suite[db_id], executor, comparisons)
+        gold, file = gold_status(golds), str(executor.databases.get(db_id, ""))
+        why = "" if gold in ("ok", "empty") else golds[0].error or ""
+        score = ExampleScore(example.id, db_id, level, sql, prediction.status, gold, prediction.error or "", correct,
+                             best_soft_f1(prediction, golds), verified, why, file)
+        unread = results.unread(*question, *comparisons, *verifying)
+        if unread and gold in ("ok", "empty", "unavailable"):  # else the gold says that its file is broken for good
+            score = without_verdict(score, unread.error, file)
+        elif suite and suite.get(db_id):
+            score = _on_suite(score, example, golds, suite[db_id], executor, comparisons)
         judged.append((score, prediction))
     return judged
 
 
-def _on_suite(score, example, statuses, others, executor, comparisons) -> ExampleScore:
+def without_verdict(score: ExampleScore, error: str, file: str) -> ExampleScore:
+    """The score of a prediction of which nothing can be said, since this file could not be read."""
+    return replace(score, status="unavailable", error=error, file=file, correct=dict.fromkeys(score.correct, False),
+                   soft_f1=0.0, verified=False)
+
+
+def _on_suite(score, example, golds, others, executor, comparisons) -> ExampleScore:
     """Right is what equals one gold on every database. A gold that fails on one of them is none, whatever is predicted.
 
-    statuses: of the golds on the first database; others: the names of the other databases.
+    golds: what they returned on the first database; others: the names of the other databases.
     """
-    fates = [[status, *(one.status for one in executor.run_gold([(db_id, gold) for db_id in others]))]
-             for gold, status in zip(example.gold_sqls, statuses, strict=True)]
-    sound = [gold for gold, found in zip(example.gold_sqls, fates, strict=True) if set(found) == {"ok"}]
+    ran = [[gold, *executor.run_gold([(db_id, sql) for db_id in others])]
+           for sql, gold in zip(example.gold_sqls, golds, strict=True)]  # [golds][databases]
+    sound = [sql for sql, found in zip(example.gold_sqls, ran, strict=True) if {one.status for one in found} == {"ok"}]
+    failed = [(one, str(executor.databases[db_id])) for found in ran
+              for db_id, one in zip((example.db_id, *others), found, strict=True) if one.status != "ok"]
+    for one, file in failed:
+        if one.status == "unavailable":
+            return without_verdict(score, one.error, file)
     if not sound:
-        score = replace(score, gold_status=next(status for status in fates[0] if status != "ok"))
+        one, file = failed[0]
+        score = replace(score, gold_status=one.status, gold_error=one.error or "", file=file)
     correct, verified = dict.fromkeys(score.correct, False), False
     first = [example.db_id] if len(example.gold_sqls) > 1 else []  # where not known of this gold alone
     for gold in sound if score.verified or any(score.correct.values()) else ():
         asked = [replace(example, db_id=db_id, gold_sqls=(gold,)) for db_id in (*first, *others)]
         sqls, levels = [score.sql] * len(asked), [score.difficulty] * len(asked)
         found = [one for one, _ in judge(asked, sqls, levels, executor, comparisons)]
+        if unread := next((one for one in found if one.unavailable), None):
+            return without_verdict(score, unread.error, unread.file)
         correct = {name: known or score.correct[name] and all(one.correct[name] for one in found)
                    for name, known in correct.items()}
         verified = verified or score.verified and all(one.verified for one in found)
@@ -151,12 +182,12 @@ def gold_status(golds: Sequence[Execution]) -> str:
 
 def summarise(scores: Sequence[ExampleScore], skip_bad_gold: bool = False) -> dict:
     """Accuracy with its interval, overall and by difficulty; soft-F1; shares of statuses; failed golds."""
-    counted = [score for score in scores if not (skip_bad_gold and score.bad_gold)]
+    counted = [score for score in scores if not score.left_out(skip_bad_gold)]
     found = Counter(score.difficulty for score in counted)
     known = [level for level in LEVEL_ORDER if level in found]
     by_difficulty = {level: accuracies([score for score in counted if score.difficulty == level])
                      for level in known + sorted(found.keys() - set(known))}
-    overall = accuracies(counted)
+    overall = accuracies(counted, scores[0].correct if scores else ())
     return {
         **overall,
         "mean_over_difficulties": {  # every difficulty or tier weighs the same
@@ -167,15 +198,18 @@ def summarise(scores: Sequence[ExampleScore], skip_bad_gold: bool = False) -> di
         "statuses": {status: count / len(counted)
                      for status, count in Counter(score.status for score in counted).most_common()},
         "empty_golds": sum(score.gold_status == "empty" for score in counted),
-        "bad_golds": [{"id": score.id, "db_id": score.db_id, "gold_status": score.gold_status}
-                      for score in scores if score.bad_gold],
+        "bad_golds": [{"id": score.id, "db_id": score.db_id, "gold_status": score.gold_status,
+                       "gold_error": score.gold_error, "file": score.file}
+                      for score in scores if score.bad_gold and not score.unavailable],
         "bad_golds_skipped": skip_bad_gold,
+        "unavailable": [{"id": score.id, "db_id": score.db_id, "error": score.error, "file": score.file}
+                        for score in scores if score.unavailable],
     }
 
 
-def accuracies(scores: Sequence[ExampleScore]) -> dict:
-    """Execution accuracy under each comparison, with its interval."""
-    names = scores[0].correct if scores else ()
+def accuracies(scores: Sequence[ExampleScore], names: Iterable[str] = ()) -> dict:
+    """Execution accuracy under each comparison, with its interval; `names` are needed where there is no score."""
+    names = scores[0].correct if scores else names
     values = {name: [float(score.correct[name]) for score in scores] for name in names}
     return {"n": len(scores), "execution_accuracy": {name: mean(values[name]) for name in names},
             "interval": {name: bootstrap_interval(values[name]) for name in names}}
@@ -209,8 +243,40 @@ def print_table(summary: dict) -> None:
         print(f"golds without any row: {summary['empty_golds']}")
     if summary["bad_golds"]:
         verdict = "left out" if summary["bad_golds_skipped"] else "counted as wrong (see --skip-bad-gold)"
-        first = ", ".join(f"{visible(gold['id'])} ({gold['gold_status']})" for gold in summary["bad_golds"][:3])
-        print(fill(f"golds that fail: {len(summary['bad_golds'])}, {verdict}; the first: {first}", 80))
+        print(f"golds that fail: {len(summary['bad_golds'])}, {verdict}; the first of each kind:")
+        print_reasons([(gold["id"], gold["gold_status"], gold["gold_error"], gold["file"])
+                       for gold in summary["bad_golds"]])
+    if summary["unavailable"]:
+        print(fill(f"warning: {len(summary['unavailable'])} questions are left out of every figure, since their "
+                   "database could not be read; when it can, measure again:", 80))
+        print_reasons([(one["id"], "unavailable", one["error"], one["file"]) for one in summary["unavailable"]])
+
+
+def print_reasons(failures: Sequence[tuple[str, str, str, str]]) -> None:
+    """The first of each kind, a few lines each."""
+    for line in first_reasons(failures):
+        print(fill(line, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False,
+                   break_on_hyphens=False))
+
+
+def first_reasons(failures: Iterable[tuple[str, str, str, str]], most: int = 5) -> list[str]:
+    """Why queries failed: the first reason of each kind, how often there is one like it, and the file.
+
+    failures: (id of the question, status, error, file of the database).
+    """
+    kinds: dict[tuple[str, str], list] = {}
+    for identity, status, error, file in failures:
+        kind = error.removeprefix(f"{CANNOT_READ} {file}: ").partition(": ")[0]  # "no such column" of whatever name
+        kinds.setdefault((status, kind), []).append((identity, error, file))
+    lines = []
+    for (status, _), found in list(kinds.items())[:most]:
+        identity, error, file = found[0]
+        where = f" ({file})" if file and file not in error else ""
+        others = f"; and {len(found) - 1} more like it" if len(found) > 1 else ""
+        lines.append(f"question {visible(identity)}, {status}: {visible(error)}{visible(where)}{others}")
+    if len(kinds) > most:
+        lines.append(f"and {len(kinds) - most} further kinds")
+    return lines
 
 
 def print_accuracies(title: str, parts: dict[str, dict]) -> None:
@@ -238,7 +304,8 @@ def percent_with_interval(part: dict, name: str) -> str:
 
 
 def scores_as_json(scores: Sequence[ExampleScore], summary: dict) -> dict:
-    """What --json writes: accuracies, n, and a line a question in dataset order (1 correct, 0 wrong)."""
+    """What --json writes: accuracies, n, and a line a question in dataset order (1 correct, 0 wrong, null unknown)."""
     return summary | {"examples": [
         {"id": score.id, "db_id": score.db_id, "status": score.status, "gold_status": score.gold_status,
-         **{name: int(correct) for name, correct in score.correct.items()}} for score in scores]}
+         **{name: None if score.unavailable else int(correct) for name, correct in score.correct.items()}}
+        for score in scores]}
