@@ -167,6 +167,8 @@ class Asker:
             config.max_completion_tokens, lenient=self.lenient, seed=config.seed,
             answer_style=self.builder.config.answer_style)
         executions = self.executor.run_many([("database", candidate.sql) for candidate in candidates])
+        if unread := next((one for one in executions if one.unread), None):  # a vote without them may be another
+            raise UserError(f"{self.path} could not be read ({unread.error}), so the candidates cannot vote: ask again")
         groups = rank_groups(executions, [candidate.logprob for candidate in candidates], config.vote)
         statuses = Counter(candidate.broken or execution.status
                            for candidate, execution in zip(candidates, executions, strict=True))

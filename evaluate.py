@@ -26,8 +26,10 @@ With -n the model answers n times; scoring/voting.py says how one answer is chos
 answer and pass@k are reported side by side; --vote selects the one that counts. An evaluation with --json or
 --progress that was interrupted continues where it stopped when the same command is given again.
 
-A question whose gold query fails is reported and never counted as correct. It stays in the denominator, as
-in the official scripts, unless --skip-bad-gold. Intervals are 95 % bootstrap intervals over questions.
+A question whose gold query fails is reported, with the reason, and never counted as correct. It stays in the
+denominator, as in the official scripts, unless --skip-bad-gold. A question whose database could not be read for as
+long as a query may take (a writer's lock, an I/O error, workers that the system killed) is left out of every figure,
+with a warning. Intervals are 95 % bootstrap intervals over questions.
 """
 
 import argparse
@@ -68,6 +70,7 @@ from scoring.verdicts import (
     mean,
     percentages,
     print_accuracies,
+    print_reasons,
     print_table,
     score_predictions,
     scores_as_json,
@@ -206,8 +209,7 @@ def greedy_sqls(policy, encoded_prompts: list[list[int]], max_completion_tokens:
 def summarise_records(records: Sequence[dict], config: EvaluateConfig) -> dict:
     """Every way of answering side by side, pass@k, and how the candidates fared."""
     scores = [scores_of([record], config.answer)[0] for record in records]
-    kept = [record for record, score in zip(records, scores, strict=True)
-            if not (config.skip_bad_gold and score.bad_gold)]
+    kept = [record for record, score in zip(records, scores, strict=True) if not score.left_out(config.skip_bad_gold)]
     samples = [record["samples"] for record in kept]
     fates = sum((Counter(sample["statuses"]) for sample in samples), Counter())
     total = sum(fates.values()) or 1
@@ -266,7 +268,8 @@ def records_as_json(records: Sequence[dict], config: EvaluateConfig) -> list[dic
     """What --json adds to each question: its SQL, each way's verdicts and how the samples fared."""
     return [{"difficulty": record["answers"][config.answer]["difficulty"],
              "sql": record["answers"][config.answer]["sql"],
-             "answers": {way: {name: int(right) for name, right in score["correct"].items()}
+             "answers": {way: {name: None if score["status"] == "unavailable" else int(right)
+                               for name, right in score["correct"].items()}
                          for way, score in record["answers"].items()},
              "samples": record["samples"]} for record in records]
 
@@ -277,22 +280,33 @@ def r_ves(examples: Sequence[Example], scores: Sequence[ExampleScore], executor:
           repeats: int) -> list[float]:
     """BIRD mini-dev's efficiency score of each question: 100 · sqrt(reward), 0 where the answer is wrong.
 
-    Prediction and gold run in turn, `repeats` times each; the mean ratio of their times decides.
+    Prediction and gold run in turn, `repeats` times each; the mean ratio of their times decides. Questions of which the
+    database could not be read meanwhile are left out.
     """
     pairs = zip(examples, scores, strict=True)
     bar = tqdm(pairs, desc="timing", unit="question", total=len(scores), leave=False, dynamic_ncols=True)
-    return [100 * math.sqrt(r_ves_reward(time_ratio(example, score.sql, executor, repeats), 1.0))
-            if score.correct["bird"] else 0.0 for example, score in bar]
+    values, unread = [], 0
+    for example, score in bar:
+        ratio = time_ratio(example, score.sql, executor, repeats) if score.correct["bird"] else 0.0
+        if ratio is None:
+            unread += 1
+        else:
+            values.append(100 * math.sqrt(r_ves_reward(ratio, 1.0)) if score.correct["bird"] else 0.0)
+    if unread:
+        tqdm.write(f"warning: {unread} questions are left out of R-VES, since their database could not be read")
+    return values
 
 
-def time_ratio(example: Example, sql: str, executor: SQLExecutor, repeats: int) -> float:
-    """Mean of gold time / prediction time over repeated runs, without outliers beyond three deviations."""
+def time_ratio(example: Example, sql: str, executor: SQLExecutor, repeats: int) -> float | None:
+    """Mean of gold time / prediction time over repeated runs, without outliers beyond three deviations; None where the
+    database could not be read."""
     ratios = []
     for _ in range(repeats):
         predicted = executor.run(example.db_id, sql)
         gold = executor.run(example.db_id, example.gold_sqls[0])
-        ratios.append(gold.seconds / max(predicted.seconds, 1e-9))
-    return clean_mean(ratios)
+        if not predicted.unread and not gold.unread:  # what did not run took no time
+            ratios.append(gold.seconds / max(predicted.seconds, 1e-9))
+    return clean_mean(ratios) if ratios else None
 
 
 def clean_mean(values: Sequence[float]) -> float:
@@ -434,7 +448,9 @@ def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suit
     """
     summary = summarise(scores, config.skip_bad_gold)
     if not summary["n"]:
-        raise UserError("no question is left to score: every one was excluded, or its gold query fails")
+        print_reasons([(one["id"], "unavailable", one["error"], one["file"]) for one in summary["unavailable"]])
+        raise UserError("no question is left to score: every one was excluded, its gold query fails, or its database "
+                        "could not be read")
     if "spider" in config.matches:
         summary["spider_metric"] = spider_metric(config, suite)
     content = scores_as_json(scores, summary) | {"protocol": protocol_of(config, examples, summary, written)}
@@ -445,7 +461,8 @@ def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suit
     if config.r_ves:
         right = scores if "bird" in config.matches else score_predictions(
             examples, [score.sql for score in scores], executor, ["bird"], suite=suite)  # it is BIRD's score
-        kept = [i for i, score in enumerate(scores) if not (config.skip_bad_gold and score.bad_gold)]
+        kept = [i for i, score in enumerate(scores)
+                if not score.left_out(config.skip_bad_gold) and not right[i].unavailable]
         content.setdefault("timing", {})["r_ves"] = mean(
             r_ves([examples[i] for i in kept], [right[i] for i in kept], executor, config.r_ves))
     if config.json:

@@ -417,7 +417,7 @@ class Curve:
 
 
 COLOURS = 8  # of the template: classes s0 to s7
-STATUSES = ("ok", "error", "format", "timeout", "refused", "too_large")
+STATUSES = ("ok", "error", "format", "timeout", "refused", "too_large", "unavailable")
 CHARTS = (
     Chart("Reward", ("reward", "reward_std"), ("mean", "spread within a group")),
     Chart("Reward components", ("reward/*",), known=COMPONENTS),

@@ -21,6 +21,9 @@ correct completion then gets a = φ(1), the most that a wrong one can get, so it
 What is switched off is not computed and imports nothing. `format` switched off loses its weight w_f but
 remains the gate, for without it there is no SQL to score. SQL always runs: memory must know what is
 correct, and every log shows the status of the SQL.
+
+Where the database cannot be read, nothing is known of a completion: it has the status `unavailable` and no reward, and
+its group is left out of the step (`readable`).
 """
 
 import importlib.util
@@ -43,7 +46,7 @@ from text2sql.memory import SCOPES, MemoryGate, Roles, TraceMemory, make_embedde
 
 __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "RewardItem", "RewardScorer", "TraceMemory",
            "atomic_operations", "atomic_reward", "build_memory", "build_rarity", "load_reward_module", "make_embedder",
-           "parse_completion", "parse_rewards", "rewards_apart", "shape_atomic", "soft_f1", "unwrap_fence"]
+           "parse_completion", "parse_rewards", "readable", "rewards_apart", "shape_atomic", "soft_f1", "unwrap_fence"]
 
 COMPONENTS = ("format", "execution", "atomic", "memory", "result", "schema", "user")
 ATOMIC_WHEN = ("wrong", "runs", "fails")
@@ -188,7 +191,8 @@ class RewardBreakdown:
     atomic: float = 0.0
     memory: float = 0.0
     total: float = 0.0
-    status: str = "format"  # ok, error, timeout, refused, too_large; `format` where there was no SQL to run
+    status: str = "format"  # ok, error, timeout, refused, too_large; `format` where there was no SQL to run;
+                            # `unavailable` where the database could not be read: the rewards then mean nothing
     result: float = 0.0
     schema: float = 0.0
     user: float = 0.0
@@ -202,6 +206,11 @@ class RewardBreakdown:
     rows: tuple = ()  # the first rows of the result, for people to read
     row_count: int = 0  # of the whole result
     neighbours: tuple = ()  # nearest traces of a wrong completion: dicts of db_id, thought, similarity
+
+
+def readable(row: Sequence[RewardBreakdown]) -> bool:
+    """Whether all completions of a group have a reward, since their database could be read."""
+    return all(breakdown.status != "unavailable" for breakdown in row)
 
 
 def rewards_apart(rows: Sequence[Sequence[RewardBreakdown]], config: RewardConfig) -> tuple[list, list[float]]:
@@ -227,11 +236,15 @@ class Scored:
     execution: Execution | None = None  # of the SQL as written
     golds: Sequence[Execution] = ()  # of the gold queries as written
     correct: bool = False
+    unread: Execution | None = None  # what kept the database from being read, of prediction or gold
     components: dict[str, float] = field(default_factory=lambda: {"format": 1.0})
     neighbours: Sequence[dict] = ()
 
     def breakdown(self, weights: Mapping[str, float]) -> RewardBreakdown:
         """The components and their weighted sum; f = 1 here."""
+        if self.unread:
+            return RewardBreakdown(format=1.0, status="unavailable", text=self.item.text, thought=self.thought,
+                                   sql=self.sql, error=self.unread.error)
         total = sum(weights[name] * value for name, value in self.components.items())
         execution = self.execution
         return RewardBreakdown(**self.components, total=total, status=execution.status, correct=self.correct,
@@ -286,8 +299,9 @@ class RewardScorer:
             embedding = thread.submit(self._embed, [(record.item.db_id, record.thought) for record in shaped])
             self._execute(shaped)
             embedding.result()  # raises what the thread raised
+        known = [record for record in shaped if not record.unread]
         for component in (self._atomic, self._memory, self._result, self._schema, self._user):
-            component(shaped)
+            component(known)
         if remember:  # only now, so that the order within a step makes no difference
             self.remember([(record.item.db_id, record.thought) for record in shaped if record.correct])
         return [record.breakdown(self.weights) if record else self._without_format(item)
@@ -321,7 +335,8 @@ class RewardScorer:
             for record, (db_id, sql, golds) in zip(records, questions, strict=True):
                 record.execution = results.predicted(db_id, sql)
                 record.golds = [results.gold(db_id, gold) for gold in golds]
-                record.correct = results.is_right(db_id, sql, golds, self.match)
+                record.unread = results.unread(db_id, sql, golds, self.match)
+                record.correct = not record.unread and results.is_right(db_id, sql, golds, self.match)
                 runs = self.config.execution_runs * (record.execution.status == "ok")
                 record.components["execution"] = 2.0 if record.correct else runs
 

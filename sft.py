@@ -48,7 +48,7 @@ from running.errors import UserError, check_folder, json_lines, run_main, write_
 from running.guards import Heartbeat
 from running.options import HIGHEST_SEED, add_arguments, build, check, option
 from scoring.answers import Examination, Progress, fingerprint
-from scoring.verdicts import MATCHES
+from scoring.verdicts import MATCHES, first_reasons
 from settings import SFTConfig
 from sql_exec import SQLExecutor
 from text2sql.answer_style import ANSWER_STYLES, completion_text
@@ -95,17 +95,21 @@ def teachable(examples: Sequence[Example], executor, schemas: Mapping,
     if strangers:
         reasons[f"their db_id is not among the databases of the data (the first: {strangers[0]!r})"] = (
             len(examples) - len(known))
-    kept = []
+    kept, failed = [], []
     for example, gold in zip(known, golds, strict=True):
         if gold.status != "ok":
-            reasons["their gold SQL fails"] += 1
+            failed.append((example.id, gold.status, gold.error or "", str(executor.databases[example.db_id])))
             continue
         clean, reason = without_tags(example, answer_style)
         if reason:
             reasons[reason] += 1
         else:
             kept.append(clean)
-    return kept, [f"left out {count} of {len(examples)} traces: {reason}" for reason, count in reasons.items()]
+    notes = [f"left out {count} of {len(examples)} traces: {reason}" for reason, count in reasons.items()]
+    if failed:
+        notes.append("\n  ".join([f"left out {len(failed)} of {len(examples)} traces: their gold SQL fails; the first "
+                                  "of each kind:", *first_reasons(failed)]))
+    return kept, notes
 
 
 def without_tags(example: Example, answer_style: str = "think-sql") -> tuple[Example, str]:
@@ -409,6 +413,8 @@ def why_none_verified(records: Sequence[dict], config: MineConfig, answer_style:
     """What to do when no completion is verified: whether it is the format, the length or the SQL."""
     fates = sum((Counter(record["samples"]["statuses"]) for record in records), Counter())
     total = fates.total() or 1
+    if fates["unavailable"] == fates.total() > 0:
+        return "no database could be read; try again when they can"
     met = 1 - (fates["format"] + fates["truncated"] + fates["too_long"]) / total
     if not fates.total():
         return "no prompt fits; raise --max-prompt-tokens"
@@ -454,8 +460,10 @@ def summary_of(records: Sequence[dict], kept: Sequence[dict], memory: TraceMemor
     sampled = sum(sum(record["samples"]["statuses"].values()) for record in records)
     verified = sum(len(record["traces"]) for record in records)
     refused = memory.rejections.total()
+    unread = sum("unavailable" in record["samples"]["statuses"] for record in records)
     difficulties = Counter(trace["difficulty"] for trace in kept if trace["difficulty"])
-    return (f"{sampled} completions of {len(records)} questions sampled, {verified} different ones verified, "
+    left_out = f", {unread} questions left out, since their database could not be read" if unread else ""
+    return (f"{sampled} completions of {len(records)} questions sampled{left_out}, {verified} different ones verified, "
             f"{refused} refused by the gate{counted(memory.rejections)}, {verified - refused - len(kept)} over the "
             f"limits, {len(kept)} kept{counted(difficulties)}")
 

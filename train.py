@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -82,6 +83,7 @@ from rewards import (
     build_memory,
     build_rarity,
     load_reward_module,
+    readable,
     rewards_apart,
 )
 from running import show
@@ -89,6 +91,7 @@ from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics
 from running.trackers import check_trackers, open_trackers
+from scoring.verdicts import first_reasons
 from settings import (
     DEFAULTS_BEFORE,
     MAY_CHANGE_ON_RESUME,
@@ -253,11 +256,12 @@ class Trainer:
                 self.step += 1
                 step = self.take_step()
                 if self.evaluation_is_due():
-                    step.extra["dev_accuracy"] = self.evaluate_dev()
+                    step.extra |= self.evaluate_dev()
                 metrics = self.log(step)
                 self.watch(metrics)
                 bar.update()
-                bar.set_postfix(reward=f"{metrics['reward']:.2f}", acc=f"{metrics['execution_accuracy']:.2f}",
+                bar.set_postfix(reward=f"{metrics.get('reward', math.nan):.2f}",
+                                acc=f"{metrics.get('execution_accuracy', math.nan):.2f}",
                                 kl=f"{metrics.get('kl', 0.0):.3f}", dev=f"{self.best:.2f}")
                 if run.save_every and self.step % run.save_every == 0:
                     self.save()
@@ -271,6 +275,7 @@ class Trainer:
         self.scorer.reset_seconds()
         (examples, groups, breakdowns), sampled = self.rollout(clock)  # [B], [B], [B][G]
         advantages = advantages_of(breakdowns, s.rewards, s.grpo.advantage_scale)  # [B, G]
+        read = [readable(row) for row in breakdowns]
         if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
             advantages[[not has_right_and_wrong(row) for row in breakdowns]] = 0.0
 
@@ -294,7 +299,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
         ratios = self.token_ratios(groups, watched, before, self.group_logps(groups, watched))
         clock.lap("update")
-        stats = distributed.merge_stats(stats) | {"flat_groups": (~advantages.any(1)).float().mean().item()}
+        stats = distributed.merge_stats(stats)
+        if any(read):
+            stats["flat_groups"] = (~advantages[read].any(1)).float().mean().item()
         return Step(examples, groups, breakdowns, sampled, advantages, stats, ratios, clock.laps)
 
     def log(self, step: Step) -> dict:
@@ -313,8 +320,9 @@ class Trainer:
         records = rollout_records(self.step, step.examples, step.groups, step.breakdowns, parts, step.advantages,
                                   step.token_ratios)
         self.folder.log("rollouts", records)
-        if self.s.run.verbose and self.step % self.s.run.verbose == 0:
-            tqdm.write(show.group_text(records[widest_group(step.advantages)], colour=show.wants_colour(sys.stdout)))
+        if records and self.s.run.verbose and self.step % self.s.run.verbose == 0:
+            widest = widest_group(step.advantages[[readable(row) for row in step.breakdowns]])
+            tqdm.write(show.group_text(records[widest], colour=show.wants_colour(sys.stdout)))
         return metrics
 
     def watch(self, metrics: dict) -> None:
@@ -392,11 +400,26 @@ class Trainer:
         if self.s.grpo.overlong == "penalise":  # half the margin, so that a correct one still outranks a wrong one
             rows = penalise(rows, 0.5 * self.s.rewards.margin * overlong_penalty(groups, self.s.grpo))
         scored = distributed.merge(list(zip(examples, groups, rows, strict=True)))
+        self.warn_of_unread(scored)
         if self.scorer.memory is not None and distributed.size() > 1:
             self.scorer.memory.exchange(((item.db_id, b.thought) for item, b in zip(items, breakdowns, strict=True)
                                          if b.status != "format"), distributed.gather)
         self.scorer.remember([(example.db_id, b.thought) for example, _, row in scored for b in row if b.correct])
         return scored
+
+    def warn_of_unread(self, scored: list[tuple]) -> None:
+        """Says which groups are left out of this step, since their database could not be read."""
+        unread = [(example, next(b for b in row if b.status == "unavailable"))
+                  for example, _, row in scored if not readable(row)]
+        if unread:
+            tqdm.write(f"warning, step {self.step}: {len(unread)} of {len(scored)} groups are left out, since their "
+                       "database could not be read")
+            self.tell_reasons([(e.id, b.status, b.error, e.db_id) for e, b in unread], tqdm.write)
+
+    def tell_reasons(self, failures: list[tuple[str, str, str, str]], write: Callable = print) -> None:
+        """The first (question, status, error, db_id) of each kind, a line each."""
+        for line in first_reasons([(*failure, str(self.data.databases[db_id])) for *failure, db_id in failures]):
+            write(f"  {line}")
 
     def token_ratios_are_due(self) -> bool:
         """Whether rollouts.jsonl keeps, for one group of this step, what the update did to each token."""
@@ -473,22 +496,28 @@ class Trainer:
                                         room=rollout_room(self.s))  # so that --plan holds here as well
         scores = evaluate.score_predictions(examples[mine], sqls, self.executor,
                                             levels=evaluate.difficulty_levels(examples)[mine])
-        scores = [score if sql else replace(score, status="format") for score, sql in zip(scores, sqls, strict=True)]
-        return evaluate.summarise(distributed.merge(scores))
+        scores = [score if sql or score.unavailable else replace(score, status="format")
+                  for score, sql in zip(scores, sqls, strict=True)]
+        found = evaluate.summarise(distributed.merge(scores))
+        if unread := found["unavailable"]:
+            tqdm.write(f"warning, step {self.step}: {len(unread)} of {len(questions)} questions are left out of this "
+                       "evaluation, since their database could not be read")
+            self.tell_reasons([(one["id"], "unavailable", one["error"], one["db_id"]) for one in unread], tqdm.write)
+        return found
 
     def evaluation_is_due(self) -> bool:
         """Whether this step ends with an evaluation on dev."""
         run = self.s.run
         return bool(self.dev_set and run.eval_every) and (self.step % run.eval_every == 0 or self.step == run.steps)
 
-    def evaluate_dev(self) -> float:
-        """Accuracy on dev; a new best policy is kept in best/."""
+    def evaluate_dev(self) -> dict[str, float]:
+        """The metric of accuracy on dev, none where no database could be read; a new best policy is kept in best/."""
         accuracy = self.evaluate(self.dev_set, "dev")["execution_accuracy"][self.s.run.match]
         if accuracy > self.best:
             self.best = accuracy
             policy = self.savable_policy()
             distributed.on_main(lambda: self.folder.save_best(policy, self.step))
-        return accuracy
+        return {} if math.isnan(accuracy) else {"dev_accuracy": accuracy}
 
     def compare(self) -> None:
         """Prints the held-out accuracy of the best policy by dev beside that of the start."""
@@ -635,12 +664,16 @@ class Trainer:
         asked = [(e.db_id, sql) for e in mine for sql in (e.gold_sqls[0], compared(e.gold_sqls[0]))]
         ran = self.executor.run_gold(asked)  # each once
         golds = [gold if also.status == "ok" else also for gold, also in zip(ran[::2], ran[1::2], strict=True)]
-        golds = distributed.merge([gold.status if gold.status != "ok" or gold.rows else "empty" for gold in golds])
+        golds = distributed.merge([(gold.status if gold.status != "ok" or gold.rows else "empty", gold.error or "")
+                                   for gold in golds])
         wanted = {"ok"} if self.s.run.empty_gold == "drop" and name == "training" else {"ok", "empty"}
-        kept = [e for e, status in zip(examples, golds, strict=True) if status in wanted]
-        if set(golds) - {"ok"}:
+        kept = [e for e, (status, _) in zip(examples, golds, strict=True) if status in wanted]
+        statuses = Counter(status for status, _ in golds)
+        if statuses.keys() - {"ok"}:
             left_out = len(examples) - len(kept)
-            print(f"{name} golds: {dict(Counter(golds))}; {left_out} of {len(examples)} questions left out")
+            print(f"{name} golds: {dict(statuses)}; {left_out} of {len(examples)} questions left out")
+            self.tell_reasons([(e.id, status, error, e.db_id) for e, (status, error)
+                               in zip(examples, golds, strict=True) if error])
         encoded, notes = self.builder.encode_all(kept)
         for note in notes:
             print(f"{name}: {note}")
@@ -689,7 +722,13 @@ class Trainer:
 
 
 def advantages_of(breakdowns: list, config: RewardConfig, scale: str) -> torch.Tensor:
-    """The advantages of completions with these rewards. [B][G] -> [B, G]"""
+    """The advantages of completions with these rewards, 0 where their database could not be read. [B][G] -> [B, G]"""
+    read = [readable(row) for row in breakdowns]
+    if not all(read):
+        advantages = torch.zeros(len(breakdowns), len(breakdowns[0]))
+        if any(read):
+            advantages[read] = advantages_of([row for row in breakdowns if readable(row)], config, scale)
+        return advantages
     if scale == "gdpo":
         apart, weights = rewards_apart(breakdowns, config)  # [K][B][G], [K]
         return gdpo_advantages(torch.tensor(apart), weights)
@@ -734,7 +773,7 @@ def before_after_table(before: dict, after: dict, match: str) -> str:
 
 def has_right_and_wrong(breakdowns: list) -> bool:
     """Whether some completions of a group are right and some wrong."""
-    return 0 < sum(b.correct for b in breakdowns) < len(breakdowns)
+    return readable(breakdowns) and 0 < sum(b.correct for b in breakdowns) < len(breakdowns)
 
 
 def widest_group(advantages: torch.Tensor) -> int:

@@ -37,8 +37,8 @@ class Guards:
         """Takes a step's line of metrics.jsonl; the warnings to print now, each kind once a run."""
         config = self.config
         self.skipped = self.skipped + 1 if metrics.get("skipped_updates") else 0
-        self.flat = self.flat + 1 if metrics["flat_groups"] == 1 else 0
-        self.unformed = self.unformed + 1 if metrics["reward/format"] == 0 else 0
+        self.flat = self.flat + 1 if metrics.get("flat_groups") == 1 else 0
+        self.unformed = self.unformed + 1 if metrics.get("reward/format") == 0 else 0
         signs = {
             "format": self.unformed >= config.warn_format_steps
             and f"no completion of the last {self.unformed} steps had the format of --answer (by default "
@@ -83,6 +83,8 @@ class Heartbeat:
 
 def describe_step(metrics: dict, steps: int) -> str:
     """A heartbeat's line on a step of so many."""
+    if "reward" not in metrics:  # no database could be read
+        return f"step {metrics['step']} of {steps}: no reward is known, {step_seconds(metrics):.1f} s a step"
     return (f"step {metrics['step']} of {steps}: reward {metrics['reward']:.2f}, accuracy of the samples "
             f"{metrics['execution_accuracy']:.2f}, {step_seconds(metrics):.1f} s a step")
 

@@ -333,21 +333,17 @@ def step_metrics(step: int, groups, breakdowns, components, stats: dict, seconds
     """The line of metrics.jsonl for one step.
 
     Args:
-        groups: B sampled groups; breakdowns: B lists of G RewardBreakdowns; components: names of the rewards;
+        groups: B sampled groups; breakdowns: B lists of G RewardBreakdowns; components: names of the rewards, whose
+        metrics leave out the groups whose database could not be read (if it could of none, they are missing);
         stats: of `policy_update`; seconds: of each phase; extra: whatever else belongs to the step.
     """
     flat = [b for row in breakdowns for b in row]
-    totals = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
-    correct = torch.tensor([[float(b.correct) for b in row] for row in breakdowns])
+    read = [row for row in breakdowns if all(b.status != "unavailable" for b in row)]
     lengths = torch.tensor([float(len(c)) for group in groups for c in group.completions])
     truncated = [cut for group in groups for cut in group.truncated]
-    parts = {f"reward/{name}": sum(getattr(b, name) for b in flat) / len(flat) for name in components}
     statuses = Counter(b.status for b in flat)
-    return {"step": step, "reward": totals.mean().item(), "reward_std": totals.std(dim=1).mean().item(), **parts,
-            "execution_accuracy": correct.mean().item(),
-            "all_wrong_groups": (correct.sum(1) == 0).float().mean().item(),
-            "all_right_groups": (correct.mean(1) == 1).float().mean().item(),
-            **stats, "entropy": torch.cat([e for group in groups for e in group.entropies]).mean().item(),
+    return {"step": step, **(reward_metrics(read, components) if read else {}), **stats,
+            "entropy": torch.cat([e for group in groups for e in group.entropies]).mean().item(),
             "completion_length": lengths.mean().item(), "completion_length_max": lengths.max().item(),
             "truncated": sum(truncated) / len(truncated),
             **{f"status/{name}": count / len(flat) for name, count in sorted(statuses.items())},
@@ -356,8 +352,21 @@ def step_metrics(step: int, groups, breakdowns, components, stats: dict, seconds
             **extra}
 
 
+def reward_metrics(breakdowns, components) -> dict[str, float]:
+    """The metrics of rewards and accuracy of B lists of G RewardBreakdowns."""
+    totals = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
+    correct = torch.tensor([[float(b.correct) for b in row] for row in breakdowns])
+    return {"reward": totals.mean().item(), "reward_std": totals.std(dim=1).mean().item(),
+            **{f"reward/{name}": sum(getattr(b, name) for row in breakdowns for b in row) / totals.numel()
+               for name in components},
+            "execution_accuracy": correct.mean().item(),
+            "all_wrong_groups": (correct.sum(1) == 0).float().mean().item(),
+            "all_right_groups": (correct.mean(1) == 1).float().mean().item()}
+
+
 def rollout_records(step: int, examples, groups, breakdowns, components, advantages, watched: dict) -> list[dict]:
-    """The lines of rollouts.jsonl for one step: every group with its completions, rewards and advantages.
+    """The lines of rollouts.jsonl for one step: every group with its completions, rewards and advantages, but for those
+    whose database could not be read, for they have no rewards.
 
     `watched`, {number of a group: a dict a completion}, adds the tokens of that group and their probability ratios.
     """
@@ -374,7 +383,8 @@ def rollout_records(step: int, examples, groups, breakdowns, components, advanta
                  "row_count": b.row_count,
                  "neighbours": [trace | {"thought": trace["thought"][:TRACE_CHARS]} for trace in b.neighbours],
                  **(watched[i][j] if i in watched else {})} for j, b in enumerate(breakdowns[i])]}
-            for i, (example, group) in enumerate(zip(examples, groups, strict=True))]
+            for i, (example, group) in enumerate(zip(examples, groups, strict=True))
+            if all(b.status != "unavailable" for b in breakdowns[i])]
 
 
 def peak_memory_mb() -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from running.errors import UserError, parse_json, read_text, write_text
-from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge
+from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge, without_verdict
 from scoring.voting import VOTES, Candidate, choose, group_results, sample_candidates
 from sql_exec import SQLExecutor
 from text2sql.answer_style import ANSWER_STYLES
@@ -97,9 +97,10 @@ class Examination:
 
     def record(self, example: Example, greedy, samples, verdicts: dict, seconds: dict) -> dict:
         """What is kept of a question; `verdicts` maps each SQL to its (ExampleScore, Execution)."""
+        verdicts = without_partial(verdicts)
         scores = [verdicts[candidate.sql][0] for candidate in samples]
         executions = [verdicts[candidate.sql][1] for candidate in samples]
-        fates = Counter(candidate.broken or score.status
+        fates = Counter("unavailable" if score.unavailable else candidate.broken or score.status
                         for candidate, score in zip(samples, scores, strict=True))
         distinct = {candidate.sql: verdicts[candidate.sql][1].seconds for candidate in samples}
         return {
@@ -124,9 +125,20 @@ class Examination:
         return {way: picks[way][0] for way in self.config.ways}
 
 
+def without_partial(verdicts: dict) -> dict:
+    """The verdicts; without any where the database could not be read for all, since a vote needs them all."""
+    unread = next((score for score, _ in verdicts.values() if score.unavailable), None)
+    if not unread:
+        return verdicts
+    return {sql: (without_verdict(score, unread.error, unread.file), execution)
+            for sql, (score, execution) in verdicts.items()}
+
+
 def score_of(candidate: Candidate, verdicts: dict) -> ExampleScore:
     """The score of a candidate; its status says so where there was no SQL to run."""
     score = verdicts[candidate.sql][0]
+    if score.unavailable:
+        return score
     status = "too_long" if candidate is NO_CANDIDATE else candidate.broken or score.status
     return replace(score, status=status)
 

@@ -48,7 +48,7 @@ from text2sql.schema import (
     UNSPACED,
     Hint,
     Schema,
-    Table,
+    ValueIndex,
     fold,
     read_schema,
     value_index,
@@ -127,6 +127,7 @@ class PromptBuilder:
         self._template = PromptTemplate.of(self.template_text, config.template or f"{self.style}.jinja")
         self._control = control_tokens(tokenizer)
         self._schemas: dict[str, Schema] = {}
+        self._indexes: dict[str, ValueIndex] = {}  # kept with the schemas, while a live writer changes the file
         self._schema_texts: dict[tuple[str, int], SchemaText] = {}
         for db_id in databases if config.table_names else ():  # a wrong name is told before the first question
             self.schema(db_id)
@@ -154,7 +155,9 @@ class PromptBuilder:
         """The cells of the database that the question or the evidence mentions."""
         if not self.config.max_value_hints:
             return []
-        index = value_index(self.databases[example.db_id])
+        index = self._indexes.get(example.db_id)
+        if index is None:
+            index = self._indexes[example.db_id] = value_index(self.databases[example.db_id])
         shown = {table.name for table in self.schema(example.db_id).tables} if self.config.table_names else None
         return index.hints(_mentioning(example), self.config.max_value_hints, shown)
 
@@ -285,7 +288,7 @@ def without_descriptions(schema: Schema) -> Schema:
 
 
 def needed_columns(schema: Schema, text: str, hints: Iterable[Hint]) -> Schema:
-    """The schema with only the columns that the text, a hint or a key mentions; every table stays."""
+    """The schema with only the columns that the text, a hint or a key mentions; of a table without any, its first."""
     spoken = _spoken(text)
     hinted = {(hint.table, hint.column) for hint in hints}
     targets = {(table.lower(), column.lower()) for source in schema.tables for key in source.columns
@@ -296,8 +299,9 @@ def needed_columns(schema: Schema, text: str, hints: Iterable[Hint]) -> Schema:
                   or (table.name.lower(), column.name.lower()) in targets)
         return is_key or (table.name, column.name) in hinted or _is_mentioned(column.name, spoken)
 
-    return Schema(tuple(Table(table.name, tuple(column for column in table.columns if needed(table, column)))
-                        for table in schema.tables))
+    return Schema(tuple(
+        replace(table, columns=tuple(column for column in table.columns if needed(table, column)) or table.columns[:1])
+        for table in schema.tables))
 
 
 def mentioned_tables(schema: Schema, text: str, hints: Iterable[Hint]) -> tuple[set[str], set[str]]:

@@ -2,22 +2,25 @@
 
 Everything is read from the SQLite file itself, opened as the executor opens it, so the same code
 serves the demo world, Spider, BIRD and a user's own file. What virtual tables (full text, R-trees) keep
-for themselves in "shadow" tables is left out. `ValueIndex` finds *value hints*: cells of
-text columns that occur word for word in the question ("singers from France" -> country = 'France').
+for themselves in "shadow" tables is left out. Each table or view is read by one query, within bounds: views, which
+can take for ever, share one bound a database, and what is beyond it is left out with a note. `ValueIndex` finds
+*value hints*: cells of text columns that occur word for word in the question ("singers from France" ->
+country = 'France').
 Nothing here ever sees a gold query.
 """
 
+import math
 import re
 import sqlite3
+import sys
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from running.errors import UserError
-from sql_exec import database_stamp, open_database
+from sql_exec import database_stamp, is_passing, open_database
 
 SAMPLES_KEPT = 5           # sample values read per column; a prompt shows at most this many
 SAMPLE_ROWS = 10_000       # samples come from the first rows only, so a huge table costs nothing
@@ -25,7 +28,10 @@ INDEX_ROWS = 200_000       # rows of a table the value index looks at
 INDEX_VALUES = 20_000      # distinct cells of a column it keeps
 INDEX_BYTES = 4_000_000    # text it keeps per database, which takes some 20 times that in memory
 INDEX_CELL_CHARS = 80      # longer cells are prose, not values
-VM_STEPS_PER_QUERY = 50    # millions of SQLite instructions a query may take (views can be endless)
+SAMPLE_CELLS = 2_000_000   # cells of a table it looks at for samples: fewer rows of a table with very many columns
+INDEX_CELLS = 20_000_000   # the same for the value index
+VIEW_STEPS = 50            # millions of SQLite instructions that the views of a database may take together
+CHUNK = 1000               # rows that are read at once
 
 # The SQLite keywords that cannot stand for a name without quotes (found by trying all 147).
 _RESERVED = """add all alter and as autoincrement between case cast check collate commit constraint
@@ -64,6 +70,7 @@ class Table:
     """One table or view."""
     name: str
     columns: tuple[Column, ...]
+    is_view: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,17 +103,59 @@ def open_readonly(path) -> sqlite3.Connection:
         raise UserError(f"cannot read the database {path}: {error}") from error
 
 
-def bounded_query(connection, sql, parameters=()):
-    """All rows, or none when the query fails or takes too many steps (a broken or endless view).
+def query(connection, sql, parameters=()) -> sqlite3.Cursor:
+    """The cursor of a query of our own. A collation that this SQLite does not know compares as BINARY does."""
+    for _ in range(9):
+        try:
+            return connection.execute(sql, parameters)
+        except sqlite3.OperationalError as error:
+            missing = re.fullmatch("no such collation sequence: (.*)", str(error), re.DOTALL)
+            if not missing:
+                raise
+            connection.create_collation(missing[1], lambda one, other: (one > other) - (one < other))
+    return connection.execute(sql, parameters)
 
-    The bound counts SQLite instructions, not seconds, so the answer is the same on every machine.
-    """
-    steps = iter(range(VM_STEPS_PER_QUERY))
-    connection.set_progress_handler(lambda: next(steps, None) is None, 1_000_000)
+
+def query_or_none(connection, sql, parameters=()) -> list[tuple]:
+    """All rows, or none where the query fails (a broken view, a pragma of a newer SQLite)."""
     try:
-        return connection.execute(sql, parameters).fetchall()
-    except sqlite3.OperationalError:
+        return query(connection, sql, parameters).fetchall()
+    except sqlite3.OperationalError as error:
+        if is_passing(error):
+            raise
         return []
+
+
+class Steps:
+    """Millions of SQLite instructions that are left for queries; one that needs more is interrupted.
+
+    Instructions, not seconds, so that the answer is the same on every machine.
+    """
+
+    def __init__(self, left: float):
+        self.left = left
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def read_cells(connection, table: str, columns: Sequence[str], wanted: str, rows: int, steps: Steps) -> Iterator[list]:
+    """The first rows of a table or view, a chunk at a time, for each chunk a tuple of cells a column: [columns][rows].
+
+    wanted: the condition on a cell `{0}`; one that fails it is None. No more comes where the query fails or takes too
+    many steps.
+    """
+    cells = ", ".join(f"CASE WHEN {wanted.format(quote_always(column))} THEN {quote_always(column)} END"
+                      for column in columns)
+    connection.set_progress_handler(steps, 1_000_000)
+    try:
+        cursor = query(connection, f"SELECT {cells} FROM {quote_always(table)} LIMIT {rows}")
+        while chunk := cursor.fetchmany(CHUNK):
+            yield list(zip(*chunk, strict=True))
+    except sqlite3.OperationalError as error:
+        if is_passing(error):
+            raise
     finally:
         connection.set_progress_handler(None, 0)
 
@@ -125,37 +174,72 @@ def quote_value(value) -> str:
 
 # ---------------------------------------------------------------------------------------------- schema
 
+_schemas: dict[str, tuple[str, Schema]] = {}  # by path: the version of the file and what was read from it
+_indexes: dict[str, tuple[str, "ValueIndex"]] = {}
+
+
 def read_schema(path) -> Schema:
     """Tables with typed columns, keys and sample values of a database; read once while it is unchanged."""
-    return _read_schema(str(path), _version(path))
+    return _kept(_schemas, path, _read_schema)
 
 
-def _version(path) -> str:
-    """Changes when the database does."""
-    return str(database_stamp(path))
+def _kept(known: dict, path, read):
+    """What `read(path)` gives, for the newest version of the file alone: a live writer makes many."""
+    version = str(database_stamp(path))
+    if known.get(str(path), ("",))[0] != version:
+        known[str(path)] = version, read(str(path))
+    return known[str(path)][1]
 
 
-@lru_cache(maxsize=1024)
-def _read_schema(path: str, version: str) -> Schema:
+def _read_schema(path: str) -> Schema:
     connection = open_readonly(path)
     try:
-        shadows = bounded_query(connection, "SELECT name FROM pragma_table_list WHERE schema = 'main' "
-                                            "AND type = 'shadow'")  # none is told before SQLite 3.37
-        names = [name for (name,) in connection.execute(
-            "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') "
-            "AND substr(name, 1, 7) != 'sqlite_'") if (name,) not in shadows]
-        columns = {name: _read_columns(connection, name) for name in names}
-        references = {name: _read_references(connection, name, columns) for name in names}
-        return Schema(tuple(
-            Table(name, tuple(
-                Column(column, kind, bool(key), tuple(references[name][column.lower()]),
-                       _read_samples(connection, name, column))
-                for column, kind, key in columns[name]))
-            for name in names if columns[name]))
+        kinds = dict(query(connection, "SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view') "
+                                       "AND substr(name, 1, 7) != 'sqlite_'"))
+        hidden = _shadow_tables(connection)
+        columns = {name: _read_columns(connection, name) for name in kinds if name not in hidden}
+        references = {name: _read_references(connection, name, columns) for name in columns}
+        tables, view_steps, skipped = [], Steps(VIEW_STEPS), []
+        for name, known in columns.items():
+            is_view = kinds[name] == "view"
+            samples = _read_samples(connection, name, [column for column, _, _ in known],
+                                    view_steps if is_view else Steps(math.inf))
+            skipped += [name] if is_view and view_steps.left < 0 else []
+            if known:
+                tables.append(Table(name, tuple(
+                    Column(column, kind, bool(key), tuple(references[name][column.lower()]), values)
+                    for (column, kind, key), values in zip(known, samples, strict=True)), is_view))
+        note_skipped(path, skipped, "prompts show no or fewer sample values of them")
+        return Schema(tuple(tables))
     except sqlite3.DatabaseError as error:
         raise UserError(f"cannot read the database {path}: {error}") from error
     finally:
         connection.close()
+
+
+def note_skipped(path: str, views: Sequence[str], effect: str) -> None:
+    """Says which views took too long to read."""
+    if views:
+        shown = ", ".join(views[:5]) + (f" and {len(views) - 5} more" if len(views) > 5 else "")
+        print(f"note: {path}: the views of this database take long to read; {effect}: {shown}", file=sys.stderr)
+
+
+# What virtual tables of SQLite and of well-known extensions keep in tables that have their name and one of these ends.
+_SHADOW_ENDS = re.compile(r"content|segments|segdir|docsize|stat|data|idx|config|node|rowid|parent|vocab|index|chunks|"
+                          r"rowids|info|auxiliary|(?:vector_|metadata)chunks\d+|metadatatext\d+")
+
+
+def _shadow_tables(connection) -> set[str]:
+    """The tables that virtual tables keep for themselves. SQLite tells those of the modules that it has, and before
+    version 3.37 none; of a module that is missing they are known by their names."""
+    known = query_or_none(connection, "SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'shadow'")
+    names = [name for (name,) in query(connection, "SELECT name FROM sqlite_master WHERE type = 'table'")]
+    virtual = [name for (name,) in query(connection, "SELECT name FROM sqlite_master WHERE type = 'table' "
+                                                     "AND sql LIKE 'create virtual table%'")]
+    missing = [name.lower() + "_" for name in virtual if not _read_columns(connection, name)]
+    return {name for (name,) in known} | {
+        name for name in names for start in missing
+        if name.lower().startswith(start) and _SHADOW_ENDS.fullmatch(name.lower().removeprefix(start))}
 
 
 def schema_columns(schema: Schema) -> dict[str, list[str]]:
@@ -170,7 +254,7 @@ def columns_of(databases: Mapping[str, Path]) -> dict[str, dict[str, list[str]]]
 
 def _read_columns(connection, table):
     """[(name, declared type, position in the primary key or 0)]; a broken view has none."""
-    return bounded_query(connection, "SELECT name, type, pk FROM pragma_table_xinfo(?) WHERE hidden != 1",
+    return query_or_none(connection, "SELECT name, type, pk FROM pragma_table_xinfo(?) WHERE hidden != 1",
                          (table,))
 
 
@@ -178,7 +262,7 @@ def _read_references(connection, table, columns):
     """{column (lower case): [(table, column) it references]}, names spelt as the database spells them."""
     spelling = {name.lower(): name for name in columns}
     references = defaultdict(list)
-    keys = bounded_query(connection, 'SELECT "from", "table", "to", seq FROM pragma_foreign_key_list(?) '
+    keys = query_or_none(connection, 'SELECT "from", "table", "to", seq FROM pragma_foreign_key_list(?) '
                                      "ORDER BY id DESC, seq", (table,))
     for source, target, target_column, position in keys:
         target = spelling.get(target.lower(), target)
@@ -193,14 +277,18 @@ def _read_references(connection, table, columns):
     return references
 
 
-def _read_samples(connection, table, column):
-    """A few distinct values of a column, in row order; blobs and long texts are left out."""
-    name = quote_always(column)
-    rows = bounded_query(connection, f"""
-        SELECT DISTINCT {name} FROM (SELECT {name} FROM {quote_always(table)} LIMIT {SAMPLE_ROWS})
-        WHERE typeof({name}) IN ('text', 'integer', 'real') AND {name} != ''
-        AND length({name}) <= {INDEX_CELL_CHARS} LIMIT {SAMPLES_KEPT}""")
-    return tuple(value for (value,) in rows)
+def _read_samples(connection, table: str, columns: Sequence[str], steps: Steps) -> list[tuple]:
+    """A few distinct values of each column, in row order; blobs, long texts and infinities are left out."""
+    found = [{} for _ in columns]  # a dict of values a column, which keeps their order
+    rows = min(SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(columns)))
+    wanted = f"typeof({{0}}) IN ('text', 'integer', 'real') AND length({{0}}) <= {INDEX_CELL_CHARS}"
+    for chunk in read_cells(connection, table, columns, wanted, rows, steps) if columns else ():
+        open_columns = [(kept, cells) for kept, cells in zip(found, chunk, strict=True) if len(kept) < SAMPLES_KEPT]
+        for kept, cells in open_columns:
+            kept |= dict.fromkeys(cell for cell in dict.fromkeys(cells) if cell not in (None, "", math.inf, -math.inf))
+        if not open_columns:
+            break
+    return [tuple(kept)[:SAMPLES_KEPT] for kept in found]
 
 
 def quote_always(name: str) -> str:
@@ -229,12 +317,7 @@ def without_accents(text: str) -> str:
 
 def value_index(path) -> "ValueIndex":
     """The index of a database file, built once while the file is unchanged."""
-    return _value_index(str(path), _version(path))
-
-
-@lru_cache(maxsize=1024)
-def _value_index(path: str, version: str) -> "ValueIndex":
-    return ValueIndex(path)
+    return _kept(_indexes, path, ValueIndex)
 
 
 class ValueIndex:
@@ -250,25 +333,41 @@ class ValueIndex:
         self.longest = 0  # words in the longest cell
         self.unspaced: dict[str, list[Hint]] = defaultdict(list)  # by the cell's folded text
         self.longest_unspaced = 0  # letters in the longest of them
-        room = INDEX_BYTES
+        room, view_steps, skipped = INDEX_BYTES, Steps(VIEW_STEPS), []
         connection = open_readonly(path)
         try:
             for table in read_schema(path).tables:
-                for column in table.columns:
-                    room -= self._add_column(connection, table.name, column.name, room // 4)  # later ones get theirs
+                steps = view_steps if table.is_view else Steps(math.inf)
+                for column, texts in zip(table.columns, self._texts(connection, table, room, steps), strict=True):
+                    room -= self._add_column(table.name, column.name, texts, room // 4)  # later ones get theirs
+                skipped += [table.name] if table.is_view and view_steps.left < 0 else []
         except sqlite3.DatabaseError as error:
             raise UserError(f"cannot read the database {path}: {error}") from error
         finally:
             connection.close()
+        note_skipped(path, skipped, "not all their cells are looked for in questions")
 
-    def _add_column(self, connection, table, column, room) -> int:
+    @staticmethod
+    def _texts(connection, table: Table, room: int, steps: Steps) -> list[dict[str, None]]:
+        """The distinct texts of each column, in row order, until all that there is room for is read."""
+        found, taken = [{} for _ in table.columns], [0] * len(table.columns)
+        rows = min(INDEX_ROWS, INDEX_CELLS // len(table.columns))
+        wanted = f"typeof({{0}}) = 'text' AND length({{0}}) <= {INDEX_CELL_CHARS}"
+        names = [column.name for column in table.columns]
+        for chunk in read_cells(connection, table.name, names, wanted, rows, steps):
+            for number, (kept, cells) in enumerate(zip(found, chunk, strict=True)):
+                if taken[number] <= room // 4 and len(kept) < INDEX_VALUES:
+                    fresh = [cell for cell in dict.fromkeys(cells) if cell is not None and cell not in kept]
+                    kept |= dict.fromkeys(fresh[:INDEX_VALUES - len(kept)])
+                    taken[number] += sum(map(len, fresh))
+            if sum(taken) > 2 * room:
+                break
+        return found
+
+    def _add_column(self, table: str, column: str, texts, room: int) -> int:
         """Index one column's distinct texts; returns the bytes taken."""
-        name = quote_always(column)
-        rows = bounded_query(connection, f"""
-            SELECT DISTINCT {name} FROM (SELECT {name} FROM {quote_always(table)} LIMIT {INDEX_ROWS})
-            WHERE typeof({name}) = 'text' AND length({name}) <= {INDEX_CELL_CHARS} LIMIT {INDEX_VALUES}""")
         taken = 0
-        for (value,) in rows:
+        for value in texts:
             key = words(value)
             if key and taken < room:
                 self.cells[" ".join(key)].append(Hint(table, column, value))
