@@ -171,14 +171,85 @@ def test_a_replaced_database_is_read_anew(executor, tiny_db):
     assert executor.run("music", "SELECT count(*) FROM singer").rows == [(1,)]
 
 
-def test_a_database_locked_by_a_writer_is_an_error_until_it_is_free(hasty, tiny_db):
-    writer = sqlite3.connect(tiny_db, isolation_level=None)
+@pytest.fixture
+def locked(tiny_db):
+    """A function that lets go of the lock which a writer holds on the database, after so many seconds."""
+    writer = sqlite3.connect(tiny_db, isolation_level=None, check_same_thread=False)
     writer.execute("BEGIN EXCLUSIVE")
-    assert hasty.run("music", "SELECT count(*) FROM singer").error == "database is locked"
     writer.execute("INSERT INTO singer (name) VALUES ('Di')")
-    writer.execute("COMMIT")
-    assert hasty.run("music", "SELECT count(*) FROM singer").rows == [(4,)]
+    yield lambda after=0.0: threading.Timer(after, writer.execute, ["COMMIT"]).start()
     writer.close()
+
+
+COUNT = ("music", "SELECT count(*) FROM singer")
+
+
+def test_a_query_waits_for_a_writer_as_long_as_it_may_take_itself(tiny_db, locked):
+    with SQLExecutor({"music": tiny_db}, workers=1, timeout=1.8) as executor:
+        locked(after=1.0)
+        execution = executor.run(*COUNT)
+    assert execution.rows == [(4,)] and execution.seconds < 0.9  # the time of the wait is not the query's
+
+
+def test_a_wait_takes_nothing_from_the_query_that_waits(tiny_db, locked):
+    with SQLExecutor({"music": tiny_db}, workers=1, timeout=0.4) as executor:
+        locked(after=0.3)
+        execution = executor.run("music", f"{ENDLESS}, singer")
+        assert execution.status == "timeout" and execution.seconds >= 0.4 and executor.worker_restarts == 0
+
+
+def test_a_database_that_stays_locked_is_no_verdict_on_the_query(tiny_db, locked):
+    with SQLExecutor({"music": tiny_db}, workers=1, timeout=0.1) as executor:
+        start = time.monotonic()
+        first, *others = executor.run_many([("music", f"SELECT {i} FROM singer") for i in range(100)])
+        assert {execution.status for execution in (first, *others)} == {"unavailable"}
+        assert first.error == "database is locked" and first.unread and first.rows == []
+        assert executor.worker_restarts == 0 and executor.run("music", "DROP TABLE singer").status == "refused"
+        assert time.monotonic() - start < 100 * 0.1  # only the first few are waited for in vain
+        locked()
+        assert wait_until(lambda: executor.run(*COUNT).rows == [(4,)])
+
+
+@pytest.mark.parametrize("code", ["SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT", "SQLITE_LOCKED", "SQLITE_PROTOCOL",
+                                  "SQLITE_IOERR", "SQLITE_IOERR_READ"])
+@pytest.mark.parametrize("moment", ["open", "execute"])
+def test_troubles_that_pass_are_tried_again(tiny_db, monkeypatch, code, moment):
+    """A worker's runner, in this process: the first two attempts fail as on a bad disk."""
+    troubles = [sqlite3.OperationalError("trouble"), sqlite3.OperationalError("trouble")]
+    for trouble in troubles:
+        trouble.sqlite_errorcode = getattr(sqlite3, code)
+    open_database, fetch = sql_exec.open_database, sql_exec._Runner._fetch
+
+    def failing(action):
+        def act(*arguments):
+            if troubles:
+                raise troubles.pop()
+            return action(*arguments)
+        return act
+
+    if moment == "open":
+        monkeypatch.setattr(sql_exec, "open_database", failing(open_database))
+    else:
+        monkeypatch.setattr(sql_exec._Runner, "_fetch", failing(fetch))
+    signs = []
+    monkeypatch.setattr(os, "write", lambda file, data: signs.append(data))
+    runner = sql_exec._Runner(timeout=5.0, max_rows=10, memory_limit_mb=64)
+    status, error, _, rows = runner.answer(str(tiny_db), sql_exec.database_stamp(tiny_db), COUNT[1])
+    assert (status, error, rows) == ("ok", None, b"[[3]]") and signs == [b"\0\0\0\2[]"] * 2
+
+
+def test_io_errors_that_stay_are_no_verdict_and_hunger_for_memory_is(tiny_db, monkeypatch):
+    monkeypatch.setattr(os, "write", lambda file, data: None)
+    runner = sql_exec._Runner(timeout=0.05, max_rows=10, memory_limit_mb=64)
+    for error, status in ((OSError(errno.EIO, "Input/output error"), "unavailable"),
+                          (OSError(errno.ESTALE, "Stale file handle"), "unavailable"),
+                          (PermissionError(errno.EACCES, "Permission denied"), "error")):
+        monkeypatch.setattr(sql_exec, "open_database", lambda path, patience, error=error: (_ for _ in ()).throw(error))
+        found = runner.answer(str(tiny_db), [[], []], COUNT[1])
+        assert found[0] == status and error.strerror in found[1]
+    hungry = sqlite3.OperationalError("disk I/O error")
+    hungry.sqlite_errorcode = sqlite3.SQLITE_IOERR_NOMEM
+    assert runner._classify(hungry, "file")[0] == "too_large"
 
 
 def test_a_wal_database_is_read_with_its_writer_and_without_leaving_files(hasty, tiny_db):
@@ -607,7 +678,7 @@ def test_passing_troubles_are_not_cached(tiny_db, tmp_path):
         gold = ("music", "SELECT count(*) FROM singer")
         executor._cache_file(*gold)  # hash the file first: closing it would drop this process's own lock
         writer.execute("BEGIN EXCLUSIVE")
-        assert executor.run_gold([gold, ("unknown", "SELECT 1")])[0].status == "error"
+        assert executor.run_gold([gold, ("unknown", "SELECT 1")])[0].status == "unavailable"
         writer.close()
         assert executor.run_gold([gold])[0].rows == [(3,)]
 
@@ -667,6 +738,27 @@ def test_a_worker_that_dies_costs_its_query_only(hasty):
     killer.join()
     assert (results[0].status, results[0].error) == ("error", sql_exec.WORKER_DIED)
     assert [result.rows for result in results[1:]] == [[(i,)] for i in range(9)]
+
+
+@pytest.mark.parametrize("by, status", [(signal.SIGKILL, "unavailable"), (signal.SIGSEGV, "error")])
+def test_a_query_whose_workers_the_system_kills_has_no_verdict(hasty, by, status):
+    """One that crashes its workers has."""
+    def murder():
+        for pid in iter(lambda: next((w.process.pid for w in hasty._workers if w.ready and w.sent), None), "end"):
+            if pid and pid not in killed:
+                killed.append(pid)
+                os.kill(pid, by)
+            if stop.wait(0.02):
+                return
+
+    hasty.settings["timeout"], hasty.worker_count, killed, stop = 5.0, 1, [], threading.Event()
+    killer = threading.Thread(target=murder)
+    killer.start()
+    execution = hasty.run("music", STUCK)
+    stop.set()
+    killer.join()
+    assert execution.status == status and len(killed) == {"unavailable": sql_exec.KILLINGS, "error": 2}[status]
+    assert hasty.run(*COUNT).rows == [(3,)]
 
 
 BABBLE = [
