@@ -74,6 +74,18 @@ def test_the_vote_decides(asker):
     assert "question : Who is from France ?" in "".join(map(chr, asker.prompts[0]))
 
 
+def test_candidates_do_not_vote_on_a_database_that_cannot_be_read(asker):
+    asker.ask("q")
+    asker.executor.settings["timeout"] = 0.05
+    asker.executor._workers.pop().kill()
+    writer = sqlite3.connect(asker.path, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(UserError, match=r"music.sqlite could not be read \(database is locked\), so .* ask again"):
+        asker.ask("q")
+    writer.close()
+    assert asker.ask("q").execution.rows == [("Ana",), ("Cy",)]
+
+
 def test_evidence_reaches_the_prompt(asker):
     asker.config = AskConfig(database=asker.config.database, evidence="old means above 40")
     asker.ask("Who is old?")

@@ -25,7 +25,8 @@ from evaluate import (
 from running.errors import UserError
 from scoring.hardness import LEVELS, hardness, level
 from scoring.predictions import one_line, save_predictions
-from sql_exec import SQLExecutor
+from scoring.verdicts import first_reasons
+from sql_exec import Execution, SQLExecutor
 
 
 def example(gold, identity="0", difficulty="easy", db_id="music"):
@@ -102,7 +103,9 @@ def test_summary(tiny_db):
     assert summary["n"] == 4 and summary["execution_accuracy"] == {"bird": 0.5, "spider": 0.5}
     assert summary["mean_over_difficulties"]["bird"] == 0.5
     assert summary["statuses"] == {"ok": 1.0}
-    assert summary["bad_golds"] == [{"id": "d", "db_id": "music", "gold_status": "error"}]
+    assert summary["bad_golds"] == [{"id": "d", "db_id": "music", "gold_status": "error",
+                                     "gold_error": "no such column: bad", "file": str(tiny_db)}]
+    assert summary["unavailable"] == []
     _, skipping = summary_of(tiny_db, skip=True)
     assert skipping["n"] == 3 and skipping["execution_accuracy"]["bird"] == pytest.approx(2 / 3)
     assert skipping["mean_over_difficulties"]["bird"] == 0.75
@@ -117,9 +120,60 @@ def test_table_fits_the_terminal(tiny_db, capsys):
     _, summary = summary_of(tiny_db)
     print_table(summary)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(len(line) for line in lines if str(tiny_db) not in line) <= 80
     assert lines[1].split()[:3] == ["all", "4", "50.0"]
     assert any("golds that fail: 1, counted as wrong" in line for line in lines)
+    assert f"question d, error: no such column: bad ({tiny_db})" in " ".join(" ".join(lines).split())
+
+
+def test_the_first_reason_of_each_kind_is_told_with_its_file():
+    failures = [(str(i), *rest) for i, rest in enumerate([
+        ("error", "no such function: REGEXP", "a.sqlite"), ("error", "no such column: x", "a.sqlite"),
+        ("error", "no such column: y", "b.sqlite"), ("timeout", "no result within 5 s", "a.sqlite"),
+        ("error", "cannot read s/._x.sqlite: it is not a SQLite database", "s/._x.sqlite"),
+        ("error", "cannot read a.sqlite: it has an unfinished transaction: open it", "a.sqlite"),
+        ("error", "cannot read s/y.sqlite: it is not a SQLite database", "s/y.sqlite"),
+        ("error", "no such collation sequence: LOCALIZED", "a.sqlite"), ("error", "no such module: vec0", "a.sqlite")])]
+    assert first_reasons(failures, most=6) == [
+        "question 0, error: no such function: REGEXP (a.sqlite)",
+        "question 1, error: no such column: x (a.sqlite); and 1 more like it",
+        "question 3, timeout: no result within 5 s (a.sqlite)",
+        "question 4, error: cannot read s/._x.sqlite: it is not a SQLite database; and 1 more like it",
+        "question 5, error: cannot read a.sqlite: it has an unfinished transaction: open it",
+        "question 7, error: no such collation sequence: LOCALIZED (a.sqlite)",
+        "and 1 further kinds"]
+
+
+class Locked:
+    """An executor that finds a database locked where a query has this text in it."""
+    def __init__(self, executor, text):
+        self.databases, self.executor, self.text = executor.databases, executor, text
+
+    def run_many(self, pairs):
+        return [Execution("unavailable", error="database is locked") if self.text in sql else ran
+                for (_, sql), ran in zip(pairs, self.executor.run_many(pairs), strict=True)]
+
+    run_gold = run_many
+
+
+@pytest.mark.parametrize("prediction, gold", [("SELECT age, 1 FROM singer", "SELECT age FROM singer"),  # the prediction
+                                              ("SELECT age FROM singer", "SELECT age, 1 FROM singer"),  # the gold
+                                              ("SELECT age, 1 FROM singer", "SELECT age, 1 FROM singer")])
+def test_what_a_locked_database_says_nothing_about_is_left_out(tiny_db, capsys, prediction, gold):
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        scores = score_predictions([example("SELECT 2", "right"), example(gold, "locked"), example("SELECT 3", "wrong")],
+                                   ["SELECT 2", prediction, "SELECT 4"], Locked(executor, ", 1"))
+    summary = summarise(scores)
+    assert summary["n"] == 2 and summary["execution_accuracy"] == {"bird": 0.5, "spider": 0.5}
+    assert summary["soft_f1"] == 0.5 and summary["statuses"] == {"ok": 1.0} and summary["bad_golds"] == []
+    assert summary["unavailable"] == [{"id": "locked", "db_id": "music", "error": "database is locked", "file": str(tiny_db)}]
+    assert scores_as_json(scores, summary)["examples"][1]["bird"] is None
+    print_table(summary)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning: 1 questions are left out of every figure" in printed
+    assert f"question locked, unavailable: database is locked ({tiny_db})" in printed
+    nothing = summarise([score for score in scores if score.unavailable])
+    assert nothing["n"] == 0 and set(nothing["execution_accuracy"]) == {"bird", "spider"}
 
 
 def test_no_scores_at_all(capsys):

@@ -405,6 +405,19 @@ def test_suite(tmp_path):
 
 # ------------------------------------------------------------------------------------------- efficiency
 
+def test_a_broken_file_beside_a_database_is_named(tmp_path):
+    """`._x.sqlite` is what macOS adds to archives."""
+    folder = tmp_path / "music"
+    folder.mkdir()
+    sqlite3.connect(folder / "music.sqlite").execute("CREATE TABLE singer (name)").connection.close()
+    (folder / "._music.sqlite").write_bytes(b"Mac OS X")
+    databases, suite = suite_databases({"music": folder / "music.sqlite"})
+    with SQLExecutor(databases, workers=1) as executor:
+        score, = score_predictions([Example("1", "music", "q", ("SELECT name FROM singer",))], ["SELECT 1"], executor, suite=suite)
+    assert score.gold_status == "error" and score.file == str(folder / "._music.sqlite")
+    assert "it is not a SQLite database" in score.gold_error
+
+
 def test_clean_mean_drops_outliers_beyond_three_deviations():
     assert clean_mean([2.0]) == 2.0
     values = [1.0] * 19 + [101.0]  # mean 6, deviation 21.8: 101 is 4.4 deviations away
@@ -423,6 +436,22 @@ def test_r_ves_by_hand():
               for i, sql in enumerate(["1", "3", "6", "12", "24", "1"])]
     expected = [125, 100, 75, 50, 25, 0]  # ratios 4, 1.33, 0.67, 0.33, 0.17, and a wrong answer
     assert r_ves(examples, scores, Timed(), 3) == pytest.approx([100 * math.sqrt(e / 100) for e in expected])
+
+
+def test_runs_that_could_not_read_the_database_are_no_times():
+    class Locked:
+        """Every other pair of runs is locked, and of the last question all."""
+        turns = iter(range(99))
+
+        def run(self, db_id, sql):
+            if sql == "locked" or next(self.turns) % 4 > 1:
+                return Execution("unavailable", seconds=0.0001)
+            return Execution("ok", seconds=float(sql))
+
+    examples = [Example("1", "music", "q", ("4",)), Example("2", "music", "q", ("locked",))]
+    scores = [ExampleScore(one.id, "music", "", sql, "ok", "ok", "", {"bird": True}, 1.0)
+              for one, sql in zip(examples, ("1", "locked"), strict=True)]
+    assert r_ves(examples, scores, Locked(), 4) == [pytest.approx(100 * math.sqrt(1.25))]
 
 
 # ----------------------------------------------------------------------------------------- comparisons
@@ -456,6 +485,17 @@ def test_a_gold_that_failed_on_either_side_is_left_out_with_the_others(tmp_path,
     content["examples"][1]["gold_status"] = "timeout"
     (tmp_path / bad).write_text(json.dumps(content))
     assert compare(*files)["n"] == 1 and compare(*files)["matches"]["bird"]["a"] == 1
+
+
+def test_what_could_not_be_read_is_not_compared(tmp_path, capsys):
+    files = [scores_file(tmp_path / name, [1, 0, 1]) for name in "ab"]
+    content = json.loads(files[1].read_text())
+    content["examples"][0] |= {"status": "unavailable", "bird": None}
+    files[1].write_text(json.dumps(content))
+    result = compare(*files)
+    assert result["n"] == 2 and result["matches"]["bird"]["a"] == result["matches"]["bird"]["b"] == 0.5
+    print_comparison(result)
+    assert "2 questions; 1 are left out, since their database could not be read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", [["--timeout", 9], ["--max-rows", 9], ["--test-suite"], ["--lenient-format"]])

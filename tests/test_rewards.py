@@ -524,6 +524,41 @@ def test_thoughts_are_embedded_while_sql_runs(executor):
     assert subject.score([item(GOLD)])[0].correct and set(subject.seconds) == {"execution", "atomic", "memory"}
 
 
+class Locked:
+    """An executor that finds a database locked where a query has this text in it."""
+    def __init__(self, executor, text):
+        self.executor, self.text = executor, text
+
+    def run_many(self, pairs):
+        return [sql_exec.Execution("unavailable", error="database is locked") if self.text in sql else ran
+                for (_, sql), ran in zip(pairs, self.executor.run_many(pairs), strict=True)]
+
+    run_gold = run_many
+
+
+@pytest.mark.parametrize("match", ["bird", "spider"])
+@pytest.mark.parametrize("sql, gold", [("SELECT name, 1 FROM city", GOLD), (GOLD, "SELECT name, 1 FROM city")])
+def test_a_completion_of_which_the_database_says_nothing_has_no_reward(executor, sql, gold, match):
+    memory = TraceMemory(HashEmbedder(), 512, gate=OPEN)
+    subject = scorer(Locked(executor, ", 1"), memory=memory, match=match)
+    right, unread, wrong = subject.score([item(GOLD), item(sql, golds=(gold,)), item("SELECT 5")])
+    assert (unread.status, unread.error, unread.correct, unread.sql) == ("unavailable", "database is locked", False, sql)
+    assert rewards.readable([right, wrong]) and not rewards.readable([right, unread])
+    assert right.correct and len(memory) == 1
+
+
+def test_a_database_that_is_gone_gives_no_reward_either(tmp_path):
+    """Its golds are still in the cache."""
+    path = tmp_path / "towns.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE city (id, name, people)")
+    connection.close()
+    with SQLExecutor({"towns": path}, workers=1, cache=tmp_path / "cache") as executor:
+        assert scorer(executor, "format,execution").score([item(GOLD)])[0].correct
+        path.unlink()
+        assert scorer(executor, "format,execution").score([item(GOLD)])[0].status == "unavailable"
+
+
 def test_what_sql_that_only_runs_earns(executor):
     sqls = (GOLD, "SELECT name FROM city", "SELECT title FROM city")  # right, runs, fails
     for runs in (1.0, 0.25, 0.0):

@@ -120,7 +120,9 @@ def test_traces_that_cannot_be_taught_are_left_out_and_counted_by_their_reason(t
     assert [(one.trace, one.trace_sql) for one in kept] == [("look", ""), ("fine", "SELECT 2"), ("fenced", "SELECT 3")]
     assert sorted(notes) == sorted([
         "left out 2 of 13 traces: their db_id is not among the databases of the data (the first: 'bar')",
-        "left out 2 of 13 traces: their gold SQL fails",
+        "left out 2 of 13 traces: their gold SQL fails; the first of each kind:\n  "
+        f"question q, error: near \"nothing\": syntax error ({tiny_db})\n  "
+        f"question q, refused: only SELECT, WITH ... SELECT and VALUES may run, not 'DELETE' ({tiny_db})",
         "left out 1 of 13 traces: without tags and fences they hold no reasoning",
         "left out 3 of 13 traces: they hold several <think> tags",
         "left out 2 of 13 traces: their SQL is not one statement that can be read back"])

@@ -23,7 +23,7 @@ import train
 from data import columns_of
 from grpo import Group, GRPOConfig
 from policy import build_tiny
-from rewards import RewardConfig
+from rewards import RewardBreakdown, RewardConfig
 from running.errors import UserError
 from settings import DEFAULTS_BEFORE
 from text2sql.atomic import atomic_reward, rarity
@@ -319,7 +319,46 @@ def test_b4_golds_that_fail_leave_training_and_are_counted(tmp_path, tiny_db, mo
     printed = capsys.readouterr().out
     counts, left_out = re.search(r"training golds: (\{.*\}); (\d+) of 28 questions left out", printed).groups()
     assert json.loads(counts.replace("'", '"')) == {"ok": 9, "empty": 9, "error": 9, "timeout": 1}
+    assert "  question 18, error: no such column: nothing (" in printed and "; and 8 more like it" in printed
+    assert "  question 27, timeout: no result within 0.5 s (" in printed
     assert int(left_out) == 28 - kept and "left out 10 of 28 traces: their gold SQL fails" in printed
+
+
+def test_groups_whose_database_is_locked_are_left_out_of_the_step(small, tmp_path, monkeypatch):
+    database, steps = Path(small[small.index("--data") + 1]).with_name("music.sqlite"), train.Trainer.take_step
+
+    def take_step(trainer):
+        writer = sqlite3.connect(database, isolation_level=None)
+        writer.execute("BEGIN EXCLUSIVE" if trainer.step == 2 else "BEGIN")
+        step = steps(trainer)
+        writer.close()
+        return step
+
+    monkeypatch.setattr(train.Trainer, "take_step", take_step)
+    printed = run(*small, "--steps", 3, "--sql-timeout", 0.1, "--eval-every", 0, "--test-questions", 0, "--cold-start-steps", 60,
+                  "--max-completion-tokens", 60, "--output", tmp_path / "run")
+    metrics = lines(tmp_path / "run/metrics.jsonl")
+    assert re.search(r"warning, step 2: 2 of 2 groups are left out, since their database could not be read\n"
+                     r"  question \S+, unavailable: database is locked \(\S+music.sqlite\); and 1 more like it", printed)
+    assert ["reward" in one for one in metrics] == ["flat_groups" in one for one in metrics] == [True, False, True]
+    assert [one.get("status/unavailable", 0) > 0 for one in metrics] == [False, True, False]
+    assert [group["step"] for group in lines(tmp_path / "run/rollouts.jsonl")] == [1, 1, 3, 3]
+    assert (tmp_path / "run/report.html").is_file()
+
+
+def test_a_group_that_is_left_out_moves_no_other():
+    def row(*totals, status="ok"):
+        return [RewardBreakdown(total=total, status=status) for total in totals]
+
+    config = RewardConfig(rewards="format,execution")
+    for scale in ("group", "batch", "none"):
+        alone = train.advantages_of([row(1.0, 3.0), row(0.0, 1.0)], config, scale)
+        rows = [row(1.0, 3.0), [*row(1.0), *row(0.0, status="unavailable")], row(0.0, 1.0)]
+        assert torch.equal(train.advantages_of(rows, config, scale)[[0, 2]], alone) and alone.any()
+        assert not train.advantages_of(rows, config, scale)[1].any()
+        assert not train.advantages_of(rows[1:2], config, scale).any()
+    assert train.has_right_and_wrong([RewardBreakdown(correct=True), RewardBreakdown()])
+    assert not train.has_right_and_wrong([RewardBreakdown(correct=True), *row(0.0, status="unavailable")])
 
 
 def test_held_back_questions_whose_golds_all_fail_are_no_test(tmp_path, tiny_db, monkeypatch, capsys):
