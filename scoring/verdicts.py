@@ -243,7 +243,7 @@ def print_table(summary: dict) -> None:
         print(f"golds without any row: {summary['empty_golds']}")
     if summary["bad_golds"]:
         verdict = "left out" if summary["bad_golds_skipped"] else "counted as wrong (see --skip-bad-gold)"
-        print(f"golds that fail: {len(summary['bad_golds'])}, {verdict}; the first of each kind:")
+        print(fill(f"golds that fail: {len(summary['bad_golds'])}, {verdict}; the first of each kind:", 80))
         print_reasons([(gold["id"], gold["gold_status"], gold["gold_error"], gold["file"])
                        for gold in summary["bad_golds"]])
     if summary["unavailable"]:

@@ -41,7 +41,8 @@ from sql_exec import SQLExecutor
 from text2sql import demo_world, schema
 from text2sql.holdout import groups_of, normalised_sql
 from text2sql.prompts import needed_columns, space_out
-from text2sql.schema import Hint, quote_identifier
+from text2sql.schema import Hint, ValueIndex, quote_identifier
+from text2sql.schema_text import full_schema
 
 CHAT = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -724,6 +725,93 @@ def test_odd_databases(tmp_path):
     assert value_index(path).hints("is x there", 5) == []  # one letter, not written as a capital
 
 
+def test_unknown_collations_and_infinities_are_read(tmp_path):
+    path = tmp_path / "odd.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.executescript("""
+            PRAGMA writable_schema = ON;
+            CREATE TABLE town (name TEXT COLLATE NOCASE, area REAL);
+            INSERT INTO town VALUES ('Oslo', 9e999), ('Bergen', -9e999), ('', 1.5);
+            CREATE INDEX by_name ON town (name);
+            CREATE VIEW named AS SELECT DISTINCT name FROM town ORDER BY name DESC;
+            UPDATE sqlite_master SET sql = replace(sql, 'NOCASE', 'LOCALIZED');""")
+    connection.close()
+    samples = {(table.name, column.name): column.samples for table in read_schema(path).tables for column in table.columns}
+    assert samples == {("town", "name"): ("Oslo", "Bergen"), ("town", "area"): (1.5,), ("named", "name"): ("Oslo", "Bergen")}
+    assert [hint.table for hint in value_index(path).hints("Which land has Oslo?", 9)] == ["town", "named"]
+
+
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT "
+
+
+def test_views_are_read_once_within_one_bound(tmp_path, monkeypatch, capsys):
+    """The bound counts what SQLite does, so it cuts at the same place everywhere."""
+    path = tmp_path / "views.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.executescript("CREATE TABLE town (name TEXT, land TEXT); INSERT INTO town VALUES ('Oslo', 'Norway');"
+                                 "CREATE VIEW early AS SELECT land FROM town; CREATE TABLE late (name TEXT);"
+                                 "INSERT INTO late VALUES ('Rome');" + "".join(
+                                     f"CREATE VIEW endless{i} AS {ENDLESS} max(x) AS most, 'far' AS word, 1 AS one FROM c;"
+                                     for i in range(30)) + "CREATE VIEW broken AS SELECT name FROM nowhere;")
+    connection.close()
+    queries, execute = [], schema.query
+    monkeypatch.setattr(schema, "query", lambda *given: queries.append(given[1]) or execute(*given))
+    monkeypatch.setattr(schema, "VIEW_STEPS", 2)
+    tables = {table.name: [column.samples for column in table.columns] for table in read_schema(path).tables}
+    assert tables == {"town": [("Oslo",), ("Norway",)], "early": [("Norway",)], "late": [("Rome",)]} | {
+        f"endless{i}": [(), (), ()] for i in range(30)}
+    assert sum("CASE" in one for one in queries) == 4  # the tables, and two views
+    assert "views of this database take long to read" in (told := capsys.readouterr().err) and "and 25 more" in told
+    assert [hint.value for hint in value_index(path).hints("Is Rome far from Oslo in Norway?", 9)] == ["Rome", "Oslo", "Norway", "Norway"]
+    assert "not all their cells are looked for in questions: endless0" in capsys.readouterr().err
+
+
+def test_a_very_wide_table_is_read_in_few_rows(tmp_path, monkeypatch):
+    path = tmp_path / "wide.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"CREATE TABLE wide ({', '.join(f'c{i} TEXT' for i in range(2000))})")
+        connection.executemany(f"INSERT INTO wide VALUES ({', '.join('?' * 2000)})",
+                               [[f"v{row} {i}" for i in range(2000)] for row in range(12)])
+    connection.close()
+    monkeypatch.setattr(schema, "SAMPLE_CELLS", 6000)
+    monkeypatch.setattr(schema, "INDEX_CELLS", 8000)
+    table, = read_schema(path).tables
+    assert {column.samples for column in table.columns[:1]} == {("v0 0", "v1 0", "v2 0")} and len(table.columns) == 2000
+    assert len(value_index(path).cells) == 8000
+    monkeypatch.setattr(schema, "INDEX_BYTES", 100)  # and no more is read than there is room for
+    monkeypatch.setattr(schema, "CHUNK", 1)
+    queries, read = [], schema.read_cells
+    monkeypatch.setattr(schema, "read_cells", lambda *given: (queries.append(1) or one for one in read(*given)))
+    assert len(schema.ValueIndex(path).cells) < 30 and len(queries) == 1
+
+
+def test_a_trouble_that_passes_is_no_empty_table(tiny_db, monkeypatch):
+    """A writer's lock between two queries: columns or samples must not be missing without a word."""
+    def query(connection, sql, parameters=()):
+        if "xinfo" in sql:
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+            raise error
+        return connection.execute(sql, parameters)
+
+    monkeypatch.setattr(schema, "query", query)
+    with pytest.raises(UserError, match="cannot read the database .*music.sqlite: database is locked"):
+        read_schema(tiny_db)
+
+
+def test_a_live_writer_makes_one_index(tiny_db, monkeypatch):
+    built, init = [], ValueIndex.__init__
+    monkeypatch.setattr(ValueIndex, "__init__", lambda index, path: built.append(path) or init(index, path))
+    builder = PromptBuilder({"music": tiny_db}, None, PromptConfig(style="compact"))
+    for number in range(4):
+        assert builder.hints(Example("1", "music", "singers from Lyon", ()))[0].value == "Lyon"
+        with sqlite3.connect(tiny_db) as writer:
+            writer.execute("INSERT INTO singer (name) VALUES (?)", [f"Di {number}"])
+        writer.close()
+    assert len(built) == 1 and value_index(tiny_db) is value_index(tiny_db) is not builder._indexes["music"]
+    assert len(built) == 2 and sum(path == str(tiny_db) for path in schema._indexes) == 1
+
+
 def test_damaged_database_is_a_user_error(tmp_path):
     path = tmp_path / "bad.sqlite"
     path.write_bytes(b"SQLite format 3\0" + b"junk" * 100)
@@ -886,6 +974,14 @@ def test_shortening_order(tiny_db):
         (True, True, True, False), (False, True, True, False), (False, False, True, False),
         (False, False, False, False), (False, False, False, True)]
     assert stages[0][0] > stages[1][0] > stages[2][0] > stages[3][0] == stages[4][0]
+
+
+def test_a_table_without_a_needed_column_keeps_its_first(tmp_path):
+    path = tmp_path / "u.sqlite"
+    sqlite3.connect(path).executescript("CREATE TABLE u (a TEXT, b TEXT); CREATE TABLE towns (name, land)").connection.close()
+    short = needed_columns(read_schema(path), "which land is it?", [])
+    assert schema_columns(short) == {"u": ["a"], "towns": ["land"]}
+    assert full_schema(short, 0) == "CREATE TABLE u (\n  a TEXT\n);\nCREATE TABLE towns (\n  land\n);"
 
 
 def test_needed_columns(tiny_db):

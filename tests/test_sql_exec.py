@@ -473,6 +473,18 @@ def test_shadow_tables_are_no_part_of_a_schema(tiny_db):
                        "old": ["title"], "far": ["label"], "park_node": ["a"], "page_views": ["n"]}
 
 
+def test_shadow_tables_of_a_missing_module_are_known_by_their_names(tiny_db):
+    connection = sqlite3.connect(tiny_db)
+    connection.executescript(VIRTUAL + "CREATE TABLE page_info (a); CREATE TABLE pages_data (a);")
+    connection.execute("PRAGMA writable_schema = ON")
+    connection.execute("UPDATE sqlite_master SET sql = replace(replace(replace(replace(sql, 'fts5(', 'vec0('), 'fts4', 'vec1'),"
+                       " 'rtree_i32', 'rtree_x'), 'rtree(', 'gone(') WHERE sql LIKE 'create virtual table%'")
+    connection.commit()
+    connection.close()
+    assert list(schema_columns(read_schema(tiny_db))) == ["singer", "concert", "terms", "park_node", "page_views",
+                                                            "pages_data"]
+
+
 # PITFALLS part B --------------------------------------------------------------------------------------------
 
 NOT_QUERIES = [

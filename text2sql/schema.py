@@ -146,6 +146,8 @@ def read_cells(connection, table: str, columns: Sequence[str], wanted: str, rows
     wanted: the condition on a cell `{0}`; one that fails it is None. No more comes where the query fails or takes too
     many steps.
     """
+    if steps.left < 0:
+        return
     cells = ", ".join(f"CASE WHEN {wanted.format(quote_always(column))} THEN {quote_always(column)} END"
                       for column in columns)
     connection.set_progress_handler(steps, 1_000_000)
@@ -201,14 +203,15 @@ def _read_schema(path: str) -> Schema:
         references = {name: _read_references(connection, name, columns) for name in columns}
         tables, view_steps, skipped = [], Steps(VIEW_STEPS), []
         for name, known in columns.items():
+            if not known:
+                continue
             is_view = kinds[name] == "view"
             samples = _read_samples(connection, name, [column for column, _, _ in known],
                                     view_steps if is_view else Steps(math.inf))
             skipped += [name] if is_view and view_steps.left < 0 else []
-            if known:
-                tables.append(Table(name, tuple(
-                    Column(column, kind, bool(key), tuple(references[name][column.lower()]), values)
-                    for (column, kind, key), values in zip(known, samples, strict=True)), is_view))
+            tables.append(Table(name, tuple(
+                Column(column, kind, bool(key), tuple(references[name][column.lower()]), values)
+                for (column, kind, key), values in zip(known, samples, strict=True)), is_view))
         note_skipped(path, skipped, "prompts show no or fewer sample values of them")
         return Schema(tuple(tables))
     except sqlite3.DatabaseError as error:
@@ -280,9 +283,9 @@ def _read_references(connection, table, columns):
 def _read_samples(connection, table: str, columns: Sequence[str], steps: Steps) -> list[tuple]:
     """A few distinct values of each column, in row order; blobs, long texts and infinities are left out."""
     found = [{} for _ in columns]  # a dict of values a column, which keeps their order
-    rows = min(SAMPLE_ROWS, SAMPLE_CELLS // max(1, len(columns)))
+    rows = min(SAMPLE_ROWS, SAMPLE_CELLS // len(columns))
     wanted = f"typeof({{0}}) IN ('text', 'integer', 'real') AND length({{0}}) <= {INDEX_CELL_CHARS}"
-    for chunk in read_cells(connection, table, columns, wanted, rows, steps) if columns else ():
+    for chunk in read_cells(connection, table, columns, wanted, rows, steps):
         open_columns = [(kept, cells) for kept, cells in zip(found, chunk, strict=True) if len(kept) < SAMPLES_KEPT]
         for kept, cells in open_columns:
             kept |= dict.fromkeys(cell for cell in dict.fromkeys(cells) if cell not in (None, "", math.inf, -math.inf))
