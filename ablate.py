@@ -334,7 +334,11 @@ def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
         workers.call("train.py", [*run.flags, *(["--resume"] if run.checkpoints() else [])], log)
     evaluation = run.folder / "evaluation.json"
     workers.call("evaluate.py", evaluation_flags(run, given, evaluation), log)
-    measures = measures_of(run, json.loads(evaluation.read_text()))
+    found = json.loads(evaluation.read_text())
+    if unread := found.get("unavailable"):  # cells are compared question by question
+        raise UserError(f"{len(unread)} questions could not be evaluated in {run.folder}: {unread[0]['error']} "
+                        f"({unread[0]['file']}); the same command evaluates again")
+    measures = measures_of(run, found)
     write_whole(file, json.dumps({"how": how, "measures": measures}, indent=1) + "\n")
     if not given.keep and run.cell != "start":
         for folder in ("checkpoints", "gold_cache") if (run.folder / "best").exists() else ("gold_cache",):
@@ -389,10 +393,10 @@ def measures_of(run: Run, evaluation: dict) -> dict:
 
 def training_measures(steps: Sequence[dict]) -> dict:
     """What the lines of metrics.jsonl say about a run."""
-    measures = {"flat groups": fmean(step["flat_groups"] for step in steps),
-                "all wrong": fmean(step["all_wrong_groups"] for step in steps),
-                "reward spread": fmean(step["reward_std"] for step in steps),
-                "seconds": sum(map(step_seconds, steps))}
+    names = {"flat groups": "flat_groups", "all wrong": "all_wrong_groups", "reward spread": "reward_std"}
+    measures = {name: fmean(step[key] for step in steps if key in step) for name, key in names.items()
+                if any(key in step for step in steps)}  # absent where no database could be read
+    measures["seconds"] = sum(map(step_seconds, steps))
     curve = [[step["step"], step["dev_accuracy"]] for step in steps if "dev_accuracy" in step]
     if curve:
         best, last = max(accuracy for _, accuracy in curve), curve[-1][1]

@@ -6,7 +6,8 @@
     python evaluate.py --compare A.json B.json                                  # difference, and what flipped
 
 What is measured, for every question
-  (1) status    what became of the answer as written: ok, error, timeout, refused, too_large; for a model also
+  (1) status    what became of the answer as written: ok, error, timeout, refused, too_large, unavailable (the
+                database could not be read); for a model also
                 format (not reasoning followed by one query), truncated (the same, cut at the length limit), and
                 too_long (its prompt does not fit)
   (2) bird      BIRD's comparison: the same set of rows, columns in order

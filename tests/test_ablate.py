@@ -6,6 +6,7 @@ import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -189,6 +190,25 @@ def test_what_the_metrics_say():
     kept = ablate.training_measures([step(1, dev_accuracy=0.55), step(2, dev_accuracy=0.50)])
     assert kept["collapse"] == 0.0  # five points are not more than five
     assert "collapse" not in ablate.training_measures([step(1)])
+    void = {"step": 4, "seconds/rollout": 2.0}  # no database could be read: there was nothing to measure
+    assert ablate.training_measures([step(1), void]) == ablate.training_measures([step(1)]) | {"seconds": 3.5 + 2.0}
+    assert ablate.training_measures([void]) == {"seconds": 2.0}
+
+
+def test_a_cell_whose_database_was_locked_is_measured_again(tmp_path):
+    folder = tmp_path / "cell"
+    folder.mkdir()
+    run, given = SimpleNamespace(folder=folder, trained=True), SimpleNamespace(samples=1, questions=1, exclude="")
+
+    def call(script, flags, log):
+        unread = [{"id": "1", "db_id": "music", "error": "database is locked", "file": "music.sqlite"}]
+        (folder / "evaluation.json").write_text(json.dumps({"unavailable": unread}))
+
+    with (pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="1 questions could not be evaluated in "
+                                                               r".*cell: database is locked \(music.sqlite\); the same")):
+        patch.setattr(ablate, "evaluation_flags", lambda *given: [])
+        ablate.perform(run, given, SimpleNamespace(call=call))
+    assert not (folder / "measures.json").exists()
 
 
 def test_differences_are_paired_by_seed():

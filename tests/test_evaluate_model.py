@@ -8,6 +8,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -304,6 +306,38 @@ def test_a_record_by_hand(tiny_db):
                                  "tokens": 70, "statuses": {"error": 1, "ok": 5, "truncated": 1}}
     assert [(one["sql"], one["trace"]) for one in record["traces"]] == [(right, "think")]  # `same` has no reasoning
     assert json.loads(json.dumps(record)) == record and record["seconds"]["sql"] > 0
+
+
+def test_a_vote_on_a_locked_database_is_none(tiny_db, tmp_path):
+    """Whatever is known of a question, one answer that could not run leaves it out of every figure."""
+    class Locked:
+        databases = {"music": tiny_db}
+
+        def run_many(self, pairs):
+            return [Execution("unavailable", error="database is locked") if "> 99" in sql else ran
+                    for (_, sql), ran in zip(pairs, executor.run_many(pairs), strict=True)]
+
+        run_gold = run_many
+
+    right = [candidate(GOLD.gold_sqls[0]), candidate("SELECT name FROM singer WHERE age > 98")]
+    config, records = EvaluateConfig(model="m", samples=2), []
+    with SQLExecutor({"music": tiny_db}, workers=1) as executor:
+        examination = Examination(None, None, Locked(), config)
+        for samples in (right, [right[0], candidate("SELECT name FROM singer WHERE age > 99")]):
+            verdicts, = examination.verdicts([(GOLD, "easy", right[:1], samples)])
+            records.append(examination.record(GOLD, right[:1], samples, verdicts, {"prompt": 1.0, "generation": 2.0}))
+    whole, part = records
+    assert {score["status"] for score in part["answers"].values()} == {"unavailable"} and part["traces"] == []
+    assert part["samples"]["statuses"] == {"unavailable": 2} and whole["samples"]["statuses"] == {"ok": 2}
+    summary, alone = evaluate.summarise_records(records, config), evaluate.summarise_records([whole], config)
+    for one in (summary, alone):
+        one.pop("timing")
+    assert summary == alone and summary["pass_at_k"]["bird"] == [0.5, 1.0]
+    assert evaluate.records_as_json(records, config)[1]["answers"]["greedy"] == {"bird": None, "spider": None}
+    assert "1 questions left out, since their database could not be read" in sft.summary_of(
+        records, [], SimpleNamespace(rejections=Counter()))
+    mining = sft.MineConfig(mine=str(tmp_path / "traces.jsonl"), model="m")
+    assert sft.why_none_verified([part], mining) == "no database could be read; try again when they can"
 
 
 def test_verified_traces_need_a_gold_with_rows(tiny_db):
