@@ -198,7 +198,7 @@ def test_what_the_metrics_say():
 def test_a_cell_whose_database_was_locked_is_measured_again(tmp_path):
     folder = tmp_path / "cell"
     folder.mkdir()
-    run, given = SimpleNamespace(folder=folder, trained=True), SimpleNamespace(samples=1, questions=1, exclude="")
+    run, given = SimpleNamespace(folder=folder, trained=True), SimpleNamespace(samples=1, questions=1, exclude=None)
 
     def call(script, flags, log):
         unread = [{"id": "1", "db_id": "music", "error": "database is locked", "file": "music.sqlite"}]
