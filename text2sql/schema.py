@@ -29,9 +29,9 @@ INDEX_VALUES = 20_000      # distinct cells of a column it keeps
 INDEX_BYTES = 4_000_000    # text it keeps per database, which takes some 20 times that in memory
 INDEX_CELL_CHARS = 80      # longer cells are prose, not values
 SAMPLE_CELLS = 2_000_000   # cells of a table it looks at for samples: fewer rows of a table with very many columns
-INDEX_CELLS = 20_000_000   # the same for the value index
+INDEX_CELLS = 10_000_000   # the same for the value index
 VIEW_STEPS = 50            # millions of SQLite instructions that the views of a database may take together
-CHUNK = 1000               # rows that are read at once
+CHUNK = 20_000             # cells that are read at once
 
 # The SQLite keywords that cannot stand for a name without quotes (found by trying all 147).
 _RESERVED = """add all alter and as autoincrement between case cast check collate commit constraint
@@ -153,7 +153,7 @@ def read_cells(connection, table: str, columns: Sequence[str], wanted: str, rows
     connection.set_progress_handler(steps, 1_000_000)
     try:
         cursor = query(connection, f"SELECT {cells} FROM {quote_always(table)} LIMIT {rows}")
-        while chunk := cursor.fetchmany(CHUNK):
+        while chunk := cursor.fetchmany(max(1, CHUNK // len(columns))):
             yield list(zip(*chunk, strict=True))
     except sqlite3.OperationalError as error:
         if is_passing(error):
