@@ -107,6 +107,10 @@ class RunConfig:
     steps: int = option(300, "GRPO steps", at_least=0, common=True)
     prompts_per_step: int = option(8, "questions per step (B); B times G completions are sampled",
                                    at_least=1, common=True)
+    draw: str = option("epochs", "which questions a step asks: all in turn, or those whose completions are likely to "
+                                 "be partly right, by what rollouts have shown", choices=("epochs", "informative"))
+    questions_per_database: int = option(1, "so many questions of a step on the same database come side by side, where "
+                                            "their schema is computed once; it divides --prompts-per-step", at_least=1)
     dynamic_sampling: int = option(0, "at most this many extra rollouts per step, to replace questions whose "
                                        "completions are all right or all wrong (DAPO); those left over have advantage "
                                        "0, so dense rewards do not count there", at_least=0)
@@ -149,7 +153,8 @@ class SFTConfig:
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
 # What runs had that were started before the setting was there, and do not name it.
-DEFAULTS_BEFORE = {"execution_runs": 1.0, "atomic_weights": "equal", "memory_names": "written"}
+DEFAULTS_BEFORE = {"draw": "epochs", "questions_per_database": 1, "execution_runs": 1.0, "atomic_weights": "equal",
+                   "memory_names": "written"}
 MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "sharding", "eval_every", "save_every", "sql_workers",
                         "log", "verbose", "token_ratios_every", "keep",
                         "max_skipped", "warn_flat_steps", "warn_format_steps", "warn_kl", "warn_truncated",
@@ -235,6 +240,9 @@ def check_together(s: Settings) -> None:
                         "reward user a wrong completion could outrank a correct one: leave one of them out")
     if 0 < s.grpo.dual_clip <= 1:
         raise UserError(f"--dual-clip is {s.grpo.dual_clip:g}; it must be above 1, or 0 for none")
+    if s.run.prompts_per_step % s.run.questions_per_database:
+        raise UserError(f"--questions-per-database {s.run.questions_per_database} does not divide --prompts-per-step "
+                        f"{s.run.prompts_per_step}: choose one that does")
     rounded = s.run.optimizer_device == "cpu" and s.run.model != "tiny" and torch.cuda.is_available()
     if rounded and s.sft.cold_start_steps and not s.run.start:
         raise UserError("--optimizer-device cpu leaves bf16 weights on the GPU, too coarse for the cold start: run it "

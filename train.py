@@ -13,7 +13,6 @@ One step is `Trainer.take_step`; the algorithm in it is grpo.py.
 import copy
 import json
 import math
-import random
 import signal
 import sys
 import time
@@ -87,6 +86,7 @@ from rewards import (
     rewards_apart,
 )
 from running import show
+from running.drawing import Drawing
 from running.errors import UserError, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics
@@ -218,7 +218,8 @@ class Trainer:
         usable = {name: self._usable(examples, name) for name, examples in data.tests.items()}
         self.test_sets = {name: questions for name, questions in usable.items() if questions}
         check_positions(self.policy, s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens)
-        self.step, self.drawn, self.best, self.before = 0, 0, -1.0, {}  # drawn: questions used so far
+        self.drawing = self.make_drawing()
+        self.step, self.best, self.before = 0, -1.0, {}
         self.stop_requested = self.stopping = False  # by a signal to this process; agreed by all of them
         self.guards, self.heartbeat = Guards(s.guards), Heartbeat()
         try:  # before anything is trained
@@ -309,7 +310,7 @@ class Trainer:
         extra = {f"seconds/rewards/{name}": value for name, value in self.scorer.seconds.items()} | step.extra
         extra |= {"lr": self.learning_rate(), "memory_size": len(self.scorer.memory or ()),
                   "sql_worker_restarts": sum(distributed.gather(self.executor.worker_restarts)),
-                  "questions_drawn": self.drawn}
+                  "questions_drawn": self.drawing.drawn}
         parts = (*COMPONENTS, "overlong") if self.s.grpo.overlong == "penalise" else COMPONENTS
         metrics = step_metrics(self.step, *zip(*step.sampled, strict=True), parts, step.stats, step.seconds, extra)
         if not distributed.is_main():
@@ -360,8 +361,9 @@ class Trainer:
         s, policy = self.s, self.policy
         kept, others, sampled, B = [], [], [], s.run.prompts_per_step
         for _ in range(1 + s.run.dynamic_sampling):
-            seeds = [s.run.seed * 1_000_003 + self.drawn + i for i in range(B)]  # by a question's turn in the run
-            questions = self.next_questions()
+            turn, numbers = self.drawing.drawn, self.drawing.draw(B)
+            seeds = [s.run.seed * 1_000_003 + turn + i for i in range(B)]  # by a question's turn in the run
+            questions = [self.train_set[number] for number in numbers]
             mine = distributed.share_of(B)
             prompts = [torch.tensor(ids) for _, ids in questions[mine]]
             examples = [example for example, _ in questions[mine]]
@@ -372,6 +374,7 @@ class Trainer:
             scored = self.score(examples, groups)
             clock.lap("rewards")  # the seconds of each component are in scorer.seconds
             sampled += [(group, row) for _, group, row in scored]
+            self.drawing.learn(numbers, [[b.correct for b in row] for _, _, row in scored])
             if not s.run.dynamic_sampling:
                 return tuple(map(list, zip(*scored, strict=True))), sampled
             kept += [item for item in scored if has_right_and_wrong(item[2])]
@@ -380,15 +383,6 @@ class Trainer:
                 break
         chosen = kept[:B] + others[len(others) - max(0, B - len(kept)):]
         return tuple(map(list, zip(*chosen, strict=True))), sampled
-
-    def next_questions(self) -> list:
-        """The next B (example, prompt ids): a fresh order each epoch, a function of seed and `drawn` alone."""
-        count, B = len(self.train_set), self.s.run.prompts_per_step
-        chosen = range(self.drawn, self.drawn + B)
-        self.drawn += B
-        orders = {epoch: random.Random(f"{self.s.run.seed}/{epoch}").sample(range(count), count)
-                  for epoch in {n // count for n in chosen}}
-        return [self.train_set[orders[n // count][n % count]] for n in chosen]
 
     def score(self, examples, groups) -> list[tuple]:
         """(example, group, RewardBreakdowns of its completions) for the groups of all processes; each scores a part."""
@@ -586,6 +580,12 @@ class Trainer:
             print("warning: all questions are on one database, and the memory compares with traces of others, so its "
                   "reward is 0 for every wrong answer: give --memory-scope any, or leave memory out of --rewards")
 
+    def make_drawing(self) -> Drawing:
+        """Which training questions the steps ask."""
+        run, examples = self.s.run, [example for example, _ in self.train_set]
+        return Drawing([example.db_id for example in examples], evaluate.difficulty_levels(examples), seed=run.seed,
+                       informative=run.draw == "informative", per_database=run.questions_per_database)
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW on the trained parameters, after the model is sharded where that is wanted."""
         if self._wants_sharding():
@@ -692,7 +692,7 @@ class Trainer:
         """A checkpoint from which `--resume` continues bit for bit (on CPU)."""
         if distributed.on_main(lambda: any(step == self.step for step, _ in self.folder.checkpoints())):
             return
-        state = {"step": self.step, "drawn": self.drawn, "best_accuracy": self.best, "before": self.before,
+        state = {"step": self.step, **self.drawing.state(), "best_accuracy": self.best, "before": self.before,
                  "optimizer": distributed.full_state(self.optimizer)}
         policy = self.savable_policy()
         distributed.on_main(lambda: self.folder.save_checkpoint(self.step, policy, state, self.scorer.memory,
@@ -707,7 +707,8 @@ class Trainer:
     def resume(self, step: int, checkpoint: Path) -> None:
         """Takes up the state of a checkpoint."""
         state = load_state(checkpoint)
-        self.step, self.drawn = state["step"], state["drawn"]
+        self.step = state["step"]
+        self.drawing.load(state)
         self.best, self.before = state.get("best_accuracy", -1.0), state["before"]  # `best` was a mean over tiers
         if self.folder.step_of_best() > step:  # of a step that is done again, and the best one before it is gone
             self.best = -1.0

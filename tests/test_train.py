@@ -208,6 +208,7 @@ def test_an_interrupt_before_the_first_step_keeps_the_cold_start(small, tmp_path
     (["--seed", "-1"], "--seed is -1"), (["--seed", "9" * 20], "--seed is 9.*at most"),
     (["--plan", "-5"], "--plan is -5"), (["--sql-timeout", "0"], "--sql-timeout is 0"),
     (["--lr-warmup", "-5"], "--lr-warmup is -5"),
+    (["--questions-per-database", "3"], "--questions-per-database 3 does not divide --prompts-per-step 2"),
     (["--max-value-hints", "-1"], "max"), (["--warn-kl", "nan"], "kl is nan")])
 def test_what_cannot_work_is_told_before_anything_is_trained_and_blocks_no_folder(small_data, tmp_path, monkeypatch, flags, told):
     folder = tmp_path / "run"
@@ -459,15 +460,6 @@ def test_too_little_disk_is_refused_before_anything_is_written(small_data, monke
         train.main()
 
 
-def test_question_order_is_fresh_each_epoch_and_goes_on_from_where_it_was():
-    trainer = object.__new__(train.Trainer)
-    trainer.s = train.parse_settings(["--prompts-per-step", "3", "--output", "x"])
-    trainer.train_set, trainer.drawn = list(range(7)), 0
-    drawn = [question for _ in range(7) for question in trainer.next_questions()]
-    epochs = [drawn[i:i + 7] for i in range(0, 21, 7)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
-
-
 class Scored:
     """A group's scores, as far as sampling looks at them."""
 
@@ -475,27 +467,36 @@ class Scored:
         self.correct, self.total = correct, total
 
 
+class Script:
+    """Questions in a fixed order, in place of a Drawing."""
+
+    def __init__(self, questions):
+        self.questions, self.drawn, self.learned = questions, 0, []
+
+    def draw(self, count):
+        self.drawn += count
+        return self.questions[self.drawn - count:self.drawn]
+
+    def learn(self, numbers, correct):
+        self.learned += zip(numbers, correct, strict=True)
+
+
 def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_reward(monkeypatch):
     right, wrong = Scored(True, 4.0), [Scored(False, 1.0 + i) for i in range(3)]
     rows = {0: [right, wrong[0]], 1: [wrong[0], wrong[1]], 2: [right, right], 3: [wrong[2], right], 4: [wrong[1], right]}
     trainer = object.__new__(train.Trainer)
     trainer.policy = type("Policy", (), {"device": "cpu", "model": None, "eos_ids": ()})
-    trainer.device, trainer.step, trainer.drawn, trainer.engine, trainer.sharded, trainer.bf16 = "cpu", 1, 0, None, None, False
+    trainer.device, trainer.step, trainer.engine, trainer.sharded, trainer.bf16 = "cpu", 1, None, None, False
+    trainer.train_set = [(q, [q]) for q in rows]
     trainer.score = lambda examples, groups: [(e, group, rows[e]) for e, group in zip(examples, groups, strict=True)]
     monkeypatch.setattr(train, "sample_groups", lambda model, prompts, *_, **__: [f"group {int(p[0])}" for p in prompts])
 
     def rolled(extra, questions, B=2):
         trainer.s = train.parse_settings(["--prompts-per-step", str(B), "--dynamic-sampling", str(extra), "--output", "x"])
-        batches = iter([questions[i:i + B] for i in range(0, len(questions), B)])
-        trainer.drawn_here = 0
-
-        def next_questions():
-            trainer.drawn_here += B
-            return [(q, [q]) for q in next(batches)]
-
-        trainer.next_questions = next_questions
+        trainer.drawing = Script(questions)
         (examples, groups, breakdowns), sampled = trainer.rollout(train.Stopwatch())
-        asked = questions[:trainer.drawn_here]
+        asked = questions[:trainer.drawing.drawn]
+        assert trainer.drawing.learned == [(q, [b.correct for b in rows[q]]) for q in asked]
         assert sampled == [(f"group {q}", rows[q]) for q in asked]  # what is logged tells the policy's accuracy
         assert groups == [f"group {q}" for q in examples] and breakdowns == [rows[q] for q in examples]
         return examples
@@ -521,7 +522,7 @@ def test_a_run_in_bf16_resumes_bit_for_bit(small, tmp_path):
 
 def test_a_run_with_dynamic_sampling_and_a_length_penalty_resumes_bit_for_bit(small, tmp_path):
     flags = [*small, "--steps", 2, "--save-every", 1, "--dynamic-sampling", 2, "--overlong", "penalise",
-             "--rewards", "format,execution"]
+             "--draw", "informative", "--questions-per-database", 2, "--rewards", "format,execution"]
     run(*flags, "--output", tmp_path / "whole")
     run(*flags, "--output", tmp_path / "half")
     half = tmp_path / "half"

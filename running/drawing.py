@@ -1,0 +1,101 @@
+"""Which questions a step asks.
+
+By default all in turn: a fresh order each epoch. With --draw informative, those whose completions are likely to be
+partly right: where all are right or all are wrong, execution has nothing to prefer. For each question we keep how often
+two of its completions disagreed (one right, one wrong), which is 2 p (1 - p) of its pass rate p. It fades as the policy
+changes, and is smoothed by what is known of the questions beside it:
+
+    of all questions → of their tier → of the tier in its database → of the question itself
+
+Each counts as one more group at the next. So a question that was never asked is judged by its kin, and one that was
+too hard or too easy comes back after a while. Questions are drawn at random by the square of this chance, which no
+question has less than `LEAST` of, so that we notice what the policy has learned meanwhile.
+"""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
+
+PRIOR = 0.25  # chance that two completions disagree, before anything was seen
+LEAST = 0.1
+HALF_LIFE = 20  # rollouts after which what was seen counts half
+
+
+class Drawing:
+    """What is asked next: a function of the seed, how many were drawn, and, if `informative`, what was learned."""
+
+    def __init__(self, databases: Sequence[str], tiers: Sequence[str], *, seed: int, informative: bool = False,
+                 per_database: int = 1):
+        """databases, tiers: of each question; per_database: so many on the same database come side by side."""
+        self.databases, self.seed, self.informative, self.per_database = databases, seed, informative, per_database
+        self.paths = [((), (tier,), (tier, database), (tier, database, number))
+                      for number, (database, tier) in enumerate(zip(databases, tiers, strict=True))]
+        self.drawn, self.rollouts, self.seen = 0, 0, {}  # seen: {path: (groups, sum of disagreements, when)}
+
+    def draw(self, count: int) -> list[int]:
+        """The numbers of the next questions."""
+        turns, size = range(self.drawn, self.drawn + count), len(self.databases)
+        self.drawn += count
+        if self.informative:
+            orders = [self._by_chance(turn) for turn in turns[::size]]  # each has every question once
+            return list(chain(*orders))[:count]
+        orders = {epoch: self._epoch(epoch) for epoch in {turn // size for turn in turns}}
+        return [orders[turn // size][turn % size] for turn in turns]
+
+    def learn(self, numbers: Sequence[int], correct: Sequence[Sequence[bool]]) -> None:
+        """Keeps which completions of these questions were right. correct: [B][G]"""
+        self.rollouts += 1
+        for number, group in zip(numbers, correct, strict=True):
+            right, size = sum(group), len(group)
+            disagreement = 2 * right * (size - right) / (size * (size - 1))  # share of the pairs of completions
+            for path in self.paths[number]:
+                groups, total = self._faded(path)
+                self.seen[path] = (groups + 1, total + disagreement, self.rollouts)
+
+    def chances(self) -> list[float]:
+        """For each question the chance that two of its completions disagree."""
+        known = {}
+        for paths in self.paths:
+            chance = PRIOR
+            for path in paths:
+                if path not in known:
+                    groups, total = self._faded(path)
+                    known[path] = (total + chance) / (groups + 1)
+                chance = known[path]
+        return [known[paths[-1]] for paths in self.paths]
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"drawn": self.drawn, "rollouts": self.rollouts, "seen": self.seen}
+
+    def load(self, state: dict) -> None:
+        """Takes up the state of a checkpoint; older ones hold `drawn` alone."""
+        self.drawn, self.rollouts, self.seen = state["drawn"], state.get("rollouts", 0), state.get("seen", {})
+
+    def _faded(self, path: tuple) -> tuple[float, float]:
+        """How many groups are known of a path, and the sum of their disagreements, both as they count now."""
+        groups, total, when = self.seen.get(path, (0.0, 0.0, 0))
+        fading = 0.5 ** ((self.rollouts - when) / HALF_LIFE)
+        return groups * fading, total * fading
+
+    def _epoch(self, epoch: int) -> list[int]:
+        """All questions in a random order."""
+        count = len(self.databases)
+        return self._in_runs(random.Random(f"{self.seed}/{epoch}").sample(range(count), count))
+
+    def _by_chance(self, turn: int) -> list[int]:
+        """All questions, drawn one after another by weight and not put back (Efraimidis and Spirakis, 2006)."""
+        rng = random.Random(f"{self.seed}/informative/{turn}")
+        keys = [-math.log(1 - rng.random()) / max(chance, LEAST) ** 2 for chance in self.chances()]
+        return self._in_runs(sorted(range(len(keys)), key=keys.__getitem__))
+
+    def _in_runs(self, order: list[int]) -> list[int]:
+        """The same in runs of `per_database` on one database; what is left of each database comes last."""
+        of_database, place = defaultdict(list), {number: i for i, number in enumerate(order)}
+        for number in order:
+            of_database[self.databases[number]].append(number)
+        size = self.per_database
+        runs = [numbers[i:i + size] for numbers in of_database.values() for i in range(0, len(numbers), size)]
+        return list(chain(*sorted(runs, key=lambda run: (len(run) < size, place[run[0]]))))
