@@ -5,15 +5,17 @@ partly right: where all are right or all are wrong, execution has nothing to pre
 two of its completions disagreed (one right, one wrong), which is 2 p (1 - p) of its pass rate p. It fades as the policy
 changes, and is smoothed by what is known of the questions beside it:
 
-    of all questions → of their tier → of the tier in its database → of the question itself
+    of all questions → of one shape → of this shape in its database → of the question itself
 
-Each counts as one more group at the next. So a question that was never asked is judged by its kin, and one that was
-too hard or too easy comes back after a while. Questions are drawn at random by the square of this chance, which no
-question has less than `LEAST` of, so that we notice what the policy has learned meanwhile.
+The shape of a question is that of its gold SQL: its words without names and values. Each counts as one more group at
+the next. So a question that was never asked is judged by its kin, and one that was too hard or too easy comes back
+after a while. Questions are drawn at random by the square of this chance, which no question has less than `LEAST` of,
+so that we notice what the policy has learned meanwhile.
 """
 
 import math
 import random
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
@@ -21,17 +23,21 @@ from itertools import chain
 PRIOR = 0.25  # chance that two completions disagree, before anything was seen
 LEAST = 0.1
 HALF_LIFE = 20  # rollouts after which what was seen counts half
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^]]*\]")
+WORDS = re.compile(r"\b(?:SELECT|DISTINCT|JOIN|WHERE|GROUP|HAVING|ORDER|DESC|LIMIT|COUNT|SUM|AVG|MIN|MAX|AND|OR|NOT|IN|"
+                   r"EXISTS|LIKE|BETWEEN|NULL|CASE|CAST|WITH|OVER|UNION|INTERSECT|EXCEPT)\b|[<>=!]+|[-+/]")
 
 
 class Drawing:
     """What is asked next: a function of the seed, how many were drawn, and, if `informative`, what was learned."""
 
-    def __init__(self, databases: Sequence[str], tiers: Sequence[str], *, seed: int, informative: bool = False,
+    def __init__(self, databases: Sequence[str], golds: Sequence[str], *, seed: int, informative: bool = False,
                  per_database: int = 1):
-        """databases, tiers: of each question; per_database: so many on the same database come side by side."""
+        """databases, golds: of each question; per_database: so many on the same database come side by side."""
         self.databases, self.seed, self.informative, self.per_database = databases, seed, informative, per_database
-        self.paths = [((), (tier,), (tier, database), (tier, database, number))
-                      for number, (database, tier) in enumerate(zip(databases, tiers, strict=True))]
+        shapes = [shape_of(gold) for gold in golds]
+        self.paths = [((), (shape,), (shape, database), (shape, database, number))
+                      for number, (database, shape) in enumerate(zip(databases, shapes, strict=True))]
         self.drawn, self.rollouts, self.seen = 0, 0, {}  # seen: {path: (groups, sum of disagreements, when)}
 
     def draw(self, count: int) -> list[int]:
@@ -99,3 +105,8 @@ class Drawing:
         size = self.per_database
         runs = [numbers[i:i + size] for numbers in of_database.values() for i in range(0, len(numbers), size)]
         return list(chain(*sorted(runs, key=lambda run: (len(run) < size, place[run[0]]))))
+
+
+def shape_of(sql: str) -> str:
+    """The words of a query that are neither names nor values."""
+    return " ".join(WORDS.findall(QUOTED.sub("", sql.upper())))

@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from running.drawing import HALF_LIFE, PRIOR, Drawing
+from running.drawing import HALF_LIFE, PRIOR, Drawing, shape_of
 
 RIGHT, WRONG, MIXED = [True] * 4, [False] * 4, [True, False, False, True]
 
 
-def drawing(count=12, databases="abc", tiers=("one",), **options):
-    """Questions whose databases and tiers take turns."""
-    return Drawing([databases[n % len(databases)] for n in range(count)], [tiers[n % len(tiers)] for n in range(count)],
+def drawing(count=12, databases="abc", golds=("SELECT a FROM b",), **options):
+    """Questions whose databases and gold queries take turns."""
+    return Drawing([databases[n % len(databases)] for n in range(count)], [golds[n % len(golds)] for n in range(count)],
                    **{"seed": 3} | options)
 
 
@@ -52,22 +52,22 @@ def simulated(steps, answers, rounds, count=8):
 
 def test_questions_that_are_always_right_or_always_wrong_are_seldom_asked_again():
     kinds = (RIGHT, WRONG, MIXED)
-    answers = lambda number: kinds[number // 4 % 3]  # noqa: E731 (unrelated to tier and database)
-    right, wrong, mixed = simulated(drawing(60, tiers=("one", "two"), informative=True), answers, 60)
+    answers = lambda number: kinds[number // 4 % 3]  # noqa: E731 (unrelated to shape and database)
+    right, wrong, mixed = simulated(drawing(60, golds=("SELECT a FROM b", "SELECT a FROM b LIMIT 1"), informative=True), answers, 60)
     assert mixed > 0.6 and 0.02 < right < 0.25 and 0.02 < wrong < 0.25
     assert simulated(drawing(60), answers, 60)[2] == pytest.approx(1 / 3, abs=0.05)
 
 
 def test_a_question_that_was_never_asked_is_judged_by_its_kin():
-    tiers = ("easy", "hard", "fair")
-    steps = drawing(90, "abcde", tiers, informative=True)
+    golds = ("SELECT a FROM b", "SELECT COUNT(*) FROM b", "SELECT a FROM b WHERE c < 2")
+    steps = drawing(90, "abcde", golds, informative=True)
     for asked in range(0, 30, 3):
         steps.learn([asked, asked + 1, asked + 2], [RIGHT, WRONG, MIXED])
     easy, hard, fair = steps.chances()[60:63]
     assert easy < hard * 1.2 < 0.8 * fair and hard < easy * 1.2
     assert all(0 < chance < 1 for chance in steps.chances())
     right, wrong, mixed = simulated(steps, lambda number: (RIGHT, WRONG, MIXED)[number % 3], 20)
-    assert mixed > 0.8 and right > 0 and wrong > 0  # a tier that is not asked would never be known to have changed
+    assert mixed > 0.8 and right > 0 and wrong > 0  # a shape that is not asked would never be known to have changed
 
 
 def test_the_chance_of_disagreement_is_that_of_the_pass_rate_smoothed_and_fades():
@@ -75,7 +75,7 @@ def test_the_chance_of_disagreement_is_that_of_the_pass_rate_smoothed_and_fades(
     assert steps.chances() == [PRIOR] * 2
     steps.learn([0], [[True, False, False, False]])  # 3 of 6 pairs disagree
     known = [PRIOR]
-    for _ in range(4):  # of all, of the tier, of the tier in its database, of the question
+    for _ in range(4):  # of all, of the shape, of the shape in its database, of the question
         known.append((0.5 + known[-1]) / 2)
     assert steps.chances() == [pytest.approx(known[4]), pytest.approx((PRIOR + 0.5) / 2 * 0.5 + 0.25)]
     for _ in range(HALF_LIFE):
@@ -87,13 +87,13 @@ def test_the_chance_of_disagreement_is_that_of_the_pass_rate_smoothed_and_fades(
 
 
 def test_a_checkpoint_holds_all_that_the_next_draws_depend_on(tmp_path):
-    rng, steps = random.Random(0), drawing(40, tiers=("one", "two"), informative=True, per_database=2)
+    rng, steps = random.Random(0), drawing(40, golds=("SELECT a FROM b", "SELECT a FROM b LIMIT 1"), informative=True, per_database=2)
     results = [[[rng.random() < 0.5 for _ in range(4)] for _ in range(6)] for _ in range(20)]
     for result in results[:10]:
         steps.learn(steps.draw(6), result)
     torch.save(steps.state(), tmp_path / "state.pt")
     later = [steps.draw(6) for result in results[10:] if not steps.learn(steps.draw(6), result)]
-    resumed = drawing(40, tiers=("one", "two"), informative=True, per_database=2)
+    resumed = drawing(40, golds=("SELECT a FROM b", "SELECT a FROM b LIMIT 1"), informative=True, per_database=2)
     resumed.load(torch.load(tmp_path / "state.pt", weights_only=True))
     assert [resumed.draw(6) for result in results[10:] if not resumed.learn(resumed.draw(6), result)] == later
     old = drawing(7)
@@ -105,3 +105,10 @@ def test_a_step_may_ask_more_questions_than_there_are():
     for informative in (False, True):
         numbers = drawing(5, informative=informative).draw(12)
         assert len(numbers) == 12 and sorted(numbers[:5]) == sorted(numbers[5:10]) == list(range(5))
+
+
+def test_the_shape_of_a_query_has_neither_names_nor_values():
+    one = shape_of("SELECT count(*) FROM singer WHERE name = 'AND or >' AND age>25 ORDER BY age DESC LIMIT 3")
+    assert one == "SELECT COUNT WHERE = AND > ORDER DESC LIMIT"
+    assert one == shape_of('select COUNT( T1.id ) from "group" as T1 where T1.y = "x" and T1.z > 7 order by 2 desc limit 1')
+    assert one != shape_of("SELECT COUNT(*) FROM singer WHERE name = 'a' AND age < 25 ORDER BY age DESC LIMIT 3")
