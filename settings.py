@@ -15,7 +15,7 @@ import torch
 from data import PromptConfig, run_config_of
 from engine import plan
 from grpo import GRPOConfig
-from policy import ADAPTERS, config_of, prefers_bf16
+from policy import ADAPTERS, ALIASES, config_of, prefers_bf16
 from rewards import MemoryGate, RewardConfig
 from running import options
 from running.errors import UserError, stored_settings
@@ -39,6 +39,8 @@ KINDS = {  # of pretrained models, up to so many parameters
                    "max_prompt_tokens": 4096, "max_completion_tokens": 1536},
 }
 LORA_LR = 10  # times the learning rates
+PATHS = ("model", "data", "data_dir", "start", "traces", "reward_module", "embedder")  # settings that may be a path,
+NAMES = ("", None, "tiny", *ALIASES, "demo", "spider", "bird", "template", "hash", "policy")  # unless one of these
 
 
 def parameters_of(config: dict | None) -> float:
@@ -66,7 +68,16 @@ def settings_of_run(folder: str) -> dict:
     stored = stored_settings(Path(folder))
     if stored is None:
         return {}
-    return {"log": "tensorboard" if stored.get("tensorboard") else ""} | stored  # as --log was called before
+    old_log = {"log": "tensorboard" if stored.get("tensorboard") else ""}  # as --log was called before
+    return old_log | stored | paths_from_here(stored)
+
+
+def paths_from_here(stored: dict) -> dict:
+    """The relative paths of a run that was started in another folder, so that they lead to the same files from here."""
+    if stored.get("cwd", "") in ("", str(Path.cwd())):
+        return {}
+    there = {name: Path(stored["cwd"], stored[name]) for name in PATHS if stored.get(name, "") not in NAMES}
+    return {name: str(path) for name, path in there.items() if path.exists()}
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptCon
 # What runs had that were started before the setting was there, and do not name it.
 DEFAULTS_BEFORE = {"draw": "epochs", "questions_per_database": 1, "execution_runs": 1.0, "atomic_weights": "equal",
                    "memory_names": "written"}
-MAY_CHANGE_ON_RESUME = ("resume", "output", "threads", "sharding", "eval_every", "save_every", "sql_workers",
+MAY_CHANGE_ON_RESUME = ("resume", "output", "steps", "threads", "sharding", "eval_every", "save_every", "sql_workers",
                         "log", "verbose", "token_ratios_every", "keep",
                         "max_skipped", "warn_flat_steps", "warn_format_steps", "warn_kl", "warn_truncated",
                         "reference_device", "gradient_checkpointing", "plan")

@@ -382,10 +382,7 @@ def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemor
         raise UserError(f"no trace to write to {config.mine}: {summary}: the gate refused "
                         f"{memory.gate.explain(memory.rejections)}; what was sampled is kept in {progress.file}, so "
                         "the same command with another gate is done at once")
-    try:
-        write_whole(Path(config.mine), json_lines(kept))
-    except OSError as error:
-        raise UserError(f"cannot write {config.mine}: {error.strerror}") from error
+    write_whole(Path(config.mine), json_lines(kept))
     print(f"{config.mine}: {summary}")
     progress.finish()
 

@@ -3,6 +3,7 @@
 A script's `main` runs in `run_main`, which turns a `UserError` into one line on stderr and exit status 2.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -101,13 +102,18 @@ def write_text(file, text: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new one, never a part."""
+    """Writes a file so that a reader sees the old text or the new one, never a part; what hinders it is a UserError."""
     scratch = path.with_name(f".new-{path.name}")
-    with open(scratch, "w", encoding="utf-8", errors="replace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with open(scratch, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def flush(path: Path) -> None:

@@ -31,9 +31,11 @@ TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 
 
 CHECKSUMS = "checksums.json"
+NEW, OLD = ".new-", ".old-"  # before the names of what is being written, and of what it is about to replace
 BEST_STEP = "step.txt"
 LOCK = ".lock"
-BEFORE_THE_START = {"config.json", "checkpoints", "gold_cache", LOCK}  # what a run without a checkpoint may have left
+# What a run without a checkpoint may have left.
+BEFORE_THE_START = {"config.json", f"{NEW}config.json", "checkpoints", "gold_cache", LOCK}
 LOGS = re.compile(r"wandb|events\.out\.tfevents.*")  # of --log, likewise
 _locks: dict[Path, object] = {}  # open files; the system unlocks them when the process ends, however it ends
 
@@ -52,25 +54,30 @@ class RunFolder:
                  defaults: Mapping = MappingProxyType({}), made_of: Mapping = MappingProxyType({})):
         """made_of: what else config.json keeps; of it `questions`, {part: hash}, must be the same when resumed."""
         self.path = Path(path)
+        self.stored = stored_settings(self.path) or {}  # of the run that is resumed
         config, known = self.path / "config.json", (may_change, defaults, made_of.get("questions"))
         self.resumes = resume or self._has_only_begun(settings, *known)
         if resume:
             check_settings(self.path, settings, *known)
+        elif self.path.is_file():
+            raise UserError(f"--output {self.path} is a file: give a folder, which may be a new one")
         elif self.path.exists() and not self.resumes and not self._is_free():
             raise UserError(f"{self.path} already holds a run or other files: continue it with --resume, choose "
                             "another --output, or delete it")
-        self.is_new = not self.resumes
+        self.is_new, self.was_there = not self.resumes, self.path.exists()
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock()
-            place = (stored_settings(self.path) or {}).get("cwd") if self.resumes else None
+            for left in [*self.path.glob(".*-*"), *self.path.glob("checkpoints/.*-*")]:
+                if left.name.startswith((NEW, OLD)):
+                    clean_up(left.with_name(left.name.removeprefix(NEW).removeprefix(OLD)))
+            before = self.stored if self.resumes else {}
+            kept = {name: before[name] for name in settings if name in before and name not in may_change}
             # cwd: what relative paths among the settings are relative to
-            written = settings | {"cwd": place or str(Path.cwd())} | made_of
+            written = settings | kept | {"cwd": before.get("cwd") or str(Path.cwd())} | made_of
             write_whole(config, json.dumps(written, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
-        for scratch in [*self.path.glob("checkpoints/.new-*"), *self.path.glob(".new-*"), *self.path.glob(".old-*")]:
-            shutil.rmtree(scratch)  # left by a kill while saving
 
     def _has_only_begun(self, settings: dict, *known) -> bool:
         """Whether the same command was stopped before its first step: it goes on from its cold start."""
@@ -97,19 +104,30 @@ class RunFolder:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:  # EAGAIN and EWOULDBLOCK: somebody holds it
             file.seek(0)
             raise UserError(f"{self.path} is being trained by {file.read().strip() or 'another process'}: let it end "
                             "or stop it, then --resume") from error
+        except OSError as error:
+            print(f"warning: {self.path} cannot be locked ({error.strerror}), as some network file systems cannot: see "
+                  "to it yourself that no other process trains in this folder")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         _locks[path] = file
 
     def discard_new(self) -> None:
-        """Removes the folder of a run that could not start, so that the same command can be given again."""
-        if self.is_new and not self.checkpoints():
-            shutil.rmtree(self.path)
+        """Removes what a run that could not start has made, so that the same command can be given again."""
+        if not self.is_new or self.checkpoints():
+            return
+        try:
+            for path in self.path.iterdir():
+                if path.name in BEFORE_THE_START or LOGS.fullmatch(path.name):
+                    remove(path)
+            if not self.was_there and not any(self.path.iterdir()):
+                self.path.rmdir()
+        except OSError as error:  # must not hide why the run could not start
+            print(f"warning: {self.path} cannot be tidied up: {error.strerror}")
 
     def log(self, name: str, records: list[dict]) -> None:
         """Appends records to NAME.jsonl. Raises UserError: the disk is full or not writable."""
@@ -219,13 +237,21 @@ def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...], de
                         "the run itself, not one of its checkpoints, or leave --resume out")
     stored = {**defaults, **stored}
     for name, value in settings.items():
-        if name not in may_change and name in stored and stored[name] != json.loads(json.dumps(value)):
+        if name not in may_change and name in stored and not _same(stored[name], value, stored.get("cwd", "")):
             raise UserError(f"{folder} was started with {name} = {stored[name]}, not {value}: resume it with "
                             "the same settings, or start another --output")
     for part, known in (stored.get("questions") or {}).items():
         if questions and questions.get(part) != known:
             raise UserError(f"{folder} was started with other {part}: put the files of the data back as they were, or "
                             "start another --output")
+
+
+def _same(stored, value, place: str) -> bool:
+    """Whether a stored setting has this value, or is the same path, relative to the place where the run was started."""
+    if isinstance(stored, str) and isinstance(value, str) and os.path.abspath(value) == os.path.abspath(
+            os.path.join(place, stored)):
+        return True
+    return stored == json.loads(json.dumps(value))
 
 
 def damage(folder: Path) -> str | None:
@@ -262,24 +288,44 @@ def replace_folder(target: Path, fill) -> None:
     Raises:
         UserError: the disk is full or not writable; what stood at `target` is untouched then.
     """
-    scratch = target.with_name(f".new-{target.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch, old = clean_up(target)
+        scratch.mkdir()
         fill(scratch)
         for file in scratch.rglob("*"):
             flush(file)
         flush(scratch)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target, old)
+        os.rename(scratch, target)
+        flush(target.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError, safetensors as its own
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(target.with_name(f"{NEW}{target.name}"), ignore_errors=True)
         raise UserError(f"cannot save {target}: {error}; older checkpoints are intact, so free some space and "
                         "--resume") from error
-    old = target.with_name(f".old-{target.name}")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(target, old)
-    os.rename(scratch, target)
-    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_up(target: Path) -> tuple[Path, Path]:
+    """Removes what a kill left while `target` was being written; a target that was only moved out of the way returns.
+
+    Returns where the next one is written, and where the present one is moved to then.
+    """
+    scratch, old = target.with_name(f"{NEW}{target.name}"), target.with_name(f"{OLD}{target.name}")
+    if old.exists() and not target.exists():  # killed between the two renames of `replace_folder`
+        old.rename(target)
+    remove(old)
+    remove(scratch)
+    return scratch, old
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link or a folder with all that is in it; none there is as well."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------ reading a run's logs

@@ -1,7 +1,9 @@
 """runs.py and options.py: whole checkpoints or none, logs cut back, flags from dataclasses."""
 
 import argparse
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import pytest
 
 from running import options
 from running import run_folder as runs
-from running.errors import UserError
+from running.errors import UserError, write_whole
 from running.run_folder import RunFolder, load_state, replace_folder
+from settings import MAY_CHANGE_ON_RESUME, parse_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -260,3 +263,118 @@ def test_a_number_out_of_its_range_is_told_by_its_flag(values, told):
     Ranges()
     with pytest.raises(ValueError, match=told):
         Ranges(**values)
+
+
+# ------------------------------------------------------------------------------- kills, full disks, odd places
+
+@pytest.mark.parametrize("name", [".new-rollouts.jsonl", ".new-config.json", ".old-metrics.jsonl", "checkpoints/.new-step-9"])
+def test_a_half_written_file_does_not_keep_a_run_from_going_on(tmp_path, name):
+    RunFolder(tmp_path, {"data": "demo"}, resume=False).save_checkpoint(0, Empty(), {})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / name).write_text("ha")
+    again = RunFolder(tmp_path, {"data": "demo"}, resume=True)
+    assert not (tmp_path / name).exists() and (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert [step for step, _ in again.checkpoints()] == [0]
+
+
+def test_a_kill_while_the_first_config_is_written_leaves_the_folder_free(tmp_path):
+    (tmp_path / ".new-config.json").write_text("{ha")
+    assert not RunFolder(tmp_path, {"data": "demo"}, resume=False).resumes
+
+
+@pytest.mark.parametrize("moved", [1, 2])  # before and after the second of the two renames
+def test_a_kill_while_best_is_replaced_leaves_one_of_the_two(tmp_path, monkeypatch, moved):
+    class Weights:
+        def __init__(self, text):
+            self.text = text
+
+        def save_merged(self, path):
+            (path / "model").write_text(self.text)
+
+    folder, rename, calls = RunFolder(tmp_path, {"data": "demo"}, resume=False), os.rename, []
+    folder.save_checkpoint(0, Empty(), {})
+    folder.save_best(Weights("first"), 5)
+
+    def killed(*paths):
+        if len(calls) < moved:
+            rename(*paths)
+        calls.append(paths)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.save_best(Weights("second"), 10)
+    monkeypatch.undo()
+    again = RunFolder(tmp_path, {"data": "demo"}, resume=True)
+    assert ((tmp_path / "best" / "model").read_text(), again.step_of_best()) == [("first", 5), ("second", 10)][moved - 1]
+    again.save_best(Weights("third"), 15)
+    assert (tmp_path / "best" / "model").read_text() == "third"
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".new", ".old"))]
+
+
+def test_a_full_disk_leaves_no_half_file_and_is_one_sentence(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot write .*result.json: No space left on device"):
+        write_whole(tmp_path / "result.json", "{}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_start_deletes_only_what_it_made(tmp_path):
+    for name in ("mine", "target"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for name in ("mine", "link", "new"):
+        folder = RunFolder(tmp_path / name, {"data": "demo"}, resume=False)
+        (tmp_path / name / "gold_cache").mkdir()
+        folder.discard_new()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine", "target"]  # there before: empty again
+    assert not list((tmp_path / "mine").iterdir()) and not list((tmp_path / "target").iterdir())
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="--output .*file is a file: give a folder"):
+        RunFolder(tmp_path / "file", {"data": "demo"}, resume=False)
+    kept = RunFolder(tmp_path / "link", {"data": "demo"}, resume=False)
+    (tmp_path / "target" / "notes.txt").write_text("written meanwhile")
+    kept.discard_new()
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("code, held", [(errno.EWOULDBLOCK, True), (errno.EAGAIN, True), (errno.ENOLCK, False),
+                                        (errno.EOPNOTSUPP, False), (errno.ENOSYS, False)])
+def test_only_a_lock_that_is_held_means_another_process(tmp_path, monkeypatch, capsys, code, held):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    if held:
+        with pytest.raises(UserError, match="is being trained by another process"):
+            RunFolder(tmp_path, {"data": "demo"}, resume=False)
+        return
+    RunFolder(tmp_path, {"data": "demo"}, resume=False).save_checkpoint(0, Empty(), {})
+    assert f"cannot be locked ({os.strerror(code)})" in capsys.readouterr().out
+
+
+def test_paths_of_a_resumed_run_lead_where_they_led_when_it_was_started(tmp_path, monkeypatch):
+    home, away = tmp_path / "home", tmp_path / "away"
+    for folder in (home / "my", home / "tiny", away):
+        folder.mkdir(parents=True)
+    (home / "mine.json").write_text("[]")
+    monkeypatch.chdir(home)
+    given = ["--data", "./mine.json", "--data-dir", "my", "--output", "run"]
+    RunFolder("run", parse_settings(given).as_dict(), resume=False).save_checkpoint(0, Empty(), {})
+    before = json.loads((home / "run" / "config.json").read_text())
+    assert parse_settings(["--resume", "--output", "run"]).run.data == "./mine.json"
+    monkeypatch.chdir(away)
+    (away / "mine.json").write_text("[other]")
+    s = parse_settings(["--resume", "--output", "../home/run"])
+    assert (s.run.data, s.run.data_dir, s.run.model) == (str(home / "mine.json"), str(home / "my"), "tiny")
+    for more in ([], ["--data", "../home/mine.json"]):  # the same file, as it is called from here
+        s = parse_settings(["--resume", "--output", "../home/run", *more])
+        RunFolder(s.run.output, s.as_dict(), resume=True, may_change=MAY_CHANGE_ON_RESUME)
+        assert json.loads((home / "run" / "config.json").read_text()) == before | {"output": "../home/run", "resume": True}
+    s = parse_settings(["--resume", "--output", "../home/run", "--data", "../mine.json"])
+    with pytest.raises(UserError, match="was started with data = ./mine.json, not ../mine.json"):
+        RunFolder(s.run.output, s.as_dict(), resume=True, may_change=MAY_CHANGE_ON_RESUME)
