@@ -104,7 +104,7 @@ STEP = re.compile(r"step-(\d+)")  # folders of other names are not ours
 RESERVED = {"seed": "see --seeds", "output": "see --output", "test_questions": "see --questions",
             "resume": "the same command continues", "start": "one for all runs of a seed"}
 # The best policy, by which a run is measured, is chosen as often in all runs of a table.
-MAY_CHANGE = tuple(name for name in MAY_CHANGE_ON_RESUME if name != "eval_every")
+MAY_CHANGE = tuple(name for name in MAY_CHANGE_ON_RESUME if name not in ("eval_every", "steps"))
 # Flags that shape the cold start cannot differ between runs that share it; eval_questions are held back from it, and
 # `match` is what the start is measured by.
 OF_THE_START = {"model", "lora_rank", "recipe", "data", "data_dir", "split", "world", "traces", "eval_questions",

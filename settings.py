@@ -115,7 +115,7 @@ class RunConfig:
                                       "template: traces made from the gold SQL", common=True)
     output: str | None = option(None, "folder of the run (default: runs/DATA)", common=True)
     seed: int = option(0, "seed of everything random", at_least=0, at_most=HIGHEST_SEED, common=True)
-    steps: int = option(300, "GRPO steps", at_least=0, common=True)
+    steps: int = option(300, "GRPO steps; with --resume the step at which the run now ends", at_least=0, common=True)
     prompts_per_step: int = option(8, "questions per step (B); B times G completions are sampled",
                                    at_least=1, common=True)
     draw: str = option("epochs", "which questions a step asks: all in turn, or those whose completions are likely to "

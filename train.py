@@ -445,11 +445,11 @@ class Trainer:
         """Whether completions with these advantages go through the model in the update, as `policy_update` decides."""
         return bool(self.reference or self.s.grpo.updates_per_rollout > 1 or advantages.any())
 
-    def learning_rate(self) -> float:
-        """Linear warm-up, then constant or a linear fall to a tenth."""
+    def learning_rate(self, steps: int | None = None) -> float:
+        """Linear warm-up, then constant or a linear fall to a tenth at the last of so many steps (default: --steps)."""
         run = self.s.run
         rate = min(1.0, self.step / max(run.lr_warmup, 1))
-        return run.lr * rate * (1 - 0.9 * self.step / max(run.steps, 1) if run.lr_decay else 1.0)
+        return run.lr * rate * (1 - 0.9 * self.step / max(steps or run.steps, 1) if run.lr_decay else 1.0)
 
     def micro_batches(self, groups: list[Group], trained: list[bool]) -> list[MicroBatch]:
         """What goes through the model together in the update: some completions of a group with --micro-batch, else as
@@ -712,6 +712,7 @@ class Trainer:
         self.best, self.before = state.get("best_accuracy", -1.0), state["before"]  # `best` was a mean over tiers
         if self.folder.step_of_best() > step:  # of a step that is done again, and the best one before it is gone
             self.best = -1.0
+        self.say_new_length()
         distributed.load_full_state(self.optimizer, state["optimizer"])
         if self.reference:
             self.reference.load(self.first_checkpoint)
@@ -720,6 +721,17 @@ class Trainer:
         if distributed.is_main():
             self.folder.cut_logs(step)
         print(f"resuming from {checkpoint}")
+
+    def say_new_length(self) -> None:
+        """Says what another number of steps changes in a resumed run."""
+        steps, before = self.s.run.steps, self.folder.stored.get("steps", self.s.run.steps)
+        if before == steps:
+            return
+        print(f"the run goes on to step {steps} instead of {before}")
+        if self.s.run.lr_decay and self.step:
+            print(f"warning: --lr-decay spreads its fall over all steps, so from step {self.step} on the learning rate "
+                  f"is {self.learning_rate():.3g}, where it was {self.learning_rate(before):.3g}: the result is not "
+                  f"that of a run that began with --steps {steps}")
 
 
 def advantages_of(breakdowns: list, config: RewardConfig, scale: str) -> torch.Tensor:

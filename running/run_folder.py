@@ -59,6 +59,10 @@ class RunFolder:
         self.resumes = resume or self._has_only_begun(settings, *known)
         if resume:
             check_settings(self.path, settings, *known)
+            done = max((step for step, _ in self.checkpoints()), default=0)
+            if settings.get("steps", done) < done:
+                raise UserError(f"{self.path} has done {done} steps, more than --steps {settings['steps']}: give a "
+                                "larger number, or leave it out")
         elif self.path.is_file():
             raise UserError(f"--output {self.path} is a file: give a folder, which may be a new one")
         elif self.path.exists() and not self.resumes and not self._is_free():

@@ -11,6 +11,7 @@ import sys
 import time
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,6 +167,31 @@ def test_resuming_a_finished_run_changes_nothing(small, small_run):
     before = (small_run / "metrics.jsonl").read_bytes()
     assert "after GRPO" in run(*small, "--steps", 4, "--save-every", 2, "--output", small_run, "--resume")
     assert (small_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_made_longer_is_the_run_that_began_so(small, small_run, tmp_path):
+    folder = tmp_path / "longer"
+    run(*small, "--steps", 2, "--save-every", 2, "--output", folder)
+    assert "has done 2 steps, more than --steps 1" in run("--resume", "--steps", 1, "--output", folder, check=2)
+    assert json.loads((folder / "config.json").read_text())["steps"] == 2
+    told = run("--resume", "--steps", 4, "--output", folder)
+    assert "the run goes on to step 4 instead of 2" in told and "lr-decay" not in told
+    assert without_times(lines(folder / "metrics.jsonl")) == without_times(lines(small_run / "metrics.jsonl"))
+    for name in ("checkpoints/step-4/model.safetensors", "best/model.safetensors", "result.json"):
+        assert (folder / name).read_bytes() == (small_run / name).read_bytes()
+    assert json.loads((folder / "config.json").read_text())["steps"] == 4
+
+
+def test_a_decay_that_is_spread_over_more_steps_is_told(capsys):
+    trainer = object.__new__(train.Trainer)
+    trainer.s = train.parse_settings(["--lr", "0.001", "--lr-decay", "--steps", "300", "--output", "x"])
+    trainer.step, trainer.folder = 200, SimpleNamespace(stored={"steps": 200})
+    trainer.say_new_length()
+    told = capsys.readouterr().out
+    assert "from step 200 on the learning rate is 0.0004, where it was 0.0001" in told and "--steps 300" in told
+    trainer.folder.stored["steps"] = 300
+    trainer.say_new_length()
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
