@@ -31,12 +31,15 @@ from models.adapters import (
     adapters_in_force,
     add_frozen_adapters,
     add_lora,
+    fault_in_training,
     has_adapters,
     hash_of_base,
     import_peft,
     live_weights,
     merged_weights,
     peft_quiet,
+    refusal,
+    silence,
 )
 from models.gguf_file import load_gguf
 from models.model_files import (
@@ -46,7 +49,9 @@ from models.model_files import (
     inspect_folder,
     known_prefix,
     missing_model,
+    naming_adapters,
     refuse_large_vocabulary,
+    refuse_nonfinite,
     refuse_quantised,
     refuse_unfit,
     require_model,
@@ -180,6 +185,7 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
         return _load_adapters(Path(source), device, lora_rank, dtype)
     with _quiet():
         model, tokenizer = _read_checkpoint(name, source, dtype)
+    refuse_nonfinite(source, model.named_parameters())
     model.to(device)
     for weight in model.parameters():  # those of a file lie anywhere in memory, and products of matrices depend on
         weight.data = weight.data.clone()  # where their rows start, in the last digit: a resumed run would differ
@@ -274,23 +280,37 @@ def _read_checkpoint(name: str, source: str, dtype: torch.dtype):
 def _load_adapters(folder: Path, device: str, lora_rank: int, dtype: torch.dtype) -> Policy:
     """A LoRA checkpoint: its base model, named in its adapter_config.json, with the adapters on, trainable."""
     peft, names = import_peft(f"{folder} needs peft for its adapters"), inspect_folder(folder)
-    base, known = load_policy(base_of_adapters(folder), device=device, dtype=dtype), folder / BASE
+    name, known = base_of_adapters(folder), folder / BASE
+    with naming_adapters(folder):
+        base = load_policy(name, device=device, dtype=dtype)
     if known.is_file() and known.read_text().strip() != hash_of_base(base.model.get_input_embeddings().weight):
-        raise UserError(f"{folder}: the adapters were trained on other weights than {base_of_adapters(folder)} has "
+        raise UserError(f"{folder}: the adapters were trained on other weights than {name} has "
                         "here: put the same base model back (that of the hub and a GGUF file of it differ)")
     try:
         with peft_quiet():
-            model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            _refuse_adapters(folder, refusal(config, trained=lora_rank > 0), lora_rank)
+            model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True).eval()
     except LOADING_ERRORS as error:
         raise UserError(missing_model(str(folder), error)) from error
     expected = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
-    if names:  # peft only warns
-        refuse_unfit(str(folder), {"missing_keys": expected - set(names), "unexpected_keys": set(names) - expected,
+    if names:  # peft only warns; beside adapters of embeddings it keeps the embeddings themselves
+        found = {name for name in names if name in expected or ".base_layer." not in name}
+        refuse_unfit(str(folder), {"missing_keys": expected - found, "unexpected_keys": found - expected,
                                    "mismatched_keys": ()})
-    rank = model.peft_config[TRAINED].r
-    if lora_rank not in (0, rank):
-        raise UserError(f"the adapters in {folder} have rank {rank}: leave out --lora-rank {lora_rank}")
+    refuse_nonfinite(str(folder), model.named_parameters())
+    if lora_rank not in (0, config.r if lora_rank else 0):
+        raise UserError(f"the adapters in {folder} have rank {config.r}: leave out --lora-rank {lora_rank}")
+    _refuse_adapters(folder, fault_in_training(model) if lora_rank else "", lora_rank)
     return Policy(model, base.tokenizer, base.eos_ids)
+
+
+def _refuse_adapters(folder: Path, reason: str, lora_rank: int) -> None:
+    """Raises UserError: there is a reason why these adapters cannot be used."""
+    if reason:
+        raise UserError(f"the adapters in {folder} cannot be {'trained on' if lora_rank else 'used'} here, because "
+                        f"{reason}: if peft can merge them into their base (merge_and_unload), save that model "
+                        "together with its tokenizer, and give its folder")
 
 
 def _eos_ids(model, tokenizer) -> tuple[int, ...]:
@@ -329,9 +349,7 @@ def load_weights(policy: Policy, folder: str | Path) -> None:
     adapters = (folder / "adapter_config.json").is_file()
     _copy_saved(folder, live_weights(policy.model, TRAINED if adapters else ""))
     if adapted and not adapters:
-        for name, weight in policy.model.named_parameters():
-            if f".lora_B.{TRAINED}." in name:
-                weight.zero_()
+        silence(policy.model)
 
 
 @torch.no_grad()

@@ -15,6 +15,19 @@ from running.errors import UserError
 
 TRAINED, FROZEN = "default", "reference"  # peft calls the first one so
 
+# Kinds of adapters that can be sampled from beside their base; only LoRA is trained.
+SAMPLED_KINDS = ("LORA", "LOHA", "LOKR", "VERA", "IA3", "OFT")
+# Settings of LoRA whose adapters can be frozen, merged and loaded again, and others that can at least be sampled from.
+TRAINED_SETTINGS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "runtime_config", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias",
+    "eva_config", "init_lora_weights"}
+SAMPLED_SETTINGS = TRAINED_SETTINGS | {"bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"}
+# How they may begin: peft does it again whenever they are loaded, so it must give the same each time.
+BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva", "pissa", "olora")
+TOLERANCE = 1e-2  # of logits that are the same but for rounding; what is wrong differs by far more
+
 
 def add_lora(model, rank: int):
     """The frozen model in peft's wrapping, with adapters of this rank that are trained. Raises UserError: no peft."""
@@ -61,20 +74,110 @@ def live_weights(model, adapter: str) -> dict[str, torch.Tensor]:
     if not has_adapters(model):
         return own
     if adapter:
-        return {name.replace(f".{adapter}.", "."): weight for name, weight in own.items() if f".{adapter}." in name}
+        return {name.replace(f".{adapter}.", ".").replace("magnitude_vector.weight", "magnitude_vector"): weight
+                for name, weight in own.items() if f".{adapter}." in name}  # peft saves DoRA's under the shorter name
     return {name.removeprefix("base_model.model.").replace(".base_layer.", "."): weight for name, weight in own.items()
             if ".lora_" not in name}
 
 
+def adapted_layers(model) -> list:
+    """The layers that have trained adapters."""
+    return [layer for layer in model.modules()
+            if TRAINED in getattr(layer, "lora_A", {}) or TRAINED in getattr(layer, "lora_embedding_A", {})]
+
+
+@contextlib.contextmanager
+def _float32(layer):
+    """Inside, the layer's base has float32 weights, which peft may merge adapters into; afterwards its own again."""
+    kept = [(weight, weight.data) for weight in layer.get_base_layer().parameters()]
+    try:
+        for weight, data in kept:
+            weight.data = data.float()
+        yield
+    finally:
+        layer.merged_adapters.clear()
+        for weight, data in kept:
+            weight.data = data
+
+
 @torch.no_grad()
 def merged_weights(model) -> dict[str, torch.Tensor]:
-    """All weights on the CPU, with what the trained adapters add to them; no second model is made on the GPU."""
-    merged = {id(weight): weight.detach().cpu() for weight in live_weights(model, "").values()}
-    for layer in model.modules():
-        if TRAINED in getattr(layer, "lora_A", {}):
-            base, weight = layer.get_base_layer().weight, layer.get_delta_weight(TRAINED).float().cpu()
-            merged[id(base)] = (weight + merged[id(base)]).to(base.dtype)
-    return {name: merged[id(weight)] for name, weight in live_weights(model, "").items()}
+    """All weights on the CPU, the trained adapters merged into them by peft; no second model is made on the GPU."""
+    live = live_weights(model, "")
+    merged = {id(weight): weight.detach().cpu() for weight in live.values()}
+    for layer in adapted_layers(model):
+        kinds = [(weight, weight.dtype) for weight in layer.get_base_layer().parameters()]
+        with _float32(layer):
+            layer.merge(safe_merge=True, adapter_names=[TRAINED])  # safe: into new tensors
+            merged |= {id(weight): weight.detach().to("cpu", kind) for weight, kind in kinds}
+    return {name: merged[id(weight)] for name, weight in live.items()}
+
+
+@torch.no_grad()
+def silence(model) -> None:
+    """Makes the trained adapters add nothing, at the addresses where they are, as recorded CUDA graphs read them."""
+    for layer in adapted_layers(model):
+        for weight in layer.lora_B[TRAINED].parameters():
+            weight.zero_()
+        if TRAINED in layer.lora_magnitude_vector:  # DoRA's lengths of the rows
+            layer.lora_magnitude_vector[TRAINED].weight.copy_(layer.get_base_layer().weight.norm(dim=1))
+
+
+# ------------------------------------------------------------------------------------ what cannot be used here
+
+def refusal(config, trained: bool) -> str:
+    """What about adapters of this peft config cannot be used here, in words; empty where they can."""
+    kind = config.peft_type.value
+    if kind not in (("LORA",) if trained else SAMPLED_KINDS):
+        return f"they are of kind {kind}"
+    if kind != "LORA":
+        return ""
+    usual, known = vars(type(config)()), TRAINED_SETTINGS if trained else SAMPLED_SETTINGS
+    unknown = [name for name, value in vars(config).items()
+               if name not in known and not name.startswith("_") and value != usual[name]]
+    if unknown:
+        return f"they have {unknown[0]} = {getattr(config, unknown[0])!r}"
+    if config.init_lora_weights not in BEGINNINGS:
+        return f"init_lora_weights = {config.init_lora_weights!r} begins otherwise each time that they are loaded"
+    return ""
+
+
+@torch.no_grad()
+def fault_in_training(model) -> str:
+    """What would be wrong in a run that trains these adapters, in words: they cannot be frozen or merged without a
+    change. Empty where they can."""
+    causal = model.get_base_model()
+    for name, layer in (("embeddings", causal.get_input_embeddings()), ("head", causal.get_output_embeddings())):
+        if hasattr(layer, "base_layer"):
+            return f"they adapt the {name} of the model, which merging may not keep apart"
+    ids, known = torch.arange(8, device=next(model.parameters()).device)[None], FROZEN in model.peft_config
+    before = model(ids).logits
+    add_frozen_adapters(model)
+    with adapters_in_force(model, FROZEN):
+        frozen = model(ids).logits
+    if _differ(frozen, before) or _differ(model(ids).logits, before):
+        return "a frozen copy of them answers otherwise"
+    if not known:
+        model.delete_adapter(FROZEN)
+    return next((f"merged into a {type(layer.get_base_layer()).__name__} layer they would answer otherwise"
+                 for layer in adapted_layers(model) if _merging_changes(layer)), "")
+
+
+def _merging_changes(layer) -> bool:
+    """Whether the layer's outputs change when its adapters are merged, on random inputs."""
+    weight = layer.get_base_layer().weight
+    x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    with _float32(layer):
+        before = layer(x)
+        try:
+            layer.merge(safe_merge=True, adapter_names=[TRAINED])
+        except RuntimeError:  # such as a bias of adapters where the base has none
+            return True
+        return _differ(layer(x), before)
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).norm() > TOLERANCE * b.norm())
 
 
 @contextlib.contextmanager
@@ -92,12 +195,17 @@ def adapters_in_force(model, adapter: str):
 
 @torch.no_grad()
 def add_frozen_adapters(model) -> None:
-    """Copies the trained adapters into a second set, FROZEN, without touching the run's random numbers."""
+    """Copies the trained adapters into a second set, FROZEN, without touching the run's random numbers.
+
+    Beginnings such as PiSSA's rewrite the base, so the second set begins with none of them.
+    """
     if FROZEN not in model.peft_config:
         flags = [(weight, weight.requires_grad) for weight in model.parameters()]
         device = next(model.parameters()).device
+        config = copy.deepcopy(model.peft_config[TRAINED])
+        config.init_lora_weights = False
         with torch.random.fork_rng([device] if device.type == "cuda" else []), peft_quiet():
-            model.add_adapter(FROZEN, copy.deepcopy(model.peft_config[TRAINED]))
+            model.add_adapter(FROZEN, config)
         for weight, flag in flags:
             weight.requires_grad_(flag)
     trained, frozen = live_weights(model, TRAINED), live_weights(model, FROZEN)

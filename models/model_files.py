@@ -4,14 +4,17 @@ policy.py loads what is found here. Everything that can be known from file names
 read, in one sentence.
 """
 
+import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import socket
 import struct
 import urllib.parse
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
 from models.gguf_file import find_gguf, gguf_config, read_gguf
@@ -98,7 +101,11 @@ def config_of(name: str) -> dict:
         return gguf_config(read_gguf(Path(source)))
     try:
         if (Path(source) / "adapter_config.json").is_file():
-            return config_of(base_of_adapters(Path(source)))
+            base = base_of_adapters(Path(source))
+            with naming_adapters(Path(source)):
+                config = config_of(base)
+                refuse_quantised(base, config)
+            return config
         if Path(source).exists():
             file = Path(source) / "config.json"
         else:
@@ -116,7 +123,21 @@ def base_of_adapters(folder: Path) -> str:
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str):
         raise UserError(f"{file} does not name the model that the adapters were trained on (base_model_name_or_path)")
+    if (Path(base) / "adapter_config.json").is_file():
+        raise UserError(f"{file} names adapters as its base, {base}: merge those into their own base first, and write "
+                        "the folder of the merged model there")
     return base
+
+
+@contextlib.contextmanager
+def naming_adapters(folder: Path):
+    """Raises UserError, where what is done inside does: with the place where these adapters name their base model."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; the adapters in {folder} were trained on that model: where you have it in another "
+                        "place, or in full precision, write so as base_model_name_or_path into "
+                        f"{folder / 'adapter_config.json'}") from error
 
 
 def _cached(source: str, file: str = "config.json") -> str | None:
@@ -272,6 +293,16 @@ def refuse_unfit(source: str, info: dict) -> None:
     if problems or info.get("error_msgs"):
         raise UserError(f"the weights in {source} do not fit its config: it "
                         f"{'; '.join([*problems, *info.get('error_msgs', [])])}")
+
+
+def refuse_nonfinite(source: str, weights: Iterable[tuple]) -> None:
+    """Raises UserError: one of the (name, weight) holds NaN or infinity, so that no answer means anything."""
+    broken = [name for name, weight in weights
+              if weight.numel() and not all(map(math.isfinite, map(float, weight.detach().aminmax())))]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(f"the weights in {source} are broken: {broken[0]}{more} holds NaN or infinity, as after a "
+                        "training that diverged; take an earlier checkpoint, or fetch the model again")
 
 
 def missing_model(name: str, error: Exception) -> str:
