@@ -390,11 +390,13 @@ class Reference:
     same. Copied adapters are a second set in the same model, which is in force during that pass only.
     """
 
-    def __init__(self, model, device: str | None = None):
+    def __init__(self, model, device: str | None = None, sharded: distributed.Sharded | None = None):
         self.adapters = has_adapters(model)
-        self.model = model if self.adapters else _frozen_copy(model, device)
         if self.adapters:
+            self.model = model
             add_frozen_adapters(model)
+        else:
+            self.model = sharded.frozen_copy(device) if sharded else _frozen_copy(model, device)
 
     def load(self, folder: str | Path) -> None:
         """Makes the policy saved in this folder the reference: a resumed run's is that of its step 0."""

@@ -7,6 +7,7 @@ fine-tuning); none was tuned here.
 """
 
 import argparse
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from data import PromptConfig, run_config_of
 from engine import plan
 from grpo import GRPOConfig
+from models.adapters import import_peft
 from policy import ADAPTERS, ALIASES, config_of, prefers_bf16
 from rewards import MemoryGate, RewardConfig
 from running import options
@@ -41,6 +43,7 @@ KINDS = {  # of pretrained models, up to so many parameters
 LORA_LR = 10  # times the learning rates
 PATHS = ("model", "data", "data_dir", "start", "traces", "reward_module", "embedder")  # settings that may be a path,
 NAMES = ("", None, "tiny", *ALIASES, "demo", "spider", "bird", "template", "hash", "policy")  # unless one of these
+AUTO_RANK = 16  # of the adapters that --lora-rank auto trains where all weights do not fit
 
 
 def parameters_of(config: dict | None) -> float:
@@ -68,8 +71,8 @@ def settings_of_run(folder: str) -> dict:
     stored = stored_settings(Path(folder))
     if stored is None:
         return {}
-    old_log = {"log": "tensorboard" if stored.get("tensorboard") else ""}  # as --log was called before
-    return old_log | stored | paths_from_here(stored)
+    earlier = {"log": "tensorboard" if stored.get("tensorboard") else ""}  # as --log was called before
+    return earlier | stored | {"plan": None} | paths_from_here(stored)  # --plan was 0 in earlier runs
 
 
 def paths_from_here(stored: dict) -> dict:
@@ -91,8 +94,9 @@ class RunConfig:
     precision: str = option("auto", "of arithmetic, on float32 weights; auto: bf16 on GPUs, and on CPUs with AMX or "
                                     "AVX512-BF16 for models of over 20 million parameters",
                             choices=("auto", "float32", "bf16"), common=True)
-    lora_rank: int = option(0, "train adapters of this rank instead of all weights (needs peft)",
-                            at_least=0, common=True)
+    lora_rank: int | None = option(None, "train adapters of this rank (needs peft), or with 0 all weights; auto: all "
+                                         f"weights where --plan says that they fit, else adapters of rank {AUTO_RANK}",
+                                   at_least=0, unset="auto", common=True)
     gradient_checkpointing: bool = option(False, "keep only the inputs of layers; compute them again in backward")
     tokens_per_pass: int = option(0, "in the update whole groups go through the model together, up to so many tokens; "
                                      "0: as memory allows", at_least=0)
@@ -102,8 +106,8 @@ class RunConfig:
                           choices=("none", *RECIPES), common=True)
     optimizer_device: str = option("policy", "where the optimizer is: beside the policy, or on the CPU, so that a GPU "
                                               "holds bf16 weights only", choices=("policy", "cpu"))
-    plan: float = option(0.0, "print what memory the run will need and stop; with a number: on a card of this many GB",
-                          alone=-1.0, at_least=-1, common=True)
+    plan: float | str | None = option(None, "print what memory the run will need and stop; with a number: on a card of "
+                                            "this many GB", alone="here", above=0, common=True)
     data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl", common=True)
     data_dir: str | None = option(None, "folder of the data and its databases", common=True)
     split: str = option("train", "the split to train on")
@@ -189,8 +193,11 @@ class Settings:
         return {name: value for part in vars(self).values() for name, value in vars(part).items()}
 
 
-def parse_settings(arguments: list[str], description: str = "") -> Settings:
-    """Command line to settings; flags left out take the defaults above. Raises UserError."""
+def parse_settings(arguments: list[str], description: str = "", auto_rank: int = 0) -> Settings:
+    """Command line to settings; flags left out take the defaults above. Raises UserError.
+
+    auto_rank: what `--lora-rank auto` means for a pretrained model; `fit` chooses it.
+    """
     show_all = "--help-all" in arguments
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False,
@@ -199,14 +206,15 @@ def parse_settings(arguments: list[str], description: str = "") -> Settings:
     parser.add_argument("--help-all", action="help", help="show every flag; --help shows those that most runs need")
     for config in CONFIGS:
         options.add_arguments(parser, config, show_all)
-    given = vars(parser.parse_args(arguments))
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     given = {"output": f"runs/{Path(given.get('data', 'demo')).stem}"} | given
     defaults = settings_of_run(given["output"]) if given.get("resume") else {}
     if not defaults:
         model = given.get("model", "tiny")
         config = None if model == "tiny" else config_of(model)
-        kind = defaults_of_kind(config, lora=given.get("lora_rank", 0) > 0, traces=bool(given.get("traces")))
-        defaults = kind | recipe_values(given.get("recipe", "none"), parameters_of(config))
+        rank = given.get("lora_rank", auto_rank if config else 0)
+        kind = defaults_of_kind(config, lora=rank > 0, traces=bool(given.get("traces")))
+        defaults = {"lora_rank": rank} | kind | recipe_values(given.get("recipe", "none"), parameters_of(config))
     values, source = defaults | given, str(given.get("start") or given.get("model", ""))
     earlier = run_config_of(source) if source and not given.get("resume") else None
     if "template" in given:  # not what a resumed run kept of its own
@@ -263,8 +271,58 @@ def check_together(s: Settings) -> None:
                         "whole: leave --lora-rank out or choose another --model")
 
 
-def planned(s: Settings, config: dict | None = None) -> tuple[plan.Shape, plan.Work]:
-    """The model and the work that `--plan` is about; `config` is the model's, where it is at hand.
+def fit(arguments: list[str], s: Settings, room: float, processes: int = 1) -> tuple[Settings, list[str]]:
+    """The settings with the --lora-rank that auto stands for, and sentences on what was chosen and what may not fit.
+
+    arguments: of which `parse_settings` made s. room: bytes of memory that each of the processes may take.
+    Raises UserError: it does not fit, by more than the plan errs.
+    """
+    if s.run.model == "tiny" or s.run.resume:
+        return s, []
+    adapted = parse_settings(arguments, auto_rank=AUTO_RANK)
+    auto = adapted.run.lora_rank != s.run.lora_rank
+    try:
+        need, free = peak_of(s, processes), f"of {room / 1e9:.1f} GB that are free"
+    except UserError as error:
+        return s, [f"--lora-rank auto: all weights are trained; whether they fit is not known: {error}"] if auto else []
+    if need <= plan.SHARE * room:
+        return s, [f"--lora-rank auto: all weights are trained, which needs {need / 1e9:.1f} GB {free}"] if auto else []
+    least = peak_of(adapted, processes)
+    rank = adapted.run.lora_rank
+    trained = f"training {f'adapters of rank {rank}' if rank else 'all weights'} of {s.run.model} needs"
+    short = f"{trained} {plan.missing(*planned(adapted, None, processes), room)}"
+    if least > (1 + plan.ERROR) * room:
+        raise UserError(short)
+    if rank:
+        import_peft(f"all weights of {s.run.model} need {need / 1e9:.1f} GB {free}, and adapters need peft")
+    notes = [f"--lora-rank auto: adapters of rank {rank} are trained, which needs {least / 1e9:.1f} GB {free}; all "
+             f"weights would need {need / 1e9:.1f} GB"] if auto else []
+    return adapted, notes + [f"warning: memory may run out: {short}"] * (least > plan.SHARE * room)
+
+
+def plan_text(arguments: list[str], s: Settings) -> str:
+    """What `--plan` prints."""
+    limit, adapted = memory_planned_for(s.run), parse_settings(arguments, auto_rank=AUTO_RANK)
+    text = plan.text(s.run.model, *planned(s), limit)
+    if adapted.run.lora_rank == s.run.lora_rank or peak_of(s) <= plan.SHARE * limit:
+        return text
+    least = peak_of(adapted)
+    verdict = "they fit" if least <= plan.SHARE * limit else "they do not fit either"
+    return f"{text}\n--lora-rank auto would train adapters of rank {AUTO_RANK}, {least / 1e9:.1f} GB: {verdict}"
+
+
+def peak_of(s: Settings, processes: int = 1) -> float:
+    """Bytes of memory that each of so many processes needs at its peak."""
+    return plan.peak(plan.phases(*planned(s, None, processes)))[1]
+
+
+def wants_sharding(run: RunConfig, processes: int, gpu: bool) -> bool:
+    """Whether parameters are spread over so many processes."""
+    return processes > 1 and (run.sharding == "on" or run.sharding == "auto" and gpu and not run.lora_rank)
+
+
+def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tuple[plan.Shape, plan.Work]:
+    """The model and the work of each process that `--plan` is about; `config` is the model's, where it is at hand.
 
     Raises UserError: its architecture is not known there.
     """
@@ -275,15 +333,17 @@ def planned(s: Settings, config: dict | None = None) -> tuple[plan.Shape, plan.W
         shape = plan.Shape.of(config or (plan.TINY if run.model == "tiny" else config_of(run.model)))
     except ValueError as error:
         raise UserError(f"cannot plan for {run.model}: {error}") from error
-    gpu = run.plan > 0 or torch.cuda.is_available()
+    gpu = isinstance(run.plan, float) or torch.cuda.is_available()
     work = plan.Work(
         prompt=s.prompts.max_prompt_tokens, completion=s.grpo.max_completion_tokens, group=s.grpo.group_size,
-        prompts=run.prompts_per_step, micro_batch=s.grpo.micro_batch, rollout_batch=s.grpo.rollout_batch,
+        prompts=math.ceil(run.prompts_per_step / processes), micro_batch=s.grpo.micro_batch,
+        rollout_batch=s.grpo.rollout_batch,
         reference=s.grpo.kl_coef > 0, reference_on_cpu=run.reference_device == "cpu", lora_rank=run.lora_rank,
         optimizer_on_cpu=run.optimizer_device == "cpu",
+        shards=processes if wants_sharding(run, processes, gpu) else 1,
         checkpointing=run.gradient_checkpointing, gpu=gpu, bf16=computes_in_bf16(run, shape.parameters(), gpu),
         frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)
-    memory = (run.plan * 1e9 if run.plan > 0 else memory_here()) / 4 if gpu else plan.PASS
+    memory = memory_planned_for(run) / 4 if gpu else plan.PASS
     return shape, replace(work, pass_tokens=run.tokens_per_pass or plan.tokens_per_pass(shape, work, memory))
 
 
@@ -299,8 +359,15 @@ def computes_in_bf16(run: RunConfig, parameters: int, gpu: bool) -> bool:
     return run.precision == "bf16" or run.precision == "auto" and prefers_bf16(parameters, gpu)
 
 
-def memory_here() -> float:
-    """Bytes of the GPU where there is one, else of this machine."""
+def memory_planned_for(run: RunConfig) -> float:
+    """Bytes of the card that --plan names, else of the GPU where there is one, else of this machine."""
+    if isinstance(run.plan, float):
+        return run.plan * 1e9
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else plan.machine_memory()
+
+
+def memory_free(processes_here: int = 1) -> float:
+    """Bytes that each process on this machine may take: what is free, and what it has taken already to get here."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return plan.machine_memory()
+        return torch.cuda.mem_get_info()[0] + plan.LIBRARIES  # the call makes CUDA's context
+    return plan.free_memory() / processes_here + plan.LIBRARIES

@@ -39,6 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import PromptBuilder, PromptConfig, as_its_run, columns_of, load_dataset, run_config_of
+from engine import distributed
 from engine.fast import FAST
 from engine.packing import families, fill, shared_by
 from grpo import Engine
@@ -176,7 +177,8 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
                engine: Engine = FAST) -> float:
     """Trains on (prompt [P], completion [C] with EOS) pairs; returns the loss of the last tenth, nats a token.
 
-    tokens_per_pass: what goes through the model together, at most; a batch takes as many passes as it needs.
+    tokens_per_pass: what goes through the model together, at most; a batch takes as many passes as it needs, and
+    several processes share them out.
     Raises:
         UserError: there are no pairs.
     """
@@ -211,27 +213,34 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
 
 def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float, autocast: Callable,
               tokens_per_pass: int, engine: Engine) -> float:
-    """Adds the gradient of a batch's loss, in as many passes as its size asks for; returns its completion loss."""
+    """Adds the gradient of a batch's loss, in as many passes as its size asks for, to which each process adds those
+    over its share of the batch; returns its completion loss."""
     def tokens(part):  # that carry a loss: of completions, of prompts
         return sum(len(completion) for _, completion in part), sum(len(prompt) - 1 for prompt, _ in part)
 
     total, loss = tokens(pairs), 0.0
-    for part in passes(pairs, tokens_per_pass, prompt_loss > 0):
+    parts = passes(pairs, tokens_per_pass, prompt_loss > 0)
+    for part in parts:
         share, prompt_share = (n / of if of else 0.0 for n, of in zip(tokens(part), total, strict=True))
         with autocast():
             of_completions, of_prompts = supervised_losses(model, part, prompt_loss > 0, engine)
         (share * of_completions + prompt_loss * prompt_share * of_prompts).backward()
         loss += share * of_completions.item()
-    return loss
+    made = distributed.gather((loss, len(parts)))  # by each process
+    with autocast():
+        distributed.make_idle_passes(model, engine, max(count for _, count in made) - len(parts))
+    distributed.sum_gradients(model)
+    return sum(loss for loss, _ in made)
 
 
 def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int, with_prompts: bool = False) -> list[list]:
-    """Splits a batch so that no pass has more tokens than these, where it has more than one pair.
+    """Splits this process's share of a batch so that no pass of several pairs has more tokens than these.
 
     Families (see below) stay together.
     """
     order = range(len(pairs)) if with_prompts else chain(*families([prompt for prompt, _ in pairs]))
-    return fill([pairs[i] for i in order], partial(pass_size, with_prompts=with_prompts), tokens)
+    mine = [pairs[i] for i in order][distributed.share_of(len(pairs))]
+    return fill(mine, partial(pass_size, with_prompts=with_prompts), tokens)
 
 
 def pass_size(pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False) -> int:

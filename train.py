@@ -13,6 +13,7 @@ One step is `Trainer.take_step`; the algorithm in it is grpo.py.
 import copy
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -59,7 +60,6 @@ from grpo import (
     reference_logprobs,
     sample_groups,
 )
-from models.adapters import has_adapters
 from policy import (
     ADAPTERS,
     Policy,
@@ -97,10 +97,13 @@ from settings import (
     MAY_CHANGE_ON_RESUME,
     Settings,
     computes_in_bf16,
-    memory_here,
+    fit,
+    memory_free,
     parse_settings,
+    plan_text,
     planned,
     rollout_room,
+    wants_sharding,
 )
 from sft import PASS_TOKENS, cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import MATCHES, SQLExecutor
@@ -111,7 +114,7 @@ def main() -> int:
     s = parse_settings(sys.argv[1:], __doc__)
     run = s.run
     if run.plan:
-        print(plan.text(run.model, *planned(s), run.plan * 1e9 if run.plan > 0 else memory_here()))
+        print(plan_text(sys.argv[1:], s))
         return 0
     if run.model != "tiny" and not run.resume:
         require_model(run.start or run.model)  # before the data, which can take minutes
@@ -122,8 +125,17 @@ def main() -> int:
     if not torch.cuda.is_available():
         compute_deterministically()
     with distributed.process_group():
-        status = run_all(s)
+        status = run_all(fitted(s))
     return distributed.exit_process(status)
+
+
+def fitted(s: Settings) -> Settings:
+    """The settings with a --lora-rank that this machine has the memory for, the same in all processes."""
+    room = min(distributed.gather(memory_free(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+    s, notes = fit(sys.argv[1:], s, room, distributed.size())
+    for note in notes:
+        print(note)
+    return s
 
 
 def compute_deterministically() -> None:
@@ -234,11 +246,11 @@ class Trainer:
     def train(self) -> int:
         """Runs the remaining steps; returns the exit status."""
         run = self.s.run
+        self.share_model()
         if run.start and not self.checkpoint:
             print(f"begins with {run.start}, without a cold start")
         elif not self.checkpoint:
             self.cold_start()
-        distributed.copy_from_main(self.policy.model)
         self.reference = self.freeze_reference()  # the policy of step 0, or None
         self.scorer = self.make_scorer()
         self.optimizer = self.make_optimizer()
@@ -529,6 +541,13 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------- preparation
 
+    def share_model(self) -> None:
+        """Gives all processes the same weights, or where that is wanted each a part of them."""
+        distributed.copy_from_main(self.policy.model)
+        if wants_sharding(self.s.run, distributed.size(), self.device == "cuda"):
+            self.sharded = distributed.Sharded(self.policy.model, self.engine)
+            self.engine = self.sharded.engine
+
     def cold_start(self) -> None:
         """Supervised steps on reasoning traces, so that GRPO starts from a policy that knows the format."""
         s = self.s
@@ -548,7 +567,7 @@ class Trainer:
         """The policy of step 0 for the KL penalty (`resume` gives it back its weights); None where there is none."""
         if not self.s.grpo.kl_coef:
             return None
-        return Reference(self.policy.model, "cpu" if self.s.run.reference_device == "cpu" else None)
+        return Reference(self.policy.model, "cpu" if self.s.run.reference_device == "cpu" else None, self.sharded)
 
     def make_scorer(self) -> RewardScorer:
         """The rewards, with the memory that the verified traces start."""
@@ -557,7 +576,7 @@ class Trainer:
             if self.checkpoint:
                 frozen = load_policy(str(self.first_checkpoint), device=self.device, dtype=self.base_dtype).model
             else:
-                frozen = copy.deepcopy(self.policy.model)
+                frozen = self.sharded.frozen_copy() if self.sharded else copy.deepcopy(self.policy.model)
             frozen = frozen.requires_grad_(False).eval().get_decoder()
             memory = build_memory(s.rewards, s.gate, self.schemas, frozen, self.policy.tokenizer)
         if memory is not None:
@@ -587,10 +606,7 @@ class Trainer:
                        seed=run.seed, informative=run.draw == "informative", per_database=run.questions_per_database)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW on the trained parameters, after the model is sharded where that is wanted."""
-        if self._wants_sharding():
-            self.sharded = distributed.Sharded(self.policy.model, self.engine)
-            self.engine = self.sharded.engine
+        """AdamW on the trained parameters."""
         parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
         adamw = CPUAdamW if self.s.run.optimizer_device == "cpu" else torch.optim.AdamW
         return adamw(parameters, lr=self.s.run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -681,11 +697,6 @@ class Trainer:
             raise UserError("no training question is usable: every gold SQL fails or every prompt is too long")
         return encoded
 
-    def _wants_sharding(self) -> bool:
-        run, several = self.s.run, distributed.size() > 1
-        return several and (run.sharding == "on" or run.sharding == "auto" and self.device == "cuda"
-                            and not has_adapters(self.policy.model))
-
     # ------------------------------------------------------------------------------------------ save and resume
 
     def save(self) -> None:
@@ -693,7 +704,7 @@ class Trainer:
         if distributed.on_main(lambda: any(step == self.step for step, _ in self.folder.checkpoints())):
             return
         state = {"step": self.step, **self.drawing.state(), "best_accuracy": self.best, "before": self.before,
-                 "optimizer": distributed.full_state(self.optimizer)}
+                 "optimizer": distributed.full_state(self.policy.model, self.optimizer)}
         policy = self.savable_policy()
         distributed.on_main(lambda: self.folder.save_checkpoint(self.step, policy, state, self.scorer.memory,
                                                                 keep=self.s.run.keep))
@@ -706,14 +717,14 @@ class Trainer:
 
     def resume(self, step: int, checkpoint: Path) -> None:
         """Takes up the state of a checkpoint."""
-        state = load_state(checkpoint)
+        state = load_state(checkpoint, lazily=bool(self.sharded))  # only process 0 reads all of it
         self.step = state["step"]
         self.drawing.load(state)
         self.best, self.before = state.get("best_accuracy", -1.0), state["before"]  # `best` was a mean over tiers
         if self.folder.step_of_best() > step:  # of a step that is done again, and the best one before it is gone
             self.best = -1.0
         self.say_new_length()
-        distributed.load_full_state(self.optimizer, state["optimizer"])
+        distributed.load_full_state(self.policy.model, self.optimizer, state["optimizer"])
         if self.reference:
             self.reference.load(self.first_checkpoint)
         if self.scorer.memory is not None:

@@ -3,6 +3,8 @@
 Under autocast every product would cast its weights again, for each token. Weights that are bf16 already (the base of
 LoRA adapters, and all where the optimizer has others) are shared, not copied. Adapters stay beside them, unmerged:
 merged into bf16 weights, most of what they have learned would be rounded away.
+
+Of a model that is sharded over processes each has a whole copy, which they `refresh` together before a rollout.
 """
 
 import copy
@@ -17,21 +19,40 @@ _copies: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> i
 @contextmanager
 def weights_to_sample_with(model):
     """Yields the model to decode with: under bf16 autocast the copy, without autocast inside; else the model itself."""
-    first = next(model.parameters())
-    kind = first.device.type
-    wanted = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-    if not wanted or any(hasattr(module, "unshard") for module in model.modules()):  # FSDP's weights move about
+    known, sharded = _copies.get(model), any(hasattr(module, "unshard") for module in model.modules())
+    if not _in_bf16(model) or sharded and known is None:
         yield model
         return
-    weights, known = list(model.parameters()), _copies.get(model)
-    if known is None or [p.shape for p in known.parameters()] != [p.shape for p in weights]:  # adapters have come
-        known = _copies[model] = _copy(model)
-    with torch.no_grad():
-        for new, old in zip(known.parameters(), weights, strict=True):
-            if new is not old:
-                new.copy_(old)
-    with torch.autocast(kind, enabled=False):
+    if not sharded:
+        weights = list(model.parameters())
+        if known is None or [p.shape for p in known.parameters()] != [p.shape for p in weights]:  # adapters have come
+            known = _copies[model] = _copy(model)
+        with torch.no_grad():
+            for new, old in zip(known.parameters(), weights, strict=True):
+                if new is not old:
+                    new.copy_(old)
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
         yield known
+
+
+def refresh(model, sharded) -> bool:
+    """Whether there is a bf16 copy of a sharded model to sample from; it is brought up to date.
+
+    sharded: of `distributed.Sharded`, which gathers the weights a layer at a time.
+    """
+    if not _in_bf16(model):
+        return False
+    if model in _copies:
+        sharded.copy_onto(_copies[model])
+    else:
+        _copies[model] = sharded.frozen_copy(dtype=torch.bfloat16)
+    return True
+
+
+def _in_bf16(model) -> bool:
+    """Whether products of this model are computed in bf16 here."""
+    kind = next(model.parameters()).device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def _copy(model):

@@ -2,12 +2,14 @@
 
 All processes go through the same steps on the same state. Each samples and scores its part of a step's questions; what
 they found is gathered, so that advantages, metrics and the memory are those of the whole batch in all of them. Each
-computes its part of the update's micro-batches, and gradients are summed. Process 0 alone prints, logs and saves.
+computes its part of the cold start's passes and of the update's micro-batches, and gradients are summed. Process 0
+alone prints, logs and saves.
 
 `Sharded` spreads parameters, gradients and optimizer state over the processes (FSDP2); otherwise each has all of them.
 With a single process nothing here does anything.
 """
 
+import copy
 import math
 import os
 import sys
@@ -19,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine import bf16
+from engine.decoding import can_share, decode
 from grpo import Engine, clip_and_step
 from running.errors import UserError
 
@@ -160,14 +164,19 @@ def divide(batches: list, trained: list[bool]) -> tuple[list, int]:
 def make_step(engine: Engine, missing: int) -> Callable:
     """An optimizer step, for `grpo.policy_update`, on the gradients of all processes.
 
-    missing: passes that others make and this one does not. A sharded model needs as many of all, so they weigh 0.
+    missing: passes that others make and this one does not.
     """
     def step(model, optimizer, config) -> float:
-        for _ in range(missing):
-            (0 * engine.logprobs(model, *SHORTEST, 1.0)).sum().backward()
+        make_idle_passes(model, engine, missing)
         sum_gradients(model)
         return clip_and_step(model, optimizer, config, _clip_shards)
     return step
+
+
+def make_idle_passes(model, engine: Engine, count: int) -> None:
+    """Passes that weigh 0, for a sharded model needs as many of all processes."""
+    for _ in range(count):
+        (0 * engine.logprobs(model, *SHORTEST, 1.0)).sum().backward()
 
 
 def _clip_shards(parameters, max_norm: float) -> Tensor:
@@ -216,7 +225,7 @@ class Sharded(torch.nn.Module):
     """A model whose parameters, gradients and optimizer state are spread over the processes: FSDP2, a layer a unit.
 
     It is made before the optimizer. `engine` computes log-probabilities through it, and all processes make equally
-    many such passes; whatever else the model computes is computed inside `unsharded`.
+    many such passes; sampling is done inside `unsharded`.
     """
 
     def __init__(self, model, engine: Engine):
@@ -224,6 +233,8 @@ class Sharded(torch.nn.Module):
 
         super().__init__()
         self.model, self.logprobs = model, engine.logprobs
+        self.samples_from_copy = engine.decode is decode and can_share(model)  # where the copy is in bf16, see bf16.py
+        self.blank = [_with_weights_of(model, device="meta")]  # in a list, where FSDP does not look for parameters
         self.engine = Engine(engine.decode, lambda _, *rows: self(*rows))  # through __call__, where FSDP's hooks are
         mesh = dist.init_device_mesh(next(model.parameters()).device.type, (size(),))
         kinds = model._no_split_modules or ()  # the class of the layers, as transformers names it
@@ -243,11 +254,38 @@ class Sharded(torch.nn.Module):
         from torch.distributed.fsdp import FSDPModule
         return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
+    def frozen_copy(self, device=None, dtype: torch.dtype | None = None):
+        """A model of its own with all weights as they are now, not trained. All processes make it together."""
+        device = device or next(self.model.parameters()).device
+        frozen = _with_weights_of(self.blank[0], device=device, dtype=dtype).to(device).requires_grad_(False).eval()
+        self.copy_onto(frozen)
+        return frozen
+
+    @torch.no_grad()
+    def copy_onto(self, whole) -> None:
+        """Copies all weights onto those of a whole model, a unit after the other, so that only one is gathered."""
+        for unit in self.units():
+            unit.unshard()
+            for new, own in zip(whole.parameters(), self.model.parameters(), strict=True):
+                if not is_sharded(own):
+                    new.copy_(own)
+            unit.reshard()
+
+
+def _with_weights_of(model, **kind):
+    """A copy whose weights have the shapes of a model's and no values. kind: their device and dtype where not None"""
+    kind = {name: value for name, value in kind.items() if value is not None}
+    memo = {id(weight): torch.nn.Parameter(torch.empty_like(weight, **kind), weight.requires_grad)
+            for weight in model.parameters()}
+    return copy.deepcopy(model, memo)
+
 
 @contextmanager
 def unsharded(sharded: Sharded | None):
-    """Inside, every process has all parameters and can run the model at its own pace, without gradients."""
-    units = sharded.units() if sharded else []
+    """Inside, every process can sample from the model at its own pace: from a bf16 copy, brought up to date here, or
+    else from the model itself, with all parameters gathered."""
+    copied = sharded and sharded.samples_from_copy and bf16.refresh(sharded.model, sharded)
+    units = sharded.units() if sharded and not copied else []
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -264,27 +302,48 @@ def is_sharded(value) -> bool:
 
 def full_weights(model) -> dict[str, Tensor]:
     """The weights of a sharded model by name, in process 0, on the CPU; empty in the others."""
-    once = {}  # tied weights are one tensor with two names
-    for weight in model.state_dict(keep_vars=True).values():
-        once[id(weight)] = _full(weight) if id(weight) not in once else once[id(weight)]
-    return {name: once[id(weight)] for name, weight in model.state_dict(keep_vars=True).items()} if is_main() else {}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    first, own = {}, model.state_dict(keep_vars=True)  # tied weights are one tensor with two names
+    return {name: whole[first.setdefault(id(weight), name)] for name, weight in own.items()} if is_main() else {}
 
 
-def full_state(optimizer) -> dict:
-    """The optimizer's state as that of a single process, in process 0, on the CPU where it was sharded."""
-    state = optimizer.state_dict()
-    full = {number: {name: _full(value) for name, value in values.items()} for number, values in state["state"].items()}
-    return state | {"state": full}
+def full_state(model, optimizer) -> dict:
+    """The optimizer's state as that of a single process; of a sharded model in process 0 only, on the CPU."""
+    if not optimizer.state or not _any_sharded(model):  # PyTorch would step an optimizer without a state
+        return optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    numbers = {name: n for n, name in enumerate(_trained(model))}
+    return {"state": {numbers[name]: values for name, values in state["state"].items()},
+            "param_groups": [group | {"params": [numbers[name] for name in group["params"]]}
+                             for group in state["param_groups"]]} if is_main() else {}
 
 
-def load_full_state(optimizer, state: dict) -> None:
-    """Takes up such a state, whatever number of processes wrote it."""
-    optimizer.load_state_dict(state)
-    for weight, values in optimizer.state.items():
-        for name, value in values.items() if is_sharded(weight) else ():
-            from torch.distributed.tensor import distribute_tensor
-            if value.shape == weight.shape:
-                values[name] = distribute_tensor(value, weight.device_mesh, weight.placements)
+def load_full_state(model, optimizer, state: dict) -> None:
+    """Takes up such a state, whatever number of processes wrote it; a sharded model takes that of process 0, a tensor
+    at a time."""
+    if not state["state"] or not _any_sharded(model):
+        return optimizer.load_state_dict(state)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    names = _trained(model)
+    named = {"state": {names[number]: values for number, values in state["state"].items()},
+             "param_groups": [group | {"params": [names[number] for number in group["params"]]}
+                              for group in state["param_groups"]]}
+    set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True,
+                                                                               broadcast_from_rank0=True))
+
+
+def _any_sharded(model) -> bool:
+    return any(map(is_sharded, model.parameters()))
+
+
+def _trained(model) -> list[str]:
+    """The names of the trained parameters, in the order in which optimizers number them."""
+    return [name for name, weight in model.named_parameters() if weight.requires_grad]
 
 
 def copy_whole(weight, values: Tensor) -> None:
@@ -293,11 +352,3 @@ def copy_whole(weight, values: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
         values = distribute_tensor(values.to(weight.device), weight.device_mesh, weight.placements)
     weight.copy_(values)
-
-
-def _full(value):
-    """A sharded tensor as a whole on the CPU of process 0, None in the others; anything else as it is."""
-    if not is_sharded(value):
-        return value
-    full = value.detach().full_tensor()
-    return full.cpu() if is_main() else None

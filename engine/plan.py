@@ -10,6 +10,7 @@ Arithmetic only: this file imports nothing of the project; bench/planned_memory.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ LIBRARIES = 0.45e9  # bytes of Python with torch and transformers on a CPU, and 
 LEAST, MOST = 2**10, 2**14  # tokens of such a pass: more gain nothing, and the mask of a row grows with its square
 SLACK = 0.4  # of what comes and goes: the C library's heap, for blocks under 32 MiB, does not give everything back
 SHARE = 0.95  # of a card or machine that may be planned for
+ERROR = 0.1  # of the plan, at most: it was 0.93 to 1.09 times what bench/planned_memory.py measured on a CPU
 
 
 KINDS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")  # model types that can be planned
@@ -99,6 +101,7 @@ class Work:
     pass_tokens: int = 0  # groups go through the model together up to so many tokens; 0: one by one
     frozen_copy: bool = False  # a copy of the first policy embeds the memory's traces
     optimizer_on_cpu: bool = False  # engine/offload.py
+    shards: int = 1  # processes over which parameters, gradients and optimizer are spread (distributed.py)
 
     @property
     def half(self) -> bool:
@@ -116,27 +119,36 @@ def phases(shape: Shape, work: Work) -> Phases:
     half = work.half
     stored, offloaded = 2 if half else 4, work.gpu and work.optimizer_on_cpu
     masters = 4 * trained if work.optimizer_on_cpu else 0
-    always = {"parameters": weights * stored + (4 * trained if work.lora_rank else 0),
-              "optimizer": 0 if offloaded else 8 * trained + masters,
+    always = {"parameters": (weights * stored + (4 * trained if work.lora_rank else 0)) / work.shards,
+              "optimizer": (0 if offloaded else 8 * trained + masters) / work.shards,
               "KV cache": keys_and_values(shape, work)}  # it stays where it is, see decoding.Grid
     if work.bf16 and not (half and not work.lora_rank):
-        always["bf16 weights"] = 2 * trained  # to sample with, see bf16.py
+        always["bf16 weights"] = 2 * (weights if work.shards > 1 else trained)  # to sample with, see bf16.py
     copy = work.reference and not work.lora_rank
     if work.frozen_copy:
         always["memory's embedder"] = weights * stored
     reference = {"reference": stored * weights} if copy else {}
-    gradients = stored * shape.vocabulary * shape.width if offloaded else 4 * trained  # or the largest: they go at once
-    on_device = {} if work.reference_on_cpu and work.gpu else reference
+    gradients = stored * shape.vocabulary * shape.width if offloaded else 4 * trained / work.shards  # or the largest:
+    on_device = {} if work.reference_on_cpu and work.gpu else reference  # they go at once
     found = {"sampling": always | on_device | sampling(shape, work)}
     if work.reference:
         found["reference"] = always | reference | forward(shape, work)
     found["update"] = always | on_device | {"gradients": gradients} | update(shape, work)
+    if work.shards > 1:  # what a process has whole for a while
+        found["sampling"]["gathered"] = 0 if work.bf16 else stored * weights
+        found["update"]["gathered"] = gathered(shape, stored)
     on_heap = not work.gpu and 4 * row_tokens(work) * shape.inner < 2**25
     for parts in found.values():
         passing = sum(parts.get(name, 0) for name in ("gradients", "KV cache", "activations", "logits chunk"))
         parts["allocator"] = SLACK * passing if on_heap else 0
         parts["CUDA context" if work.gpu else "Python and libraries"] = LIBRARIES
     return found
+
+
+def gathered(shape: Shape, stored: int) -> float:
+    """Whole weights and gradients in the backward of a sharded layer: its own, the next one's, those of no layer."""
+    layer = sum(i * o for i, o in shape.linears())
+    return 4 * layer + stored * (2 * layer + shape.parameters() - shape.layers * layer)
 
 
 def bytes_of(work: Work) -> int:
@@ -250,7 +262,7 @@ def table(found: Phases) -> str:
     """Gigabytes, a line each, a column a moment."""
     names = list(dict.fromkeys(name for parts in found.values() for name, size in parts.items() if size))
     order = ["parameters", "gradients", "optimizer", "reference", "memory's embedder", "bf16 weights", "KV cache",
-             "autocast", "activations", "logits chunk", "allocator", "CUDA context", "Python and libraries"]
+             "gathered", "autocast", "activations", "logits chunk", "allocator", "CUDA context", "Python and libraries"]
     lines = [f"{'GB':<22}" + "".join(f"{moment:>11}" for moment in found)]
     for name in sorted(names, key=order.index):
         lines.append(f"{name:<22}" + "".join(f"{parts[name] / 1e9:>11.2f}" if parts.get(name) else f"{'-':>11}"
@@ -266,8 +278,10 @@ def smaller(shape: Shape, work: Work, limit: float) -> list[str]:
                {"rollout_batch": max(work.group, work.rollout_batch // 4)},
                "--gradient-checkpointing": {"checkpointing": True}, f"--micro-batch {part}": {"micro_batch": part},
                "--reference-device cpu": {"reference_on_cpu": True},
-               "--optimizer-device cpu": {"optimizer_on_cpu": True},
-               "--lora-rank 16": {"lora_rank": work.lora_rank or 16}}
+               "--optimizer-device cpu": {"optimizer_on_cpu": work.shards == 1},  # for a single process
+               "--lora-rank 16": {"lora_rank": work.lora_rank or 16, "shards": work.shards if work.lora_rank else 1},
+               f"--max-completion-tokens {work.completion // 2}": {"completion": work.completion // 2},
+               f"--max-prompt-tokens {work.prompt // 2}": {"prompt": work.prompt // 2}}
 
     def fits(flags: list[str]) -> bool:
         changed = replace(work, **{name: value for flag in flags for name, value in changes[flag].items()})
@@ -296,14 +310,56 @@ def text(name: str, shape: Shape, work: Work, limit: float) -> str:
     verdict = f"peak: {need / 1e9:.1f} GB, in {moment}; {place} of {limit / 1e9:.1f} GB"
     if need <= SHARE * limit:
         return "\n".join([*lines, f"{verdict}: it fits"])
+    return "\n".join([*lines, f"{verdict}: it does not fit; {advice(shape, work, limit)}"])
+
+
+def advice(shape: Shape, work: Work, limit: float) -> str:
+    """What would make it fit, a clause."""
     flags = smaller(shape, work, SHARE * limit)
-    advice = f"it would fit with {' '.join(flags)}" if flags else "no flag makes it fit: take a smaller model"
-    return "\n".join([*lines, f"{verdict}: it does not fit; {advice}"])
+    return f"it would fit with {' '.join(flags)}" if flags else "no flag makes it fit: take a smaller model"
 
 
-def machine_memory() -> int:
+def missing(shape: Shape, work: Work, room: float) -> str:
+    """What is needed of so many free bytes, how much of it is missing, and what would fit; after `it needs`."""
+    moment, need = peak(phases(shape, work))
+    few = max(0, need - room) / 1e9
+    return (f"{need / 1e9:.1f} GB in {moment}, and {room / 1e9:.1f} GB are free, {few:.1f} GB too few; "
+            f"{advice(shape, work, room)}")
+
+
+# ------------------------------------------------------------------------------------------------- of this machine
+
+# Control groups of Linux: where they are, their files of a limit and of what is taken, and what of it can be given back
+GROUPS = {"": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+          "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
+
+
+def machine_memory(root: Path = Path("/")) -> int:
     """Bytes of memory that this process may use: the machine's, or less where a container is limited."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+    return min([total, *(limit for limit, _ in memory_limits(root))])
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of `machine_memory` that are not taken."""
+    meminfo = root / "proc/meminfo"
+    if not meminfo.is_file():  # not Linux
+        return machine_memory(root)
+    available = int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]) * 1024
+    return max(0, min([available, *(limit - taken for limit, taken in memory_limits(root))]))
+
+
+def memory_limits(root: Path) -> list[tuple[int, int]]:
+    """(limit, bytes taken) of the control groups that this process is in and that are limited."""
+    file, found = root / "proc/self/cgroup", []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        _, kind, path = line.split(":", 2)
+        if kind not in GROUPS:
+            continue
+        place, limit, taken, spare = GROUPS[kind]
+        for folder in [Path(path), *Path(path).parents]:  # a container may see its own as the root
+            group = root / place / str(folder).lstrip("/")
+            if (group / limit).is_file() and (group / limit).read_text().strip().isdigit():
+                cache = re.search(rf"^{spare} (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+                found.append((int((group / limit).read_text()), int((group / taken).read_text()) - int(cache[1])))
+    return found

@@ -8,6 +8,7 @@ nothing of the project write the same metadata by hand: `field(default=8, metada
     at_least, above, at_most  the range of a number; every number must be finite
     common                    shown by `--help`; the others by `--help-all`
     flag, alone               a flag with another name than the field's; the value of the flag without one
+    unset                     the word for None, where that is the default: what is decided later
 """
 
 import argparse
@@ -61,20 +62,32 @@ def add_arguments(parser: argparse.ArgumentParser, config: type, show_all: bool 
         else:
             if "alone" in field.metadata:
                 shared |= {"nargs": "?", "const": field.metadata["alone"]}
-            group.add_argument(flag_of(field), type=kind, choices=field.metadata.get("choices"),
+            group.add_argument(flag_of(field), type=_reader(kind, field.metadata),
+                               choices=field.metadata.get("choices"),
                                metavar=None if field.metadata.get("choices") else kind.__name__.upper(), **shared)
 
 
 def help_of(field: dataclasses.Field) -> str:
     """Help text and default, with % safe for argparse."""
-    default = "" if field.default is None or field.default == "" else f" (default: {field.default})"
-    return (field.metadata["help"] + default).replace("%", "%%")
+    default = field.metadata.get("unset") if field.default is None else field.default
+    shown = "" if default is None or default == "" else f" (default: {default})"
+    return (field.metadata["help"] + shown).replace("%", "%%")
 
 
 def build(config: type, values: dict):
     """Makes a config from those of `values` that are its fields."""
     names = {field.name for field in dataclasses.fields(config)}
     return config(**{name: value for name, value in values.items() if name in names})
+
+
+def _reader(kind: type, meta: typing.Mapping) -> typing.Callable:
+    """Reads the value of a flag, or one of its words."""
+    words = {meta.get("unset"): None, meta.get("alone"): meta.get("alone")}
+
+    def read(text: str):
+        return words[text] if text in words else kind(text)
+    read.__name__ = kind.__name__  # which argparse names in its messages
+    return read
 
 
 def _plain_type(annotation) -> type:

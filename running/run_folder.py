@@ -270,10 +270,13 @@ def damage(folder: Path) -> str | None:
     return f"{wrong[0]} is not what was written" if wrong else None
 
 
-def load_state(folder: Path) -> dict:
-    """The trainer's state of a checkpoint. Raises UserError when it cannot be read."""
+def load_state(folder: Path, lazily: bool = False) -> dict:
+    """The trainer's state of a checkpoint; lazily: tensors are read from its file when they are used.
+
+    Raises UserError when it cannot be read.
+    """
     try:
-        return torch.load(folder / "trainer.pt", weights_only=True)
+        return torch.load(folder / "trainer.pt", weights_only=True, mmap=lazily)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{folder} is not a whole checkpoint ({type(error).__name__} in trainer.pt); delete it to "
                         "resume an older one") from error

@@ -30,7 +30,7 @@ train.Trainer.base_dtype = torch.float64
 train.run_main(train.main)
 """
 FLAGS = shlex.split(
-    "--prompts-per-step 3 --group-size 4 --micro-batch 3 --steps 8 --save-every 1 --keep 99 --lr 3e-4 --kl-coef 0.02 "
+    "--cold-start-steps 2 --cold-start-batch 5 --prompts-per-step 3 --group-size 4 --micro-batch 3 --steps 8 --save-every 1 --keep 99 --lr 3e-4 --kl-coef 0.02 "
     "--advantage-scale batch --draw informative --dynamic-sampling 1 --max-completion-tokens 24 --eval-every 4 "
     "--memory-scope any --memory-min-words 2 --memory-min-columns 0 --memory-min-density 0 --lr-warmup 2 --threads 1 "
     "--sql-workers 1")
@@ -247,6 +247,124 @@ def main():
 
 run_main(main)
 """
+
+
+SHARDED = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import copy
+import torch
+from test_grpo import make_model
+import grpo, sft
+from engine import bf16, distributed
+from engine.fast import FAST
+from policy import Reference
+from running.errors import run_main
+from settings import SFTConfig
+
+CONFIG = grpo.GRPOConfig(group_size=3, max_completion_tokens=6)
+PROMPTS = [torch.arange(1, 9), torch.arange(2, 6)]
+PAIRS = [(torch.cat([torch.arange(1, 7), torch.tensor([n % 5])]), torch.arange(n % 7, n % 7 + 1 + n % 3)) for n in range(9)]
+
+def sampled(model, several=None, autocast=True):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), distributed.unsharded(several):
+        if several and autocast:  # nothing but the copy is whole
+            assert all(map(distributed.is_sharded, several.model.parameters()))
+        groups = grpo.sample_groups(model, PROMPTS[:1 + distributed.rank()], CONFIG, eos_ids=[0], seeds=[1, 2][:1 + distributed.rank()], engine=FAST)
+    return [completion.tolist() for group in groups for completion in group.completions]
+
+def teach(model, engine, steps=3, batch=5, pairs=PAIRS, **settings):
+    config = SFTConfig(cold_start_steps=steps, cold_start_batch=batch, cold_start_lr=1e-2, **settings)
+    return sft.cold_start(model, pairs, config, seed=0, quiet=True, engine=engine, tokens_per_pass=20)
+
+def bf16_copy():
+    model = make_model().float()
+    alone, several = copy.deepcopy(model), distributed.Sharded(model, FAST)
+    reference = Reference(model, sharded=several)
+    places = None
+    for step in range(2):
+        assert sampled(model, several) == sampled(alone) and sampled(model, several, False) == sampled(alone, autocast=False)
+        copied = bf16._copies[model]
+        for one, other in zip(copied.parameters(), alone.parameters(), strict=True):
+            assert one.dtype == torch.bfloat16 and torch.equal(one, other.bfloat16())
+        places, before = [weight.data_ptr() for weight in copied.parameters()], places
+        assert before in (None, places)  # where graphs look for them
+        with torch.no_grad():
+            for weight in (*model.parameters(), *alone.parameters()):
+                weight.mul_(0.7)
+    for one, other in zip(reference.model.parameters(), make_model().float().parameters(), strict=True):
+        assert torch.equal(one, other) and not one.requires_grad  # of the time when it was made
+
+def cold_start():
+    for pairs, batch, settings in [(PAIRS, 5, {{}}), (PAIRS, 1, {{}}), (PAIRS, 5, dict(prompt_loss=0.3))]:
+        alone, replicated, sharded = make_model(), make_model(), make_model()
+        several = distributed.Sharded(sharded, FAST)
+        known = distributed.size, distributed.rank
+        distributed.size, distributed.rank = lambda: 1, lambda: 0  # one process does all of it
+        losses = [teach(alone, FAST, pairs=pairs, batch=batch, **settings)]
+        distributed.size, distributed.rank = known
+        made = []
+
+        def counting(model, prompts, *rest):
+            made.append(len(prompts) if prompts is not distributed.SHORTEST[0] else 0)
+            return FAST.logprobs(model, prompts, *rest)
+
+        counted = grpo.Engine(FAST.decode, counting)
+        losses += [teach(replicated, counted, pairs=pairs, batch=batch, **settings), teach(sharded, several.engine, pairs=pairs, batch=batch, **settings)]
+        assert max(losses) - min(losses) < 1e-9, losses
+        shares = list(map(sum, distributed.gather(made)))
+        assert sorted(shares) == [3 * (batch // 2), 3 * (batch - batch // 2)], shares  # three steps, each pair once
+        start, whole = make_model(), several.frozen_copy()
+        for a, b, c, d in zip(alone.parameters(), replicated.parameters(), whole.parameters(), start.parameters(), strict=True):
+            assert (a - b).abs().max() < 1e-9 and (a - c).abs().max() < 1e-9
+        assert any((a - d).abs().max() > 1e-3 for a, d in zip(alone.parameters(), start.parameters(), strict=True))
+
+def states():
+    model = make_model()
+    distributed.Sharded(model, FAST)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    empty = distributed.full_state(model, optimizer)
+    assert not empty["state"] and not optimizer.state  # asking steps nothing
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.zero_grad()
+    state = distributed.full_state(model, optimizer)
+    weights = distributed.full_weights(model)
+    assert bool(state) == bool(weights) == distributed.is_main()
+    state = distributed.gather(state)[0]
+    for values in state["state"].values() if distributed.rank() else ():
+        values["exp_avg"].zero_()  # those of process 0 are taken
+    fresh = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    distributed.load_full_state(model, fresh, state)
+    assert fresh.param_groups[0]["lr"] == 1e-2
+    again = distributed.full_state(model, fresh)
+    for number, values in state["state"].items() if distributed.is_main() else ():
+        shape = list(model.parameters())[number].shape
+        assert values["exp_avg"].shape == shape and values["exp_avg"].device.type == "cpu" and values["step"] == 1
+        for name, value in values.items():
+            assert torch.equal(again["state"][number][name], value), name
+    for weight, values in fresh.state.items():
+        assert distributed.is_sharded(values["exp_avg"]) and values["step"] == 1
+
+def main():
+    with distributed.process_group():
+        bf16_copy()
+        cold_start()
+        states()
+        distributed.gather(None)
+        print("all well over", distributed.size())
+
+run_main(main)
+"""
+
+
+def test_a_sharded_model_samples_from_a_bf16_copy_and_its_cold_start_and_state_are_those_of_one_process(tmp_path):
+    """The copy is filled layer by layer, at the same addresses; passes of the cold start are shared out, in float64."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "sharded.py")],
+                          capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.stdout.strip() == "all well over 2", done.stderr[-5000:]
 
 
 def test_updates_do_not_depend_on_the_number_of_processes(tmp_path):

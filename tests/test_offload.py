@@ -30,11 +30,11 @@ def three_updates(adamw, resumed=False, dtype=torch.float32):
         stats = grpo.policy_update(model, optimizer, batches, _advantages(4).float(), None, CONFIG, FAST)
         assert stats["grad_norm"] > CONFIG.max_grad_norm and not stats["skipped_updates"]
         if resumed:
-            weights, state = {name: w.clone() for name, w in model.state_dict().items()}, full_state(optimizer)
+            weights, state = {name: w.clone() for name, w in model.state_dict().items()}, full_state(model, optimizer)
             model = make_model(dtype=dtype, seed=9)
             model.load_state_dict(weights)
             optimizer = adamw(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
-            load_full_state(optimizer, state)
+            load_full_state(model, optimizer, state)
     return model, optimizer
 
 
@@ -58,11 +58,11 @@ def test_bf16_weights_have_float32_masters_that_are_saved(resumed):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if resumed and number == 50:
-            weight, state = model.weight.detach(), full_state(optimizer)
+            weight, state = model.weight.detach(), full_state(model, optimizer)
             model = torch.nn.Linear(4, 4, bias=False).bfloat16()
             model.load_state_dict({"weight": weight})
             optimizer = CPUAdamW(model.parameters(), lr=1e-5)
-            load_full_state(optimizer, state)
+            load_full_state(model, optimizer, state)
     torch.testing.assert_close(optimizer.masters[0].detach(), start - 1e-3 * (1 + 1e-2 * start), rtol=0, atol=1e-4)
     assert torch.equal(model.weight, optimizer.masters[0].bfloat16()) and not torch.equal(model.weight.float(), start)
 

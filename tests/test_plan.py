@@ -189,6 +189,8 @@ def test_plan_prints_and_writes_nothing(tmp_path):
     assert full.returncode == lora.returncode == 0 and not folder.exists() and not full.stderr + lora.stderr
     assert "24.0 GB: it fits" in lora.stdout
     assert "does not fit; it would fit with --reference-device cpu --optimizer-device cpu" in full.stdout
+    assert re.search(r"^--lora-rank auto would train adapters of rank 16, .* GB: they fit$", full.stdout, re.MULTILINE)
+    assert "auto" not in lora.stdout
     for name in ("parameters", "gradients", "optimizer", "KV cache", "activations", "logits chunk", "total"):
         assert re.search(rf"^{name} ", lora.stdout, re.MULTILINE), name
 
@@ -223,6 +225,99 @@ def test_the_plan_is_of_the_fast_engine_and_of_evaluations_too():
     prompts, tokens = settings.rollout_room(train.parse_settings(["--model", "qwen2.5-3b"]))
     assert prompts == plan.sampled_together(work) * work.prompt
     assert plan.keys_and_values(shape, work) == tokens * 2 * shape.kv_heads * shape.head * shape.layers * 2
+
+
+# ---- does it fit this machine?
+
+
+def fitted(room, *flags, model="qwen2.5-3b", processes=1):
+    arguments = ["--model", model, *flags]
+    return settings.fit(arguments, train.parse_settings(arguments), room, processes)
+
+
+def test_all_weights_are_trained_where_they_fit_and_adapters_where_they_do_not():
+    pytest.importorskip("peft", reason="peft is optional")
+    whole = train.parse_settings(["--model", "qwen2.5-3b"])
+    adapted = train.parse_settings(["--model", "qwen2.5-3b", "--lora-rank", "16"])
+    assert (whole.run.lora_rank, adapted.run.lr) == (0, 10 * whole.run.lr)
+    full, lora = settings.peak_of(whole), settings.peak_of(adapted)
+    for flags in ((), ("--lora-rank", "auto")):
+        chosen, (note,) = fitted(1.01 * full / plan.SHARE, *flags)
+        assert chosen == whole and note.startswith("--lora-rank auto: all weights are trained")
+        chosen, (note,) = fitted(0.99 * full / plan.SHARE, *flags)
+        assert chosen == adapted and "adapters of rank 16 are trained" in note  # its learning rates, too
+        chosen, notes = fitted(lora, *flags)  # within the error of the plan
+        assert chosen == adapted and notes[1].startswith("warning: memory may run out: training adapters of rank 16")
+    with pytest.raises(UserError, match="^training adapters of rank 16 of qwen2.5-3b needs .* GB too few; it would fit with "
+                                        "[^.]*--max-completion-tokens 768"):
+        fitted(lora / (1 + plan.ERROR) / 1.3)
+    with pytest.raises(UserError, match="no flag makes it fit: take a smaller model"):
+        fitted(4e9)
+
+
+def test_a_rank_that_is_given_is_kept_and_refused_only_beyond_the_error_of_the_plan():
+    for rank in ("0", "8"):
+        flags = ("--lora-rank", rank)
+        s = train.parse_settings(["--model", "qwen2.5-3b", *flags])
+        need = settings.peak_of(s)
+        assert fitted(need / plan.SHARE + 1, *flags) == (s, [])
+        chosen, (note,) = fitted(need, *flags)
+        assert chosen == s and note.startswith("warning: memory may run out")
+        with pytest.raises(UserError, match="--optimizer-device cpu" if rank == "0" else "--max-completion-tokens"):
+            fitted(need / (1 + plan.ERROR) - 1, *flags)
+
+
+def test_adapters_without_peft_are_one_sentence_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"of 50.0 GB that are free, and adapters need peft: pip install -r requirements-extra.txt$"):
+        fitted(50e9)
+    assert fitted(500e9)[0].run.lora_rank == 0
+
+
+def test_tiny_resumed_and_unknown_models_are_not_compared(tmp_path):
+    assert fitted(0, model="tiny") == (train.parse_settings([]), [])
+    (tmp_path / "config.json").write_text(json.dumps(train.parse_settings(["--model", "qwen2.5-3b"]).as_dict() | {"plan": 0.0}))
+    again = train.parse_settings(["--resume", "--output", str(tmp_path)])
+    assert settings.fit(["--resume", "--output", str(tmp_path)], again, 0) == (again, []) and again.run.plan is None
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    chosen, (note,) = fitted(0, model=str(tmp_path))
+    assert chosen.run.lora_rank == 0 and "its model_type is gpt2" in note
+
+
+def test_a_sharded_run_needs_less_in_each_process():
+    flags = ["--model", "qwen2.5-3b", "--sharding", "on", "--kl-coef", "0"]
+    s = train.parse_settings(flags)
+    shape, work = settings.planned(s, processes=4)
+    assert (work.shards, work.prompts) == (4, 2)
+    assert settings.planned(train.parse_settings([*flags, "--sharding", "off"]), processes=4)[1].shards == 1
+    found, n = plan.phases(shape, work), shape.parameters()
+    update = found["update"]
+    assert [update[name] for name in ("parameters", "gradients", "optimizer")] == [n, n, 2 * n]  # 4, 4 and 8 bytes over 4
+    assert found["sampling"]["gathered"] == 4 * n and 0 < update["gathered"] < 4 * n
+    bf16 = plan.phases(shape, plan.replace(work, bf16=True))["sampling"]
+    assert (bf16["gathered"], bf16["bf16 weights"]) == (0, 2 * n)  # its copy is filled layer by layer
+    need = settings.peak_of(s, 4)
+    assert need < settings.peak_of(s) and fitted(need / plan.SHARE + 1, *flags[2:], processes=4)[0].run.lora_rank == 0
+
+
+@pytest.mark.parametrize("version, files", [
+    (2, {"sys/fs/cgroup/memory.max": "8000000000", "sys/fs/cgroup/memory.current": "5000000000",
+         "sys/fs/cgroup/memory.stat": "anon 3\ninactive_file 1000000000\n", "sys/fs/cgroup/box/memory.max": "max"}),
+    (1, {"sys/fs/cgroup/memory/box/memory.limit_in_bytes": "8000000000",
+         "sys/fs/cgroup/memory/box/memory.usage_in_bytes": "5000000000",
+         "sys/fs/cgroup/memory/box/memory.stat": "inactive_file 7\ntotal_inactive_file 1000000000\n"})])
+def test_the_memory_that_is_free_is_that_of_the_container(tmp_path, version, files):
+    """A limited group above, or this one: its limit less what is taken, where that is no cache of files."""
+    files |= {"proc/self/cgroup": "0::/box\n" if version == 2 else "4:memory:/box\n3:cpuset:/\n",
+              "proc/meminfo": "MemTotal:  99000000 kB\nMemAvailable:    3000000 kB\n"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert plan.machine_memory(tmp_path) == min(8_000_000_000, plan.machine_memory(tmp_path / "nothing"))
+    assert plan.free_memory(tmp_path) == 3_000_000 * 1024
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:    90000000 kB\n")
+    assert plan.free_memory(tmp_path) == 4_000_000_000
+    assert 0 < plan.free_memory() <= plan.machine_memory()
 
 
 # ---- defaults

@@ -20,8 +20,10 @@ from conftest import run_in_process, tiny_database
 from little_policy import little_policy_folder
 from transformers import AutoModelForCausalLM
 
+import settings
 import train
 from data import columns_of
+from engine import plan
 from grpo import Group, GRPOConfig
 from policy import build_tiny
 from rewards import RewardBreakdown, RewardConfig
@@ -232,7 +234,7 @@ def test_an_interrupt_before_the_first_step_keeps_the_cold_start(small, tmp_path
     (["--lora-rank", "8"], "tiny"), (["--lr", "nan"], "--lr is nan"), (["--threads", "-3"], "--threads is -3"),
     (["--cold-start-batch", "0"], "--cold-start-batch is 0"), (["--test-questions", "-1"], "--test-questions is -1"),
     (["--seed", "-1"], "--seed is -1"), (["--seed", "9" * 20], "--seed is 9.*at most"),
-    (["--plan", "-5"], "--plan is -5"), (["--sql-timeout", "0"], "--sql-timeout is 0"),
+    (["--plan", "-5"], "--plan is -5"), (["--plan", "0"], "--plan is 0.0; it must be above 0"), (["--sql-timeout", "0"], "--sql-timeout is 0"),
     (["--lr-warmup", "-5"], "--lr-warmup is -5"),
     (["--questions-per-database", "3"], "--questions-per-database 3 does not divide --prompts-per-step 2"),
     (["--max-value-hints", "-1"], "max"), (["--warn-kl", "nan"], "kl is nan")])
@@ -397,10 +399,29 @@ def test_held_back_questions_whose_golds_all_fail_are_no_test(tmp_path, tiny_db,
     assert train.main() == 0 and "2 of 2 questions left out" in capsys.readouterr().out
 
 
-def test_a_lora_run(chat_checkpoint, tmp_path):
+def test_a_run_without_room_for_all_weights_trains_adapters(chat_checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("peft", reason="peft is optional")
-    run("--model", chat_checkpoint, "--lora-rank", 2, "--steps", 2, *SHORT, "--output", tmp_path / "run")
+    monkeypatch.setattr(settings, "AUTO_RANK", 2)  # of so small a model 16 would be more than all weights
+    flags = ["--model", str(chat_checkpoint), "--steps", "2", *SHORT]
+    whole, adapted = (settings.peak_of(train.parse_settings([*flags, "--lora-rank", rank])) for rank in ("0", "2"))
+    monkeypatch.setattr(train, "memory_free", lambda *_: (whole + adapted) / 2 / plan.SHARE)
+    output = run(*flags, "--output", tmp_path / "run")
+    assert "--lora-rank auto: adapters of rank 2 are trained" in output and "learning rate 2e-05" in output
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["lora_rank"] == 2 and config["lr"] == train.parse_settings([*flags, "--lora-rank", "2"]).run.lr
+    assert (tmp_path / "run" / "checkpoints" / "step-0" / "adapter_config.json").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "best") is not None
+    monkeypatch.setattr(train, "memory_free", lambda *_: 0.0)  # which stops no resumed run
+    assert "resuming from" in run("--resume", "--output", tmp_path / "run", "--eval-every", "0")
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read_or_written(chat_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_splits", lambda *_, **__: pytest.fail("data was read"))
+    monkeypatch.setattr(train, "memory_free", lambda *_: 1e8)
+    for rank, trained in (("auto", "adapters of rank 16"), ("0", "all weights"), ("4", "adapters of rank 4")):
+        error = run("--model", chat_checkpoint, "--lora-rank", rank, "--output", tmp_path / "run", check=2)
+        assert re.search(rf"error: training {trained} of .* needs .* GB in update, and 0.1 GB are free, .* GB too few; ", error)
+        assert "Traceback" not in error and not (tmp_path / "run").exists()
 
 
 def test_spider(shared_data, tmp_path):
