@@ -295,8 +295,11 @@ class _Runner:
         # the authorizer, which then denies their execution as it does any other's.
         virtual = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0")
         for (name,) in virtual.fetchall():
-            with suppress(sqlite3.Error):  # of a kind that this SQLite does not have
+            try:
                 connection.execute('SELECT 1 FROM "' + name.replace('"', '""') + '" LIMIT 0')
+            except sqlite3.Error as error:  # of a kind that this SQLite does not have
+                if is_passing(error):
+                    raise
         for limit, value in _LIMITS.items():
             connection.setlimit(limit, value)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, self.max_bytes)
@@ -333,6 +336,7 @@ class _Runner:
         return found
 
     def _attempt(self, path: str, stamp: list, sql: str) -> tuple[str, str | None, bytes, bytes]:
+        """`answer` at once, `unavailable` where the database cannot be read for the moment."""
         self.denied.clear()
         self.volatile = False
         self.deadline, self.started = time.monotonic() + self.timeout, time.perf_counter()

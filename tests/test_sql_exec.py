@@ -3,6 +3,7 @@ PITFALLS part B that concerns running SQL (B2, B3, B5, B10 and the comparators a
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -450,6 +451,26 @@ def test_virtual_tables_can_be_read(executor, tiny_db):
         for sql in (f"DELETE FROM {shadow}", f"WITH x AS (SELECT 1) DELETE FROM {shadow}"):
             assert executor.run("music", sql).status == "refused"
     assert digest(tiny_db) == before
+
+
+def test_a_virtual_table_that_a_writer_locks_while_it_is_opened_is_read_later(tiny_db, monkeypatch):
+    connection = sqlite3.connect(tiny_db)
+    connection.executescript(VIRTUAL)
+    connection.close()
+    troubles = [sqlite3.OperationalError("database is locked")]
+    troubles[0].sqlite_errorcode = sqlite3.SQLITE_BUSY
+
+    class Locked(sqlite3.Connection):
+        def execute(self, sql, *rest):
+            if sql.startswith('SELECT 1 FROM "area"') and troubles:
+                raise troubles.pop()
+            return super().execute(sql, *rest)
+
+    monkeypatch.setattr(os, "write", lambda file, data: None)
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Locked))
+    runner = sql_exec._Runner(timeout=5.0, max_rows=10, memory_limit_mb=64)
+    found = runner.answer(str(tiny_db), sql_exec.database_stamp(tiny_db), "SELECT label FROM area WHERE x0 > 3")
+    assert found[0] == "ok" and found[3] == b'[["lake"]]' and not troubles
 
 
 def test_a_virtual_table_of_an_unknown_kind_spoils_no_other(executor, tiny_db):

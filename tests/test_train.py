@@ -386,6 +386,10 @@ def test_a_group_that_is_left_out_moves_no_other():
         assert torch.equal(train.advantages_of(rows, config, scale)[[0, 2]], alone) and alone.any()
         assert not train.advantages_of(rows, config, scale)[1].any()
         assert not train.advantages_of(rows[1:2], config, scale).any()
+    groups = [SimpleNamespace(completions=[torch.ones(3), torch.ones(5)], truncated=[False, True], entropies=[torch.ones(3)] * 2)] * 2
+    found = train.step_metrics(1, groups, [row(1.0, 3.0), [*row(1.0), *row(0.0, status="unavailable")]], ["format"], {}, {"all": 1.0}, {})
+    assert (found["reward"], found["reward_std"], found["execution_accuracy"]) == (2.0, pytest.approx(2 ** 0.5), 0.0)
+    assert found["status/unavailable"] == 0.25 and found["truncated"] == 0.5
     assert train.has_right_and_wrong([RewardBreakdown(correct=True), RewardBreakdown()])
     assert not train.has_right_and_wrong([RewardBreakdown(correct=True), *row(0.0, status="unavailable")])
 
