@@ -9,8 +9,8 @@ changes, and is smoothed by what is known of the questions beside it:
 
 The shape of a question is that of its gold SQL: its words without names and values. Each counts as one more group at
 the next. So a question that was never asked is judged by its kin, and one that was too hard or too easy comes back
-after a while. Questions are drawn at random by the square of this chance, which no question has less than `LEAST` of,
-so that we notice what the policy has learned meanwhile.
+after a while. Questions are drawn at random by the square of this chance. It counts as `LEAST` where it is less, so
+that we notice what the policy has learned meanwhile.
 """
 
 import math
@@ -22,7 +22,7 @@ from itertools import chain
 
 PRIOR = 0.25  # chance that two completions disagree, before anything was seen
 LEAST = 0.1
-HALF_LIFE = 20  # rollouts after which what was seen counts half
+HALF_LIFE = 50  # rollouts after which what was seen counts half
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^]]*\]")
 WORDS = re.compile(r"\b(?:SELECT|DISTINCT|JOIN|WHERE|GROUP|HAVING|ORDER|DESC|LIMIT|COUNT|SUM|AVG|MIN|MAX|AND|OR|NOT|IN|"
                    r"EXISTS|LIKE|BETWEEN|NULL|CASE|CAST|WITH|OVER|UNION|INTERSECT|EXCEPT)\b|[<>=!]+|[-+/]")

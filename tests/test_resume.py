@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import tiny_database
+from little_policy import little_policy_folder
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -24,14 +25,15 @@ STEPS = 12 * KILLS
 RECORDS = [{"db_id": "music", "question": f"How many singers are older than {n}?", "trace": f"count ages above {n}",
             "sql": f"SELECT COUNT(*) FROM singer WHERE age > {n}", "split": "train" if n < 24 else "dev"} for n in range(30)]
 FLAGS = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-step", "2", "--group-size", "4",
-         "--max-completion-tokens", "24", "--eval-every", "3", "--eval-questions", "4", "--test-questions", "4",
+         "--max-completion-tokens", "24", "--lr", "3e-4", "--eval-every", "3", "--eval-questions", "4", "--test-questions", "4",
          "--threads", "2", "--sql-workers", "1", "--kl-coef", "0.02", "--steps", str(STEPS), "--save-every", "1"]
 PASSING = ("seconds", "tokens_per_second", "peak_memory", "sql_worker_restarts")
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "train.py", *FLAGS, "--data", str(folder.parent / "mine.json"), "--output",
-                             str(folder), *more], cwd=ROOT,
+    model = little_policy_folder(folder.parent / "music.sqlite")
+    return subprocess.Popen([sys.executable, "train.py", *FLAGS, "--model", str(model), "--data",
+                             str(folder.parent / "mine.json"), "--output", str(folder), *more], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"})  # no spinning
 

@@ -20,6 +20,7 @@ from conftest import run_in_process, tiny_database
 from little_policy import little_policy_folder
 from transformers import AutoModelForCausalLM
 
+import evaluate
 import settings
 import train
 from data import columns_of
@@ -111,22 +112,22 @@ def test_the_demo_prints_before_and_after_and_writes_its_folder(demo_run):
     assert all("refused" not in fate for fate in fates) and any("format" in fate for fate in fates)
 
 
-def test_a_run_with_a_template_and_an_answer_style_of_its_own(tmp_path):
+def test_a_run_with_a_template_and_an_answer_style_of_its_own(small_data, tmp_path):
     """From the cold start over the reward to the record that an evaluation reads."""
     file, folder = tmp_path / "own.jinja", tmp_path / "run"
     file.write_text("{% set chat = false %}{{ schema.compact }}\nask : {{ question | space_out }}\n")
-    run(*SHORT, "--cold-start-steps", 60, "--max-completion-tokens", 80, "--steps", 2, "--output", folder, "--prompt-template", file,
-        "--answer", "think-answer", "--test-questions", 0)
+    run(*small_data, "--cold-start-steps", 60, "--max-completion-tokens", 80, "--steps", 2, "--output", folder,
+        "--prompt-template", file, "--answer", "think-answer", "--test-questions", 0)
     config = json.loads((folder / "config.json").read_text())
     assert config["answer_style"] == "think-answer" and config["template_text"] == file.read_text()
     texts = [one["text"] for group in lines(folder / "rollouts.jsonl") for one in group["completions"]]
     assert any("<answer>" in text for text in texts)
     file.write_text("{{ question }} of another day")
     out = tmp_path / "a.json"
-    done = subprocess.run([sys.executable, "evaluate.py", "--model", folder / "best", "--threads", "1", "--workers", "1", "--limit", "2",
-                           "--json", out], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    status, _, err = run_in_process(evaluate, "--model", folder / "best", "--data", small_data[-1], "--threads", "1",
+                                    "--workers", "1", "--limit", "2", "--json", out)
     protocol = json.loads(out.read_text())["protocol"]
-    assert (protocol["answer_style"], protocol["prompt_style"]) == ("think-answer", "own.jinja"), done.stderr
+    assert (status, protocol["answer_style"], protocol["prompt_style"]) == (0, "think-answer", "own.jinja"), err
     assert protocol["template"] == sha256(config["template_text"].encode()).hexdigest()[:16]
     assert run("--resume", "--output", folder, "--prompt-template", file, check=2).count("template") > 0
 
