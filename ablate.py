@@ -56,10 +56,18 @@ from tqdm import tqdm
 from data import PromptConfig, has_changed, reported_split
 from running.errors import UserError, parse_json, read_text, run_main, stored_settings, write_whole
 from running.guards import step_seconds
-from running.options import add_arguments, build, check, flag_of, option
+from running.options import Parser, add_arguments, build, check, flag_of, option, unknown_argument
 from running.run_folder import check_settings
 from running.wording import escape
-from settings import DEFAULTS_BEFORE, MAY_CHANGE_ON_RESUME, RunConfig, Settings, SFTConfig, parse_settings
+from settings import (
+    DEFAULTS_BEFORE,
+    MAY_CHANGE_ON_RESUME,
+    RunConfig,
+    Settings,
+    SFTConfig,
+    make_parser,
+    parse_settings,
+)
 from text2sql.question_files import check_excluded, excluded
 
 ROOT = Path(__file__).resolve().parent
@@ -574,13 +582,16 @@ def rounded(value):
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[AblateConfig, list[str]]:
     """Our own flags, and those that go to train.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, epilog="Every other flag goes to train.py, for all runs.")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, epilog="Every other flag goes to train.py, for all runs.")
     parser.add_argument("--vary", action="append", default=[], metavar="FLAG=A,B,C",
                         help="values of a flag of train.py; separated by ; where values have commas")
     add_arguments(parser, AblateConfig)
     given, common = parser.parse_known_args(arguments)
+    known = [*parser.flags(), *make_parser().flags()]
     for flag in common:
+        if flag.startswith("-") and not flag[1:2].isdigit() and flag.partition("=")[0] not in known:
+            raise UserError(unknown_argument(flag, known))
         name = flag.split("=")[0].removeprefix("--").replace("-", "_")
         if flag.startswith("--") and name in RESERVED:
             raise UserError(f"{flag} is set by ablate.py for each run ({RESERVED[name]})")

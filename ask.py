@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import io
+import os
 import re
 import shutil
 import sys
@@ -39,7 +40,7 @@ from data import (
     training_questions,
 )
 from running.errors import UserError, run_main, sound
-from running.options import add_arguments, build, check, option
+from running.options import Parser, add_arguments, build, check, option
 from running.wording import plural
 from scoring.answers import format_advice
 from scoring.voting import VOTES, Candidate, choose, rank_groups, sample_candidates
@@ -385,7 +386,7 @@ class Session:
         if not file:
             raise UserError("say where to: .export FILE.csv")
         try:
-            with open(file, "x", newline="", encoding="utf-8") as target:
+            with open(os.path.expanduser(file), "x", newline="", encoding="utf-8") as target:
                 writer = csv.writer(target)
                 writer.writerow(self.execution.columns)
                 writer.writerows([cell.hex() if isinstance(cell, bytes) else cell for cell in row]
@@ -438,8 +439,7 @@ def history():
 
 def parse_arguments(arguments=None) -> tuple[argparse.Namespace, AskConfig, PromptConfig]:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="the question; without it, a prompt for as many as you like")
     parser.add_argument("-n", dest="samples", type=int, default=argparse.SUPPRESS, metavar="N",
                         help="the same as --samples")

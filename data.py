@@ -9,7 +9,8 @@ both are re-exported here.
 What is held back from training
     Where the data bring no test questions of their own (your own file without `split`, an official dev split that is
     trained on), load_splits holds back about a fifth of them for the test and a tenth to choose the best policy by:
-    whole databases for the test of a benchmark, else questions, together with all that share their text or gold SQL.
+    whole databases of a benchmark, else questions, together with all that share their text or gold SQL. In your own
+    file with the splits train, dev and test the dev questions choose.
 """
 
 import json
@@ -27,6 +28,7 @@ from text2sql.question_files import (
     Dataset,
     NoSuchSplit,
     examples_of,
+    has_golds,
     is_own,
     load_official,
     load_own,
@@ -73,40 +75,48 @@ class Splits:
     tests: dict[str, list[Example]]
     databases: dict[str, Path]
     notes: tuple[str, ...] = ()
+    dev_by_database: bool = True  # see `load_splits`; kept in config.json
 
 
 def load_splits(name: str, data_dir=None, split: str = "train", *, traces=None, seed: int = 0,
-                world: str = "default", dev_size: int = 200, test_size: int = 1000) -> Splits:
+                world: str = "default", dev_size: int = 200, test_size: int = 1000, by_database: bool = True) -> Splits:
     """The sets of a training run; what is in dev or a test is not in training, nor is its gold SQL.
 
-    The demo has splits of its own. Elsewhere the dataset's dev split is the test (of one's own file the records with
-    `"split": "dev"`, else "test"); where there is none, or it is trained on, a test is held back from the training
-    questions. So is dev, always.
+    The demo has splits of its own, and so has one's own file whose records are marked train, dev and test. Elsewhere
+    the dev split, or whichever of the two one's own file has, is the test; where there is none, or it is trained on, a
+    test is held back from the training questions. So is dev then: `by_database` where the test has other databases
+    than training, as those of benchmarks have (a run from before this was so held back questions).
     """
     if name == "demo":
         return _demo_splits(data_dir, split, traces, seed, world, dev_size, test_size)
     pool = load_dataset(name, data_dir, split)
     count = len(pool.examples)
     databases, notes = pool.databases, pool.notes
+    own_dev = _given_dev(name, data_dir, split, pool.examples) if dev_size else None
     label, given, lack = _given_test(name, data_dir, split) if test_size else ("", None, "")
     if given:
-        chosen, more = _test_of(given, label, pool.examples, name)
+        chosen, more = _apart_from(pool.examples + (own_dev.examples if own_dev else []), given, "test", label, name)
         tests = {f"{label} split": random.Random(seed).sample(chosen, min(test_size, len(chosen)))}
         rest, databases, notes = pool.examples, databases | given.databases, notes + given.notes + more
     else:
         test = hold_out(pool.examples, part_size(test_size, count, 5), seed, by_database=not is_own(name))
         tests, rest = {"test": test.held}, test.rest
         notes += _held_note(test, count, "for the test before and after", "--test-questions", lack) if test_size else ()
-    dev = hold_out(rest, part_size(dev_size, count, 10), seed)
-    notes += _held_note(dev, count, "to choose the best policy by", "--eval-questions") if dev_size else ()
+    if own_dev:
+        dev = HeldBack(random.Random(seed).sample(own_dev.examples, min(dev_size, len(own_dev.examples))), rest)
+        databases, notes = databases | own_dev.databases, notes + own_dev.notes
+    else:
+        apart = not is_own(name) or _are_on_other_databases(tests, rest)
+        dev = hold_out(rest, part_size(dev_size, count, 10), seed, by_database and apart)
+        notes += _held_note(dev, count, "to choose the best policy by", "--eval-questions") if dev_size else ()
     if is_own(name) and len(dev.rest) < count:
         notes += _repeats_note(name, pool.examples)
     found, trace_notes = _traced(traces, databases, name)
     every, unread = _test_questions(name, data_dir, split, pool.examples) if traces else ([], ())
     return _without_leaks(Splits(dev.rest, [example for example in dev.rest if example.trace] + found, dev.held,
                                  {part: questions for part, questions in tests.items() if questions},
-                                 databases, tuple(dict.fromkeys(notes + trace_notes + unread))),
-                          every, by_gold=not (is_own(name) and (given or every)))
+                                 databases, tuple(dict.fromkeys(notes + trace_notes + unread)), by_database),
+                          every, by_gold=not (is_own(name) and (given or every)), dev_by_gold=not own_dev)
 
 
 def _demo_splits(data_dir, split, traces, seed, world, dev_size, test_size) -> Splits:
@@ -130,16 +140,32 @@ def _given_test(name, data_dir, split) -> tuple[str, Dataset | None, str]:
         labels = own_labels(Path(name), split)
         if not any(labels):
             return "", None, f"{name} has no field 'split'"
-        for label in ("dev", "test"):
-            if label in labels and label != split.strip().lower():
+        for label in ("test", "dev"):
+            if label != split.strip().lower() and has_golds(Path(name), label):
                 return label, load_dataset(name, data_dir, label), ""
-        return "", None, f"{name} has no other record with \"split\": \"dev\" or \"test\""
+        return "", None, f"{name} has no other record with \"split\": \"dev\" or \"test\" and gold SQL"
     if split.strip().lower() != "train":
         return "", None, f"{name}'s {split} split is trained on"
     try:
         return "dev", load_dataset(name, data_dir, "dev"), ""
     except NoSuchSplit as error:
         return "", None, f"no other test questions were found ({error})"
+
+
+def _given_dev(name, data_dir, split, trained: list[Example]) -> Dataset | None:
+    """The dev questions of one's own file that has test questions, too, without those that training has."""
+    others = {"dev", "test"} - {split.strip().lower()}
+    if not is_own(name) or len(others) < 2 or not all(has_golds(Path(name), label) for label in others):
+        return None
+    dev = load_dataset(name, data_dir, "dev")
+    kept, notes = _apart_from(trained, dev, "dev", "dev", name)
+    return _noted(replace(dev, examples=kept), *notes)
+
+
+def _are_on_other_databases(tests: Mapping[str, list[Example]], trained: list[Example]) -> bool:
+    """Whether there are test questions, and none on a database of training."""
+    tested = {example.db_id for questions in tests.values() for example in questions}
+    return bool(tested) and tested.isdisjoint(example.db_id for example in trained)
 
 
 def _test_questions(name, data_dir, split, trained: list[Example]) -> tuple[list[Example], tuple[str, ...]]:
@@ -158,21 +184,22 @@ def _test_questions(name, data_dir, split, trained: list[Example]) -> tuple[list
     return not_shared(questions, trained, by_gold=not is_own(name)), notes
 
 
-def _test_of(given: Dataset, label: str, trained: list[Example], name) -> tuple[list[Example], tuple[str, ...]]:
-    """The given test questions without those that training has too, and notes.
+def _apart_from(trained: list[Example], given: Dataset, use: str, label: str,
+                name) -> tuple[list[Example], tuple[str, ...]]:
+    """The questions given for a use (dev or test) without those that training, or dev, has too, and notes.
 
     In one's own file a shared gold query is only told: who marked the records may have meant it.
     """
-    own = is_own(name)
+    own, others = is_own(name), "training" if use == "dev" else "training or dev"
     kept = not_shared(given.examples, trained, by_gold=not own)
     notes = ()
     if len(kept) < len(given.examples):
         what = "questions" if own else "questions or their gold SQL"
-        notes += (f"left out {len(given.examples) - len(kept)} of {len(given.examples)} test questions of {name}, "
-                  f"split {label}: training has the same {what}",)
+        notes += (f"left out {len(given.examples) - len(kept)} of {len(given.examples)} {use} questions of {name}, "
+                  f"split {label}: {others} has the same {what}",)
     shared = len(kept) - len(not_shared(kept, trained))
     if shared:
-        notes += (f"test questions of {name}, split {label}, that share their gold SQL with training: {shared} of "
+        notes += (f"{use} questions of {name}, split {label}, that share their gold SQL with {others}: {shared} of "
                   f"{len(kept)}",)
     return kept, notes
 
@@ -198,14 +225,14 @@ def _repeats_note(name, examples: list[Example]) -> tuple[str, ...]:
             "trained on or held back, never both",) if repeated else ()
 
 
-def _without_leaks(splits: Splits, every: list[Example], by_gold: bool = True) -> Splits:
+def _without_leaks(splits: Splits, every: list[Example], by_gold: bool = True, dev_by_gold: bool = True) -> Splits:
     """The same without traces of questions that are held back (as sft.py --mine may find some).
 
     every: all test questions that the data bring; `splits.tests` may hold a sample of them.
-    by_gold: whether a gold query in common with a test question counts, too.
+    by_gold, dev_by_gold: whether a gold query in common with a test or dev question counts, too.
     """
     tests = [example for part in (*splits.tests.values(), every) for example in part]
-    traced = not_shared(not_shared(splits.traced, splits.dev), tests, by_gold)
+    traced = not_shared(not_shared(splits.traced, splits.dev, dev_by_gold), tests, by_gold)
     count = len(splits.traced) - len(traced)
     note = (f"left out {count} of {len(splits.traced)} traces: their questions are held back",) if count else ()
     return replace(splits, traced=traced, notes=splits.notes + note)
@@ -273,7 +300,9 @@ def reported_split(name: str) -> str:
     """The split of the test questions that a training run on these data reports: what to evaluate its policy on."""
     if name == "demo":
         return "test"
-    return "test" if is_own(name) and "dev" not in own_labels(Path(name), "train") else "dev"
+    if not is_own(name):
+        return "dev"
+    return "dev" if "dev" in own_labels(Path(name), "train") and not has_golds(Path(name), "test") else "test"
 
 
 def load_for_evaluation(name: str, data_dir=None, split: str = "dev", run: dict | None = None,
@@ -282,7 +311,8 @@ def load_for_evaluation(name: str, data_dir=None, split: str = "dev", run: dict 
 
     Of one's own file without such a split these are the questions that the run held back under its name. Otherwise
     those are left out that the run, or one it began with, was trained on or chose its best policy by; only the split
-    `train` is given as it is. Notes say which, and where nothing was held back.
+    `train` is given as it is, and one's own split `dev` with the questions that chose. Notes say which, and where
+    nothing was held back.
     """
     if name == "demo":
         return _noted(load_dataset(name, data_dir, split, **demo_options), *_demo_notes(run, split, demo_options))
@@ -299,7 +329,7 @@ def load_for_evaluation(name: str, data_dir=None, split: str = "dev", run: dict 
         return _noted(dataset, *(("the policy was trained on questions of this split",) if runs else ()))
     if not is_own(name):  # the official train splits are about databases that the others do not have
         runs = [one for one in runs if one.get("split") != "train"]
-    return _without_seen(dataset, f"{name}, split {split}", name, data_dir, runs)
+    return _without_seen(dataset, f"{name}, split {split}", name, data_dir, runs, is_own(name) and split == "dev")
 
 
 def lineage(run: dict | None) -> Iterator[dict]:
@@ -377,7 +407,7 @@ def _splits_of(name, data_dir, run: dict) -> Splits:
     if is_own(name) or not folder or not folder.is_dir():
         folder = data_dir
     sizes = {"dev_size": "eval_questions", "test_size": "test_questions", "seed": "seed"}
-    return load_splits(name, folder, run.get("split", "train"),
+    return load_splits(name, folder, run.get("split", "train"), by_database=run.get("dev_by_database", False),
                        **{option: run[field] for option, field in sizes.items() if field in run})
 
 
@@ -403,19 +433,23 @@ def _part_of(name, data_dir, split, runs: list[dict]) -> Dataset:
     return dataset if split == "train" else _without_seen(dataset, f"{name}, split {split}", name, data_dir, runs[1:])
 
 
-def _without_seen(dataset: Dataset, what: str, name, data_dir, runs: list[dict]) -> Dataset:
-    """The dataset without questions that one of the runs trained on or chose its best policy by."""
-    kept = dataset.examples
+def _without_seen(dataset: Dataset, what: str, name, data_dir, runs: list[dict], own_dev: bool = False) -> Dataset:
+    """The dataset without questions that one of the runs trained on or chose its best policy by; `own_dev` are there
+    for choosing, so they stay."""
+    kept, notes = dataset.examples, ()
     for run in runs:
         splits = _splits_of(name, data_dir, run)
-        kept = not_shared(kept, splits.train + splits.dev, by_gold=not is_own(name))
+        kept = not_shared(kept, splits.train + ([] if own_dev else splits.dev), by_gold=not is_own(name))
+        chose = len(kept) - len(not_shared(kept, splits.dev, by_gold=False))
+        if chose and run.get("eval_every"):
+            notes += (f"the run chose its best policy by {chose} of these questions: --split test has others",)
     if not kept:
         raise UserError(f"the policy was trained on, or chosen by, each of the {len(dataset.examples)} questions of "
                         + what)
     left_out = len(dataset.examples) - len(kept)
     note = (f"left out {left_out} of {len(dataset.examples)} questions of {what}: the policy was trained on them or on "
             "their gold SQL, or chosen by them",) if left_out else ()
-    return _noted(replace(dataset, examples=kept), *note)
+    return _noted(replace(dataset, examples=kept), *note, *notes)
 
 
 def _nothing_held_back(name, count: int, split: str, run: dict | None) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ from data import (
 from rewards import unwrap_fence
 from running.errors import UserError, check_folder, json_lines, run_main, write_text
 from running.guards import Heartbeat
-from running.options import HIGHEST_SEED, add_arguments, build, check, flag_of, option
+from running.options import HIGHEST_SEED, Parser, add_arguments, build, check, flag_of, option
 from scoring.answers import Examination, Progress, fingerprint, format_advice, questions_hash, scores_of
 from scoring.compare import compare, print_comparison
 from scoring.predictions import load_predictions, save_predictions
@@ -320,8 +320,7 @@ def clean_mean(values: Sequence[float]) -> float:
 
 def parse_arguments(arguments=None):
     """The command line as (namespace, EvaluateConfig, PromptConfig); no configs for a comparison."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
                         help="answers per question, which vote (default: 1, the greedy answer)")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two --json files")

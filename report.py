@@ -18,7 +18,6 @@ script sets it by textContent only; characters that do not print (NUL, direction
 ‹U+202E›; and a content security policy lets nothing but the page's own style and script take effect.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -34,6 +33,7 @@ from pathlib import Path
 from data import read_schema, schema_columns, training_questions
 from rewards import COMPONENTS, atomic_operations
 from running.errors import UserError, run_main, visible
+from running.options import Parser
 from running.run_folder import RolloutLog, parse_record
 from running.wording import duration, escape, percent, plural, short_number, signed
 from sql_exec import SQLExecutor
@@ -620,7 +620,7 @@ def mean_of_known(values: Sequence) -> float | None:
 
 def main() -> None:
     """Write the report of the run in a folder."""
-    parser = argparse.ArgumentParser(description="Write a run's report.html.")
+    parser = Parser(description="Write a run's report.html.")
     parser.add_argument("run", type=Path, help="folder of the run, such as runs/demo")
     path = write_report(parser.parse_args().run)
     print(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)")

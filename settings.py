@@ -193,20 +193,24 @@ class Settings:
         return {name: value for part in vars(self).values() for name, value in vars(part).items()}
 
 
+def make_parser(description: str = "", show_all: bool = True) -> options.Parser:
+    """The parser of train.py's command line."""
+    parser = options.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                            allow_abbrev=False, epilog="--model tiny has other defaults, and some depend on the size "
+                                                       "of a pretrained model: see docs/flags.md")
+    parser.add_argument("--help-all", action="help", help="show every flag; --help shows those that most runs need")
+    for config in CONFIGS:
+        options.add_arguments(parser, config, show_all)
+    return parser
+
+
 def parse_settings(arguments: list[str], description: str = "", auto_rank: int = 0) -> Settings:
     """Command line to settings; flags left out take the defaults above. Raises UserError.
 
     auto_rank: what `--lora-rank auto` means for a pretrained model; `fit` chooses it.
     """
-    show_all = "--help-all" in arguments
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False,
-                                     epilog="--model tiny has other defaults, and some depend on the size of a "
-                                            "pretrained model: see docs/flags.md")
-    parser.add_argument("--help-all", action="help", help="show every flag; --help shows those that most runs need")
-    for config in CONFIGS:
-        options.add_arguments(parser, config, show_all)
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    parsed = make_parser(description, show_all="--help-all" in arguments).parse_args(arguments)
+    given = {name: value for name, value in vars(parsed).items() if value is not None}
     given = {"output": f"runs/{Path(given.get('data', 'demo')).stem}"} | given
     defaults = settings_of_run(given["output"]) if given.get("resume") else {}
     if not defaults:

@@ -47,7 +47,7 @@ from policy import load_for_sampling
 from rewards import RewardConfig, build_memory, parse_completion
 from running.errors import UserError, check_folder, json_lines, run_main, write_whole
 from running.guards import Heartbeat
-from running.options import HIGHEST_SEED, add_arguments, build, check, option
+from running.options import HIGHEST_SEED, Parser, add_arguments, build, check, option
 from scoring.answers import Examination, Progress, fingerprint
 from scoring.verdicts import MATCHES, first_reasons
 from settings import SFTConfig
@@ -398,7 +398,7 @@ def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemor
 
 def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfig]:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
                         help=f"completions sampled per question (default: {MineConfig.samples})")
     kinds = (MineConfig, MemoryGate, PromptConfig)

@@ -161,7 +161,8 @@ def run_all(s: Settings) -> int:
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
                                                    may_change=MAY_CHANGE_ON_RESUME, defaults=DEFAULTS_BEFORE,
                                                    made_of={"began_with": earlier, "questions": hashes_of(data),
-                                                            "data_hash": data_hash(run.data)}))
+                                                            "data_hash": data_hash(run.data),
+                                                            "dev_by_database": data.dev_by_database}))
     for note in data.notes:
         print(note)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; `stop_signals` is kinder while steps run
@@ -185,9 +186,10 @@ def load_questions(s: Settings) -> tuple[Splits, dict | None]:
     of that one."""
     run = s.run
     traces = None if run.traces == "template" else run.traces
-    data = load_splits(run.data, run.data_dir, run.split, traces=traces, seed=run.seed,
-                       world=run.world, dev_size=run.eval_questions, test_size=run.test_questions)
     resumed, source = run_config_of(run.output) if run.resume else None, run.start or run.model
+    data = load_splits(run.data, run.data_dir, run.split, traces=traces, seed=run.seed, world=run.world,
+                       dev_size=run.eval_questions, test_size=run.test_questions,
+                       by_database=resumed.get("dev_by_database", False) if resumed else True)
     earlier = with_ancestors(began_with(resumed) if resumed else run_config_of(source))
     if earlier and not resumed:
         print(f"prompts are written as in the run that made {source}, unless a flag says otherwise: style "
@@ -260,6 +262,8 @@ class Trainer:
             self.folder.cut_logs(0)  # of a run whose checkpoints are gone
         if self.step == 0:
             self.save()  # step 0 is the reference, and what costs most of a short run
+            if run.steps and self.evaluation_is_due():
+                self.evaluate_dev()  # it may stay the best
         if not self.before and self.test_sets:
             self.before = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         bar = tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True,
@@ -484,7 +488,7 @@ class Trainer:
 
     def evaluate(self, questions: list, name: str) -> dict:
         """Greedy execution accuracy on (example, prompt ids) pairs, as `evaluate.summarise` gives it, and prints it."""
-        if not distributed.is_main() or name == "dev":
+        if not distributed.is_main() or name == "dev" and self.step:
             return self.measure(questions)
         print(f"step {self.step}: evaluating {len(questions)} questions of {name}", flush=True)
         found = self.measure(questions)
@@ -526,18 +530,21 @@ class Trainer:
         return {} if math.isnan(accuracy) else {"dev_accuracy": accuracy}
 
     def compare(self) -> None:
-        """Prints the held-out accuracy of the best policy by dev beside that of the start."""
-        best = self.folder.path / "best"
+        """Prints the held-out accuracy of the best policy by dev beside that of the start, which is measured once."""
+        best, after = self.folder.path / "best", self.before
         chosen = bool(self.s.run.eval_every and self.dev_set) and best.exists()
-        if chosen:
+        step = distributed.on_main(self.folder.step_of_best) if chosen else self.step
+        if chosen and step:
             adapters = best / ADAPTERS  # what merging would have rounded away
             load_weights(self.policy, adapters if adapters.is_dir() else best)  # into the same model: no second one
-        after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
+        if step:
+            after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         if not distributed.is_main():
             return
         print(before_after_table(self.before, after, self.s.run.match))
         write_whole(self.folder.path / "result.json", json.dumps({"before": self.before, "after": after}, indent=1))
-        print(f"policy: {best if chosen else self.folder.checkpoints()[-1][1]}")
+        same = " (that of step 0, for no later one was better on dev)" if self.step and not step else ""
+        print(f"policy: {best if chosen else self.folder.checkpoints()[-1][1]}{same}")
 
     # --------------------------------------------------------------------------------------------- preparation
 

@@ -13,17 +13,58 @@ nothing of the project write the same metadata by hand: `field(default=8, metada
 
 import argparse
 import dataclasses
+import difflib
 import math
 import operator
+import os
 import types
 import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
+from running.errors import UserError
+
+OTHER_NAMES = {  # of our flags in other tools
+    "--learning-rate": "--lr", "--num-generations": "--group-size", "--beta": "--kl-coef", "--epsilon": "--clip-low",
+    "--epsilon-high": "--clip-high", "--batch-size": "--prompts-per-step", "--epochs": "--steps",
+    "--num-train-epochs": "--steps", "--max-steps": "--steps", "--warmup-steps": "--lr-warmup",
+    "--lora-r": "--lora-rank",
+    "--max-new-tokens": "--max-completion-tokens", "--max-tokens": "--max-completion-tokens",
+    "--model-name-or-path": "--model", "--checkpoint": "--model", "--db": "--database", "--dataset-name": "--data",
+    "--resume-from-checkpoint": "--resume", "--report-to": "--log", "--num-return-sequences": "--samples"}
 HIGHEST_SEED = 1_000_000  # seeds of samples are made of a seed and two numbers more, in 64 bits
 
 
 def option(default, help: str, **metadata):
     """A field of a settings dataclass: its default, its help text, and the metadata above."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line; what is wrong with it is a UserError, one sentence in place of the lines of usage."""
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UserError(unknown_argument(unknown[0], self.flags()))
+        return given
+
+    def error(self, message: str):
+        raise UserError(f"{message}: see --help")
+
+    def flags(self) -> list[str]:
+        """The names of all flags."""
+        return [name for action in self._actions for name in action.option_strings]
+
+
+def unknown_argument(argument: str, flags: Iterable[str]) -> str:
+    """In words, that there is no such argument, and the flag that was probably meant."""
+    name = argument.partition("=")[0].replace("_", "-").lower()
+    if not name.startswith("-"):
+        return f"{argument!r} belongs to no flag: see --help"
+    flags, other = list(flags), OTHER_NAMES.get(name)
+    close = [other] if other in flags else difflib.get_close_matches(name, flags, n=1, cutoff=0.7)
+    return f"there is no flag {name}" + (f"; did you mean {close[0]}?" if close else ": see --help")
 
 
 def check(config) -> None:
@@ -62,9 +103,23 @@ def add_arguments(parser: argparse.ArgumentParser, config: type, show_all: bool 
         else:
             if "alone" in field.metadata:
                 shared |= {"nargs": "?", "const": field.metadata["alone"]}
-            group.add_argument(flag_of(field), type=_reader(kind, field.metadata),
-                               choices=field.metadata.get("choices"),
+            group.add_argument(flag_of(field), type=reader_of(kind, field.metadata), choices=field.metadata.get("choices"),
                                metavar=None if field.metadata.get("choices") else kind.__name__.upper(), **shared)
+
+
+def reader_of(kind: type, meta: typing.Mapping) -> Callable:
+    """Makes a value of a flag's text, or of one of its words.
+
+    A shell leaves the ~ of `--output=~/x` as it is, so it becomes the home folder here.
+    """
+    words = {meta.get("unset"): None, meta.get("alone"): meta.get("alone")}
+
+    def read(text: str):
+        if text in words:
+            return words[text]
+        return kind(os.path.expanduser(text) if kind in (str, Path) else text)
+    read.__name__ = kind.__name__  # which argparse names in its messages
+    return read
 
 
 def help_of(field: dataclasses.Field) -> str:
@@ -78,16 +133,6 @@ def build(config: type, values: dict):
     """Makes a config from those of `values` that are its fields."""
     names = {field.name for field in dataclasses.fields(config)}
     return config(**{name: value for name, value in values.items() if name in names})
-
-
-def _reader(kind: type, meta: typing.Mapping) -> typing.Callable:
-    """Reads the value of a flag, or one of its words."""
-    words = {meta.get("unset"): None, meta.get("alone"): meta.get("alone")}
-
-    def read(text: str):
-        return words[text] if text in words else kind(text)
-    read.__name__ = kind.__name__  # which argparse names in its messages
-    return read
 
 
 def _plain_type(annotation) -> type:

@@ -8,13 +8,13 @@ Colours go to terminals only, and nowhere when NO_COLOR is set. Completions are 
 such as those that steer a terminal, are written out as ‹U+001B›.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 from textwrap import fill
 
 from running.errors import UserError, run_main, visible
+from running.options import Parser
 from running.run_folder import RolloutLog
 
 WIDTH = 80
@@ -91,7 +91,7 @@ def find_group(folder: Path, step: int | None, question: int | None) -> dict:
 
 def main() -> None:
     """Show one group of a run."""
-    parser = argparse.ArgumentParser("python -m running.show", description="Show a group of a run in the terminal.")
+    parser = Parser("python -m running.show", description="Show a group of a run in the terminal.")
     parser.add_argument("run", type=Path, help="folder of the run, such as runs/demo")
     parser.add_argument("--step", type=int, help="the step (default: the newest)")
     parser.add_argument("--question", type=int,

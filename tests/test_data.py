@@ -259,8 +259,15 @@ def run_of(path, **more):
             "test_questions": 1000} | more
 
 
-def test_spider_train_holds_back_by_gold(shared_data):
+def test_spider_train_holds_back_databases(shared_data):
     splits = load_splits("spider", shared_data / "spider")
+    assert (len(splits.train), len(splits.dev)) == (7000 - 262 - 198, 198)
+    assert shared_with_training(splits) == (0, 0, 0)  # as the test, which is on other databases too
+    assert splits.notes[-1].startswith("held back 198 of 6738 questions to choose the best policy by: the databases movie_1, musical")
+
+
+def test_a_run_from_before_holds_back_by_gold_as_it_did(shared_data):
+    splits = load_splits("spider", shared_data / "spider", by_database=False)
     assert (len(splits.train), len(splits.dev)) == (7000 - 262 - 200, 200)
     assert {name: len(part) for name, part in splits.tests.items()} == {"dev split": 1000}
     assert shared_with_training(splits) == (0, 0, len({item.db_id for item in splits.dev}))
@@ -272,8 +279,8 @@ def test_spider_train_holds_back_by_gold(shared_data):
 def test_training_on_spider_dev_tests_on_other_databases(shared_data):
     splits = load_splits("spider", shared_data / "spider", "dev")
     test = splits.tests["test"]
-    assert (len(splits.train), len(splits.dev), len(test)) == (737, 103, 194)
-    assert shared_with_training(splits)[:2] == (0, 0)
+    assert (len(splits.train), len(splits.dev), len(test)) == (740, 100, 194)
+    assert shared_with_training(splits) == (0, 0, 0)
     databases = {item.db_id for item in test}
     assert len(databases) == 4 and databases.isdisjoint(item.db_id for item in splits.train + splits.dev)
     assert len({item.id for item in splits.train + splits.dev + test}) == 1034
@@ -384,13 +391,70 @@ def test_marked_records_are_tested_as_marked(tmp_path, tiny_db):
     path = write(tmp_path / "own.json", records)
     splits = load_splits(path)
     assert sorted(item.question for item in splits.tests["dev split"]) == ["new", "other words"]
-    assert "left out 1 of 3 test questions" in splits.notes[0] and "share their gold SQL with training: 1 of 2" in splits.notes[1]
+    assert "left out 1 of 3 test questions" in splits.notes[0] and "share their gold SQL with training or dev: 1 of 2" in splits.notes[1]
     assert reported_split(path) == "dev" and load_for_evaluation(path, run=run_of(path)).notes
     named_test = write(tmp_path / "b.json", [record | {"split": record["split"].replace("dev", "test")} for record in records])
     assert len(load_splits(named_test).tests["test split"]) == 2 and reported_split(named_test) == "test"
     write(tmp_path / "own.json", records[:10] + [records[11] | {"db_id": "gone"}])
     with pytest.raises(UserError, match="record 11: no database for db_id 'gone'"):
         load_splits(path)
+
+
+def marked(**counts):
+    """So many different records of each split."""
+    return [GOOD | {"question": f"{part} {i}", "sql": f"SELECT {i} AS {part}", "split": part}
+            for part, count in counts.items() for i in range(count)]
+
+
+def test_of_marked_records_dev_chooses_and_test_is_reported(tmp_path, tiny_db):
+    records = marked(train=20, dev=6, test=8)
+    records[20]["question"] = "train 3"  # dev has a question of training, and test one of dev
+    records[30]["question"] = "dev 4"
+    path = write(tmp_path / "own.json", records)
+    splits = load_splits(path)
+    assert [item.question for item in splits.train] == [f"train {i}" for i in range(20)]  # nothing more is held back
+    assert sorted(item.question for item in splits.dev) == [f"dev {i}" for i in range(1, 6)]
+    assert {name: len(part) for name, part in splits.tests.items()} == {"test split": 7}
+    assert splits.notes == (f"left out 1 of 8 test questions of {path}, split test: training or dev has the same questions",
+                            f"left out 1 of 6 dev questions of {path}, split dev: training has the same questions")
+    assert len(load_splits(path, dev_size=2).dev) == 2 and load_splits(path, test_size=0).dev == splits.dev
+    assert not load_splits(path, dev_size=0).dev and len(load_splits(path, dev_size=0).train) == 20
+    backwards = load_splits(path, split="dev")  # whoever trains on dev is tested on test, and chooses by held-back ones
+    assert (len(backwards.train), len(backwards.dev), list(backwards.tests)) == (5, 1, ["test split"])
+    shared = load_splits(write(tmp_path / "own.json", [record | {"sql": "SELECT 1", "trace": "look"} for record in marked(train=4, dev=2, test=2)]))
+    assert len(shared.traced) == 4 and "dev questions of" in shared.notes[1] and "that share their gold SQL" in shared.notes[1]
+
+
+def test_marked_records_are_evaluated_as_they_were_used(tmp_path, tiny_db):
+    path = write(tmp_path / "own.json", marked(train=20, dev=6, test=8))
+    assert reported_split(path) == "test"
+    run = run_of(path, eval_every=50)
+    test, dev = (load_for_evaluation(path, split=split, run=run) for split in ("test", "dev"))
+    assert len(test.examples) == 8 and not test.notes
+    assert len(dev.examples) == 6
+    assert dev.notes == ("the run chose its best policy by 6 of these questions: --split test has others",)
+    assert not load_for_evaluation(path, split="dev", run=run | {"eval_every": 0}).notes
+    hidden = [{name: value for name, value in record.items() if (name, record["split"]) != ("sql", "test")}
+              for record in marked(train=20, dev=6, test=8)]
+    path = write(tmp_path / "hidden.json", hidden)  # as a benchmark gives it away
+    assert list(load_splits(path).tests) == ["dev split"] and reported_split(path) == "dev"
+    hidden[-1]["sql"] = "SELECT 1"
+    with pytest.raises(UserError, match="record 27: field 'sql' is missing"):
+        load_splits(write(tmp_path / "half.json", hidden))
+
+
+def test_dev_has_other_databases_than_training_where_the_test_has(tmp_path, tiny_db):
+    for name in "abcdefghijklmn":
+        (tmp_path / f"{name}.sqlite").write_bytes(tiny_db.read_bytes())
+    records = [GOOD | {"db_id": db_id, "question": f"{db_id} {i}", "sql": f"SELECT {i}", "split": "train" if db_id < "m" else "test"}
+               for db_id in "abcdefghijklmn" for i in range(10)]
+    path = write(tmp_path / "own.json", records)
+    splits, before = load_splits(path), load_splits(path, by_database=False)
+    assert shared_with_training(splits) == (0, 0, 0) and shared_with_training(before)[2] > 0
+    assert (len(splits.dev), len({item.db_id for item in splits.dev}), len(before.dev)) == (10, 1, 12)
+    for record in records[::20]:
+        record["split"] = "test"  # on a database of training
+    assert shared_with_training(load_splits(write(tmp_path / "own.json", records)))[2] > 0
 
 
 def test_traces_of_unknown_databases_are_told(tmp_path, tiny_db):
@@ -600,7 +664,7 @@ def test_traces_of_test_questions_that_a_run_does_not_report_are_left_out_as_wel
         for size in (5, 0):
             splits = load_splits(name, folder, traces=traces, test_size=size)
             assert {item.question.split()[0] for item in splits.traced} == left, (name, size)
-            assert len(splits.traced) == 36 + 40 * (len(left) - 1)
+            assert len(splits.traced) == (40 if name == path else 36) + 40 * (len(left) - 1)  # one's own dev needs no other
     monkeypatch.setattr(demo_world, "SIZES", {part: dict.fromkeys(demo_world.TIERS, 5) for part in demo_world.SPLITS})
     asked = [item for part in ("dev", "test") for item in load_dataset("demo", tmp_path, part).examples]
     traces = write(tmp_path / "traces.json", [{"question": item.question, "db_id": item.db_id, "sql": "SELECT 1", "trace": "look"}

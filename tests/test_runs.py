@@ -11,8 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from conftest import run_in_process
 
-from running import options
+import ablate
+import ask
+import evaluate
+import report
+import sft
+import train
+from running import options, show
 from running import run_folder as runs
 from running.errors import UserError, write_whole
 from running.run_folder import RunFolder, load_state, replace_folder
@@ -378,3 +385,45 @@ def test_paths_of_a_resumed_run_lead_where_they_led_when_it_was_started(tmp_path
     s = parse_settings(["--resume", "--output", "../home/run", "--data", "../mine.json"])
     with pytest.raises(UserError, match="was started with data = ./mine.json, not ../mine.json"):
         RunFolder(s.run.output, s.as_dict(), resume=True, may_change=MAY_CHANGE_ON_RESUME)
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+@pytest.mark.parametrize("command, arguments, told", [
+    (train, ["--learning-rate", "1e-6"], "there is no flag --learning-rate; did you mean --lr?"),
+    (train, ["--group_sise=4"], "there is no flag --group-sise; did you mean --group-size?"),
+    (train, ["--num_generations", "4"], "there is no flag --num-generations; did you mean --group-size?"),
+    (train, ["--qqq"], "there is no flag --qqq: see --help"),
+    (train, ["--lr-decay", "yes"], "'yes' belongs to no flag: see --help"),
+    (train, ["--steps", "many"], "argument --steps: invalid int value: 'many': see --help"),
+    (train, ["--output"], "argument --output: expected one argument: see --help"),
+    (evaluate, ["--predicted", "x", "--max-new-tokens", "9"], "there is no flag --predicted; did you mean --predictions?"),
+    (evaluate, ["--max-new-tokens", "9"], "there is no flag --max-new-tokens; did you mean --max-completion-tokens?"),
+    (evaluate, ["--checkpoint", "x"], "there is no flag --checkpoint; did you mean --model?"),
+    (ask, ["--db", "x"], "there is no flag --db; did you mean --database?"),
+    (ask, ["--vote", "none"], "argument --vote: invalid choice: 'none'"),
+    (sft, ["--learning-rate", "1"], "there is no flag --learning-rate: see --help"),
+    (ablate, ["--grid", "kl", "--job", "2"], "there is no flag --job; did you mean --jobs?"),
+    (ablate, ["--grid", "kl", "--learning-rate", "2"], "there is no flag --learning-rate; did you mean --lr?"),
+    (ablate, ["--vary", "learning-rate=1,2"], "there is no flag --learning-rate; did you mean --lr?"),
+    (report, [], "the following arguments are required: run: see --help"),
+    (show, ["x", "--steps", "3"], "there is no flag --steps; did you mean --step?")])
+def test_a_wrong_command_line_is_one_sentence_with_the_flag_that_was_probably_meant(command, arguments, told):
+    status, out, err = run_in_process(command, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: {told}"), err
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {name: f"{tmp_path}/x" for name in ("output", "data_dir", "traces", "start", "reward_module")}
+    given = parse_settings([f"--{name.replace('_', '-')}=~/x" for name in paths] + ["--data=~/x.json", "--rewards=execution,user=0.5"])
+    assert given.as_dict().items() >= (paths | {"data": f"{tmp_path}/x.json"}).items()
+    (tmp_path / "p.jinja").write_text("{{ question }}")
+    assert parse_settings(["--prompt-template=~/p.jinja"]).prompts.template_text == "{{ question }}"
+    _, config, _ = evaluate.parse_arguments(["--model=~/m", "--json=~/a.json", "--predictions-out=~/b.sql", "--save-traces=~/c.jsonl",
+                                             "--gold-cache=~/d", "--exclude=~/e"])
+    assert (config.model, config.json, config.predictions_out, config.save_traces, config.gold_cache, config.exclude) == tuple(
+        f"{tmp_path}/{name}" for name in ("m", "a.json", "b.sql", "c.jsonl", "d", "e"))
+    assert ask.parse_arguments(["--database=~/a.sqlite", "--evidence=5 ~ 6"])[1].database == f"{tmp_path}/a.sqlite"
+    assert sft.parse_arguments(["--mine=~/a.jsonl", "--model=m"])[0].mine == f"{tmp_path}/a.jsonl"
+    assert ablate.parse_arguments(["--grid=kl", "--output=~/x"])[0].output == tmp_path / "x"

@@ -172,6 +172,42 @@ def test_resuming_a_finished_run_changes_nothing(small, small_run):
     assert (small_run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """(step, questions) of every evaluation of a run, which falls by a tenth a step."""
+    calls, measure = [], train.Trainer.measure
+
+    def measured(self, questions):
+        calls.append((self.step, len(questions)))
+        found = measure(self, questions)
+        found["execution_accuracy"][self.s.run.match] = 0.5 - 0.1 * self.step
+        return found
+
+    monkeypatch.setattr(train.Trainer, "measure", measured)
+    return calls
+
+
+def test_the_start_is_kept_where_no_later_policy_is_better_on_dev(small, tmp_path, asked):
+    flags = [*small, "--steps", 2, "--eval-every", 1, "--lr", 0.01, "--lr-warmup", 0]
+    told = run(*flags, "--output", tmp_path / "run")
+    assert asked == [(0, 4), (0, 6), (1, 4), (2, 4)]  # the test once, for it is the same policy
+    assert "step 0: 50.0 % of dev right" in told and "run/best (that of step 0, for no later one was better on dev)" in told
+    assert (tmp_path / "run" / "best" / "step.txt").read_text() == "0\n"
+    best, first, last = ((tmp_path / "run" / place / "model.safetensors").read_bytes()
+                         for place in ("best", "checkpoints/step-0", "checkpoints/step-2"))
+    assert best == first != last
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["before"] == result["after"]
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--steps", 0], [(0, 6)]), (["--steps", 1, "--eval-every", 0], [(0, 6), (1, 6)]),
+    (["--steps", 1, "--eval-questions", 0], [(0, 6), (1, 6)]), (["--steps", 1, "--test-questions", 0], [(0, 4), (1, 4)])])
+def test_no_policy_answers_the_same_questions_twice(small, tmp_path, asked, flags, expected):
+    told = run(*small, *flags, "--output", tmp_path / "run")
+    assert asked == expected and ("before GRPO" in told) == (expected[0] == (0, 6))
+
+
 def test_a_run_made_longer_is_the_run_that_began_so(small, small_run, tmp_path):
     folder = tmp_path / "longer"
     run(*small, "--steps", 2, "--save-every", 2, "--output", folder)

@@ -132,6 +132,14 @@ def own_labels(file: Path, asked: str) -> list[str | None]:
     return _labels(read_records(file), file, asked.strip().lower())
 
 
+def has_golds(file: Path, asked: str) -> bool:
+    """Whether a record of this split of one's own file has gold SQL; those of a hidden test have none."""
+    records = read_records(file)
+    labels = _labels(records, file, asked)
+    return any(record.keys() & {"sql", "SQL", "query"} for record, label in zip(records, labels, strict=True)
+               if label == asked)
+
+
 def _labels(records: list, file, asked: str) -> list[str | None]:
     """Each record's split in lower case, None where it names none; a name nobody knows is an error, not left out."""
     labels = []
