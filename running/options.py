@@ -28,7 +28,7 @@ OTHER_NAMES = {  # of our flags in other tools
     "--learning-rate": "--lr", "--num-generations": "--group-size", "--beta": "--kl-coef", "--epsilon": "--clip-low",
     "--epsilon-high": "--clip-high", "--batch-size": "--prompts-per-step", "--epochs": "--steps",
     "--num-train-epochs": "--steps", "--max-steps": "--steps", "--warmup-steps": "--lr-warmup",
-    "--lora-r": "--lora-rank",
+    "--lora-r": "--lora-rank", "--rank": "--lora-rank",
     "--max-new-tokens": "--max-completion-tokens", "--max-tokens": "--max-completion-tokens",
     "--model-name-or-path": "--model", "--checkpoint": "--model", "--db": "--database", "--dataset-name": "--data",
     "--resume-from-checkpoint": "--resume", "--report-to": "--log", "--num-return-sequences": "--samples"}
@@ -63,7 +63,7 @@ def unknown_argument(argument: str, flags: Iterable[str]) -> str:
     if not name.startswith("-"):
         return f"{argument!r} belongs to no flag: see --help"
     flags, other = list(flags), OTHER_NAMES.get(name)
-    close = [other] if other in flags else difflib.get_close_matches(name, flags, n=1, cutoff=0.7)
+    close = [other] if other in flags else difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
     return f"there is no flag {name}" + (f"; did you mean {close[0]}?" if close else ": see --help")
 
 
