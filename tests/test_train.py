@@ -190,7 +190,7 @@ def asked(monkeypatch):
 def test_the_start_is_kept_where_no_later_policy_is_better_on_dev(small, tmp_path, asked):
     flags = [*small, "--steps", 2, "--eval-every", 1, "--lr", 0.01, "--lr-warmup", 0]
     told = run(*flags, "--output", tmp_path / "run")
-    assert asked == [(0, 4), (0, 6), (1, 4), (2, 4)]  # the test once, for it is the same policy
+    assert asked == [(0, 2), (0, 6), (1, 2), (2, 2)]  # the test once, for it is the same policy
     assert "step 0: 50.0 % of dev right" in told and "run/best (that of step 0, for no later one was better on dev)" in told
     assert (tmp_path / "run" / "best" / "step.txt").read_text() == "0\n"
     best, first, last = ((tmp_path / "run" / place / "model.safetensors").read_bytes()
@@ -202,7 +202,7 @@ def test_the_start_is_kept_where_no_later_policy_is_better_on_dev(small, tmp_pat
 
 @pytest.mark.parametrize("flags, expected", [
     (["--steps", 0], [(0, 6)]), (["--steps", 1, "--eval-every", 0], [(0, 6), (1, 6)]),
-    (["--steps", 1, "--eval-questions", 0], [(0, 6), (1, 6)]), (["--steps", 1, "--test-questions", 0], [(0, 4), (1, 4)])])
+    (["--steps", 1, "--eval-questions", 0], [(0, 6), (1, 6)]), (["--steps", 1, "--test-questions", 0], [(0, 2), (1, 2)])])
 def test_no_policy_answers_the_same_questions_twice(small, tmp_path, asked, flags, expected):
     told = run(*small, *flags, "--output", tmp_path / "run")
     assert asked == expected and ("before GRPO" in told) == (expected[0] == (0, 6))
