@@ -103,8 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser, config: type, show_all: bool 
         else:
             if "alone" in field.metadata:
                 shared |= {"nargs": "?", "const": field.metadata["alone"]}
-            group.add_argument(flag_of(field), type=reader_of(kind, field.metadata), choices=field.metadata.get("choices"),
-                               metavar=None if field.metadata.get("choices") else kind.__name__.upper(), **shared)
+            choices = field.metadata.get("choices")
+            group.add_argument(flag_of(field), type=reader_of(kind, field.metadata), choices=choices,
+                               metavar=None if choices else kind.__name__.upper(), **shared)
 
 
 def reader_of(kind: type, meta: typing.Mapping) -> Callable:
