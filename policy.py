@@ -69,6 +69,7 @@ ADAPTERS = "adapters"  # subfolder of merged weights
 BASE = "base.txt"  # beside adapters, hash_of_base
 END, PAD = "<|endoftext|>", "<|pad|>"
 BF16_PARAMETERS = 20e6  # a smaller model computes in float32 on any CPU
+BF16_CAPABILITY = (8, 0)  # compute capability from which on an NVIDIA card has products in bf16: Ampere
 
 
 @dataclass
@@ -195,10 +196,12 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
 
 
 def prefers_bf16(parameters: int, gpu: bool) -> bool:
-    """Whether `--precision auto` means bf16 arithmetic for a model of so many parameters: on a GPU, and on a CPU that
-    has instructions for it if the model is large enough to gain."""
+    """Whether `--precision auto` means bf16 arithmetic for a model of so many parameters: on a GPU, and on a CPU if the
+    model is large enough to gain; on either if it has instructions for it."""
+    if gpu:  # planned for where there is none
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= BF16_CAPABILITY
     knows = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return gpu or knows and parameters > BF16_PARAMETERS
+    return knows and parameters > BF16_PARAMETERS
 
 
 def load_for_sampling(name: str, threads: int = 0) -> Policy:
@@ -215,7 +218,8 @@ def load_for_sampling(name: str, threads: int = 0) -> Policy:
     precision = (run_config_of(name) or {}).get("precision", "auto")
     name = unmerged(name)
     if torch.cuda.is_available():
-        return load_policy(name, device="cuda", dtype=torch.float32 if precision == "float32" else torch.bfloat16)
+        rounded = precision == "bf16" or precision == "auto" and prefers_bf16(0, gpu=True)
+        return load_policy(name, device="cuda", dtype=torch.bfloat16 if rounded else torch.float32)
     policy = load_policy(name)
     parameters = sum(weight.numel() for weight in policy.model.parameters())
     rounded = precision == "bf16" or precision == "auto" and prefers_bf16(parameters, gpu=False)

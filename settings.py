@@ -44,6 +44,7 @@ LORA_LR = 10  # times the learning rates
 PATHS = ("model", "data", "data_dir", "start", "traces", "reward_module", "embedder")  # settings that may be a path,
 NAMES = ("", None, "tiny", *ALIASES, "demo", "spider", "bird", "template", "hash", "policy")  # unless one of these
 AUTO_RANK = 16  # of the adapters that --lora-rank auto trains where all weights do not fit
+IN_BF16 = {"sampler_cap": 2.0}  # sampler and trainer round differently
 
 
 def parameters_of(config: dict | None) -> float:
@@ -91,8 +92,9 @@ class RunConfig:
                         common=True)
     engine: str = option("fast", "how rollouts and log-probabilities are computed: fast, or plain as grpo.py shows it",
                          choices=("fast", "plain"), common=True)
-    precision: str = option("auto", "of arithmetic, on float32 weights; auto: bf16 on GPUs, and on CPUs with AMX or "
-                                    "AVX512-BF16 for models of over 20 million parameters",
+    precision: str = option("auto", "of arithmetic, on float32 weights; auto: bf16 on GPUs of compute capability 8.0 "
+                                    "and more, and on CPUs with AMX or AVX512-BF16 for models of over 20 million "
+                                    "parameters",
                             choices=("auto", "float32", "bf16"), common=True)
     lora_rank: int | None = option(None, "train adapters of this rank (needs peft), or with 0 all weights; auto: all "
                                          f"weights where --plan says that they fit, else adapters of rank {AUTO_RANK}",
@@ -173,6 +175,7 @@ DEFAULTS_BEFORE = {"draw": "epochs", "questions_per_database": 1, "execution_run
 MAY_CHANGE_ON_RESUME = ("resume", "output", "steps", "threads", "sharding", "eval_every", "save_every", "sql_workers",
                         "log", "verbose", "token_ratios_every", "keep",
                         "max_skipped", "warn_flat_steps", "warn_format_steps", "warn_kl", "warn_truncated",
+                        "warn_sampler_gap",
                         "reference_device", "gradient_checkpointing", "plan")
 
 
@@ -218,7 +221,9 @@ def parse_settings(arguments: list[str], description: str = "", auto_rank: int =
         config = None if model == "tiny" else config_of(model)
         rank = given.get("lora_rank", auto_rank if config else 0)
         kind = defaults_of_kind(config, lora=rank > 0, traces=bool(given.get("traces")))
-        defaults = {"lora_rank": rank} | kind | recipe_values(given.get("recipe", "none"), parameters_of(config))
+        bf16 = computes_in_bf16(given.get("precision", "auto"), parameters_of(config), torch.cuda.is_available())
+        recipe = recipe_values(given.get("recipe", "none"), parameters_of(config))
+        defaults = {"lora_rank": rank} | kind | (IN_BF16 if bf16 else {}) | recipe
     values, source = defaults | given, str(given.get("start") or given.get("model", ""))
     earlier = run_config_of(source) if source and not given.get("resume") else None
     if "template" in given:  # not what a resumed run kept of its own
@@ -345,7 +350,7 @@ def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tupl
         reference=s.grpo.kl_coef > 0, reference_on_cpu=run.reference_device == "cpu", lora_rank=run.lora_rank,
         optimizer_on_cpu=run.optimizer_device == "cpu",
         shards=processes if wants_sharding(run, processes, gpu) else 1,
-        checkpointing=run.gradient_checkpointing, gpu=gpu, bf16=computes_in_bf16(run, shape.parameters(), gpu),
+        checkpointing=run.gradient_checkpointing, gpu=gpu, bf16=computes_in_bf16(run.precision, shape.parameters(), gpu),
         frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)
     memory = memory_planned_for(run) / 4 if gpu else plan.PASS
     return shape, replace(work, pass_tokens=run.tokens_per_pass or plan.tokens_per_pass(shape, work, memory))
@@ -358,9 +363,9 @@ def rollout_room(s: Settings) -> tuple[int, int]:
     return together * P, together * (P + G * s.grpo.max_completion_tokens)
 
 
-def computes_in_bf16(run: RunConfig, parameters: int, gpu: bool) -> bool:
+def computes_in_bf16(precision: str, parameters: float, gpu: bool) -> bool:
     """What --precision means for a model of so many parameters."""
-    return run.precision == "bf16" or run.precision == "auto" and prefers_bf16(parameters, gpu)
+    return precision == "bf16" or precision == "auto" and prefers_bf16(parameters, gpu)
 
 
 def memory_planned_for(run: RunConfig) -> float:

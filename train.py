@@ -156,6 +156,7 @@ def run_all(s: Settings) -> int:
                         "each process has the frozen weights anyway, or give --kl-coef 0")
     print(f"{run.model}: {s.grpo.group_size} completions a question, {run.prompts_per_step} questions a step, learning "
           f"rate {run.lr:g}, gradient checkpointing {'on' if run.gradient_checkpointing else 'off'}"
+          + (f", sampler cap {s.grpo.sampler_cap:g}" if s.grpo.sampler_cap else "")
           + (f", recipe {run.recipe}" if run.recipe != "none" else ""))
     data, earlier = load_questions(s)
     folder = distributed.on_main(lambda: RunFolder(run.output, s.as_dict(), resume=run.resume,
@@ -643,7 +644,8 @@ class Trainer:
     def _arithmetic(self) -> tuple[bool, int]:
         """Whether it is in bf16, and how many tokens a pass of the update takes (0: one group)."""
         run, model = self.s.run, causal_lm(self.policy.model)
-        bf16 = computes_in_bf16(run, sum(weight.numel() for weight in model.parameters()), self.device == "cuda")
+        parameters = sum(weight.numel() for weight in model.parameters())
+        bf16 = computes_in_bf16(run.precision, parameters, self.device == "cuda")
         try:
             return bf16, planned(self.s, model.config.to_dict())[1].pass_tokens
         except UserError:  # an architecture whose needs we cannot tell
@@ -655,7 +657,7 @@ class Trainer:
         and on a GPU where the optimizer on the CPU has float32 copies. The tiny policy has room for its own."""
         run = self.s.run
         rounded = run.lora_rank or self.device == "cuda" and run.optimizer_device == "cpu" and run.model != "tiny"
-        asked = computes_in_bf16(run, 0, self.device == "cuda")  # on a CPU only where it is asked for by name
+        asked = computes_in_bf16(run.precision, 0, self.device == "cuda")  # on a CPU only where it is asked for by name
         return torch.bfloat16 if rounded and asked else torch.float32
 
     @cached_property

@@ -92,6 +92,8 @@ def default_cell(command: str, name: str, default: str | None) -> str:
     shown = f"`{default}`" if default is not None else ""
     if command != "train":
         return shown
+    if name in settings.IN_BF16:
+        return f"{shown}, in bf16 `{settings.IN_BF16[name]}`"
     tiny = settings.TINY.get(name, default)
     pretrained = {str(values.get(name, default)) for values in settings.KINDS.values()}
     if len(pretrained) > 1:

@@ -1,8 +1,10 @@
-"""Weights to sample with: a bf16 copy of a float32 model, taken anew before each rollout, at the same addresses.
+"""Weights to sample with: a bf16 copy of a model's matrices, taken anew before each rollout, at the same addresses.
 
-Under autocast every product would cast its weights again, for each token. Weights that are bf16 already (the base of
-LoRA adapters, and all where the optimizer has others) are shared, not copied. Adapters stay beside them, unmerged:
-merged into bf16 weights, most of what they have learned would be rounded away.
+Under autocast every product would cast its weights again, for each token. What autocast leaves in float32 when the
+model is trained stays so here, as the model's own tensors: embeddings, norms, and with them the sum that each layer
+adds to. So sampler and trainer round at the same places. Weights that are bf16 already (the base of LoRA adapters, and
+all where the optimizer has others) are shared, not copied. Adapters stay beside them, unmerged: merged into bf16
+weights, most of what they have learned would be rounded away.
 
 Of a model that is sharded over processes each has a whole copy, which they `refresh` together before a rollout.
 """
@@ -12,27 +14,35 @@ import weakref
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 _copies: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> its copy
 
 
 @contextmanager
 def weights_to_sample_with(model):
-    """Yields the model to decode with: under bf16 autocast the copy, without autocast inside; else the model itself."""
+    """Yields the model to decode with: under bf16 autocast the copy, else the model itself."""
     known, sharded = _copies.get(model), any(hasattr(module, "unshard") for module in model.modules())
     if not _in_bf16(model) or sharded and known is None:
         yield model
         return
     if not sharded:
-        weights = list(model.parameters())
-        if known is None or [p.shape for p in known.parameters()] != [p.shape for p in weights]:  # adapters have come
-            known = _copies[model] = _copy(model)
+        if known is None or _shapes(known) != _shapes(model):  # adapters have come
+            known = _copies[model] = rounded_copy(model)
         with torch.no_grad():
-            for new, old in zip(known.parameters(), weights, strict=True):
+            for new, old in zip(all_weights(known), all_weights(model), strict=True):
                 if new is not old:
                     new.copy_(old)
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        yield known
+    yield known
+
+
+def all_weights(model) -> list[nn.Parameter]:
+    """Of every module; weights that two share come twice."""
+    return [weight for _, weight in model.named_parameters(remove_duplicate=False)]
+
+
+def _shapes(model) -> list[torch.Size]:
+    return [weight.shape for weight in all_weights(model)]
 
 
 def refresh(model, sharded) -> bool:
@@ -45,7 +55,7 @@ def refresh(model, sharded) -> bool:
     if model in _copies:
         sharded.copy_onto(_copies[model])
     else:
-        _copies[model] = sharded.frozen_copy(dtype=torch.bfloat16)
+        _copies[model] = sharded.frozen_copy(like=rounded_copy(sharded.blank[0]))
     return True
 
 
@@ -55,10 +65,16 @@ def _in_bf16(model) -> bool:
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
-def _copy(model):
-    """A bf16 model; weights that are bf16 are the model's own."""
-    memo = {}
-    for weight in model.parameters():
-        shared = weight.dtype == torch.bfloat16
-        memo[id(weight)] = weight if shared else torch.nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
-    return copy.deepcopy(model, memo).eval()
+def rounded_copy(model):
+    """A model whose matrices are bf16; its other weights are the model's own."""
+    known = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}).eval()
+    for module in known.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.dtype != torch.bfloat16 and _is_rounded(module, weight):
+                setattr(module, name, nn.Parameter(weight.detach().bfloat16(), requires_grad=False))
+    return known
+
+
+def _is_rounded(module, weight) -> bool:
+    """Whether autocast rounds a weight: those of products, and their biases."""
+    return isinstance(module, nn.Linear) or weight.dim() > 1 and not isinstance(module, nn.Embedding)

@@ -7,11 +7,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine import lean
 from engine.attention import causal_lm, enable, is_exact, no_mask
 from engine.bf16 import weights_to_sample_with
-from engine.grid import LOOK, Grid
+from engine.grid import GRAPHS, LOOK, Grid
 from engine.packing import can_pack, families, shared_by
 from engine.row_attention import RowLayout
 from grpo import Group, as_groups, dropout_off, left_pad, plain_decode, plain_logprobs
@@ -32,6 +33,8 @@ def grid_decode(model, forward: Callable, prompts, uniform, temperature, eos_ids
     step = partial(forward, model)
     addresses = tuple(weight.data_ptr() for weight in model.parameters())
     grid.start(*prefill(model, prompts), uniform, temperature, eos_ids, addresses)
+    if grid.device.type in GRAPHS and not can_replay(model, forward):
+        grid.refuse_graphs("the model asks for a value, as dynamic rotary positions do")
     for t in range(1, T):
         if (t - 1) % LOOK.get(grid.device.type, 16) == 0 and not grid.look(t):
             break
@@ -48,7 +51,8 @@ def prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor
     out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=True, logits_to_keep=1)
     enable(model)
-    return [(layer.keys, layer.values) for layer in out.past_key_values.layers], mask.bool(), out.logits[:, -1]
+    kept = [(layer.keys.to(layer.values.dtype), layer.values) for layer in out.past_key_values.layers]
+    return kept, mask.bool(), out.logits[:, -1]
 
 
 def row_prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
@@ -88,7 +92,7 @@ class KeepingLayout(RowLayout):
     kept: dict = field(default_factory=dict)
 
     def attend(self, layer, query, key, value, scaling, window=None):
-        self.kept[layer] = key, value
+        self.kept[layer] = key.to(value.dtype), value
         return super().attend(layer, query, key, value, scaling, window)
 
 
@@ -113,6 +117,23 @@ def forward_of(model) -> Callable:
 def can_share(model) -> bool:
     """Whether a model's completions can share their prompt; a warning says if they cannot."""
     return is_exact(model, "shared prompts", lambda small: _gap(small, module_forward))
+
+
+def can_replay(model, forward: Callable) -> bool:
+    """Whether a token needs nothing but operations on tensors, so that a GPU can replay it. It is asked before a graph
+    is recorded, for what fails on the way leaves PyTorch's memory in disorder."""
+    return is_exact(model, "graphs", lambda small: _asks(small, forward), quiet=True)
+
+
+def _asks(model, forward: Callable) -> float:
+    """0; raises where a token of a model asks for a value: fake tensors have none."""
+    grid, prompts = Grid(), [torch.arange(2, 9), torch.arange(3, 6)]
+    with torch.no_grad(), dropout_off(model):
+        grid.start(*prefill(model, prompts), torch.rand(2, 3, 4, dtype=torch.float64), 1.0, [0])
+        grid.attended = 4
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            grid.step(partial(forward, model))
+    return 0.0
 
 
 def _gap(model, forward: Callable) -> float:

@@ -234,7 +234,7 @@ class Sharded(torch.nn.Module):
         super().__init__()
         self.model, self.logprobs = model, engine.logprobs
         self.samples_from_copy = engine.decode is decode and can_share(model)  # where the copy is in bf16, see bf16.py
-        self.blank = [_with_weights_of(model, device="meta")]  # in a list, where FSDP does not look for parameters
+        self.blank = [_with_weights_of(model, "meta")]  # in a list, where FSDP does not look for parameters
         self.engine = Engine(engine.decode, lambda _, *rows: self(*rows))  # through __call__, where FSDP's hooks are
         mesh = dist.init_device_mesh(next(model.parameters()).device.type, (size(),))
         kinds = model._no_split_modules or ()  # the class of the layers, as transformers names it
@@ -254,10 +254,13 @@ class Sharded(torch.nn.Module):
         from torch.distributed.fsdp import FSDPModule
         return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
-    def frozen_copy(self, device=None, dtype: torch.dtype | None = None):
-        """A model of its own with all weights as they are now, not trained. All processes make it together."""
+    def frozen_copy(self, device=None, like=None):
+        """A model of its own with all weights as they are now, not trained. All processes make it together.
+
+        like: a model without values whose weights have the types that are wanted; None: this one's types.
+        """
         device = device or next(self.model.parameters()).device
-        frozen = _with_weights_of(self.blank[0], device=device, dtype=dtype).to(device).requires_grad_(False).eval()
+        frozen = _with_weights_of(like or self.blank[0], device).to(device).requires_grad_(False).eval()
         self.copy_onto(frozen)
         return frozen
 
@@ -266,16 +269,15 @@ class Sharded(torch.nn.Module):
         """Copies all weights onto those of a whole model, a unit after the other, so that only one is gathered."""
         for unit in self.units():
             unit.unshard()
-            for new, own in zip(whole.parameters(), self.model.parameters(), strict=True):
+            for new, own in zip(bf16.all_weights(whole), bf16.all_weights(self.model), strict=True):
                 if not is_sharded(own):
                     new.copy_(own)
             unit.reshard()
 
 
-def _with_weights_of(model, **kind):
-    """A copy whose weights have the shapes of a model's and no values. kind: their device and dtype where not None"""
-    kind = {name: value for name, value in kind.items() if value is not None}
-    memo = {id(weight): torch.nn.Parameter(torch.empty_like(weight, **kind), weight.requires_grad)
+def _with_weights_of(model, device):
+    """A copy whose weights, on this device, have the shapes and types of a model's and no values."""
+    memo = {id(weight): torch.nn.Parameter(torch.empty_like(weight, device=device), weight.requires_grad)
             for weight in model.parameters()}
     return copy.deepcopy(model, memo)
 

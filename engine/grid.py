@@ -6,7 +6,9 @@ ended, and goes on with a smaller grid.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from engine.draw import draw
 
+GRAPHS = ("cuda",)  # kinds of device that replay a step
 LOOK = {"cuda": 16, "cpu": 4}  # tokens between two looks
 SHRINK = 7 / 8  # of its rows a smaller grid may have at most, to be worth its copies
 PADDING = {"cuda": 256, "cpu": 1}  # prompts are padded to a multiple of this, for each length needs graphs of its own
@@ -27,6 +30,7 @@ class Grid:
         self.memory: dict[str, Tensor] = {}  # flat, of which the tensors are the first part
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.pool = None  # of memory that the graphs share
+        self.replays = True  # whether a step can be a graph
         self.weights: tuple[int, ...] = ()  # their addresses
 
     def start(self, prompts: list[tuple[Tensor, Tensor]], mask: Tensor, logits: Tensor, uniform: Tensor,
@@ -93,23 +97,38 @@ class Grid:
 
         forward: (token [R], position [R], grid) -> logits [R, V]; it calls `attend` once a layer.
         """
-        if self.device.type != "cuda":
-            self.attended = min(self.T, -(-t // 16) * 16)
+        if self.device.type not in GRAPHS:
+            self.attended = t
             return self.step(forward)
         self.attended = min(self.T, max(64, 1 << (t - 1).bit_length()))
         seen = tuple(keys.shape[2] for keys, _ in self.prompts)  # fewer than P where a layer has a window
         key = (self.B, self.M, *self.uniform.shape, self.padding.shape[1], seen, self.attended, self.temperature,
                self.eos.shape[1])
-        if key not in self.graphs:  # the first time as it is, which also makes the libraries ready
-            self.graphs[key] = None
+        if key in self.graphs and self.replays and self.graphs[key] is None:
+            self.graphs[key] = self.record(forward)
+        if self.graphs.setdefault(key) is None:  # the first time as it is, which also makes the libraries ready
             return self.step(forward)
-        if self.graphs[key] is None:
-            if not any(self.graphs.values()):  # a pool ends with the last of its graphs
-                self.pool = torch.cuda.graph_pool_handle()
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool):  # records and computes nothing
-                self.step(forward)
         self.graphs[key].replay()
+
+    def record(self, forward: Callable):
+        """A step as a graph, of which nothing is computed; None where it cannot be one, with one warning."""
+        if not any(self.graphs.values()):  # a pool ends with the last of its graphs
+            self.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+                self.step(forward)
+        except RuntimeError as error:  # whatever CUDA says; nothing was computed, so nothing is lost
+            self.refuse_graphs(str(error).splitlines()[0])
+            return None
+        return graph
+
+    def refuse_graphs(self, reason: str) -> None:
+        """From now on every step is computed as it is; a warning says why, once."""
+        if self.replays:
+            warnings.warn(f"a step of decoding cannot be recorded as a CUDA graph ({reason}); sampling is slower",
+                          stacklevel=4)
+        self.replays = False
 
     def step(self, forward: Callable) -> None:
         """Computes the newest token of every completion and draws the next."""
@@ -140,17 +159,14 @@ class Grid:
         keys, values = self.completions[layer]  # [B, Hk, M, T, d]
         for kept, new in ((keys, key), (values, value)):
             kept.index_copy_(3, self.t, new.view(B, M, Hk, 1, -1).transpose(1, 2).to(kept.dtype))
-        keys, values, P = keys[..., :n, :], values[..., :n, :], prompt_keys.shape[2]
         # the heads that share a key-value head stand side by side, so that one product serves all of a prompt
-        query = (query * scaling).view(B, M, Hk, H // Hk, d).transpose(1, 2).to(keys.dtype)  # [B, Hk, M, r, d]
-        to_prompt = query.reshape(B, Hk, -1, d) @ prompt_keys.mT  # [B, Hk, M·r, P]
-        to_completion = (query @ keys.mT).flatten(2, 3)  # [B, Hk, M·r, n]
+        query = query.view(B, M, Hk, H // Hk, d).transpose(1, 2).to(values.dtype)  # [B, Hk, M, r, d]
         bias = self.bias if window is None else self.bias.masked_fill(self.distance >= window, float("-inf"))
-        scores = torch.cat([to_prompt, to_completion], dim=-1).add_(bias[..., -P - n:])
-        weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
-        out = weights[..., P:].unflatten(2, (M, -1)) @ values  # [B, Hk, M, r, d]
-        out = out + (weights[..., :P] @ prompt_values).view_as(out)
-        return out.transpose(1, 2).reshape(B * M, H, 1, -1)
+        way = parts if self.device.type == "cpu" and window is None else products
+        with torch.autocast(self.device.type, enabled=False):
+            out = way(query, prompt_keys, prompt_values, keys[..., :n, :], values[..., :n, :],
+                      bias[..., -prompt_keys.shape[2] - n:], scaling)
+        return out.to(values.dtype).transpose(1, 2).reshape(B * M, H, 1, -1)
 
     # ---- between tokens
 
@@ -189,3 +205,41 @@ class Grid:
                 moved = old[n][i][prompt, :, place, :t]  # [B', M', Hk, t, d]
                 new.zero_()[..., :t, :] = moved.transpose(1, 2)
                 self.prompts[n][i] = self.keep(f"prompt {n}/{i}", self.prompts[n][i][prompt[:, 0]])
+
+
+# ---- attention of a token: query [B, Hk, M, r, d], of a prompt's keys and values [B, Hk, P, d], of a completion's
+# [B, Hk, M, n, d], bias [B, 1, 1, P + n] to be added to scores -> [B, Hk, M, r, d]
+
+
+def products(query, prompt_keys, prompt_values, keys, values, bias, scaling: float) -> Tensor:
+    """By products, anywhere."""
+    M, P = query.shape[2], prompt_keys.shape[2]
+    found = torch.cat([scores(query.flatten(2, 3), prompt_keys), scores(query, keys).flatten(2, 3)], dim=-1)
+    weights = torch.add(bias, found, alpha=scaling).softmax(-1).to(values.dtype)  # [B, Hk, M·r, P + n]
+    out = weights[..., P:].unflatten(2, (M, -1)) @ values
+    return out + (weights[..., :P] @ prompt_values).view_as(out)
+
+
+def scores(query: Tensor, keys: Tensor) -> Tensor:
+    """Products of queries and keys, in float32 or wider: they must not be rounded. [*, m, d], [*, n, d] -> [*, m, n]"""
+    if query.dtype != torch.bfloat16:
+        return query @ keys.mT
+    if not query.is_cuda:
+        return query.float() @ keys.float().mT
+    flat = torch.bmm(query.flatten(0, -3), keys.flatten(0, -3).mT, out_dtype=torch.float32)
+    return flat.unflatten(0, query.shape[:-2])
+
+
+def parts(query, prompt_keys, prompt_values, keys, values, bias, scaling: float) -> Tensor:
+    """On a CPU, by its FlashAttention for the prompt and for the completion; together they are as in row_attention.py.
+
+    Some key of the prompt must be seen, so there is no window.
+    """
+    attend = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, dropout_p=0.0, scale=scaling)
+    (B, Hk, M, r, _), P = query.shape, prompt_keys.shape[2]
+    bias = bias.to(query.dtype)
+    out, log = attend(query.flatten(2, 3), prompt_keys, prompt_values, attn_mask=bias[..., :P].expand(B, 1, M * r, P))
+    more, other = attend(*(x.flatten(0, 1) for x in (query, keys, values)),
+                         attn_mask=bias[:1, ..., P:].expand(1, 1, r, keys.shape[3]))  # all are at the same token
+    share = torch.sigmoid(log.reshape(B, Hk, M, r, 1) - other.reshape(B, Hk, M, r, 1))
+    return out.view(query.shape) * share + more.reshape(query.shape) * (1 - share)

@@ -19,11 +19,12 @@ def forward(model, token: Tensor, position: Tensor, grid) -> Tensor:
     """
     causal = causal_lm(model)
     decoder = causal.model
-    x, R = decoder.embed_tokens(token), len(token)  # [R, D]
+    x, R = decoder.embed_tokens(token), len(token)  # [R, D], float32 where only products are bf16 (bf16.py)
+    dtype = causal.get_output_embeddings().weight.dtype  # of products
     cos, sin = decoder.rotary_emb(x, position[:, None])  # [R, 1, d] each
     for n, layer in enumerate(decoder.layers):
         attention, mlp = layer.self_attn, layer.mlp
-        h = norm(layer.input_layernorm, x)
+        h = norm(layer.input_layernorm, x).to(dtype)
         query, key, value = (linear(module, h).view(R, -1, attention.head_dim)
                              for module in (attention.q_proj, attention.k_proj, attention.v_proj))  # [R, heads, d]
         if hasattr(attention, "q_norm"):
@@ -32,9 +33,9 @@ def forward(model, token: Tensor, position: Tensor, grid) -> Tensor:
         window = getattr(attention, "sliding_window", getattr(causal.config, "sliding_window", None))
         out = grid.attend(n, query[:, :, None], key[:, :, None], value[:, :, None], attention.scaling, window)
         x = x + linear(attention.o_proj, out.reshape(R, -1))
-        h = norm(layer.post_attention_layernorm, x)
+        h = norm(layer.post_attention_layernorm, x).to(dtype)
         x = x + linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, h)) * linear(mlp.up_proj, h))
-    return linear(causal.get_output_embeddings(), norm(decoder.norm, x)).contiguous()
+    return linear(causal.get_output_embeddings(), norm(decoder.norm, x).to(dtype)).contiguous()
 
 
 def linear(module, x: Tensor) -> Tensor:
@@ -51,7 +52,8 @@ def linear(module, x: Tensor) -> Tensor:
 
 def norm(module, x: Tensor) -> Tensor:
     """RMSNorm over the last dimension."""
-    return F.rms_norm(x, x.shape[-1:], module.weight, getattr(module, "variance_epsilon", None) or module.eps)
+    epsilon = getattr(module, "variance_epsilon", None) or module.eps
+    return F.rms_norm(x.to(module.weight.dtype), x.shape[-1:], module.weight, epsilon)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

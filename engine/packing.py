@@ -217,7 +217,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx, weight, hidden, targets, temperature, chunk):
         ctx.save_for_backward(weight, hidden, targets)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, F.linear(hidden[:1], weight[:1]).dtype  # autocast's
-        return torch.cat([target_logprobs(F.linear(h, weight), y, temperature)
+        w = weight.to(ctx.dtype)  # once, where autocast would cast it for each chunk
+        return torch.cat([target_logprobs(F.linear(h.to(ctx.dtype), w), y, temperature)
                           for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)])
 
     @staticmethod

@@ -1,5 +1,6 @@
 """grpo.py against naive versions, hand-computed values and exact enumeration. Row names (A1 …) follow the README."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -225,7 +226,7 @@ def test_a16_under_bf16_the_first_ratio_is_one_and_later_updates_see_the_new_wei
     with torch.autocast("cpu", torch.bfloat16):
         groups = sampled_groups(model, config)
         stats = _apply(model, groups, _advantages(4), config, lr=0.5)
-    assert all(logp.dtype == torch.float32 for logp in seen) and 0 < stats["sampler_gap"] < 0.05
+    assert all(logp.dtype == torch.float32 for logp in seen) and stats["sampler_gap"] < 0.005
     assert attention._verdicts[model] == dict.fromkeys(("shared prompts", "lean layers", "packed rows"), True)
 
     once, batches = make_model(dtype=torch.float32), grpo.micro_batches(groups, config)
@@ -648,6 +649,59 @@ def test_a_step_of_the_grid_depends_on_no_data(forward):
             one.ended.any().item()  # as it would be found
 
 
+def test_a_graph_that_cannot_be_recorded_leaves_the_step_as_it_is_with_one_warning(monkeypatch):
+    class Refused:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def __exit__(self, *_):
+            pass
+
+    model, config = make_model(dtype=torch.float32), GRPOConfig(group_size=6, max_completion_tokens=12)
+    expected = sampled_groups(model, config)
+    monkeypatch.setattr(grid, "GRAPHS", ("cpu",))
+    monkeypatch.setattr(decoding, "GRAPHS", ("cpu",))
+    for name in ("graph_pool_handle", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", Refused)
+    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph .operation not permitted") as told:
+        found = sampled_groups(model, config)
+        sampled_groups(model, config, seed=3)
+    assert len(told) == 1
+    for one, two in zip(expected, found, strict=True):
+        assert [c.tolist() for c in one.completions] == [c.tolist() for c in two.completions]
+
+
+@pytest.mark.parametrize("rotation, replays", [("default", True), ("dynamic", False)])
+def test_a_model_that_asks_for_a_value_is_not_recorded(rotation, replays):
+    model = make_model(dtype=torch.float32, rope_parameters={"rope_type": rotation, "rope_theta": 1e4, "factor": 2.0})
+    for forward in (lean.forward, decoding.module_forward):
+        attention._verdicts.pop(model, None)
+        assert decoding.can_replay(model, forward) == replays
+        assert decoding.forward_of(model) is lean.forward
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
+def test_attention_of_a_token_in_both_ways(dtype, tolerance):
+    """In bf16 only results are rounded; rounded scores would be off by five times as much."""
+    torch.manual_seed(0)
+    B, Hk, M, r, P, n, d = 3, 2, 4, 3, 17, 6, 8
+    query, prompt, completion = ((4 * torch.randn(*shape)).to(dtype).double() for shape in (
+        (B, Hk, M, r, d), (2, B, Hk, P, d), (2, B, Hk, M, n, d)))
+    bias = torch.zeros(B, 1, 1, P + n)
+    bias[0, ..., :5] = bias[..., -2:] = float("-inf")
+    scores = torch.cat([query @ prompt[0, :, :, None].mT, query @ completion[0].mT], -1) * 0.3 + bias[:, :, None].double()
+    weights = scores.softmax(-1)
+    exact = weights[..., :P] @ prompt[1, :, :, None] + weights[..., P:] @ completion[1]
+    for way in (grid.products, grid.parts):
+        found = way(*(x.to(dtype) for x in (query, *prompt, *completion)), bias, 0.3)
+        assert (found - exact).norm() < tolerance * exact.norm()
+
+
 def test_a_row_that_is_not_a_number_spoils_no_other():
     """Keys and values of a broken rollout stay in memory; nothing of them may be seen by the next."""
     model, config = make_model(), GRPOConfig(group_size=6, max_completion_tokens=9)
@@ -885,6 +939,23 @@ def test_a23_chunked_lm_head_under_bf16_autocast(monkeypatch):
         results.append((logp.detach(), *torch.autograd.grad((logp * weights).sum(), [hidden, head.weight])))
     for chunked, whole, exact in zip(*results, strict=True):
         assert (chunked - exact).norm() < 1.5 * (whole - exact).norm() + 1e-6 < 0.02 * exact.norm()
+
+
+def test_a23_the_weight_of_the_head_is_cast_once_a_pass(monkeypatch):
+    class Casts(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            self.found += operation is torch.ops.aten._to_copy.default and args[0].shape == (50, 16)
+            return operation(*args, **kwargs or {})
+
+    head, hidden = torch.nn.Linear(16, 50, bias=False), torch.randn(33, 16, requires_grad=True)
+    monkeypatch.setattr(packing, "LOGIT_CHUNK_ELEMENTS", 50 * 4)
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        logp = packing.token_logprobs(head, hidden, torch.randint(50, (33,)), 0.9)
+        forward = casts.found
+        logp.sum().backward()
+    assert (forward, casts.found) == (1, 2)
 
 
 def test_a23_the_update_runs_lm_head_on_completion_positions_only(monkeypatch):

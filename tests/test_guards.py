@@ -6,7 +6,8 @@ import pytest
 
 from running.guards import GuardConfig, Guards, Heartbeat, describe_step
 
-FINE = {"step": 1, "skipped_updates": 0, "flat_groups": 0.5, "truncated": 0.0, "kl": 0.01, "reward/format": 0.9}
+FINE = {"step": 1, "skipped_updates": 0, "flat_groups": 0.5, "truncated": 0.0, "kl": 0.01, "reward/format": 0.9,
+        "sampler_gap": 0.05}
 
 
 def test_a_sound_run_is_not_warned_of():
@@ -25,6 +26,7 @@ def test_steps_without_a_finite_gradient_stop_the_run_only_in_a_row():
     ({"flat_groups": 1.0}, 10, "all groups were flat for 10 steps"),
     ({"kl": 1.5}, 1, "1.50 nats"),
     ({"truncated": 0.75}, 1, "75% of the completions"),
+    ({"sampler_gap": 0.3}, 1, "in training differ by 0.30 nats"),
 ])
 def test_each_sign_is_warned_of_once_with_a_remedy(sign, steps, words):
     guards = Guards(GuardConfig())
@@ -47,7 +49,7 @@ def test_flat_steps_count_in_a_row():
     assert [len(t) for t in told] == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("name", ["max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated"])
+@pytest.mark.parametrize("name", ["max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated", "warn_sampler_gap"])
 def test_a_guard_of_zero_is_refused(name):
     with pytest.raises(ValueError, match=name):
         GuardConfig(**{name: 0})

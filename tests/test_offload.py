@@ -11,6 +11,7 @@ from test_grpo import _advantages, make_model, sampled_groups
 
 import grpo
 import train
+from engine import offload
 from engine.distributed import full_state, load_full_state
 from engine.fast import FAST
 from engine.offload import CPUAdamW
@@ -75,6 +76,36 @@ def test_gradients_are_summed_in_float32():
     assert optimizer.masters[0].grad.tolist() == [258.0, 258.0] and weight.grad is None
 
 
+def test_gradients_on_their_way_are_waited_for(monkeypatch):
+    """From a GPU they arrive late, and maybe only when they are waited for; those of one backward before it ends."""
+    class Late:
+        def __init__(self, gradient, copy):
+            self.gradient, self.copy, self.asked = gradient, copy, 0
+
+        def query(self):
+            self.asked += 1
+            return self.asked > 2 and self.synchronize() is None
+
+        def synchronize(self):
+            self.copy.copy_(self.gradient)
+
+    def fetched(gradient, _):
+        copy = torch.full_like(gradient, float("nan"))
+        return copy, Late(gradient, copy)
+
+    layers = [torch.nn.Linear(3, 3).bfloat16() for _ in range(5)]
+    model, x = torch.nn.Sequential(*layers), torch.randn(4, 3).bfloat16()
+    monkeypatch.setattr(offload, "fetched", fetched)
+    optimizer, expected = CPUAdamW(model.parameters(), lr=0.1), [0.0] * 10
+    for factor in (256.0, 1.0):
+        grads = torch.autograd.grad((factor * model(x)).sum(), list(model.parameters()))
+        expected = [before + grad.float() for before, grad in zip(expected, grads, strict=True)]
+        (factor * model(x)).sum().backward()
+        assert not optimizer.on_their_way
+        for master, sum_ in zip(optimizer.masters, expected, strict=True):
+            assert torch.equal(master.grad, sum_)
+
+
 def test_a_run_and_its_resumption_are_those_of_the_ordinary_optimizer(tmp_path, tiny_db):
     """After a cold start, which leaves gradients behind; the gradient of each step comes from two passes."""
     records = [{"db_id": "music", "question": question, "query": sql, "trace": trace} for question, sql, trace in LESSONS]
@@ -106,6 +137,7 @@ def test_several_processes_are_refused_in_one_sentence(tmp_path, monkeypatch):
 
 def test_a_cold_start_of_bf16_weights_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     flags = ["--optimizer-device", "cpu", "--model", "qwen2.5-3b"]
     parse_settings(flags)
     with pytest.raises(UserError, match="too coarse for the cold start"):

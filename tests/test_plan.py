@@ -336,6 +336,13 @@ def test_defaults_follow_the_size_of_the_model_and_given_flags_win():
     assert train.parse_settings([]).run.lr == settings.TINY["lr"]
 
 
+def test_what_a_sampler_in_bf16_gets_wrong_is_bounded_by_default():
+    flags = ["--model", "qwen2.5-0.5b", "--precision"]
+    caps = [train.parse_settings([*flags, *more]).grpo.sampler_cap for more in (
+        ["bf16"], ["float32"], ["bf16", "--sampler-cap", "0"], ["float32", "--recipe", "grpo-2026"])]
+    assert caps == [2.0, 0.0, 0.0, 2.0] and train.parse_settings(["--precision", "bf16"]).grpo.sampler_cap == 2.0
+
+
 def test_the_docs_show_the_defaults_by_size():
     rows = re.findall(r"^\| (?:up to \d B|more) \| (\d+) \| (\d+) \| (\S+) \((\S+)\) \| (on|off) \| (\d+) \| (\d+) \|$",
                       (ROOT / "docs" / "scale.md").read_text(), re.MULTILINE)
