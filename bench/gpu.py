@@ -12,7 +12,8 @@ none begins after --minutes. Prompts have 1,500 tokens.
     answer   one question answered by 30 samples of 150 to 300 tokens, seconds
     update   eight groups of 16 completions of 150 to 300 tokens, seconds; MFU: the arithmetic that they need when a
              prompt is computed once, forward and backward, without what checkpointing repeats, over the card's peak in
-             bf16; peak memory beside that of --plan, without the CUDA context
+             bf16; peak memory beside that of --plan, without the CUDA context; cpu: with the optimizer there
+    gap      how far sampler and trainer are apart in bf16, nats a token
     step     a whole step of one group, beside TRL's with generate (steps.py), 0.5B
 """
 
@@ -38,7 +39,8 @@ TINY = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidd
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 CARDS = {"H200": (989, 4.8), "H100": (989, 3.35), "A100": (312, 2.0), "L40S": (362, 0.86), "L4": (121, 0.3),
          "4090": (165, 1.0)}  # dense bf16 TFLOP/s, TB/s
-ROWS = [("decode", "0.5B", 0, (16, 64, 128, 256)), ("update", "0.5B", 0, ()), ("decode", "3B", 16, (16, 64, 256)),
+ROWS = [("decode", "0.5B", 0, (16, 64, 128, 256)), ("gap", "0.5B", 0, ()), ("update", "0.5B", 0, ()),
+        ("update", "0.5B", 0, ("cpu",)), ("decode", "3B", 16, (16, 64, 256)), ("gap", "3B", 16, ()),
         ("answer", "3B", 16, ()), ("update", "3B", 16, ()), ("update", "3B", 0, ()), ("step", "0.5B", 0, ())]
 
 
@@ -141,27 +143,36 @@ class Bench:
 
         self.show("one question, 30 samples, s", name, rank, f"{self.clock(run):.2f}", "", "", "")
 
-    def update(self, name: str, rank: int, _) -> None:
+    def gap(self, name: str, rank: int, _) -> None:
+        from sampler_gap import apart
+
+        model = self.model(name, rank)
+        groups = self.sample(model, "fast", 16, self.longest)
+        self.show("sampler_gap, nats a token", name, rank,
+                  f"{apart(model, groups, self.arithmetic())['sampler, trainer']:.4f}")
+
+    def update(self, name: str, rank: int, where) -> None:
         """Eight groups, in passes as train.py makes them."""
         import grpo
         from engine import plan as planning
         from engine.fast import ENGINES
+        from engine.offload import CPUAdamW
         from engine.packing import join
 
         torch, model, plan = self.torch, self.model(name, rank), Plan(self.prompt, self.longest, 16)
+        adamw = CPUAdamW if where else torch.optim.AdamW
+        model = model.bfloat16() if where else model
         draw = torch.Generator().manual_seed(0)
-        groups = []
-        for _ in range(self.groups):
-            rows = [torch.randint(2, 200, (n,), generator=draw) for n in plan.lengths()]
-            groups.append(grpo.Group(self.a_prompt(), rows, [torch.zeros(len(row)) for row in rows], [False] * 16))
+        groups = [self.a_group(plan, draw) for _ in range(self.groups)]
         config = grpo.GRPOConfig(group_size=16, max_completion_tokens=self.longest, kl_coef=0.0)
         shape = planning.Shape.of(model.config.to_dict())
         work = planning.Work(self.prompt, self.longest, 16, self.groups, 0, 256, False, False, rank, name == "3B", True,
                              True)
         memory = torch.cuda.get_device_properties(0).total_memory if self.device == "cuda" else 1e9
+        work = dataclasses.replace(work, optimizer_on_cpu=bool(where))
         work = dataclasses.replace(work, pass_tokens=planning.tokens_per_pass(shape, work, memory / 4))
         batches = join(grpo.micro_batches(groups, config), [True] * self.groups, work.pass_tokens)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+        optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
         advantages = torch.randn(self.groups, 16, generator=draw)
 
         def run():
@@ -177,8 +188,15 @@ class Bench:
         parts = planning.phases(shape, work)["update"]
         planned = sum(size for part, size in parts.items() if part not in ("KV cache", "bf16 weights", "CUDA context"))
         share = f"MFU {used / self.peak:.0%}" if self.peak else f"{used:.3f} TFLOP/s"
-        self.show(f"update of {self.groups} groups, {len(batches)} passes, s", name, rank, f"{seconds:.2f}", "", "",
-                  share, f"{peak:.1f} ({planned / 1e9:.1f})")
+        on_cpu = ", cpu" if where else ""
+        self.show(f"update of {self.groups} groups, {len(batches)} passes{on_cpu}, s", name, rank, f"{seconds:.2f}", "",
+                  "", share, f"{peak:.1f} ({planned / 1e9:.1f})")
+
+    def a_group(self, plan: Plan, draw):
+        from grpo import Group
+
+        rows = [self.torch.randint(2, 200, (n,), generator=draw) for n in plan.lengths()]
+        return Group(self.a_prompt(), rows, [self.torch.zeros(len(row)) for row in rows], [False] * plan.group)
 
     def step(self, name: str, rank: int, _) -> None:
         python = self.options.trl_python

@@ -31,6 +31,7 @@ class Grid:
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.pool = None  # of memory that the graphs share
         self.replays = True  # whether a step can be a graph
+        self.failed = None  # a graph that could not be recorded
         self.weights: tuple[int, ...] = ()  # their addresses
 
     def start(self, prompts: list[tuple[Tensor, Tensor]], mask: Tensor, logits: Tensor, uniform: Tensor,
@@ -119,6 +120,7 @@ class Grid:
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 self.step(forward)
         except RuntimeError as error:  # whatever CUDA says; nothing was computed, so nothing is lost
+            self.failed = graph  # PyTorch's allocator may still refer to it
             self.refuse_graphs(str(error).splitlines()[0])
             return None
         return graph

@@ -7,10 +7,11 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import grpo
-from engine import attention, decoding, row_attention
+from engine import attention, decoding, grid, row_attention
 from engine.bf16 import weights_to_sample_with
 from engine.fast import FAST
 from engine.grid import Grid
+from engine.offload import CPUAdamW
 from grpo import PLAIN, GRPOConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -44,8 +45,8 @@ def test_graphs_replay_the_step(model, monkeypatch):
         assert texts(with_graphs) == texts(without) == texts(plain)
         for one, two in zip(with_graphs, without, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one.logps, two.logps, strict=True))
-    grid = decoding._grids[attention.causal_lm(model)]
-    assert sum(graph is not None for graph in grid.graphs.values()) > 1
+    graphs = decoding._grids[attention.causal_lm(model)].graphs
+    assert sum(graph is not None for graph in graphs.values()) > 1
 
 
 def test_graphs_are_recorded_anew_when_tensors_must_grow(model):
@@ -112,14 +113,65 @@ def test_packed_rows_have_the_log_probabilities_and_gradients_of_padded_ones(mod
     assert (gradient - exact).norm() < 2e-2 * exact.norm()
 
 
+def test_scores_of_bf16_keys_are_float32(model):
+    """Of parts of larger tensors, as a grid's completions are."""
+    query, keys = torch.randn(3, 2, 4, 6, 64).cuda().bfloat16(), torch.randn(3, 2, 4, 99, 64).cuda().bfloat16()[..., :40, :]
+    found = grid.scores(query, keys)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), query.double() @ keys.double().mT, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bf16_sampler_is_close_to_the_trainer(model):
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        groups = sampled(model)
+        for group in groups:
+            logp = FAST.logprobs(model, [group.prompt] * 12, group.completions, 1.0)
+            gaps = [(row[:len(one)].cpu() - one).abs() for row, one in zip(logp, group.logps, strict=True)]
+            assert torch.cat(gaps).mean() < 0.02
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_step_that_asks_for_a_value_is_not_replayed(monkeypatch, checked):
+    """Found before a graph is recorded, or by the recording that fails."""
+    torch.manual_seed(0)
+    rotation = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                                         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1,
+                                         rope_parameters=rotation)).cuda().eval()
+    if not checked:
+        monkeypatch.setattr(decoding, "can_replay", lambda *_: True)
+    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph") as told:
+        found = [texts(sampled(model, seed=seed)) for seed in (0, 0)]
+    assert len(told) == 1 and found == [texts(sampled(model, PLAIN))] * 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_an_optimizer_on_the_cpu_is_that_on_the_card(model, dtype, tolerance):
+    """Two backward passes a step, so that gradients are summed; weights of bf16 against float32 ones."""
+    ends = []
+    for adamw, kind in ((torch.optim.AdamW, torch.float32), (CPUAdamW, dtype)):
+        changed = copy.deepcopy(model).to(kind)
+        optimizer = adamw(changed.parameters(), lr=1e-2, weight_decay=0.0)
+        for seed in range(3):
+            for part in torch.randint(500, (2, 4, 30), generator=torch.Generator().manual_seed(seed)).cuda():
+                changed(input_ids=part, labels=part).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            ends.append(changed(input_ids=part, labels=part).loss.item())
+        assert all(weight.grad is None for weight in changed.parameters())
+    with torch.no_grad():
+        assert abs(ends[0] - ends[1]) < tolerance * ends[0] < 0.9 * model(input_ids=part, labels=part).loss
+
+
 def test_the_grid_waits_for_nothing_between_looks(model):
     sampled(model)
-    grid, forward = decoding._grids[attention.causal_lm(model)], decoding.forward_of(model)
-    grid.attended = grid.T
+    one, forward = decoding._grids[attention.causal_lm(model)], decoding.forward_of(model)
+    one.attended = one.T
     torch.cuda.set_sync_debug_mode("error")
     try:
-        grid.t.fill_(5)
+        one.t.fill_(5)
         with torch.no_grad():
-            grid.step(lambda token, position, grid: forward(model, token, position, grid))
+            one.step(lambda token, position, grid: forward(model, token, position, grid))
     finally:
         torch.cuda.set_sync_debug_mode("default")
