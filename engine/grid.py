@@ -99,7 +99,7 @@ class Grid:
         forward: (token [R], position [R], grid) -> logits [R, V]; it calls `attend` once a layer.
         """
         if self.device.type not in GRAPHS:
-            self.attended = t
+            self.attended = min(self.T, -(-t // 16) * 16)
             return self.step(forward)
         self.attended = min(self.T, max(64, 1 << (t - 1).bit_length()))
         seen = tuple(keys.shape[2] for keys, _ in self.prompts)  # fewer than P where a layer has a window
@@ -164,7 +164,8 @@ class Grid:
         # the heads that share a key-value head stand side by side, so that one product serves all of a prompt
         query = query.view(B, M, Hk, H // Hk, d).transpose(1, 2).to(values.dtype)  # [B, Hk, M, r, d]
         bias = self.bias if window is None else self.bias.masked_fill(self.distance >= window, float("-inf"))
-        way = parts if self.device.type == "cpu" and window is None else products
+        in_parts = self.device.type == "cpu" and values.dtype == torch.bfloat16 and window is None  # else not faster
+        way = parts if in_parts else products
         with torch.autocast(self.device.type, enabled=False):
             out = way(query, prompt_keys, prompt_values, keys[..., :n, :], values[..., :n, :],
                       bias[..., -prompt_keys.shape[2] - n:], scaling)
@@ -217,7 +218,7 @@ def products(query, prompt_keys, prompt_values, keys, values, bias, scaling: flo
     """By products, anywhere."""
     M, P = query.shape[2], prompt_keys.shape[2]
     found = torch.cat([scores(query.flatten(2, 3), prompt_keys), scores(query, keys).flatten(2, 3)], dim=-1)
-    weights = torch.add(bias, found, alpha=scaling).softmax(-1).to(values.dtype)  # [B, Hk, M·r, P + n]
+    weights = torch.add(bias, found, alpha=scaling, out=found).softmax(-1).to(values.dtype)  # [B, Hk, M·r, P + n]
     out = weights[..., P:].unflatten(2, (M, -1)) @ values
     return out + (weights[..., :P] @ prompt_values).view_as(out)
 

@@ -37,13 +37,13 @@ class CPUAdamW(torch.optim.AdamW):
 
     def _take_gradient(self, master: Tensor, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
-        if not self.on_their_way:
-            torch.autograd.Variable._execution_engine.queue_callback(self._add_arrived)  # when backward ends: all
         self.on_their_way.append((master, *fetched(gradient, self.stream)))
         while self.on_their_way and self.on_their_way[0][2].query():
             self._add_first()
+        if self.on_their_way:
+            torch.autograd.Variable._execution_engine.queue_callback(self._add_all)  # when backward ends
 
-    def _add_arrived(self) -> None:
+    def _add_all(self) -> None:
         while self.on_their_way:
             self._add_first()
 
