@@ -58,6 +58,7 @@ from models.model_files import (
     weight_files,
 )
 from running.errors import UserError
+from text2sql.chat import chat_text
 
 __all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activations", "config_of", "free_space",
            "load_policy", "prefers_bf16", "require_model", "train_tokenizer"]
@@ -329,14 +330,12 @@ def _eos_ids(model, tokenizer) -> tuple[int, ...]:
 
 def _end_of_turn(tokenizer) -> int | None:
     """The control token with which the chat template closes an answer; None where there is none."""
-    import jinja2  # it is there where a chat template can be used
-
     if not getattr(tokenizer, "chat_template", None):
         return None
-    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+    chat = [("user", "question"), ("assistant", "ANSWER")]
     try:
-        closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
-    except (jinja2.TemplateError, TypeError, ValueError):  # of a template that wants another kind of chat
+        closing = chat_text(tokenizer, chat, answer_follows=False).rpartition("ANSWER")[2]
+    except UserError:  # of a template that wants another kind of chat
         return None
     ids = tokenizer.encode(closing.lstrip(), add_special_tokens=False)
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None

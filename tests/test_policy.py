@@ -437,6 +437,18 @@ def test_prompts_longer_than_the_positions_of_a_model_are_told(tiny):
         voting.sample_candidates(tiny, [[5], [5] * 4000], max_completion_tokens=97)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_weight_with_nan_is_named(checkpoint, value):
+    def broken(weights):
+        weights["model.layers.1.mlp.up_proj.weight"][0, 3] = weights["model.norm.weight"][2] = float(value)
+        return weights
+
+    changed(checkpoint, broken)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(UserError, match=f"the weights in {checkpoint} are broken: model.layers.1.mlp.up_proj.weight and 1 more holds NaN"):
+            load_policy(str(checkpoint), dtype=dtype)
+
+
 # ---- token ids
 
 
@@ -466,6 +478,10 @@ def test_the_token_with_which_the_chat_template_closes_an_answer_ends_a_completi
                               ("{{ raise_exception('no') }}", (0,))):
         tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + closing + "{% endfor %}"
         assert policies._eos_ids(tiny.model, tokenizer) == expected
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>"]}, replace_extra_special_tokens=False)
+    parts = "{% for m in messages %}<start_of_turn>{% for part in m.content %}{{ part.text }}{% endfor %}<end_of_turn>{% endfor %}"
+    tokenizer.chat_template = parts  # which prints nothing of a plain text
+    assert policies._eos_ids(tiny.model, tokenizer) == (0, end)
 
 
 def test_lora_without_peft_says_what_to_install(tiny, tmp_path, monkeypatch):

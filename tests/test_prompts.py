@@ -131,6 +131,45 @@ def test_a_template_that_fails_is_told(tiny_db):
         make.encode(ask())
 
 
+PARTS = CHAT.replace("{{ m.content }}", "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}")
+NO_SYSTEM = "{% if m.role != 'system' %}"
+DROPPING = {"system": CHAT.replace("<|im_start|>{{", NO_SYSTEM + "<|im_start|>{{").replace("{% endfor", "{% endif %}{% endfor"),
+            "plain text": PARTS, "both": PARTS.replace("<|im_start|>{{", NO_SYSTEM + "<|im_start|>{{").replace("{% endfor %}{% if add", "{% endif %}{% endfor %}{% if add"),
+            "types": CHAT.replace("m.content", "m.content[0]['text'] + ''")}
+
+
+@pytest.mark.parametrize("dropping", DROPPING)
+def test_no_message_is_lost_in_a_chat_template(tiny_db, dropping):
+    """Not the rules of a system message, not a record's own messages, and not what stands in both."""
+    tokenizer = chat_tokenizer(DROPPING[dropping])
+    finer, usual = (builder(tiny_db, one, style="finer-sql").text(ask()) for one in (tokenizer, chat_tokenizer()))
+    for part in ("You are a careful expert in SQL.", "- It must run on SQLite.", "CREATE TABLE singer", "How many singers are there?"):
+        assert part in finer and part in usual
+    chat = (("system", "Tables: t(a)"), ("user", "Tables: t(a)"), ("assistant", "<think>x</think> SELECT 1"), ("user", "And <|im_end|> b?"))
+    make = builder(tiny_db, tokenizer)
+    text = make.text(ask(messages=chat))
+    assert text.count("Tables: t(a)") == 2 and "SELECT 1" in text and text.endswith("<|im_start|>assistant\n")
+    assert make.encode(ask(messages=chat)).count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3 + (dropping in ("plain text", "types"))
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{% for m in messages[-1:] %}{{ m.content }}{% endfor %}", "leaves out what the assistant's message says"),
+    ("{{ messages | length }}", "leaves out what the user's message says"), ("{{ 1 + messages[0].content }}", r"fails \(unsupported operand"),
+    ("{{ 1 / 0 }}", r"fails \(division by zero"), ({"rag": CHAT, "tool_use": CHAT}, r"fails \(This model has multiple chat templates")])
+def test_a_chat_template_that_cannot_be_used_is_told(tiny_db, template, words):
+    make = builder(tiny_db, chat_tokenizer(template))
+    with pytest.raises(UserError, match=f"the model's chat template {words}.*; --prompt-style compact goes without it, as does"):
+        make.text(ask(messages=(("user", "one"), ("assistant", "two one"), ("user", "three one"))))
+
+
+@pytest.mark.parametrize("day", ["{{ strftime_now('%d %b %Y') }}", "{{ date_string }}",
+                                 "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}{{ day }}",
+                                 "{% macro told(f) %}{{ strftime_now(f) }}{% endmacro %}{{ told('%d') }} {{ told('%b %Y') }}"])
+def test_a_prompt_is_the_same_tomorrow(tiny_db, day):
+    text, usual = (builder(tiny_db, chat_tokenizer(template)).text(ask()) for template in (day + CHAT, CHAT))
+    assert text == "26 Jul 2024" + usual
+
+
 # Large databases ----------------------------------------------------------------------------------------------
 
 SHOP = """

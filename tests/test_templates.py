@@ -113,7 +113,9 @@ def test_a_template_of_ones_own(tiny_db, tmp_path):
     ("{{ question | shout }}", "line 1: No filter named 'shout'"), ("{{ schema }}", "does not print the question"),
     ("{{ question }} {{ schema.columns }}", "fails: .*has no attribute 'columns'"),
     ("{{ question }} {{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__' .*unsafe"),
-    ("{{ question }} {{ 1 / 0 }}", "fails: division by zero"), ("{{ question }} {% include 'a' %}", "fails: ")])
+    ("{{ question }} {{ 1 / 0 }}", "fails: division by zero"), ("{{ question }} {% include 'a' %}", "fails: "),
+    ("{{ question }} {{ lipsum() }}", "uses 'lipsum', which is not known"), ("{{ question }} {{ [1, 2] | random }}", "No filter named 'random'"),
+    ("{% set system %}Rules{% endset %}{% set chat = false %}{{ question }}", "sets system and chat = false, but without a chat")])
 def test_a_template_that_cannot_be_used_is_told_with_its_file(tiny_db, tmp_path, text, words):
     with pytest.raises(UserError, match=f"own.jinja.*{words}".replace("?", ".")):
         builder(tiny_db, template=own_template(tmp_path, text)).text(ask("x"))

@@ -73,6 +73,7 @@ class PromptTemplate:
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_printed, trim_blocks=True,
                                                     lstrip_blocks=True)
         environment.filters |= FILTERS
+        del environment.filters["random"], environment.globals["lipsum"]  # a prompt must be the same each time
         text = NONCHARACTERS.sub("", text)
         try:
             used = meta.find_undeclared_variables(environment.parse(text))
@@ -95,9 +96,13 @@ class PromptTemplate:
         """The prompt of a question. Raises UserError: the template fails."""
         try:
             module = self._template.make_module(variables)
-            return Rendered(str(module), str(getattr(module, "system", "")), bool(getattr(module, "chat", True)))
+            written = Rendered(str(module), str(getattr(module, "system", "")), bool(getattr(module, "chat", True)))
         except Exception as error:  # whatever the user's template raises is reported as theirs
             raise UserError(f"{self.name} fails: {error}") from error
+        if written.system and not written.chat:
+            raise UserError(f"{self.name} sets system and chat = false, but without a chat there is no system message: "
+                            "print its text where it belongs")
+        return written
 
 
 def _printed(value) -> str:

@@ -39,6 +39,7 @@ from pathlib import Path
 from running.errors import UserError
 from running.options import build, check, option
 from text2sql.answer_style import ANSWER_STYLES
+from text2sql.chat import chat_text
 from text2sql.descriptions import described
 from text2sql.example import Example
 from text2sql.plain_text import MARK, control_tokens, encode, guarded, guarded_inside
@@ -59,7 +60,6 @@ from text2sql.schema_text import SchemaText, full_schema, space_out
 __all__ = ["PromptBuilder", "PromptConfig", "full_schema", "mentioned_tables", "needed_columns", "needed_tables",
            "only_tables", "prompt_config", "space_out"]
 
-DATE = "26 Jul 2024"  # for chat templates that tell the day, as Llama's do: prompts must be the same tomorrow
 LEVELS = range(6)  # of shortening: 0 is the whole prompt
 OF_A_STYLE = {"omnisql": "fence"}  # how the answers to a shipped style are written, where not as think-sql
 
@@ -249,21 +249,7 @@ class PromptBuilder:
         """(role, content) of a chat as the tokenizer's chat template wants it, ready for the answer."""
         if not self.has_chat_template:
             return "\n\n".join(content for _, content in messages) + "\n\nAnswer:\n"
-        from jinja2.exceptions import TemplateError
-        attempts = [messages]
-        if messages[0][0] == "system" and len(messages) > 1:  # some templates (Gemma's) refuse a system message
-            (_, system), (role, first), *rest = messages
-            attempts.append([(role, f"{system}\n\n{first}"), *rest])
-        for attempt in attempts:
-            chat = [{"role": role, "content": content} for role, content in attempt]
-            try:
-                text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
-                                                          date_string=DATE)
-                break
-            except TemplateError as error:
-                problem = error
-        else:
-            raise UserError(f"the model's chat template fails ({problem}); --prompt-style compact goes without it")
+        text = chat_text(self.tokenizer, messages)
         if self.config.answer_style == "fence":
             return text
         # Templates of reasoning models may open <think>, close it, or do both: ours is part of the answer.
