@@ -79,6 +79,7 @@ from scoring.verdicts import (
     summarise,
 )
 from scoring.voting import VOTES, pass_at_k, sample_candidates
+from scoring.writable import unwritable, unwritable_note
 from sql_exec import MATCHES, SQLExecutor, r_ves_reward
 from text2sql.prompts import prompt_config
 from text2sql.question_files import check_excluded, excluded
@@ -426,6 +427,10 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
     if any(example.messages or example.prompt for example in examples):
         written["prompt_style"] = "ready-made"
     print(f"prompts: {written['prompt_style']}; answers: {written['answer_style']}")
+    lost = unwritable(policy.tokenizer, examples, executor, config.matches)
+    if lost:
+        print(fill(unwritable_note(lost, examples, "golds", "no answer to these questions can be right, and they count "
+                                   "as wrong"), 80, break_on_hyphens=False))
     try:
         records = Examination(policy, builder, executor, config, suite).run(examples, progress)
     except KeyboardInterrupt:
@@ -436,15 +441,17 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
         traces = [trace for record in records for trace in record["traces"]]
         write_text(config.save_traces, json_lines(traces))
         print(f"{len(traces)} verified traces written to {config.save_traces}")
-    report(config, examples, scores_of(records, config.answer), executor, suite, written, records)
+    report(config, examples, scores_of(records, config.answer), executor, suite, written, records,
+           [examples[i].id for i in sorted(lost)])
     progress.finish()
 
 
 def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suite, written: dict,
-           records=None) -> None:
+           records=None, unwritable_ids: Sequence[str] = ()) -> None:
     """Write the files, then print the tables: a closed terminal costs nothing.
 
     written: of a model, how its prompts were written and its precision.
+    unwritable_ids: of questions whose gold SQL its tokenizer changes.
     """
     summary = summarise(scores, config.skip_bad_gold)
     if not summary["n"]:
@@ -455,7 +462,7 @@ def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suit
         summary["spider_metric"] = spider_metric(config, suite)
     content = scores_as_json(scores, summary) | {"protocol": protocol_of(config, examples, summary, written)}
     if records:
-        content |= summarise_records(records, config)
+        content |= summarise_records(records, config) | {"unwritable": list(unwritable_ids)}
         for item, more in zip(content["examples"], records_as_json(records, config), strict=True):
             item |= more
     if config.r_ves:

@@ -92,6 +92,7 @@ from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics
 from running.trackers import check_trackers, open_trackers
 from scoring.verdicts import first_reasons
+from scoring.writable import unwritable, unwritable_note
 from settings import (
     DEFAULTS_BEFORE,
     MAY_CHANGE_ON_RESUME,
@@ -563,7 +564,10 @@ class Trainer:
             print(note)
         if not s.sft.cold_start_steps or not self.traced:
             return
-        pairs, notes = supervised_pairs(self.traced, self.builder, self.policy.tokenizer, self.policy.end_id)
+        taught = [replace(e, gold_sqls=(e.trace_sql or e.gold_sqls[0],)) for e in self.traced]
+        lost = self._unwritable(taught, "traces", "they are not taught")
+        traced = [example for i, example in enumerate(self.traced) if i not in lost]
+        pairs, notes = supervised_pairs(traced, self.builder, self.policy.tokenizer, self.policy.end_id)
         for note in notes:
             print(note)
         loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, quiet=not distributed.is_main(),
@@ -699,12 +703,25 @@ class Trainer:
             print(f"{name} golds: {dict(statuses)}; {left_out} of {len(examples)} questions left out")
             self.tell_reasons([(e.id, status, error, e.db_id) for e, (status, error)
                                in zip(examples, golds, strict=True) if error])
+        fate = "they are left out" if name == "training" else "they count as wrong"
+        lost = self._unwritable(kept, f"{name} questions", f"no answer to them can be right, so {fate}")
+        if name == "training":
+            kept = [example for i, example in enumerate(kept) if i not in lost]
         encoded, notes = self.builder.encode_all(kept)
         for note in notes:
             print(f"{name}: {note}")
         if not encoded and name == "training":
-            raise UserError("no training question is usable: every gold SQL fails or every prompt is too long")
+            raise UserError("no training question is usable: every gold SQL fails, is changed by the tokenizer or has "
+                            "a prompt that is too long")
         return encoded
+
+    def _unwritable(self, examples: list, what: str, fate: str) -> dict[int, str]:
+        """Of examples whose SQL this model cannot write, the same in every process; says what becomes of them."""
+        lost = distributed.on_main(lambda: unwritable(self.policy.tokenizer, examples, self.executor,
+                                                      [self.s.run.match]))
+        if lost:
+            print(unwritable_note(lost, examples, what, fate))
+        return lost
 
     # ------------------------------------------------------------------------------------------ save and resume
 

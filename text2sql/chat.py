@@ -14,8 +14,9 @@ from running.errors import UserError
 # macro shadows the function of transformers, which turns the functions that it is handed into text.
 DAY = datetime(2024, 7, 26)
 DATE = DAY.strftime("%d %b %Y")
-STRFTIME_NOW = "{%- macro strftime_now(format) -%}{{ format" + "".join(
-    f" | replace('%{code}', '{DAY.strftime(f'%{code}')}')" for code in ("-d", *"aAbBdeHIjmMpSyY")) + " }}{%- endmacro -%}"
+CODES = ("%-d", *(f"%{letter}" for letter in "aAbBdeHIjmMpSyY"))
+STRFTIME_NOW = ("{%- macro strftime_now(format) -%}{{ format"
+                + "".join(f" | replace('{code}', '{DAY.strftime(code)}')" for code in CODES) + " }}{%- endmacro -%}")
 
 
 def chat_text(tokenizer, messages: list[tuple[str, str]], answer_follows: bool = True) -> str:

@@ -1,0 +1,40 @@
+"""Which questions a model cannot answer, because its tokenizer changes what their gold SQL says.
+
+Some tokenizers compose letters and accents (NFC), take off capitals or accents, or have no token for a letter. A model
+then cannot write a name or a cell that has these, however well it is taught. That the text changes does no harm as long
+as the result is the same, as that of keywords without capitals; so the changed query is run and compared.
+"""
+
+from collections.abc import Sequence
+
+from scoring.verdicts import score_predictions
+from text2sql.example import Example
+from text2sql.plain_text import encode_answers
+
+
+def unwritable(tokenizer, examples: Sequence[Example], executor, matches: Sequence[str]) -> dict[int, str]:
+    """{position: where the tokenizer changes it} of the examples none of whose golds can be written: what it makes of
+    them is right by none of these comparisons."""
+    golds = [(i, gold.strip()) for i, example in enumerate(examples) for gold in example.gold_sqls]
+    ids = encode_answers(tokenizer, [gold for _, gold in golds])
+    written = [tokenizer.decode(tokens, skip_special_tokens=False).strip() for tokens in ids]
+    kept = {i for (i, gold), text in zip(golds, written, strict=True) if text == gold}
+    changed = [(i, gold, text) for (i, gold), text in zip(golds, written, strict=True) if i not in kept]
+    scores = score_predictions([examples[i] for i, _, _ in changed], [text for _, _, text in changed], executor,
+                               matches)
+    kept |= {i for (i, _, _), score in zip(changed, scores, strict=True)
+             if score.bad_gold or any(score.correct.values())}
+    return {i: _difference(gold, text) for i, gold, text in reversed(changed) if i not in kept}
+
+
+def unwritable_note(lost: dict[int, str], examples: Sequence[Example], what: str, fate: str) -> str:
+    """A sentence on them, which names the first."""
+    first = min(lost)
+    return (f"the model's tokenizer changes the SQL of {len(lost)} of {len(examples)} {what} so that its result is "
+            f"another ({examples[first].id}: {lost[first]}): {fate}")
+
+
+def _difference(a: str, b: str) -> str:
+    """Where two texts begin to differ, with letters that look alike told apart."""
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return " becomes ".join(ascii(text[max(0, start - 8):start + 8]) for text in (a, b))
