@@ -800,8 +800,8 @@ def test_unknown_collations_and_infinities_are_read(tmp_path):
             CREATE VIEW named AS SELECT DISTINCT name FROM town ORDER BY name DESC;
             UPDATE sqlite_master SET sql = replace(sql, 'NOCASE', 'LOCALIZED');""")
     connection.close()
-    samples = {(table.name, column.name): column.samples for table in read_schema(path).tables for column in table.columns}
-    assert samples == {("town", "name"): ("Oslo", "Bergen"), ("town", "area"): (1.5,), ("named", "name"): ("Oslo", "Bergen")}
+    samples = {(table.name, column.name): {*column.samples} for table in read_schema(path).tables for column in table.columns}
+    assert samples == {("town", "name"): {"Oslo", "Bergen"}, ("town", "area"): {1.5}, ("named", "name"): {"Oslo", "Bergen"}}
     assert [hint.table for hint in value_index(path).hints("Which land has Oslo?", 9)] == ["town", "named"]
 
 
@@ -824,7 +824,7 @@ def test_views_are_read_once_within_one_bound(tmp_path, monkeypatch, capsys):
     tables = {table.name: [column.samples for column in table.columns] for table in read_schema(path).tables}
     assert tables == {"town": [("Oslo",), ("Norway",)], "early": [("Norway",)], "late": [("Rome",)]} | {
         f"endless{i}": [(), (), ()] for i in range(30)}
-    assert sum("CASE" in one for one in queries) == 4  # the tables, and two views
+    assert sum("CASE" in one for one in queries) == 2  # a view, and the first that is endless
     assert "views of this database take long to read" in (told := capsys.readouterr().err) and "and 25 more" in told
     assert [hint.value for hint in value_index(path).hints("Is Rome far from Oslo in Norway?", 9)] == ["Rome", "Oslo", "Norway", "Norway"]
     assert "not all their cells are looked for in questions: endless0" in capsys.readouterr().err

@@ -405,7 +405,7 @@ def test_a_name_has_one_colour_in_every_run():
     every = {"ok": "s0", "error": "s1", "format": "s2", "timeout": "s3", "refused": "s4", "too_large": "s5"}
     assert colours("What became of the SQL", statuses(1, **dict.fromkeys(reversed(every), 0.1))) == every
     assert colours("What became of the SQL", statuses(1, timeout=1.0), statuses(2, new=0.5, error=0.5)) == {
-        "error": "s1", "timeout": "s3", "new": "s6"}  # an unknown one comes after those we know
+        "error": "s1", "timeout": "s3", "new": "s7"}  # an unknown one comes after those we know
     some = metrics_of(1, **{"reward/atomic": 0.0, "reward/user": 0.1, "flat_groups": 0.0})
     assert colours("Reward components", some) == {"format": "s0", "user": "s6"}
     assert colours("Uniform groups", some) == {"all wrong": "s1", "all right": "s2"}

@@ -21,6 +21,7 @@ from little_policy import little_policy_folder
 from transformers import AutoModelForCausalLM
 
 import evaluate
+import rewards
 import settings
 import train
 from data import columns_of
@@ -385,7 +386,7 @@ def test_b4_golds_that_fail_leave_training_and_are_counted(tmp_path, tiny_db, mo
     printed = capsys.readouterr().out
     counts, left_out = re.search(r"training golds: (\{.*\}); (\d+) of 28 questions left out", printed).groups()
     assert json.loads(counts.replace("'", '"')) == {"ok": 9, "empty": 9, "error": 9, "timeout": 1}
-    assert "  question 18, error: no such column: nothing (" in printed and "; and 8 more like it" in printed
+    assert '  question 18, error: near "nothing": syntax error (' in printed and "; and 8 more like it" in printed
     assert "  question 27, timeout: no result within 0.5 s (" in printed
     assert int(left_out) == 28 - kept and "left out 10 of 28 traces: their gold SQL fails" in printed
 
@@ -401,8 +402,9 @@ def test_groups_whose_database_is_locked_are_left_out_of_the_step(small, tmp_pat
         return step
 
     monkeypatch.setattr(train.Trainer, "take_step", take_step)
-    printed = run(*small, "--steps", 3, "--sql-timeout", 0.1, "--eval-every", 0, "--test-questions", 0, "--cold-start-steps", 60,
-                  "--max-completion-tokens", 60, "--output", tmp_path / "run")
+    monkeypatch.setattr(rewards, "parse_completion", lambda *_: ("count ages", "SELECT COUNT(*) FROM singer"))
+    printed = run(*small, "--steps", 3, "--sql-timeout", 0.1, "--eval-every", 0, "--test-questions", 0, "--cold-start-steps", 0,
+                  "--output", tmp_path / "run")
     metrics = lines(tmp_path / "run/metrics.jsonl")
     assert re.search(r"warning, step 2: 2 of 2 groups are left out, since their database could not be read\n"
                      r"  question \S+, unavailable: database is locked \(\S+music.sqlite\); and 1 more like it", printed)

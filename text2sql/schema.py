@@ -2,8 +2,8 @@
 
 Everything is read from the SQLite file itself, opened as the executor opens it, so the same code
 serves the demo world, Spider, BIRD and a user's own file. What virtual tables (full text, R-trees) keep
-for themselves in "shadow" tables is left out. Each table or view is read by one query, within bounds: views, which
-can take for ever, share one bound a database, and what is beyond it is left out with a note. `ValueIndex` finds
+for themselves in "shadow" tables is left out. A view, which can take for ever, is read by one query, and all views of a
+database share one bound: what is beyond it is left out with a note. `ValueIndex` finds
 *value hints*: cells of text columns that occur word for word in the question ("singers from France" ->
 country = 'France').
 Nothing here ever sees a gold query.
@@ -17,6 +17,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from running.errors import UserError
@@ -28,8 +29,10 @@ INDEX_ROWS = 200_000       # rows of a table the value index looks at
 INDEX_VALUES = 20_000      # distinct cells of a column it keeps
 INDEX_BYTES = 4_000_000    # text it keeps per database, which takes some 20 times that in memory
 INDEX_CELL_CHARS = 80      # longer cells are prose, not values
-SAMPLE_CELLS = 2_000_000   # cells of a table it looks at for samples: fewer rows of a table with very many columns
-INDEX_CELLS = 10_000_000   # the same for the value index
+NO_SAMPLES = "", math.inf, -math.inf
+MANY_COLUMNS = 200         # a table with more is read for samples by one query, as a view is
+SAMPLE_CELLS = 2_000_000   # cells it then looks at: fewer rows where there are very many columns
+INDEX_CELLS = 10_000_000   # cells of a table that the value index looks at
 VIEW_STEPS = 50            # millions of SQLite instructions that the views of a database may take together
 CHUNK = 20_000             # cells that are read at once
 
@@ -206,7 +209,7 @@ def _read_schema(path: str) -> Schema:
             if not known:
                 continue
             is_view = kinds[name] == "view"
-            samples = _read_samples(connection, name, [column for column, _, _ in known],
+            samples = _read_samples(connection, name, [column for column, _, _ in known], is_view,
                                     view_steps if is_view else Steps(math.inf))
             skipped += [name] if is_view and view_steps.left < 0 else []
             tables.append(Table(name, tuple(
@@ -280,18 +283,33 @@ def _read_references(connection, table, columns):
     return references
 
 
-def _read_samples(connection, table: str, columns: Sequence[str], steps: Steps) -> list[tuple]:
-    """A few distinct values of each column, in row order; blobs, long texts and infinities are left out."""
+def _read_samples(connection, table: str, columns: Sequence[str], is_view: bool, steps: Steps) -> list[tuple]:
+    """A few distinct values of each column, the first ones; blobs, long texts and infinities are left out."""
+    wanted = f"typeof({{0}}) IN ('text', 'integer', 'real') AND length({{0}}) <= {INDEX_CELL_CHARS}"
+    if not is_view and len(columns) <= MANY_COLUMNS:
+        return [_samples_of(connection, table, quote_always(column), wanted) for column in columns]
     found = [{} for _ in columns]  # a dict of values a column, which keeps their order
     rows = min(SAMPLE_ROWS, SAMPLE_CELLS // len(columns))
-    wanted = f"typeof({{0}}) IN ('text', 'integer', 'real') AND length({{0}}) <= {INDEX_CELL_CHARS}"
     for chunk in read_cells(connection, table, columns, wanted, rows, steps):
         open_columns = [(kept, cells) for kept, cells in zip(found, chunk, strict=True) if len(kept) < SAMPLES_KEPT]
         for kept, cells in open_columns:
-            kept |= dict.fromkeys(cell for cell in dict.fromkeys(cells) if cell not in (None, "", math.inf, -math.inf))
+            kept |= dict.fromkeys(cell for cell in dict.fromkeys(cells) if cell not in (None, *NO_SAMPLES))
         if not open_columns:
             break
     return [tuple(kept)[:SAMPLES_KEPT] for kept in found]
+
+
+def _samples_of(connection, table: str, column: str, wanted: str) -> tuple:
+    """The samples of a column of a table by a query of its own, which can end early and use an index."""
+    try:
+        rows = query(connection, f"""
+            SELECT DISTINCT {column} COLLATE BINARY
+            FROM (SELECT {column} FROM {quote_always(table)} LIMIT {SAMPLE_ROWS}) WHERE {wanted.format(column)}""")
+        return tuple(islice((cell for (cell,) in rows if cell not in NO_SAMPLES), SAMPLES_KEPT))
+    except sqlite3.OperationalError as error:
+        if is_passing(error):
+            raise
+        return ()
 
 
 def quote_always(name: str) -> str:
