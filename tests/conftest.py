@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the scripts are flat files, not a package
 
-SLOWEST = ("test_train", "test_resume", "test_distributed", "test_ablate", "test_policy", "test_ask")
+SLOWEST = ("test_distributed", "test_train", "test_bench", "test_ask", "test_resume", "test_ablate", "test_policy")
 
 
 def pytest_collection_modifyitems(items):

@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_in_process
 
 import evaluate
 from data import Example, load_dataset
@@ -360,11 +360,6 @@ def test_prediction_file_errors(tmp_path, name, content, words):
 
 # ---------------------------------------------------------------------------------------- command line
 
-def run_cli(*arguments):
-    return subprocess.run([sys.executable, "evaluate.py", *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
-
-
 def own_data(tmp_path, tiny_db):
     records = [{"id": number, "question": "q", "db_id": "music", "sql": sql}
                for number, sql in enumerate(["SELECT 1", "SELECT 2", "SELECT bad"])]
@@ -376,16 +371,17 @@ def own_data(tmp_path, tiny_db):
 
 def test_command_line(tmp_path, tiny_db):
     arguments = own_data(tmp_path, tiny_db)
-    done = run_cli(*arguments, "--skip-bad-gold", "--json", tmp_path / "out.json")
+    command = [sys.executable, "evaluate.py", *map(str, arguments), "--skip-bad-gold", "--json", tmp_path / "out.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["execution_accuracy"] == {"bird": 0.5, "spider": 0.5} and content["n"] == 2
     assert [item["gold_status"] for item in content["examples"]] == ["ok", "ok", "error"]
     assert "paired by position" in done.stdout and "golds that fail: 1, left out" in done.stdout
-    done = run_cli(*arguments, "--exclude", tmp_path / "exclude.json", "--match", "bird")
-    assert "\nall" in done.stdout and "spider" not in done.stdout
-    assert done.stdout.partition("\nall")[2].split()[:2] == ["2", "50.0"]
-    assert "left out 1 of 3 questions by --exclude" in done.stdout and "none of these" not in done.stdout
+    _, out, _ = run_in_process(evaluate, *arguments, "--exclude", tmp_path / "exclude.json", "--match", "bird")
+    assert "\nall" in out and "spider" not in out
+    assert out.partition("\nall")[2].split()[:2] == ["2", "50.0"]
+    assert "left out 1 of 3 questions by --exclude" in out and "none of these" not in out
     protocol = json.loads((tmp_path / "out.json").read_text())["protocol"]
     assert protocol == protocol | {"test_suite": False, "lenient_format": False, "timeout": 30.0, "max_rows": 1_000_000}
 
@@ -411,8 +407,8 @@ def test_command_line(tmp_path, tiny_db):
     (["--exclude", "gone.json"], "cannot read gone.json"),
     (["--predictions", "gone.sql"], "cannot read gone.sql")])
 def test_bad_command_lines(tmp_path, tiny_db, extra, words):
-    done = run_cli(*own_data(tmp_path, tiny_db), *extra)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    status, _, err = run_in_process(evaluate, *own_data(tmp_path, tiny_db), *extra)
+    assert status == 2 and words in err and "Traceback" not in err
 
 
 def parsed(*arguments):
@@ -463,9 +459,9 @@ def test_r_ves_needs_no_other_comparison(tmp_path, tiny_db):
     (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "music", "sql": "SELECT name, age FROM singer"},
                                                    {"question": "q", "db_id": "music", "sql": "SELECT 1"}]))
     (tmp_path / "p.sql").write_text("SELECT age, name FROM singer\nSELECT 1\n")
-    done = run_cli("--predictions", tmp_path / "p.sql", "--data", tmp_path / "own.json", "--workers", 1, "--match", "spider",
-                   "--r-ves", 1, "--json", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
+    status, _, err = run_in_process(evaluate, "--predictions", tmp_path / "p.sql", "--data", tmp_path / "own.json",
+                                    "--workers", 1, "--match", "spider", "--r-ves", 1, "--json", tmp_path / "out.json")
+    assert status == 0, err
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["execution_accuracy"] == {"spider": 1.0} and "bird" not in content["examples"][0]
     assert 25 <= content["timing"]["r_ves"] <= 100 * 1.25 ** 0.5 / 2
@@ -476,8 +472,8 @@ def test_lenient_predictions_may_be_fenced(tmp_path, tiny_db, fenced):
     arguments = own_data(tmp_path, tiny_db)
     (tmp_path / "p.sql").write_text(f"{fenced}\nSELECT 3\nSELECT 1\n")
     for flags, right in (([], 0), (["--lenient-format"], 1)):
-        done = run_cli(*arguments, *flags, "--json", tmp_path / "out.json")
-        assert done.returncode == 0, done.stderr
+        status, _, err = run_in_process(evaluate, *arguments, *flags, "--json", tmp_path / "out.json")
+        assert status == 0, err
         assert [item["bird"] for item in json.loads((tmp_path / "out.json").read_text())["examples"]] == [right, 0, 0]
 
 

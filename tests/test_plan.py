@@ -2,14 +2,13 @@
 
 import contextlib
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_in_process
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -182,17 +181,15 @@ def test_an_optimizer_on_the_cpu_leaves_bf16_weights_and_no_state_on_the_card():
 
 def test_plan_prints_and_writes_nothing(tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "train.py", "--plan", "24", "--model", "qwen2.5-3b", "--output", str(folder)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    full, lora = (subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
-                  for more in ((), ("--lora-rank", "16")))
-    assert full.returncode == lora.returncode == 0 and not folder.exists() and not full.stderr + lora.stderr
-    assert "24.0 GB: it fits" in lora.stdout
-    assert "does not fit; it would fit with --reference-device cpu --optimizer-device cpu" in full.stdout
-    assert re.search(r"^--lora-rank auto would train adapters of rank 16, .* GB: they fit$", full.stdout, re.MULTILINE)
-    assert "auto" not in lora.stdout
+    flags = ["--plan", "24", "--model", "qwen2.5-3b", "--output", folder]
+    full, lora = run_in_process(train, *flags), run_in_process(train, *flags, "--lora-rank", "16")
+    assert (full[0], lora[0], full[2], lora[2]) == (0, 0, "", "") and not folder.exists()
+    assert "24.0 GB: it fits" in lora[1]
+    assert "does not fit; it would fit with --reference-device cpu --optimizer-device cpu" in full[1]
+    assert re.search(r"^--lora-rank auto would train adapters of rank 16, .* GB: they fit$", full[1], re.MULTILINE)
+    assert "auto" not in lora[1]
     for name in ("parameters", "gradients", "optimizer", "KV cache", "activations", "logits chunk", "total"):
-        assert re.search(rf"^{name} ", lora.stdout, re.MULTILINE), name
+        assert re.search(rf"^{name} ", lora[1], re.MULTILINE), name
 
 
 def test_a_model_that_cannot_be_planned_is_one_sentence(tmp_path, monkeypatch):
