@@ -291,22 +291,24 @@ def fit(arguments: list[str], s: Settings, room: float, processes: int = 1) -> t
     adapted = parse_settings(arguments, auto_rank=AUTO_RANK)
     auto = adapted.run.lora_rank != s.run.lora_rank
     try:
-        need, free = peak_of(s, processes), f"of {room / 1e9:.1f} GB that are free"
+        whole, free = peak_of(s, processes), f"of {room / 1e9:.1f} GB that are free"
     except UserError as error:
-        return s, [f"--lora-rank auto: all weights are trained; whether they fit is not known: {error}"] if auto else []
-    if need <= plan.SHARE * room:
-        return s, [f"--lora-rank auto: all weights are trained, which needs {need / 1e9:.1f} GB {free}"] if auto else []
-    least = peak_of(adapted, processes)
-    rank = adapted.run.lora_rank
-    trained = f"training {f'adapters of rank {rank}' if rank else 'all weights'} of {s.run.model} needs"
-    short = f"{trained} {plan.missing(*planned(adapted, None, processes), room)}"
-    if least > (1 + plan.ERROR) * room:
+        return s, [f"--lora-rank auto: all weights are trained; whether they fit is not known: {error}"] * auto
+    if whole <= plan.SHARE * room:
+        return s, [f"--lora-rank auto: all weights are trained, which needs {whole / 1e9:.1f} GB {free}"] * auto
+    chosen = min(adapted, s, key=lambda one: peak_of(one, processes))  # adapters of a very small model save nothing
+    need, rank = peak_of(chosen, processes), chosen.run.lora_rank
+    trained = f"adapters of rank {rank}" if rank else "all weights"
+    short = f"training {trained} of {s.run.model} needs {plan.missing(*planned(chosen, None, processes), room)}"
+    if need > (1 + plan.ERROR) * room:
         raise UserError(short)
-    if rank:
-        import_peft(f"all weights of {s.run.model} need {need / 1e9:.1f} GB {free}, and adapters need peft")
-    notes = [f"--lora-rank auto: adapters of rank {rank} are trained, which needs {least / 1e9:.1f} GB {free}; all "
-             f"weights would need {need / 1e9:.1f} GB"] if auto else []
-    return adapted, notes + [f"warning: memory may run out: {short}"] * (least > plan.SHARE * room)
+    notes = [f"warning: memory may run out: {short}"] * (need > plan.SHARE * room)
+    if auto and rank:
+        import_peft(f"all weights of {s.run.model} need {whole / 1e9:.1f} GB {free}, and adapters need peft")
+    if auto:
+        notes.insert(0, f"--lora-rank auto: {trained} are trained, which needs {need / 1e9:.1f} GB {free}; all weights "
+                        f"need {whole / 1e9:.1f} GB")
+    return chosen, notes
 
 
 def plan_text(arguments: list[str], s: Settings) -> str:

@@ -220,17 +220,17 @@ def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float,
 
     total, loss = tokens(pairs), 0.0
     parts = passes(pairs, tokens_per_pass, prompt_loss > 0)
+    most = max(distributed.gather(len(parts)))
     for part in parts:
         share, prompt_share = (n / of if of else 0.0 for n, of in zip(tokens(part), total, strict=True))
         with autocast():
             of_completions, of_prompts = supervised_losses(model, part, prompt_loss > 0, engine)
         (share * of_completions + prompt_loss * prompt_share * of_prompts).backward()
         loss += share * of_completions.item()
-    made = distributed.gather((loss, len(parts)))  # by each process
     with autocast():
-        distributed.make_idle_passes(model, engine, max(count for _, count in made) - len(parts))
+        distributed.make_idle_passes(model, engine, most - len(parts))
     distributed.sum_gradients(model)
-    return sum(loss for loss, _ in made)
+    return sum(distributed.gather(loss))
 
 
 def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int, with_prompts: bool = False) -> list[list]:

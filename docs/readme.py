@@ -138,9 +138,10 @@ def needs() -> str:
     lora, full = memory_and_disk([*EXAMPLE, "--lora-rank", "16"]), memory_and_disk(EXAMPLE)
     return fill(f"With `--lora-rank 16`, `--model qwen2.5-3b` needs {lora[0]:.1f} GB of GPU memory (a card of "
                 f"{card(lora[0])} GB) and {lora[1]:.0f} GB of disk for checkpoints. Training all weights needs "
-                f"{full[0]:.1f} GB (a card of {card(full[0])} GB) and {full[1]:.0f} GB of disk. `python train.py "
-                "--plan 24 --model qwen2.5-3b --lora-rank 16` computes this and loads nothing. The time of such a step "
-                "has not been measured.", width=120, break_on_hyphens=False)
+                f"{full[0]:.1f} GB (a card of {card(full[0])} GB) and {full[1]:.0f} GB of disk. Without the flag: all "
+                "weights if they fit, else adapters. `python train.py --plan 24 --model qwen2.5-3b "
+                "--lora-rank 16` computes this and loads nothing. The time of such a step has not been measured.",
+                width=120, break_on_hyphens=False)
 
 
 def memory_and_disk(arguments: list[str]) -> tuple[float, float]:

@@ -30,7 +30,8 @@ train.Trainer.base_dtype = torch.float64
 train.run_main(train.main)
 """
 FLAGS = shlex.split(
-    "--cold-start-steps 2 --cold-start-batch 5 --prompts-per-step 3 --group-size 4 --micro-batch 3 --steps 8 --save-every 1 --keep 99 --lr 3e-4 --kl-coef 0.02 "
+    "--cold-start-steps 2 --cold-start-batch 5 --tokens-per-pass 1 "  # one trace a pass, whoever makes it
+    "--prompts-per-step 3 --group-size 4 --micro-batch 3 --steps 8 --save-every 1 --keep 99 --lr 3e-4 --kl-coef 0.02 "
     "--advantage-scale batch --draw informative --seed 2 --dynamic-sampling 1 --max-completion-tokens 24 --eval-every 4 "
     "--memory-scope any --memory-min-words 2 --memory-min-columns 0 --memory-min-density 0 --lr-warmup 2 --threads 1 "
     "--sql-workers 1")

@@ -7,7 +7,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import grpo
-from engine import attention, decoding, grid, row_attention
+import settings
+from engine import attention, bf16, decoding, distributed, grid, row_attention
 from engine.bf16 import weights_to_sample_with
 from engine.fast import FAST
 from engine.grid import Grid
@@ -162,6 +163,53 @@ def test_an_optimizer_on_the_cpu_is_that_on_the_card(model, dtype, tolerance):
         assert all(weight.grad is None for weight in changed.parameters())
     with torch.no_grad():
         assert abs(ends[0] - ends[1]) < tolerance * ends[0] < 0.9 * model(input_ids=part, labels=part).loss
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone, in which a single card shows what a sharded model does."""
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_model_samples_by_graphs_from_its_bf16_copy(model, one_process):
+    """Recorded in the first rollouts, replayed with other weights in the next, after autocast has dropped its cache."""
+    alone, changed = copy.deepcopy(model), copy.deepcopy(model)
+    several = distributed.Sharded(changed, FAST)
+    for step in range(4):
+        with torch.autocast("cuda", torch.bfloat16):
+            with distributed.unsharded(several):
+                found = texts(sampled(changed, seed=step % 2))
+            assert found == texts(sampled(alone, seed=step % 2))
+        with torch.no_grad():
+            for weight in (*changed.parameters(), *alone.parameters()):
+                weight.mul_(0.9)
+    graphs = decoding._grids[attention.causal_lm(bf16._copies[changed])].graphs
+    assert sum(graph is not None for graph in graphs.values()) > 1
+
+
+def test_the_optimizers_state_of_a_sharded_model_lies_on_the_cpu_and_comes_back_to_the_card(model, one_process):
+    changed = copy.deepcopy(model)
+    several = distributed.Sharded(changed, FAST)
+    optimizer, fresh = (torch.optim.AdamW(changed.parameters(), lr=rate, fused=True) for rate in (1e-3, 1.0))
+    several.engine.logprobs(changed, PROMPTS, PROMPTS, 1.0).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    state = distributed.full_state(changed, optimizer)
+    assert all(value.device.type == "cpu" for values in state["state"].values() for value in values.values())
+    distributed.load_full_state(changed, fresh, state)
+    for weight, values in optimizer.state.items():
+        for name, value in values.items():
+            assert fresh.state[weight][name].device.type == "cuda" and torch.equal(
+                *(x.full_tensor() if distributed.is_sharded(x) else x for x in (fresh.state[weight][name], value)))
+
+
+def test_the_memory_that_is_free_is_that_of_the_card(model):
+    before = settings.memory_free()
+    held = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    assert before - settings.memory_free() == pytest.approx(held.numel(), rel=0.05)
+    assert before <= torch.cuda.get_device_properties(0).total_memory + settings.plan.LIBRARIES
 
 
 def test_the_grid_waits_for_nothing_between_looks(model):

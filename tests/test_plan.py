@@ -253,14 +253,14 @@ def test_all_weights_are_trained_where_they_fit_and_adapters_where_they_do_not()
 
 
 def test_a_rank_that_is_given_is_kept_and_refused_only_beyond_the_error_of_the_plan():
-    for rank in ("0", "8"):
+    for rank, trained in (("0", "all weights"), ("8", "adapters of rank 8")):
         flags = ("--lora-rank", rank)
         s = train.parse_settings(["--model", "qwen2.5-3b", *flags])
         need = settings.peak_of(s)
         assert fitted(need / plan.SHARE + 1, *flags) == (s, [])
         chosen, (note,) = fitted(need, *flags)
         assert chosen == s and note.startswith("warning: memory may run out")
-        with pytest.raises(UserError, match="--optimizer-device cpu" if rank == "0" else "--max-completion-tokens"):
+        with pytest.raises(UserError, match=f"training {trained} of .* GB too few; it would fit with --"):
             fitted(need / (1 + plan.ERROR) - 1, *flags)
 
 
@@ -282,7 +282,7 @@ def test_tiny_resumed_and_unknown_models_are_not_compared(tmp_path):
 
 
 def test_a_sharded_run_needs_less_in_each_process():
-    flags = ["--model", "qwen2.5-3b", "--sharding", "on", "--kl-coef", "0"]
+    flags = ["--model", "qwen2.5-3b", "--sharding", "on", "--kl-coef", "0", "--precision", "float32"]
     s = train.parse_settings(flags)
     shape, work = settings.planned(s, processes=4)
     assert (work.shards, work.prompts) == (4, 2)
