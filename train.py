@@ -475,9 +475,7 @@ class Trainer:
         s, batches = self.s, micro_batches(groups, self.s.grpo)
         if s.grpo.micro_batch or s.run.engine == "plain":
             return batches
-        tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
-        share = math.ceil(tokens / distributed.size())
-        return join(batches, trained, min(self.pass_tokens, share))
+        return join(batches, trained, self.pass_tokens, distributed.size())
 
     def autocast(self, cache: bool = True):
         """bf16 arithmetic where --precision asks for it; master weights stay float32.

@@ -26,6 +26,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import sft  # noqa: E402
 from data import PromptBuilder, PromptConfig, columns_of, load_dataset  # noqa: E402
 from engine.fast import FAST  # noqa: E402
+from engine.tree import Tree  # noqa: E402
 from grpo import PLAIN  # noqa: E402
 from policy import load_policy, prefers_bf16  # noqa: E402
 from running.errors import run_main  # noqa: E402
@@ -72,7 +73,7 @@ def tokens(batch, engine) -> int:
     """That go through the model for a batch."""
     if engine is PLAIN:
         return len(batch) * max(len(prompt) + len(completion) for prompt, completion in batch)
-    return sum(map(sft.pass_size, sft.passes(batch, sft.PASS_TOKENS)))
+    return sum(Tree([torch.cat(pair) for pair in part]).size for part in sft.passes(batch, sft.PASS_TOKENS))
 
 
 def main() -> None:

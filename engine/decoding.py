@@ -13,9 +13,12 @@ from engine import lean
 from engine.attention import causal_lm, enable, is_exact, no_mask
 from engine.bf16 import weights_to_sample_with
 from engine.grid import GRAPHS, LOOK, Grid
-from engine.packing import can_pack, families, shared_by
-from engine.row_attention import RowLayout
+from engine.packing import LONGEST, can_pack
+from engine.row_attention import RowLayout, masked
+from engine.tree import Tree
 from grpo import Group, as_groups, dropout_off, left_pad, plain_decode, plain_logprobs
+
+WORTH = 2  # times fewer tokens that one row must have on a GPU, where attention in it needs a mask
 
 
 def decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature: float,
@@ -45,9 +48,11 @@ def grid_decode(model, forward: Callable, prompts, uniform, temperature, eos_ids
 def prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
     """Keys and values of B prompts, a layer [B, Hk, P, d] each; their mask [B, P]; logits of what follows [B, V]."""
     device = next(model.parameters()).device
-    if device.type == "cpu" and can_pack(model, quiet=True):
-        return row_prefill(model, prompts)
     ids, mask = left_pad(prompts, device)  # [B, P] each
+    if can_pack(model, quiet=True):
+        tree = Tree(prompts)
+        if device.type == "cpu" or tree.size <= min(LONGEST, ids.numel() / WORTH):
+            return row_prefill(model, prompts, tree)
     out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=True, logits_to_keep=1)
     enable(model)
@@ -55,34 +60,16 @@ def prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor
     return kept, mask.bool(), out.logits[:, -1]
 
 
-def row_prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """`prefill` by one row without padding, in which what a family of prompts has in common stands once."""
+def row_prefill(model, prompts, tree: Tree) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """`prefill` by one row without padding, in which what several prompts begin with stands once."""
     enable(model)
-    ids, positions, groups, at, end = [], [], [], {}, 0  # at: {prompt: where its tokens are in the row}
-    for shared, family in shared_beginnings(prompts):
-        groups.append((shared, [len(prompts[i]) - shared for i in family]))
-        start = end
-        for i in family:
-            begin, whole = 0 if i == family[0] else shared, len(prompts[i])  # the first brings what all have in common
-            ids.append(prompts[i][begin:])
-            positions.append(torch.arange(begin, whole))
-            at[i] = torch.cat([torch.arange(start, start + begin), torch.arange(end, end + whole - begin)])
-            end += whole - begin
-    rows, mask = left_pad([at[i] for i in range(len(prompts))], "cpu")  # [B, P] each
-    layout = KeepingLayout(groups, rows.device)
-    logits = model(input_ids=torch.cat(ids)[None], position_ids=torch.cat(positions)[None], use_cache=False,
-                   attention_mask=no_mask(rows.device), layout=layout, logits_to_keep=rows[:, -1]).logits[0]
-    kept = [tuple(x[0][:, rows].transpose(0, 1) for x in layout.kept[n]) for n in range(len(layout.kept))]
+    device = next(model.parameters()).device
+    places, mask = left_pad(tree.places, device)  # [B, P] each
+    layout = KeepingLayout(tree.nodes, device)
+    logits = model(input_ids=tree.ids(prompts).to(device), position_ids=layout.positions[None], use_cache=False,
+                   attention_mask=no_mask(device), layout=layout, logits_to_keep=places[:, -1]).logits[0]
+    kept = [tuple(x[0][:, places].transpose(0, 1) for x in layout.kept.pop(n)) for n in range(len(layout.kept))]
     return kept, mask.bool(), logits
-
-
-def shared_beginnings(prompts: Sequence[Tensor]) -> list[tuple[int, list[int]]]:
-    """(tokens that they have in common, indices of prompts); each prompt has at least one token of its own."""
-    found = []
-    for family in families(prompts):
-        shared = min(shared_by(prompts, family), *(len(prompts[i]) - 1 for i in family))
-        found += [(shared, family)] if shared and len(family) > 1 else [(0, [i]) for i in family]
-    return found
 
 
 @dataclass(frozen=True)
@@ -93,6 +80,8 @@ class KeepingLayout(RowLayout):
 
     def attend(self, layer, query, key, value, scaling, window=None):
         self.kept[layer] = key.to(value.dtype), value
+        if query.is_cuda:  # a prefill is too short a work to compile FlexAttention for
+            return masked(self, query, key, value, scaling, window)
         return super().attend(layer, query, key, value, scaling, window)
 
 

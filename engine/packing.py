@@ -1,15 +1,17 @@
-"""Log-probabilities of a group of completions, with the prompt computed once.
+"""Log-probabilities of completions, with what their rows begin with computed once.
 
 `pack_group` puts a prompt and its G completions into one row: G·(P + C) tokens of compute become P + G·C, and the
-gradients are those of G separate rows. Attention runs block by block (attention.py), lm_head sees completion positions
-only, a chunk at a time. It works with gradient checkpointing. The plain way is `grpo.plain_logprobs`.
+gradients are those of G separate rows. `pack` does so with several prompts, which may begin alike themselves, as
+questions on one database do (tree.py). lm_head sees completion positions only, a chunk at a time. It works with
+gradient checkpointing. The plain way is `grpo.plain_logprobs`.
 
 Others compute a shared prompt once as well: Snowflake's ArcticTraining (ZoRRo) and verl's prefix grouper.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -17,32 +19,46 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from engine.attention import causal_lm, enable, is_exact, no_mask
+from engine.plan import MOST as LONGEST
 from engine.row_attention import RowLayout
+from engine.tree import Node, Tree
 from grpo import MicroBatch, dropout_off, plain_logprobs, target_logprobs
 
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
 
 @dataclass(frozen=True)
-class PackedGroup:
-    """One row `[prompt | c1 | … | cG]` in which a completion sees the prompt and itself."""
+class PackedRow:
+    """Completions of one prompt or of several in one row, in which they see their prompt and themselves."""
 
-    input_ids: Tensor  # [1, L], L = P + ΣC_i
-    position_ids: Tensor  # [1, L], every completion starts at P
-    segment_ids: Tensor  # [L], 0 for the prompt, i for completion i
-    predictors: Tensor  # [ΣC_i], the positions in the row whose hidden state predicts the completion tokens
-    mask: Tensor  # bool [G, T], True on completion tokens, T the longest completion
-    prompt: Tensor  # [P]
-    completions: list[Tensor]  # G times [C_i]
-
-    @property
-    def lengths(self) -> tuple[int, list[int]]:
-        """Of the prompt, and of the completions."""
-        return len(self.prompt), self.mask.sum(-1).tolist()
+    input_ids: Tensor  # [1, L]
+    nodes: Sequence[Node]  # the row as a tree, see tree.py
+    targets: Tensor  # [ΣC_i], the places in the row of the completion tokens
+    predictors: Tensor  # [ΣC_i], the places whose hidden state predicts them
+    mask: Tensor  # bool [N, T], True on completion tokens, T the longest completion
+    prompts: Sequence[Tensor]  # N times [P_i]
+    completions: Sequence[Tensor]  # N times [C_i]
 
     def unpack(self, values: Tensor) -> Tensor:
-        """Spreads one value a completion token over the group, padding 0. [ΣC_i] -> [G, T]"""
-        return _spread(values, self.mask)
+        """Spreads one value a completion token over the completions, padding 0. [ΣC_i] -> [N, T]"""
+        mask = self.mask.to(values.device)
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+class PackedGroup(PackedRow):
+    """The row `[prompt | c1 | … | cG]`, L = P + ΣC_i."""
+
+    @property
+    def prompt(self) -> Tensor:
+        return self.prompts[0]  # [P]
+
+    @property
+    def position_ids(self) -> Tensor:
+        return RowLayout(self.nodes, "cpu").positions[None]  # [1, L], every completion starts at P
+
+    @property
+    def segment_ids(self) -> Tensor:
+        return RowLayout(self.nodes, "cpu").spread(range(len(self.nodes)))  # [L], 0: the prompt, i: completion i
 
 
 def pack_group(prompt: Tensor, completions: Sequence[Tensor]) -> PackedGroup:
@@ -52,16 +68,29 @@ def pack_group(prompt: Tensor, completions: Sequence[Tensor]) -> PackedGroup:
     """
     if len(prompt) == 0 or not completions or any(len(c) == 0 for c in completions):
         raise ValueError("a group needs a prompt and completions of at least one token each")
-    P, lengths = len(prompt), torch.tensor([len(c) for c in completions])
-    within = torch.cat([torch.arange(len(c)) for c in completions])  # [ΣC_i], index of a token in its completion
-    previous = P - 1 + torch.arange(len(within))  # token t is predicted by the row position of token t − 1,
-    predictors = torch.where(within == 0, P - 1, previous)  # and token 0 by the last position of the prompt
-    return PackedGroup(
-        input_ids=torch.cat([prompt, *completions])[None],
-        position_ids=torch.cat([torch.arange(P), P + within])[None],
-        segment_ids=torch.repeat_interleave(torch.arange(len(lengths) + 1), F.pad(lengths, (1, 0), value=P)),
-        predictors=predictors, mask=_mask(lengths.tolist()),
-        prompt=prompt, completions=list(completions))
+    apart = [torch.cat([prompt, torch.full_like(c, 2**62 + i)]) for i, c in enumerate(completions)]  # begin unlike
+    return _packed(PackedGroup, [prompt] * len(completions), completions, Tree(apart, least=0))
+
+
+def pack(prompts: Sequence[Tensor], completions: Sequence[Tensor], least: int | None = None) -> PackedRow:
+    """Packs N completions, each with its prompt, into one row. What several begin with stands there once: a schema, a
+    prompt, the beginning of completions.
+
+    least: tokens that this has to save each time; None: as `tree.LEAST` says.
+    """
+    return _packed(PackedRow, prompts, completions, Tree(_rows(prompts, completions), least))
+
+
+def _packed(kind: type, prompts: Sequence[Tensor], completions: Sequence[Tensor], tree: Tree) -> PackedRow:
+    """The row of a tree."""
+    places = [at[len(prompt) - 1:] for prompt, at in zip(prompts, tree.places, strict=True)]  # from the prompt's last
+    return kind(input_ids=tree.ids(_rows(prompts, completions)), nodes=tree.nodes,
+                targets=torch.cat([at[1:] for at in places]), predictors=torch.cat([at[:-1] for at in places]),
+                mask=_mask([len(c) for c in completions]), prompts=prompts, completions=completions)
+
+
+def _rows(prompts: Sequence[Tensor], completions: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
 
 
 def _mask(lengths: Sequence[int]) -> Tensor:
@@ -69,68 +98,60 @@ def _mask(lengths: Sequence[int]) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Puts values, one a token, where a mask is true, and 0 elsewhere. [ΣC], [N, T] -> [N, T]"""
-    mask = mask.to(values.device)
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
 def logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float) -> Tensor:
-    """`grpo.plain_logprobs` by one packed row, in which completions of the same prompt that follow one another are a
-    group. -> [N, T]"""
+    """`grpo.plain_logprobs` by one packed row. -> [N, T]"""
     if not can_pack(model):
         return plain_logprobs(model, prompts, completions, temperature)
-    starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] is not prompts[i - 1]]
-    return packed_logprobs(model, [pack_group(prompts[i], completions[i:end])
-                                   for i, end in zip(starts, [*starts[1:], len(prompts)], strict=True)], temperature)
+    return packed_logprobs(model, pack(prompts, completions), temperature)
 
 
-def families(prompts: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of prompts, sorted, those together of which at least half is the same: questions on one database."""
-    kin = []
-    for i in sorted(range(len(prompts)), key=lambda i: prompts[i].tolist()):
-        if kin and 2 * alike(prompts[kin[-1][0]], prompts[i]) >= len(prompts[i]):
-            kin[-1].append(i)
-        else:
-            kin.append([i])
-    return kin
+# ---- passes
 
 
-def shared_by(prompts: Sequence[Tensor], family: Sequence[int]) -> int:
-    """How many tokens a family has in common at its beginning: those of its first and last, for it is sorted."""
-    return alike(prompts[family[0]], prompts[family[-1]])
+def fill(groups: Sequence[Sequence[Tensor]], tokens: int) -> list[list[int]]:
+    """Puts groups of rows into parts whose trees have up to so many tokens, or a single group. Those that begin alike
+    come together. -> the groups' numbers"""
+    group_of = [number for number, rows in enumerate(groups) for _ in rows]
+    tree, added, whole = Tree([row for rows in groups for row in rows]), Counter(), Counter()
+    for i in tree.order:
+        whole[group_of[i]] += tree.added[i] if group_of[i] in whole else len(tree.rows[i])
+        added[group_of[i]] += tree.added[i]
+    parts, size = [], 0
+    for number in added:
+        size += added[number]
+        if not parts or size > tokens:
+            parts.append([])
+            size = whole[number]
+        parts[-1].append(number)
+    return parts
 
 
-def alike(a: Tensor, b: Tensor) -> int:
-    """How many tokens two prompts [P] have in common at their beginning."""
-    n = min(len(a), len(b))
-    return int((a[:n] == b[:n]).cumprod(0).sum())
-
-
-def join(batches: Sequence[MicroBatch], trained: Sequence[bool], tokens: int) -> list[MicroBatch]:
+def join(batches: Sequence[MicroBatch], trained: Sequence[bool], tokens: int, processes: int = 1) -> list[MicroBatch]:
     """Puts groups, each a micro-batch, into passes of up to so many tokens, or of a single group.
 
-    Those that are trained are not mixed with others, which need no gradient.
+    Those that are trained are not mixed with others, which need no gradient. A group of over LONGEST tokens is cut.
+    Each of several processes has something to do.
     """
+    if processes > 1:
+        tokens = min(tokens, math.ceil(Tree([row for b in batches for row in _rows(b.prompts, b.completions)]).size
+                                       / processes))
     passes = []
     for kind in (True, False):
-        chosen = [batch for batch, wanted in zip(batches, trained, strict=True) if wanted is kind]
-        passes += fill(chosen, _tokens, tokens)
-    return [_joined(batches) for batches in passes]
+        chosen = [part for batch, wanted in zip(batches, trained, strict=True) if wanted is kind
+                  for part in _split(batch, max(tokens, LONGEST))]
+        parts = fill([_rows(batch.prompts, batch.completions) for batch in chosen], tokens)
+        passes += [_joined([chosen[i] for i in part]) for part in parts]
+    return passes
 
 
-def _tokens(batches: Sequence[MicroBatch]) -> int:
-    return sum(len(batch.prompts[0]) + sum(map(len, batch.completions)) for batch in batches)
-
-
-def fill(items: Sequence, size: Callable[[list], int], tokens: int) -> list[list]:
-    """Splits items, in their order, into parts whose size is at most this many tokens, or of a single item."""
+def _split(batch: MicroBatch, tokens: int) -> list[MicroBatch]:
+    """A group in parts of up to so many tokens, or of a single completion."""
     parts = []
-    for item in items:
-        if parts and size([*parts[-1], item]) <= tokens:
-            parts[-1].append(item)
-        else:
-            parts.append([item])
+    for some in fill([[row] for row in _rows(batch.prompts, batch.completions)], tokens):
+        some = sorted(some)
+        lists = [[values[i] for i in some] for values in (
+            batch.rows, batch.prompts, batch.completions, batch.sampled_logps)]
+        parts.append(MicroBatch(*lists, batch.mask[some, :max(map(len, lists[2]))]))
     return parts
 
 
@@ -139,6 +160,9 @@ def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
     lists = [[one for batch in batches for one in getattr(batch, name)]
              for name in ("rows", "prompts", "completions", "sampled_logps")]
     return MicroBatch(*lists, torch.cat([F.pad(batch.mask, (0, T - batch.mask.shape[1])) for batch in batches]))
+
+
+# ---- log-probabilities
 
 
 def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple[Tensor, Tensor]:
@@ -152,7 +176,9 @@ def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple
         logits = torch.cat([model(input_ids=row, use_cache=False).logits[0, P - 1:-1] for row in rows])  # [ΣC_i, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         entropy = packed.unpack(torch.special.entr((logits / temperature).softmax(-1)).sum(-1))
-    return logprobs(model, [packed.prompt] * len(packed.completions), packed.completions, temperature), entropy
+    if not can_pack(model):
+        return plain_logprobs(model, packed.prompts, packed.completions, temperature), entropy
+    return packed_logprobs(model, packed, temperature), entropy
 
 
 def can_pack(model, quiet: bool = False) -> bool:
@@ -162,36 +188,26 @@ def can_pack(model, quiet: bool = False) -> bool:
 
 def _gap(model) -> float:
     """Largest difference of a packed row's log-probabilities from those of padded rows."""
-    prompts = [torch.arange(2, 9)] * 3 + [torch.arange(4, 8)]
-    completions = [torch.arange(3, 3 + n) for n in (5, 1, 3, 4)]
+    prompts = [torch.arange(2, 9)] * 3 + [torch.arange(2, 7), torch.arange(4, 8)]
+    completions = [torch.arange(3, 3 + n) for n in (5, 1, 3, 4, 4)]
     with torch.no_grad(), dropout_off(model):
-        groups = [pack_group(prompts[0], completions[:3]), pack_group(prompts[3], completions[3:])]
-        packed = packed_logprobs(model, groups, 1.0)
+        packed = packed_logprobs(model, pack(prompts, completions, least=0), 1.0)
         return (packed - plain_logprobs(model, prompts, completions, 1.0)).abs().max().item()
 
 
-def packed_logprobs(model, groups: Sequence[PackedGroup], temperature: float) -> Tensor:
-    """Log-probability of every completion token of groups in one row, with gradient. -> [N, T]"""
-    lm_head, hidden = packed_hidden(model, groups)
-    completions = [completion for group in groups for completion in group.completions]
-    logp = token_logprobs(lm_head, hidden, torch.cat(completions).to(hidden.device), temperature)  # [ΣC]
-    return _spread(logp, _mask([len(completion) for completion in completions]))
-
-
-def packed_hidden(model, groups: Sequence[PackedGroup]) -> tuple[torch.nn.Module, Tensor]:
-    """lm_head, and the hidden states [ΣC, D] that predict the completion tokens of groups in one row."""
+def packed_logprobs(model, packed: PackedRow, temperature: float) -> Tensor:
+    """Log-probability of every completion token of a row, with gradient. -> [N, T]"""
     causal = causal_lm(model)
     lm_head = causal.get_output_embeddings()
-    device = lm_head.weight.device
+    device, layout = lm_head.weight.device, RowLayout(packed.nodes, lm_head.weight.device)
     enable(model)
-    starts = accumulate((group.input_ids.shape[1] for group in groups[:-1]), initial=0)
-    predictors = torch.cat([start + group.predictors for start, group in zip(starts, groups, strict=True)])
-    ids, positions = (torch.cat(rows, dim=1).to(device) for rows in zip(
-        *((group.input_ids, group.position_ids) for group in groups), strict=True))  # [1, L] each
     hidden = causal.get_decoder()(
-        input_ids=ids, position_ids=positions, use_cache=False, attention_mask=no_mask(device),
-        layout=RowLayout([group.lengths for group in groups], device)).last_hidden_state[0]  # [L, D]
-    return lm_head, hidden[predictors.to(device)]
+        input_ids=packed.input_ids.to(device), position_ids=layout.positions[None], use_cache=False,
+        attention_mask=no_mask(device), layout=layout).last_hidden_state[0]  # [L, D]
+    place, which = packed.targets.unique(return_inverse=True)  # [n], [ΣC]: tokens that several begin with count once
+    before = torch.empty_like(place).scatter_(0, which, packed.predictors).to(device)  # [n]
+    logp = token_logprobs(lm_head, hidden[before], packed.input_ids[0, place].to(device), temperature)  # [n]
+    return packed.unpack(logp[which.to(device)])
 
 
 def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:

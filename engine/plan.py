@@ -18,7 +18,8 @@ from pathlib import Path
 CHUNK = 2**24  # elements of logits that exist at once (packing.py)
 PASS = 1.5e8  # bytes that a pass of several groups keeps for backward on a CPU; a GPU gives a quarter of its memory
 LIBRARIES = 0.45e9  # bytes of Python with torch and transformers on a CPU, and of a CUDA context on a GPU
-LEAST, MOST = 2**10, 2**14  # tokens of such a pass: more gain nothing, and the mask of a row grows with its square
+LEAST, MOST = 2**10, 2**14  # tokens of such a pass: more gain nothing; a group with more is cut (packing.py)
+BLOCK, BLOCK_BYTES = 128, 64  # tokens of a side of a block of a row's mask on a GPU, and bytes of a block's place in it
 SLACK = 0.4  # of what comes and goes: the C library's heap, for blocks under 32 MiB, does not give everything back
 SHARE = 0.95  # of a card or machine that may be planned for
 ERROR = 0.1  # of the plan, at most: it was 0.93 to 1.09 times what bench/planned_memory.py measured on a CPU
@@ -186,7 +187,7 @@ def forward(shape: Shape, work: Work) -> dict[str, float]:
     """A packed row without gradients."""
     row, number = row_tokens(work), bytes_of(work)
     return {"activations": row * (3 * shape.inner + 6 * shape.width + attention_elements(shape, work)) * number,
-            "logits chunk": 4 * 4 * logits_of(shape, work)}
+            "logits chunk": 4 * 4 * logits_of(shape, work), "attention mask": mask_bytes(work)}
 
 
 def update(shape: Shape, work: Work) -> dict[str, float]:
@@ -202,23 +203,34 @@ def update(shape: Shape, work: Work) -> dict[str, float]:
     head = 0 if work.lora_rank else 2 * stored * shape.vocabulary * shape.width  # gradient of lm_head, not yet added
     casts = 2 * shape.parameters() if work.bf16 and not work.half and not work.checkpointing else 0
     return {"autocast": casts, "activations": kept + max(0, passing - head),
-            "logits chunk": 4 * 4 * logits_of(shape, work) + head}
+            "logits chunk": 4 * 4 * logits_of(shape, work) + head, "attention mask": mask_bytes(work)}
+
+
+def together(work: Work) -> int:
+    """Completions of a group in a packed row: all, unless --micro-batch says fewer or they are too long."""
+    return work.micro_batch or min(
+        work.group, max(1, (max(MOST, work.pass_tokens) - work.prompt) // work.completion))
 
 
 def group_tokens(work: Work) -> int:
-    """Of a prompt and its completions, or as many of them as --micro-batch allows."""
-    return work.prompt + (work.micro_batch or work.group) * work.completion
+    """Of a prompt and those of its completions."""
+    return work.prompt + together(work) * work.completion
 
 
 def row_tokens(work: Work) -> int:
-    """Of a packed row: one group, or as many as --tokens-per-pass allows."""
+    """Of a packed row: one group, or as many as --tokens-per-pass allows. Questions that begin alike need fewer."""
     one = group_tokens(work)
     return one if work.micro_batch else one * max(1, min(work.prompts, work.pass_tokens // one))
 
 
+def mask_bytes(work: Work) -> int:
+    """Of the tables of blocks that say which tokens of a row see which; a CPU does without."""
+    return BLOCK_BYTES * (-(-row_tokens(work) // BLOCK))**2 if work.gpu else 0
+
+
 def logits_of(shape: Shape, work: Work) -> int:
     """Elements of logits that exist at once."""
-    completions = row_tokens(work) // group_tokens(work) * (work.micro_batch or work.group)
+    completions = row_tokens(work) // group_tokens(work) * together(work)
     return min(max(CHUNK, shape.vocabulary), completions * work.completion * shape.vocabulary)
 
 
@@ -262,7 +274,8 @@ def table(found: Phases) -> str:
     """Gigabytes, a line each, a column a moment."""
     names = list(dict.fromkeys(name for parts in found.values() for name, size in parts.items() if size))
     order = ["parameters", "gradients", "optimizer", "reference", "memory's embedder", "bf16 weights", "KV cache",
-             "gathered", "autocast", "activations", "logits chunk", "allocator", "CUDA context", "Python and libraries"]
+             "gathered", "autocast", "activations", "attention mask", "logits chunk", "allocator", "CUDA context",
+             "Python and libraries"]
     lines = [f"{'GB':<22}" + "".join(f"{moment:>11}" for moment in found)]
     for name in sorted(names, key=order.index):
         lines.append(f"{name:<22}" + "".join(f"{parts[name] / 1e9:>11.2f}" if parts.get(name) else f"{'-':>11}"
@@ -273,7 +286,7 @@ def table(found: Phases) -> str:
 
 def smaller(shape: Shape, work: Work, limit: float) -> list[str]:
     """Flags with which it would fit, of those that cost little before those that cost more; empty where none do."""
-    part = max(1, (work.micro_batch or work.group) // 4)
+    part = max(1, together(work) // 4)
     changes = {f"--rollout-batch {max(work.group, work.rollout_batch // 4)}":
                {"rollout_batch": max(work.group, work.rollout_batch // 4)},
                "--gradient-checkpointing": {"checkpointing": True}, f"--micro-batch {part}": {"micro_batch": part},

@@ -1,74 +1,87 @@
-"""Attention within a row of groups [prompt | c1 | … | cG | prompt | …], in three ways that compute the same:
+"""Attention within a row that is a tree of tokens (tree.py), in three ways that compute the same:
 
-    parts   on a CPU: prompts, completions, and completions on their prompts, each by a product that wastes nothing
+    parts   on a CPU: a node for itself and all below it, one after the other, by products that waste nothing
     flex    on a GPU: FlexAttention, which leaves out the blocks of the row's mask that are empty
-    masked  anywhere: scaled dot product attention with a mask of L × L; for sliding windows, and where flex is missing
+    masked  anywhere: scaled dot product attention with a mask; for sliding windows, and where flex is missing
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from engine.tree import Node
+
+BLOCK = 128  # tokens of a side of FlexAttention's blocks
+MASK_ELEMENTS = 2**24  # of a mask that exist at once
+SHORT, UNEVEN = 16, 4  # runs are padded to one batch up to UNEVEN times its shortest, or SHORT, tokens
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How the tokens of a row belong together: a prompt sees itself, a completion its prompt and itself, causally.
+    """How the tokens of a row belong together: as the nodes of a tree."""
 
-    A group of one completion is one run of tokens.
-    """
-
-    groups: Sequence[tuple[int, Sequence[int]]]  # length of a prompt, lengths of its completions
+    nodes: Sequence[Node]
     device: torch.device
-    masks: dict = field(default_factory=dict)  # {window: mask}, made by the first layer
+    blocks: dict = field(default_factory=dict)  # {window: BlockMask}, made by the first layer
 
     def attend(self, _, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None) -> Tensor:
         """[1, H, L, d], 2 × [1, Hk, L, d] -> [1, H, L, d]"""
-        if window is not None and window >= max(P + max(lengths) for P, lengths in self.groups):
+        if window is not None and window >= max(node.depth + node.stop - node.start for node in self.nodes):
             window = None
-        if query.is_cuda and can_flex():
+        if query.is_cuda and can_flex(value.shape[-1], value.dtype):
             return flex(self, query, key, value, scaling, window)
         if query.device.type == "cpu" and window is None:
             return parts(self, query, key, value, scaling)
         return masked(self, query, key, value, scaling, window)
 
     @cached_property
-    def runs(self) -> list[list[range]]:
-        """A group's runs of tokens, as positions in the row: its prompt, then its completions."""
-        sizes = [[P + lengths[0]] if len(lengths) == 1 else [P, *lengths] for P, lengths in self.groups]
-        ends = accumulate(n for group in sizes for n in group)
-        return [[range(end - n, end) for n in group for end in [next(ends)]] for group in sizes]
+    def positions(self) -> Tensor:
+        """Of each token in its text. [L]"""
+        return self.spread([node.depth - node.start for node in self.nodes]) + torch.arange(
+            self.nodes[-1].stop, device=self.device)
 
     @cached_property
-    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each token its group, its run in the group, and its position in its completion's text, [L] each."""
-        rows = [(g, r, len(runs[0]) * (r > 0) + i) for g, runs in enumerate(self.runs) for r, run in enumerate(runs)
-                for i in range(len(run))]
-        return tuple(torch.tensor(rows, device=self.device).unbind(1))
+    def ends(self) -> Tensor:
+        """Of each token the place up to which it is seen. [L]"""
+        return self.spread([node.end for node in self.nodes])
+
+    def spread(self, values: Sequence[int]) -> Tensor:
+        """A value a node to one a token. -> [L]"""
+        lengths = torch.tensor([node.stop - node.start for node in self.nodes])
+        return torch.tensor(list(values)).repeat_interleave(lengths).to(self.device)
 
     def rule(self, window: int | None) -> Callable:
         """Whether the token at i sees the one at j, elementwise, as FlexAttention asks for it: (_, _, i, j) -> bool."""
-        group, run, position = self.tokens  # tensors in a closure, as a compiler can follow them
+        positions, ends = self.positions, self.ends  # tensors in a closure, as a compiler can follow them
 
         def sees(_, __, i, j):
-            seen = (j <= i) & (group[i] == group[j]) & ((run[j] == 0) | (run[i] == run[j]))
-            return seen if window is None else seen & (position[i] - position[j] < window)
+            seen = (j <= i) & (i < ends[j])
+            return seen if window is None else seen & (positions[i] - positions[j] < window)
 
         return sees
 
     @cached_property
     def parts(self) -> list[tuple["Rows", "Rows", bool]]:
-        """(queries, keys, causally): prompts and completions see themselves, then completions their prompts."""
-        prompts, completions = [group[0] for group in self.runs], [run for group in self.runs for run in group[1:]]
-        alone = [Rows(runs, self.device) for runs in (prompts, completions) if runs]
-        return [(rows, rows, True) for rows in alone] + [
-            (Rows([range(group[1].start, group[-1].stop)], self.device), Rows(group[:1], self.device), False)
-            for group in self.runs if len(group) > 1]
+        """(queries, keys, whether these queries come for the first time): a node that has others below is seen by
+        itself and by all of them; the others, which see themselves, are put together by length."""
+        found, batch = [], []
+        for node in self.nodes:
+            if node.end > node.stop:
+                found.append((Rows([range(node.start, node.end)], self.device),
+                              Rows([range(node.start, node.stop)], self.device), node.depth == 0))
+        for run in sorted((range(n.start, n.stop) for n in self.nodes if n.end == n.stop), key=len):
+            if not batch or len(run) > UNEVEN * max(SHORT, len(batch[-1][0])):
+                batch.append([])
+            batch[-1].append(run)
+        alone = [Rows(runs, self.device) for runs in batch]
+        return found + [(rows, rows, False) for rows in alone]
 
 
 def per_head(key: Tensor, heads: int) -> Tensor:
@@ -77,26 +90,36 @@ def per_head(key: Tensor, heads: int) -> Tensor:
 
 
 def masked(layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    """As `RowLayout.attend`."""
-    if window not in layout.masks:
-        i = torch.arange(query.shape[2], device=query.device)
-        layout.masks[window] = layout.rule(window)(None, None, i[:, None], i)  # [L, L]
-    H = query.shape[1]
-    return F.scaled_dot_product_attention(query, per_head(key, H), per_head(value, H), layout.masks[window],
-                                          scale=scaling)
+    """As `RowLayout.attend`, for some queries after the other; their mask is made again for backward."""
+    (H, L), sees = query.shape[1:3], layout.rule(window)
+    key, value, places = per_head(key, H), per_head(value, H), torch.arange(L, device=query.device)
+
+    def some(query, i):
+        return F.scaled_dot_product_attention(query, key, value, sees(None, None, i[:, None], places), scale=scaling)
+
+    n = max(1, MASK_ELEMENTS // L)
+    return torch.cat([checkpoint(some, *one, use_reentrant=False, preserve_rng_state=False)
+                      for one in zip(query.split(n, 2), places.split(n), strict=True)], dim=2)
 
 
 # ---- FlexAttention
 
 
 @cache
-def can_flex() -> bool:
-    """Whether FlexAttention can be compiled here; a warning says if not."""
+def can_flex(head: int, dtype: torch.dtype, device: str = "cuda") -> bool:
+    """Whether FlexAttention of heads of this size and type can be compiled here, with its backward; a warning says if
+    not."""
+    def same(tensor):
+        return tensor
+
+    layout = RowLayout([Node(0, 64, 128, 0), Node(64, 96, 96, 64), Node(96, 128, 128, 64)], torch.device(device))
     try:
-        x = torch.zeros(1, 1, 128, 64, device="cuda", dtype=torch.bfloat16)
-        flex(RowLayout([(64, (32, 32))], x.device), x, x, x, 1.0, None)
+        with torch.enable_grad(), saved_tensors_hooks(same, same):  # not those of a checkpoint that may be around us
+            x = torch.zeros(1, 1, 128, head, device=device, dtype=dtype, requires_grad=True)
+            flex(layout, x, x, x, 1.0, None).sum().backward()
     except Exception as error:  # whatever a compiler trips over, the other way is there
-        warnings.warn(f"FlexAttention cannot be compiled ({type(error).__name__}); updates are slower", stacklevel=4)
+        warnings.warn(f"FlexAttention cannot be compiled for heads of {head} in {dtype} ({type(error).__name__}); "
+                      "updates are slower", stacklevel=4)
         return False
     return True
 
@@ -109,14 +132,41 @@ def compiled_flex():
 
 def flex(layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
     """As `RowLayout.attend`."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    if window not in layout.masks:
-        L = query.shape[2]
-        layout.masks[window] = create_block_mask(layout.rule(window), None, None, L, L, device=query.device)
+    if window not in layout.blocks:
+        layout.blocks[window] = block_mask(layout, window)
     attend = compiled_flex() if query.is_cuda else flex_attention
-    return attend(query.to(value.dtype), key.to(value.dtype), value, block_mask=layout.masks[window], scale=scaling,
+    return attend(query.to(value.dtype), key.to(value.dtype), value, block_mask=layout.blocks[window], scale=scaling,
                   enable_gqa=query.shape[1] != key.shape[1])
+
+
+def block_mask(layout: RowLayout, window: int | None):
+    """Which blocks of the row's mask are empty, full or in between, without that mask: a block of keys that stands
+    before one of queries is seen by all of them or by some, depending on where its tokens' sights end."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    L = len(layout.ends)
+    n = -(-L // BLOCK)
+    first = torch.arange(n, device=layout.device)[:, None] * BLOCK  # [n, 1], place of each block's first token
+
+    def least_and_most(values):
+        """Of each block. [L] -> [n] each"""
+        last = values[-1:].expand(n * BLOCK - L)
+        return torch.cat([values, last]).view(n, BLOCK).aminmax(dim=1)
+
+    (soonest, latest), (low, high) = least_and_most(layout.ends), least_and_most(layout.positions)
+    before, itself = first > first.T, first == first.T  # [n, n], queries × keys
+    some = itself | before & (first < latest)
+    full = before & (first + BLOCK <= soonest)
+    if window is not None:
+        some &= low[:, None] - high < window
+        full &= high[:, None] - low < window
+    tables = []  # how many, [1, 1, n], and which first, [1, 1, n, n]
+    for chosen in (some & ~full, full):
+        tables += [chosen.sum(-1)[None, None].int(),
+                   chosen.int().argsort(dim=-1, descending=True, stable=True)[None, None].int()]
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=layout.rule(window), seq_lengths=(L, L))
 
 
 # ---- part by part
@@ -131,7 +181,7 @@ class Rows:
         starts = torch.tensor([run.start for run in runs])
         real = torch.arange(A) < lengths[:, None]  # [m, A]
         table = (starts[:, None] + torch.arange(A)) * real
-        self.padding, self.table = ~real.to(device), table.to(device)  # [m, A], positions in the row
+        self.padding, self.table = ~real.to(device), table.to(device)  # [m, A], places in the row
         self.places, self.tokens = real.flatten().nonzero()[:, 0].to(device), table[real].to(device)  # [Σ]
 
     def take(self, x: Tensor) -> Tensor:
@@ -162,19 +212,21 @@ class _Parts(torch.autograd.Function):
 
     What a query finds among some keys is a mean o_k with weights that sum to exp(l_k), before they are normalised. Over
     all keys it is Σ exp(l_k − l) o_k with l = log Σ exp(l_k). Backward of a part, given the whole's o and l, is its
-    share of the whole's gradient (FlashAttention, arXiv 2205.14135, appendix B).
+    share of the whole's gradient (FlashAttention, arXiv 2205.14135, appendix B). In a part, query i sees the keys up to
+    key i: those that come after the last key, below its node, see all.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, layout, scaling):
         """[L, H, d] × 3 -> [L, H, d]"""
-        out = torch.empty_like(query)
-        total = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))  # l, [L, H]
-        for queries, keys, causal in layout.parts:
+        out = torch.zeros_like(query)
+        total = query.new_full(query.shape[:2], float("-inf"),
+                               dtype=torch.promote_types(query.dtype, torch.float32))  # l, [L, H]
+        for queries, keys, first in layout.parts:
             o, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                queries.take(query), keys.take(key), keys.take(value), 0.0, causal, scale=scaling)
+                queries.take(query), keys.take(key), keys.take(value), 0.0, True, scale=scaling)
             o, log, at = queries.flat(o), queries.flat(log.view(o.shape[:3])), queries.index()
-            if not causal:  # completions that have seen themselves now see their prompts
+            if not first:  # they have seen what is above
                 both = torch.logaddexp(total[at], log)
                 o = out[at] * (total[at] - both).exp()[..., None] + o * (log - both).exp()[..., None]
                 log = both
@@ -188,11 +240,11 @@ class _Parts(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, out, total = ctx.saved_tensors
         to_query, to_key, to_value = (torch.zeros_like(x) for x in (query, key, value))
-        for queries, keys, causal in ctx.layout.parts:
+        for queries, keys, _ in ctx.layout.parts:
             log = queries.take(total).masked_fill(queries.padding[:, None], float("inf"))  # [m, H, A], weighs nothing
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 queries.take(grad), queries.take(query), keys.take(key), keys.take(value), queries.take(out), log,
-                0.0, causal, scale=ctx.scaling)
+                0.0, True, scale=ctx.scaling)
             for to, rows, part in zip((to_query, to_key, to_value), (queries, keys, keys), found, strict=True):
                 to[rows.index()] += rows.flat(part)
         return to_query, to_key, to_value, None, None

@@ -24,6 +24,7 @@ import dense  # noqa: E402
 import first_step  # noqa: E402
 import knows  # noqa: E402
 import scaling  # noqa: E402
+import shared_schema  # noqa: E402
 import steps  # noqa: E402
 
 
@@ -55,6 +56,14 @@ def test_an_end_is_impossible_before_its_time_and_certain_then():
 
 def test_the_slope_is_that_of_the_line():
     assert scaling.slope([1, 2, 4], [5.0, 7.0, 11.0]) == pytest.approx(2.0)
+
+
+def test_a_schema_goes_through_the_model_once_for_the_questions_on_it():
+    sizes = dict(schema=40, question=10, completion=4, questions=3, group=2, layers=1, threads=1) | {"pass": 4096}
+    rows = {what: counts for what, *counts in shared_schema.measure(sizes)}
+    tokens = 3 * (2 + 4)  # of completions
+    assert rows["update"][::2] == [3 * 50 + tokens, 40 + 3 * 10 + tokens]
+    assert rows["rollout"][0] - rows["rollout"][2] == 2 * 40
 
 
 def test_the_loss_over_a_large_vocabulary_takes_a_fraction_of_the_naive_memory():

@@ -13,6 +13,7 @@ from engine.bf16 import weights_to_sample_with
 from engine.fast import FAST
 from engine.grid import Grid
 from engine.offload import CPUAdamW
+from engine.tree import Tree
 from grpo import PLAIN, GRPOConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -84,19 +85,50 @@ def test_bf16_weights_are_refreshed_in_place(model):
     assert texts(after) == texts(fresh)
 
 
-@pytest.mark.parametrize("H, Hk", [(4, 2), (9, 3), (14, 2)])
-def test_flex_attention_is_masked_attention(H, Hk):
-    assert row_attention.can_flex()
-    groups = [(100, (30, 70, 1)), (40, (20, 20)), (64, (200,))]
-    L = sum(P + sum(lengths) for P, lengths in groups)
-    query, key, value, weight = (torch.randn(1, heads, L, 64, device="cuda", requires_grad=True) for heads in (H, Hk, Hk, H))
+@pytest.mark.parametrize("H, Hk, d", [(4, 2, 64), (9, 3, 64), (14, 2, 64), (4, 1, 256)])
+def test_flex_attention_is_masked_attention(H, Hk, d):
+    """Where it can be compiled at all, which is asked for each size of a head."""
+    if not row_attention.can_flex(d, torch.float32):
+        pytest.skip(f"no FlexAttention for heads of {d}")
+    rows = [torch.tensor([p] * P + [q] * Q + [9 + i] * n) for p, P, q, Q, lengths in (
+        (0, 100, 0, 20, (30, 70, 1)), (0, 100, 1, 30, (40, 90)), (1, 40, 0, 0, (20, 20)), (2, 64, 0, 0, (200,)))
+        for i, n in enumerate(lengths)]
+    nodes = Tree(rows).nodes
+    query, key, value, weight = (torch.randn(1, heads, nodes[-1].stop, d, device="cuda", requires_grad=True)
+                                 for heads in (H, Hk, Hk, H))
     for window in (None, 50):
         results = []
         for way in (row_attention.flex, row_attention.masked):
-            out = way(row_attention.RowLayout(groups, query.device), query, key, value, 0.125, window)
+            out = way(row_attention.RowLayout(nodes, query.device), query, key, value, 0.125, window)
             results.append((out, *torch.autograd.grad((out * weight).sum(), (query, key, value))))
         for one, two in zip(*results, strict=True):
             torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)  # TF32 products
+
+
+def test_a_long_row_needs_no_mask_of_its_square():
+    """60,000 tokens, whose mask would take 3.6 GB, and PyTorch 7 times that to find its blocks."""
+    rows = [torch.cat([torch.zeros(2000, dtype=torch.long), torch.full((2000,), i)]) for i in range(1, 30)]
+    layout = row_attention.RowLayout(Tree(rows).nodes, torch.device("cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    row_attention.block_mask(layout, None)
+    assert torch.cuda.max_memory_allocated() - before < 1e8
+
+
+def test_prompts_on_one_database_are_prefilled_as_one_row(model, monkeypatch):
+    schema = torch.arange(3, 203)
+    prompts = [torch.cat([schema, torch.arange(300 + 9 * i, 320 + 9 * i)]) for i in range(4)]
+    made, exact = [], decoding.row_prefill
+    monkeypatch.setattr(decoding, "row_prefill", lambda *given: (made.append(given[2].size), exact(*given))[1])
+    with torch.no_grad():
+        layers, mask, logits = decoding.prefill(model, prompts)
+        monkeypatch.setattr(decoding, "WORTH", 10**9)
+        padded, _, expected = decoding.prefill(model, prompts)
+    assert made == [200 + 4 * 20]
+    torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2)
+    for pair, other in zip(layers, padded, strict=True):
+        for kept, theirs in zip(pair, other, strict=True):
+            torch.testing.assert_close(kept, theirs, rtol=1e-2, atol=1e-2)
 
 
 def test_packed_rows_have_the_log_probabilities_and_gradients_of_padded_ones(model):

@@ -13,8 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -28,7 +30,7 @@ from transformers import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import grpo
-from engine import attention, decoding, draw, grid, lean, packing, row_attention
+from engine import attention, decoding, draw, grid, lean, packing, plan, row_attention, tree
 from engine.fast import ENGINES, FAST
 from grpo import PLAIN, GRPOConfig
 
@@ -70,7 +72,7 @@ def sampled_groups(model, config, prompts=2, seed=0, eos_ids=(EOS,), engine=FAST
 
 
 def packed_logprobs(model, packed, temperature):
-    return packing.packed_logprobs(model, [packed], temperature)
+    return packing.packed_logprobs(model, packed, temperature)
 
 
 def padded_logprobs(model, packed, temperature):
@@ -262,6 +264,7 @@ def test_a20_sampling_uses_the_cache_even_with_gradient_checkpointing(engine, pr
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_prompts_that_begin_alike_are_prefilled_as_padded_ones_are(family, monkeypatch):
+    monkeypatch.setattr(tree, "LEAST", 0)
     if family == "gpt2":
         model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2)).double().eval()
     else:
@@ -269,12 +272,11 @@ def test_prompts_that_begin_alike_are_prefilled_as_padded_ones_are(family, monke
     assert packing.can_pack(model)
     a, b = torch.arange(1, 9), torch.tensor([5, 4, 3])
     prompts = [torch.cat([a, b]), b, a, torch.cat([a, b[:1]]), b[:1], b[:1], torch.cat([b, a]), torch.cat([a, b])]
-    assert decoding.shared_beginnings(prompts) == [(7, [2, 3, 0, 7]), (0, [4]), (0, [5]), (0, [1]), (0, [6])]
     with torch.no_grad():
         sizes, (layers, mask, logits) = tokens_a_pass(model, lambda: decoding.prefill(model, prompts))
         monkeypatch.setattr(decoding, "can_pack", lambda model, quiet: False)
         padded = decoding.prefill(model, prompts)
-    assert sizes == [sum(map(len, prompts)) - 3 * 7] and torch.equal(mask, padded[1])
+    assert sizes == [11 + 11] and torch.equal(mask, padded[1])  # those that begin with `a`, and those that do with `b`
     torch.testing.assert_close(logits, padded[2], rtol=1e-9, atol=1e-9)
     for pair, other in zip(layers, padded[0], strict=True):
         for kept, theirs in zip(pair, other, strict=True):
@@ -773,24 +775,146 @@ def test_packed_equals_padded_in_logprobs_and_gradients(family, tied, checkpoint
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("groups", [[(6, (3, 1, 5))], [(6, (3, 1, 5)), (4, (2, 2)), (5, (7,))], [(5, (7,)), (3, (2,))]])
-def test_three_ways_of_attention_in_a_row_are_one(groups):
-    """By parts, by FlexAttention (without gradients on a CPU), with a mask; float64."""
-    generator, L = torch.Generator().manual_seed(0), sum(P + sum(lengths) for P, lengths in groups)
+def nested_rows(seed=0, prompts=7, group=3):
+    """Prompts that begin alike to any depth, one of them twice, as do their completions. -> N prompts, N completions"""
+    generator = torch.Generator().manual_seed(seed)
+    some = lambda most: torch.randint(2, 5, (int(torch.randint(1, most, (), generator=generator)),), generator=generator)  # noqa: E731
+    beginnings, rows = [some(12)], []
+    while len(beginnings) < prompts:
+        start = beginnings[int(torch.randint(len(beginnings), (), generator=generator))]
+        beginnings.append(torch.cat([start, some(9)]))
+    for prompt in [*beginnings[::-1], beginnings[2].clone(), torch.arange(5, 20)]:
+        rows += [(prompt.clone(), torch.cat([some(7), torch.tensor([EOS])])) for _ in range(group)]
+    return [prompt for prompt, _ in rows], [completion for _, completion in rows]
+
+
+def seen_by_hand(rows, found):
+    """bool [L, L]: whether the token at place i sees that at j, as the rows themselves say."""
+    seen = torch.zeros(found.size, found.size, dtype=torch.bool)
+    for places in found.places:
+        seen[places[:, None], places] |= torch.ones(len(places), len(places), dtype=torch.bool).tril()
+    return seen
+
+
+@pytest.mark.parametrize("least", [0, 5, 16, 10**9])
+def test_a_tree_holds_what_rows_begin_with_once_and_each_token_sees_its_own_row(least):
+    for seed in range(5):
+        rows = [torch.cat(pair) for pair in zip(*nested_rows(seed), strict=True)]
+        found = tree.Tree(rows, least)
+        ids, layout = found.ids(rows)[0], row_attention.RowLayout(found.nodes, "cpu")
+        for row, places in zip(rows, found.places, strict=True):
+            assert ids[places].tolist() == row.tolist() and layout.positions[places].tolist() == list(range(len(row)))
+        places = torch.arange(found.size)
+        assert torch.equal(layout.rule(None)(None, None, places[:, None], places), seen_by_hand(rows, found))
+        beginnings = {tuple(row[:n].tolist()) for row in rows for n in range(1, len(row) + 1)}  # tokens of a whole trie
+        different = {tuple(row.tolist()) for row in rows}
+        assert found.size == {0: len(beginnings), 10**9: sum(map(len, different))}.get(least, found.size)
+        assert len(beginnings) <= found.size <= sum(map(len, different)) and sum(found.added) == found.size
+        assert [node.stop for node in found.nodes] == [node.start for node in found.nodes[1:]] + [found.size]
+
+
+NESTED = tree.Tree([torch.cat(pair) for pair in zip(*nested_rows(), strict=True)], least=0)
+GROUPS = [packing.pack_group(torch.arange(P), [torch.arange(n) for n in lengths]).nodes
+          for P, lengths in ((6, (3, 1, 5)), (5, (7,)), (150, (100, 70, 1)))]
+
+
+@pytest.mark.parametrize("nodes", [NESTED.nodes, *GROUPS])
+def test_three_ways_of_attention_in_a_row_are_one(nodes, monkeypatch):
+    """By parts, by FlexAttention (without gradients on a CPU), with a mask, also one of few queries; float64."""
+    generator, L = torch.Generator().manual_seed(0), nodes[-1].stop
     query, key, value, weight = (torch.randn(1, heads, L, 8, dtype=torch.float64, generator=generator, requires_grad=True)
                                  for heads in (4, 2, 2, 4))
     results = []
-    for way in (row_attention.parts, row_attention.masked):
+    for way, elements in ((row_attention.parts, 1), (row_attention.masked, 10**9), (row_attention.masked, 5 * L)):
+        monkeypatch.setattr(row_attention, "MASK_ELEMENTS", elements)
         options = () if way is row_attention.parts else (None,)
-        out = way(row_attention.RowLayout(groups, query.device), query, key, value, 0.3, *options)
+        out = way(row_attention.RowLayout(nodes, query.device), query, key, value, 0.3, *options)
         results.append((out, *torch.autograd.grad((out * weight).sum(), (query, key, value))))
-    for one, two in zip(*results, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    for one, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     with torch.no_grad():
         for window in (None, 3):
-            flex, masked = (way(row_attention.RowLayout(groups, query.device), query.detach(), key.detach(), value.detach(),
+            flex, masked = (way(row_attention.RowLayout(nodes, query.device), query.detach(), key.detach(), value.detach(),
                                 0.3, window) for way in (row_attention.flex, row_attention.masked))
             torch.testing.assert_close(flex, masked, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 3, 200])
+@pytest.mark.parametrize("lengths", [[(40, (3, 1, 5))], [(256, (128, 300, 1)), (700, (2, 90))], [(100, (30,) * 40)]])
+def test_blocks_of_a_rows_mask_are_those_of_the_whole_mask(lengths, window):
+    """Nodes that end within blocks and at their edges; PyTorch finds the blocks by making the mask of L × L."""
+    rows = [torch.cat([torch.full((P,), g), torch.full((n,), 9 + i)]) for g, (P, ns) in enumerate(lengths) for i, n in enumerate(ns)]
+    layout = row_attention.RowLayout(tree.Tree(rows).nodes, torch.device("cpu"))
+    L = len(layout.ends)
+    ours = row_attention.block_mask(layout, window)
+    exact = create_block_mask(layout.rule(window), None, None, L, L, device="cpu")
+    assert ours.shape == exact.shape and ours.seq_lengths == exact.seq_lengths
+    missing, more = exact.to_dense() > ours.to_dense(), ours.to_dense() > exact.to_dense()
+    assert not missing.any() and (window is not None or not more.any())
+    i = torch.arange(L)
+    whole = F.pad(layout.rule(window)(None, None, i[:, None], i), (0, -L % 128, 0, -L % 128))
+    full = full_blocks(ours)
+    assert whole.view(len(full), 128, len(full), 128).all(3).all(1)[full].all()  # those said to be full are
+    assert window is not None or torch.equal(full, full_blocks(exact))
+    held = sum(t.numel() * t.element_size() for t in vars(ours).values() if isinstance(t, torch.Tensor))
+    assert held <= plan.BLOCK_BYTES * len(full)**2
+
+
+def full_blocks(mask):
+    """Which blocks are taken to be full. -> bool [n, n]"""
+    full = torch.zeros(mask.full_kv_indices.shape[-2:], dtype=torch.bool)
+    for row, (count, indices) in enumerate(zip(mask.full_kv_num_blocks[0, 0].tolist(), mask.full_kv_indices[0, 0].tolist(), strict=True)):
+        full[row, indices[:count]] = True
+    return full
+
+
+def test_flex_attention_without_a_backward_is_not_used():
+    """As on a CPU, where it has only a forward; asked for within a checkpoint, whose hooks it leaves alone."""
+    row_attention.can_flex.cache_clear()
+    x, verdicts = torch.ones(3, requires_grad=True), []
+    with torch.no_grad():
+        row_attention.flex(row_attention.RowLayout(GROUPS[0], torch.device("cpu")), *torch.zeros(3, 1, 1, 15, 8), 1.0, None)
+
+    def layer(x):
+        verdicts.append(row_attention.can_flex(8, torch.float64, "cpu"))
+        return x * x
+
+    with pytest.warns(UserWarning, match="cannot be compiled for heads of 8 in torch.float64") as warned:
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert verdicts == [False, False] and len(warned) == 1 and x.grad.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("family, settings, checkpointing", [
+    ("qwen2", {}, False), ("llama", {}, True), ("gemma", {"tie_word_embeddings": True}, False), ("mistral", {"sliding_window": 5}, True),
+    ("qwen2", {"sliding_window": 7, "max_window_layers": 1, "use_sliding_window": True}, False)])
+def test_rows_that_begin_alike_have_the_logprobs_and_gradients_of_padded_ones(family, settings, checkpointing, monkeypatch):
+    """Questions on one database, a question asked twice, completions that begin alike: any nesting; float64."""
+    model, (prompts, completions) = make_model(family, **settings), nested_rows(seed=1)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    monkeypatch.setattr(tree, "LEAST", 0)
+    results = []
+    for engine in (FAST, PLAIN):
+        model.zero_grad()
+        with grpo.dropout_off(model):
+            logp = engine.logprobs(model, prompts, completions, 0.7)
+            (logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum().backward()
+        results.append((logp.detach(), gradients(model)))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    assert all(attention._verdicts[model].values())
+
+
+def test_copies_of_a_prompt_are_one_prompt():
+    """As FSDP makes them: it hands a module copies of all tensors in its arguments."""
+    model, schema = make_model(), torch.arange(3, 23)
+    questions = [torch.cat([schema, torch.full((9,), 5 + i)]) for i in range(3)]
+    prompts = [prompt.clone() for prompt in questions for _ in range(4)]
+    completions = [torch.full((2,), 5 + i) for i in range(4)] * 3
+    passes, logp = tokens_a_pass(model, lambda: FAST.logprobs(model, prompts, completions, 1.0))
+    assert passes == [20 + 3 * (9 + 4 * 2)]
+    torch.testing.assert_close(logp, PLAIN.logprobs(model, prompts, completions, 1.0), rtol=1e-9, atol=1e-12)
 
 
 def test_the_fast_engine_takes_completions_of_several_prompts():
@@ -1016,11 +1140,10 @@ def test_passes_of_several_groups_have_the_update_of_single_ones(tokens):
     for joined in (False, True):
         model, batches = make_model(), grpo.micro_batches(groups, config)
         if joined:
-            sizes = [len(b.prompts[0]) + sum(map(len, b.completions)) for b in batches]
             batches = packing.join(batches, trained, tokens)
             assert len(batches) == {1: 5, 40: len(batches), 10**6: 2}[tokens] and [8, 9, 10, 11] in [b.rows for b in batches]
             assert sorted(row for b in batches for row in b.rows) == list(range(20))
-            assert all(len(b.rows) == 4 or sum(sizes[row // 4] for row in b.rows[::4]) <= tokens for b in batches)
+            assert all(len(b.rows) == 4 or packing.pack(b.prompts, b.completions).input_ids.numel() <= tokens for b in batches)
         refs = grpo.reference_logprobs(reference, batches, config, FAST)
         stats = grpo.policy_update(model, torch.optim.SGD(model.parameters(), lr=0.5), batches, advantages, refs, config, FAST)
         results.append((stats, torch.cat([weight.flatten() for weight in model.parameters()])))
@@ -1214,3 +1337,40 @@ def test_without_kl_flat_groups_cost_no_forward_and_change_no_gradient(monkeypat
     _apply(model, groups, advantages + 1e-300, config, lr=0, engine=counting)  # not zero, so nothing is skipped
     assert len(forwards) == 2 + 3
     torch.testing.assert_close(gradients(model), skipped, rtol=1e-10, atol=1e-14)
+
+
+def asked(databases=3, questions=4, group=3):
+    """Micro-batches, each a group, whose databases come in turns."""
+    groups = []
+    for q in range(questions):
+        for db in range(databases):
+            prompt = torch.tensor([3 + db] * 40 + [9 + q] * 10)
+            completions = [torch.tensor([8 + j] * 20) for j in range(group)]
+            groups.append(grpo.Group(prompt, completions, [torch.zeros(20)] * group, [False] * group))
+    return grpo.micro_batches(groups, GRPOConfig(group_size=group))
+
+
+def test_passes_count_a_schema_once_and_hold_questions_on_the_same_database():
+    batches = asked()
+    four = 40 + 4 * (10 + 3 * 20)
+    for tokens, count, schemas in ((four, 3, 3), (four - 1, 4, 6), (3 * four, 1, 3)):
+        passes = packing.join(batches, [True] * 12, tokens)
+        sizes = [packing.pack(b.prompts, b.completions).input_ids.numel() for b in passes]
+        assert len(passes) == count and max(sizes) <= tokens
+        assert sum(sizes) == 40 * schemas + 12 * (10 + 3 * 20)
+        assert count != 3 or all(len({int(prompt[0]) for prompt in b.prompts}) == 1 for b in passes)
+
+
+def test_passes_are_found_with_one_tree(monkeypatch):
+    made = []
+    monkeypatch.setattr(packing, "Tree", lambda *rows: (made.append(len(rows[0])), tree.Tree(*rows))[1])
+    parts = packing.fill([[torch.arange(30)] * 2] * 250, 100)
+    assert made == [500] and parts == [list(range(250))]
+
+
+def test_a_group_that_is_too_long_for_a_row_is_cut(monkeypatch):
+    monkeypatch.setattr(packing, "LONGEST", 100)
+    batches = asked(1, 1, 5)
+    passes = packing.join(batches, [True], 60)
+    assert [b.rows for b in passes] == [[0, 1], [2, 3], [4]] and [b.mask.shape for b in passes] == [(2, 20), (2, 20), (1, 20)]
+    assert [b.rows for b in packing.join(batches, [True], 150)] == [[0, 1, 2, 3, 4]]  # as --tokens-per-pass wants it

@@ -125,7 +125,7 @@ def kept_for_backward(layers, width=128, autocast=False, lora=0, checkpointing=F
         with torch.no_grad():
             packing.can_pack(model)  # looks once
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            packing.packed_logprobs(model, [packed], 1.0)
+            packing.packed_logprobs(model, packed, 1.0)
     return sum(size for size, _ in kept.values())
 
 
@@ -142,6 +142,18 @@ def test_what_a_layer_keeps_for_backward(autocast, lora):
 def test_checkpointing_keeps_the_inputs_of_layers_only():
     counted = kept_for_backward(4, checkpointing=True) - kept_for_backward(2, checkpointing=True)
     assert counted == pytest.approx(2 * plan.row_tokens(WORK) * 128 * 4, rel=0.02)
+
+
+def test_a_row_is_as_long_as_the_passes_that_are_made_of_a_group():
+    """Of one that fits, of one that is cut, and of one that --tokens-per-pass lets be whole."""
+    for group, completion, pass_tokens in ((8, 40, 0), (32, 2048, 9000), (32, 2048, 40_000)):
+        work = plan.replace(WORK, prompt=2048, completion=completion, group=group, pass_tokens=pass_tokens, prompts=1, gpu=True)
+        groups = [grpo.Group(torch.arange(2048), [torch.arange(completion) + i for i in range(group)], [None] * group, [False] * group)]
+        passes = packing.join(grpo.micro_batches(groups, grpo.GRPOConfig()), [True], pass_tokens)
+        longest = max(packing.pack(b.prompts, b.completions).input_ids.numel() for b in passes)
+        assert plan.row_tokens(work) == longest <= max(plan.MOST, pass_tokens)
+        assert plan.phases(plan.Shape.of(published.PUBLISHED["0.5b"]), work)["update"]["attention mask"] == plan.mask_bytes(work) < 1e7
+        assert plan.mask_bytes(plan.replace(work, gpu=False)) == 0
 
 
 @pytest.mark.parametrize("limit", [24, 40, 80])

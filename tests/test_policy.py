@@ -19,6 +19,7 @@ import grpo
 import policy as policies
 import sft
 import train
+from engine import tree
 from engine.fast import FAST
 from grpo import PLAIN
 from models import model_files
@@ -520,6 +521,11 @@ def _questions(tiny):
     return [tuple(torch.tensor(tiny.tokenizer.encode(text)) for text in pair) for pair in texts]
 
 
+def pass_size(pairs):
+    """Tokens of a pass over these pairs."""
+    return tree.Tree([torch.cat(pair) for pair in pairs]).size
+
+
 def test_supervised_losses_are_means_over_completion_and_prompt_tokens(tiny):
     pairs = _pairs(tiny)
     ours = sft.supervised_losses(tiny.model.eval(), pairs, with_prompts=True)
@@ -537,10 +543,10 @@ def test_supervised_losses_are_means_over_completion_and_prompt_tokens(tiny):
 def test_a_batch_of_the_cold_start_in_several_passes_has_the_gradient_of_one(tiny, prompt_loss):
     """With either engine; the model's norms are in float32."""
     pairs, model = _questions(tiny), copy.deepcopy(tiny.model).double().eval()
-    results, whole = [], sft.pass_size(pairs, prompt_loss > 0)
+    results, whole = [], pass_size(pairs)
     for tokens, engine, count in ((whole, FAST, 1), (whole - 1, FAST, 2), (1, FAST, 5), (whole, PLAIN, 1)):
-        parts = sft.passes(pairs, tokens, prompt_loss > 0)
-        assert len(parts) == count and (tokens == 1 or all(sft.pass_size(part, prompt_loss > 0) <= tokens for part in parts))
+        parts = sft.passes(pairs, tokens)
+        assert len(parts) == count and (tokens == 1 or all(pass_size(part) <= tokens for part in parts))
         assert sorted(id(row) for part in parts for pair in part for row in pair) == sorted(
             id(row) for pair in pairs for row in pair)
         model.zero_grad()
@@ -554,16 +560,14 @@ def test_a_batch_of_the_cold_start_in_several_passes_has_the_gradient_of_one(tin
 def test_what_questions_on_one_database_have_in_common_goes_through_the_model_once(tiny, monkeypatch):
     pairs, seen = _questions(tiny), []
     assert sorted(map(sorted, sft.families([prompt for prompt, _ in pairs]))) == [[0, 2, 4], [1, 3]]
+    monkeypatch.setattr(tree, "LEAST", 0)
     whole = sum(len(row) for pair in pairs for row in pair)
-    given = sft.given_tokens(pairs)
-    assert given[0] is given[2] is given[4] and given[1] is given[3]
-    schema = tiny.tokenizer.encode(f"{TEXTS[2]}question : How many")
-    assert given[0].tolist() == schema and given[1].tolist() == tiny.tokenizer.encode("concert ( year )\nquestion : Years")
-    assert sft.pass_size(pairs) == whole - 2 * len(given[0]) - len(given[1])
+    schemas = [tiny.tokenizer.encode(text) for text in (f"{TEXTS[2]}question : How many", "concert ( year )\nquestion : Years")]
+    assert pass_size(pairs) <= whole - 2 * len(schemas[0]) - len(schemas[1])
     decoder = tiny.model.get_decoder()
     monkeypatch.setattr(decoder, "forward", lambda *a, f=decoder.forward, **k: (seen.append(k["input_ids"]), f(*a, **k))[1])
     sft.supervised_losses(tiny.model.eval(), *sft.passes(pairs, whole))
-    assert [row.shape for row in seen] == [(1, sft.pass_size(pairs))]
+    assert [row.shape for row in seen] == [(1, pass_size(pairs))]
     with torch.no_grad():
         loss = sft.supervised_losses(tiny.model, pairs)[0]  # in any order
         each = [sft.supervised_losses(tiny.model, [pair])[0] * len(pair[1]) for pair in pairs]
