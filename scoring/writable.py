@@ -8,6 +8,7 @@ as the result is the same, as that of keywords without capitals; so the changed 
 from collections.abc import Sequence
 
 from scoring.verdicts import score_predictions
+from text2sql.answer_style import QUOTED
 from text2sql.example import Example
 from text2sql.plain_text import encode_answers
 
@@ -35,6 +36,8 @@ def unwritable_note(lost: dict[int, str], examples: Sequence[Example], what: str
 
 
 def _difference(a: str, b: str) -> str:
-    """Where two texts begin to differ, with letters that look alike told apart."""
+    """Where two queries begin to differ, in a quoted text if they do there; letters that look alike are told apart."""
+    quoted = zip(QUOTED.findall(a), QUOTED.findall(b), strict=False)
+    a, b = next(((x, y) for x, y in quoted if x != y), (a, b))
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return " becomes ".join(ascii(text[max(0, start - 8):start + 8]) for text in (a, b))
