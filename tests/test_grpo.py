@@ -687,9 +687,9 @@ def test_a_model_that_asks_for_a_value_is_not_recorded(rotation, replays):
         assert decoding.forward_of(model) is lean.forward
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.003)])
 def test_attention_of_a_token_in_both_ways(dtype, tolerance):
-    """In bf16 only results are rounded; rounded scores would be off by five times as much."""
+    """In bf16 scores are not rounded, only weights and results; else they are off by 0.007."""
     torch.manual_seed(0)
     B, Hk, M, r, P, n, d = 3, 2, 4, 3, 17, 6, 8
     query, prompt, completion = ((4 * torch.randn(*shape)).to(dtype).double() for shape in (
