@@ -27,10 +27,10 @@ from running.recipes import RECIPES, recipe_values
 from text2sql.prompts import prompt_config
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
-TINY = {"steps": 100, "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32, "kl_coef": 0.0,
-        "temperature": 0.7, "advantage_scale": "none", "rewards": "format,execution,atomic=0.5,memory=0.5",
-        "execution_runs": 0.0, "max_completion_tokens": 80, "eval_every": 20, "cold_start_steps": 300,
-        "cold_start_lr": 3e-3, "prompt_loss": 0.3}
+TINY = {"steps": 140, "draw": "informative", "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32,
+        "kl_coef": 0.0, "temperature": 0.7, "advantage_scale": "none", "execution_runs": 0.0,
+        "rewards": "format,execution,atomic=0.5,memory=0.5", "max_completion_tokens": 80, "eval_every": 28,
+        "cold_start_steps": 300, "cold_start_lr": 3e-3, "prompt_loss": 0.3}
 # A group's training with LoRA fits 24 GB up to 4 billion parameters, and 40 GB up to 7 (docs/recipes.md).
 KINDS = {  # of pretrained models, up to so many parameters
     1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": True,
