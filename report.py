@@ -35,7 +35,7 @@ from rewards import COMPONENTS, atomic_operations
 from running.errors import UserError, run_main, visible
 from running.options import Parser
 from running.run_folder import RolloutLog, parse_record
-from running.wording import duration, escape, percent, plural, short_number, signed
+from running.wording import duration, escape, exact_text, percent, plural, short_number, signed
 from sql_exec import SQLExecutor
 from text2sql.prompts import full_schema
 
@@ -159,9 +159,19 @@ def find_databases(config: dict) -> dict[str, Path]:
 
 
 def preview(rows: list) -> list:
-    """The first rows of a result, long texts cut."""
-    return [[cell[:CELL_CHARS] + "…" if isinstance(cell, str) and len(cell) > CELL_CHARS else cell
-             for cell in row] for row in rows[:ROWS_SHOWN]]
+    """The first rows of a result: a text (cut if it is long), a number as a list of its digits, or None.
+
+    JavaScript has no number for 2^53 + 1 and none for infinity, so numbers travel as texts.
+    """
+    return [[shown(cell) for cell in row] for row in rows[:ROWS_SHOWN]]
+
+
+def shown(cell):
+    """A cell as `preview` gives it."""
+    if isinstance(cell, int | float):
+        return [exact_text(cell)]
+    text = None if cell is None else exact_text(cell)
+    return text[:CELL_CHARS] + "…" if text and len(text) > CELL_CHARS else text
 
 
 def first_gold(group: dict) -> str:
@@ -272,7 +282,7 @@ def presentable(value):
         return {visible(str(key)): presentable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [presentable(item) for item in value]
-    return f"x'{value.hex()}'" if isinstance(value, bytes) else value
+    return value
 
 
 # ----------------------------------------------------------------------------------------------- the page

@@ -11,7 +11,6 @@ One step is `Trainer.take_step`; the algorithm in it is grpo.py.
 """
 
 import copy
-import json
 import math
 import os
 import signal
@@ -87,7 +86,7 @@ from rewards import (
 )
 from running import show
 from running.drawing import Drawing
-from running.errors import UserError, run_main, write_whole
+from running.errors import UserError, as_json, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics
 from running.trackers import check_trackers, open_trackers
@@ -542,7 +541,7 @@ class Trainer:
         if not distributed.is_main():
             return
         print(before_after_table(self.before, after, self.s.run.match))
-        write_whole(self.folder.path / "result.json", json.dumps({"before": self.before, "after": after}, indent=1))
+        write_whole(self.folder.path / "result.json", as_json({"before": self.before, "after": after}, indent=1))
         same = " (that of step 0, for no later one was better on dev)" if self.step and not step else ""
         print(f"policy: {best if chosen else self.folder.checkpoints()[-1][1]}{same}")
 

@@ -6,6 +6,7 @@ A script's `main` runs in `run_main`, which turns a `UserError` into one line on
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -88,9 +89,26 @@ def _sound_value(value):
     return value
 
 
+def as_json(value, **how) -> str:
+    """A value as JSON that every reader takes: null for Infinity and NaN, which Python would write bare."""
+    try:
+        return json.dumps(value, allow_nan=False, **how)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **how)
+
+
+def _finite(value):
+    """The same value with null for each number that JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def json_lines(records: Iterable[dict]) -> str:
     """One JSON record a line."""
-    return "".join(json.dumps(record) + "\n" for record in records)
+    return "".join(as_json(record) + "\n" for record in records)
 
 
 def write_text(file, text: str) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -25,7 +26,8 @@ from types import MappingProxyType
 
 import torch
 
-from running.errors import UserError, flush, is_config_of_run, stored_settings, write_whole
+from running.errors import UserError, as_json, flush, is_config_of_run, stored_settings, write_whole
+from running.wording import exact_text
 
 TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 
@@ -138,7 +140,7 @@ class RunFolder:
         path = self.path / f"{name}.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record, ensure_ascii=True) + "\n" for record in records)
+                file.writelines(as_json(record) + "\n" for record in records)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; the checkpoints are intact, so free some space "
                             "and --resume") from error
@@ -431,8 +433,8 @@ def rollout_records(step: int, examples, groups, breakdowns, components, advanta
                  "rewards": {"total": b.total} | {name: getattr(b, name) for name in components},
                  "advantage": advantages[i, j].item(), "tokens": len(group.completions[j]),
                  "truncated": group.truncated[j], "columns": list(b.columns),
-                 "rows": [[value if isinstance(value, str | int | float | None) else repr(value) for value in row]
-                          for row in b.rows],
+                 "rows": [[exact_text(cell) if isinstance(cell, bytes) or cell in (math.inf, -math.inf) else cell
+                           for cell in row] for row in b.rows],
                  "row_count": b.row_count,
                  "neighbours": [trace | {"thought": trace["thought"][:TRACE_CHARS]} for trace in b.neighbours],
                  **(watched[i][j] if i in watched else {})} for j, b in enumerate(breakdowns[i])]}

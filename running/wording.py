@@ -11,6 +11,15 @@ def escape(value) -> str:
     return html.escape(visible(str(value)))
 
 
+def exact_text(cell) -> str:
+    """A cell as SQLite's shell shows it, numbers with all their digits: `x'00ff'` for a blob, `Inf`."""
+    if isinstance(cell, bytes):
+        return f"x'{cell.hex()}'"
+    if isinstance(cell, float) and math.isinf(cell):
+        return "Inf" if cell > 0 else "-Inf"
+    return str(cell)
+
+
 def plural(count: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{count} {noun}" + "s" * (count != 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from running.errors import UserError, parse_json, read_text, write_text
+from running.errors import UserError, as_json, parse_json, read_text, write_text
 from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge, without_verdict
 from scoring.voting import VOTES, Candidate, choose, group_results, sample_candidates
 from sql_exec import SQLExecutor
@@ -214,7 +214,7 @@ class Progress:
 
     def add(self, batch: int, records: list[dict]) -> None:
         """Keep the records of a batch, as JSON gives them back."""
-        line = json.dumps({"batch": batch, "records": records})
+        line = as_json({"batch": batch, "records": records})
         self.done[batch] = json.loads(line)["records"]
         if self.file is None:
             return

@@ -3,20 +3,28 @@
 import base64
 import hashlib
 import json
+import math
 import random
 import re
+import sqlite3
 import subprocess
 import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from chromium import CHROMIUM, Browser
 
 import report
+from rewards import RewardBreakdown
 from running import wording
 from running.errors import UserError, run_main
+from running.run_folder import RunFolder, rollout_records
+from sql_exec import SQLExecutor
+from text2sql.example import Example
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = {
@@ -200,7 +208,38 @@ def test_schema_and_gold_result_are_shown_where_the_database_is(tmp_path, tiny_d
 
 
 def test_long_results_are_cut():
-    assert report.preview([("x" * 200, None, 1)] * 9) == [["x" * 80 + "…", None, 1]] * 5
+    assert report.preview([("x" * 200, None, 1)] * 9) == [["x" * 80 + "…", None, ["1"]]] * 5
+
+
+def test_cells_that_differ_are_shown_differently_and_equal_ones_alike(tmp_path):
+    """2^53 and its successor are one number in JavaScript, floats differ in their last digits, NULL is no infinity."""
+    database = tmp_path / "cells.sqlite"
+    golds = ["SELECT 9007199254740993, 9007199254740992.0", "SELECT 0.1 + 0.2, 123456.75", "SELECT 9e999, -9e999",
+             "SELECT NULL, '9007199254740993'", "SELECT x'00ff', 'a  b'"]
+    sqlite3.connect(database).close()
+    (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "cells", "sql": "SELECT 1"}]))
+    config = {"data": str(tmp_path / "own.json"), "data_dir": None, "split": "train", "sql_timeout": 5.0, "match": "bird"}
+    with SQLExecutor({"cells": database}, workers=1) as executor:
+        found = executor.run_many([("cells", gold) for gold in golds])
+    (run := tmp_path / "run").mkdir()
+    (run / "config.json").write_text(json.dumps(config))
+    folder = RunFolder(run, config, resume=True)
+    scored = [RewardBreakdown(text="", thought="t", sql=gold, status="ok", columns=("a", "b"), rows=tuple(one.rows), row_count=1)
+              for gold, one in zip(golds, found, strict=True)]
+    for number, breakdown in enumerate(scored):
+        example = Example(str(number), "cells", "q", (golds[number],))
+        sampled = SimpleNamespace(completions=[[1]], truncated=[False])
+        folder.log("rollouts", rollout_records(1, [example], [sampled], [[breakdown]], (), torch.zeros(1, 1), {}))
+    folder.log("metrics", [metrics_of(1, kl=math.inf, grad_norm=math.nan)])
+    for file in ("rollouts.jsonl", "metrics.jsonl"):
+        for line in (run / file).read_text().splitlines():
+            json.loads(line, parse_constant=pytest.fail)
+    groups = block(report.write_report(run), "step-1")
+    shown = [group["gold"]["rows"][0] for group in groups]
+    assert shown == [[["9007199254740993"], ["9007199254740992.0"]], [["0.30000000000000004"], ["123456.75"]],
+                     [["Inf"], ["-Inf"]], [None, "9007199254740993"], ["x'00ff'", "a  b"]]
+    logged = [group["completions"][0]["rows"][0] for group in groups]
+    assert logged == [*shown[:2], ["Inf", "-Inf"], *shown[3:]]  # JSON has no infinity but as a text
 
 
 def test_operations_are_compared_with_the_nearest_gold(run, monkeypatch):
