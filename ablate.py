@@ -9,8 +9,9 @@
   (2) train     every cell of the grid from there, at most --jobs runs at once
   (3) measure   the best policy of each run answers held-out questions, once greedily and --samples times by sampling
   (4) compare   mean over seeds, and the mean difference to the baseline (the first cell) on the same seed, both with
-                95 % t-intervals over seeds; the difference in accuracy also with a 95 % bootstrap interval over
-                questions and seeds, both drawn anew, where all seeds are asked the same questions
+                95 % t-intervals over seeds; where all seeds are asked the same questions, the difference in accuracy
+                also with 95 % bootstrap intervals: over twins (questions of one database that share their gold query)
+                and seeds, both drawn anew, and over databases and seeds where there are several databases
 
 Written to --output: ablation.json (everything measured), table.md, curves.svg, and a run's folder for each run, whose
 checkpoints and rollouts are deleted once it is measured (--keep keeps them). The same command given again skips what
@@ -59,6 +60,7 @@ from running.guards import step_seconds
 from running.options import Parser, add_arguments, build, check, flag_of, option, unknown_argument
 from running.run_folder import check_settings
 from running.wording import escape
+from scoring.verdicts import student_quantile, widened
 from settings import (
     DEFAULTS_BEFORE,
     MAY_CHANGE_ON_RESUME,
@@ -122,8 +124,6 @@ SHOWN = ("accuracy", "area", "flat groups", "all wrong", "reward spread", "does 
          "joins", "result groups", "collapse", "seconds")
 APART = ("curve", "right")  # of a run, but no measures of their own
 PLAIN = ("reward spread", "joins", "result groups", "seconds")  # not shares, so not shown in per cent
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-               2.120, 2.110, 2.101, 2.093)  # 97.5 % of Student's t for 1, 2, ... degrees of freedom
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -394,10 +394,20 @@ def measures_of(run: Run, evaluation: dict) -> dict:
     joins = [len(JOIN.findall(item["sql"])) for item in evaluation["examples"] if item["sql"]]
     measures["joins"] = fmean(joins) if joins else 0.0
     measures["right"] = {"questions": evaluation["protocol"]["questions"],
-                         "marks": "".join(str(int(item[match])) for item in evaluation["examples"])}
+                         "marks": marks_of(evaluation["examples"], match)}
     file = run.folder / "metrics.jsonl"
     steps = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return measures | (training_measures(steps) if steps else {})
+
+
+def marks_of(examples: Sequence[dict], match: str) -> dict[str, str]:
+    """{db_id: "1 00 101"}: a digit a question, 1 where it is right, and a word for each group of twins."""
+    words = {}
+    for number, item in enumerate(examples):
+        twins = words.setdefault(item["db_id"], {})
+        key = item["twins"] or number
+        twins[key] = twins.get(key, "") + str(int(item[match]))
+    return {db_id: " ".join(twins.values()) for db_id, twins in words.items()}
 
 
 def training_measures(steps: Sequence[dict]) -> dict:
@@ -427,26 +437,45 @@ def mean_interval(values: Sequence[float]) -> dict:
     mean, n = fmean(values), len(values)
     if n < 2:
         return {"mean": mean, "interval": None}
-    half = (T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 1.96 + 2.45 / (n - 1)) * stdev(values) / math.sqrt(n)
+    half = student_quantile(n - 1) * stdev(values) / math.sqrt(n)
     return {"mean": mean, "interval": [mean - half, mean + half]}
 
 
-def over_questions(runs: Mapping[int, dict], base: Mapping[int, dict], draws: int = 2000) -> list[float] | None:
-    """A 95 % percentile bootstrap interval of the difference in accuracy, over the questions and the seeds that both
-    have: each draw takes as many of both, with replacement. None where seeds differ in their questions.
+def drawn_intervals(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict[str, list[float]]:
+    """Intervals of the difference in accuracy over twins, and over databases where there are several.
+
+    Empty where seeds differ in their questions, or where an older version measured them and noted no twins.
+    """
+    seeds = [seed for seed in runs if seed in base]
+    rights = [measures[seed].get("right", {}) for measures in (runs, base) for seed in seeds]
+    if len({right.get("questions") for right in rights}) != 1 or not all(
+            isinstance(right.get("marks"), dict) for right in rights):
+        return {}
+    words = [[word for text in right["marks"].values() for word in text.split()] for right in rights]  # [2 S][K]
+    right = np.array([[word.count("1") for word in row] for row in words])  # [2 S, K]
+    changes, sizes = right[:len(seeds)] - right[len(seeds):], np.array([len(word) for word in words[0]])  # [S, K], [K]
+    found = {"over twins": crossed_interval(changes, sizes)}
+    first = np.cumsum([0, *(len(text.split()) for text in rights[0]["marks"].values())])[:-1]  # twins of a database
+    if len(first) > 1:
+        found["over databases"] = crossed_interval(np.add.reduceat(changes, first, axis=1),
+                                                   np.add.reduceat(sizes, first))
+    return found
+
+
+def crossed_interval(changes: np.ndarray, sizes: np.ndarray, draws: int = 2000) -> list[float]:
+    """A 95 % bootstrap interval of the mean change per question. Each draw takes as many seeds and as many groups of
+    questions as there are, with replacement; `sizes` are the groups'. [S, K], [K] -> [low, high]
 
     Few seeds say little of how seeds differ: with three, that part counts 2.6 times less than in Student's interval,
     and with one not at all.
     """
-    seeds = [seed for seed in runs if seed in base]
-    pairs = [[measures[seed].get("right") for measures in (runs, base)] for seed in seeds]
-    if not pairs or None in sum(pairs, []) or len({str(right["questions"]) for right in sum(pairs, [])}) > 1:
-        return None
-    right = np.array([[[int(mark) for mark in side["marks"]] for side in pair] for pair in pairs])  # [S, 2, Q]
-    changes, rng = right[:, 0] - right[:, 1], np.random.default_rng(0)  # [S, Q]
-    S, Q = changes.shape
-    means = [changes[rng.integers(S, size=S)][:, rng.integers(Q, size=Q)].mean() for _ in range(draws)]
-    return [float(bound) for bound in np.percentile(means, (2.5, 97.5))]
+    (S, K), rng = changes.shape, np.random.default_rng(0)
+    means = []
+    for _ in range(draws):
+        seeds, groups = rng.integers(S, size=S), rng.integers(K, size=K)
+        means.append(changes[seeds][:, groups].sum() / (S * sizes[groups].sum()))
+    bounds = widened(*np.percentile(means, (2.5, 97.5)), changes.sum() / (S * sizes.sum()), K)
+    return np.clip(bounds, -1, 1).tolist()
 
 
 def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
@@ -460,8 +489,8 @@ def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
             pairs = [value - base[seed][name] for seed, value in values.items() if name in base.get(seed, {})]
             if pairs and cell != baseline:
                 intervals[name]["difference"] = mean_interval(pairs)
-        if cell != baseline and (drawn := over_questions(runs, base)):
-            intervals["accuracy"]["difference"]["over questions"] = drawn
+        if cell != baseline and "difference" in intervals.get("accuracy", {}):
+            intervals["accuracy"]["difference"] |= drawn_intervals(runs, base)
         curves = [dict(map(tuple, measures["curve"])) for measures in runs.values() if "curve" in measures]
         shared = sorted(set.intersection(*map(set, curves))) if curves else []
         summary[cell] = {"seeds": len(runs), "measures": intervals,
@@ -478,8 +507,8 @@ def table(summary: dict, baseline: str) -> str:
     shown = (*SHOWN, *passes)
     others = {cell: found for cell, found in summary.items() if cell not in (baseline, "start")}
     titles = {"Mean over seeds [95 % interval]": (summary, shown, ()), "By difficulty": (summary, tiers, ()),
-              f"Difference to `{baseline}` on the same seeds [95 % over seeds] [of accuracy: over questions, too]": (
-                  others, (), (*shown, *tiers))}
+              f"Difference to `{baseline}` on the same seeds [95 % over seeds] [of accuracy also over twins] [and over "
+              "databases]": (others, (), (*shown, *tiers))}
     return "\n".join(f"{title}:\n\n{rows(*what)}" for title, what in titles.items())
 
 
@@ -504,7 +533,7 @@ def in_words(name: str, value: dict | None, sign: str = "") -> str:
     text = f"{scale * value['mean']:{sign}.{digits}f}"
     if name == "collapse":  # a count of few runs has no t-interval
         return text
-    for low, high in filter(None, (value["interval"], value.get("over questions"))):
+    for low, high in filter(None, map(value.get, ("interval", "over twins", "over databases"))):
         text += f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
     return text
 

@@ -357,6 +357,11 @@ def result_table(result: dict, match: str) -> str:
         for tier in tiers if len(tiers) > 1 else ():
             lines.append(result_line(f"{name}: {tier}", "tier", old_tiers.get(tier), tiers[tier], match))
         lines.append(result_line(f"{name}: all", "total", before, after, match))
+        if match in after.get("interval_over_databases", {}):
+            bounds = [part.get("interval_over_databases", {}).get(match) for part in (before, after)]
+            cells = "".join(f"<td>{bounds_cell(pair) if pair else '–'}</td>" for pair in bounds)
+            lines.append(f'<tr class="tier"><th scope="row">over {after["databases"]} databases</th><td></td>{cells}'
+                         '<td></td><td class="wide"></td></tr>')
     headings = "".join(f'<th scope="col">{text}</th>'
                        for text in ("questions", "n", "before, %", "after, %", "gain"))
     return (f'<div class="scroll"><table class="result"><thead><tr>{headings}'
@@ -377,8 +382,13 @@ def interval_cell(summary: dict | None, match: str) -> str:
     """`41.2 [38.0, 44.5]`"""
     if not math.isfinite(accuracy(summary, match)):
         return "–"
-    low, high = summary["interval"][match]
-    return f"<b>{percent(accuracy(summary, match))}</b> <small>[{percent(low)}, {percent(high)}]</small>"
+    return f"<b>{percent(accuracy(summary, match))}</b> {bounds_cell(summary['interval'][match])}"
+
+
+def bounds_cell(interval: Sequence[float]) -> str:
+    """`[38.0, 44.5]`"""
+    low, high = interval
+    return f"<small>[{percent(low)}, {percent(high)}]</small>"
 
 
 def dumbbell(before: dict | None, after: dict, match: str) -> str:

@@ -803,9 +803,12 @@ def before_after_table(before: dict, after: dict, match: str) -> str:
     """Held-out execution accuracy before and after GRPO, a line a tier, with 95 % intervals; 80 columns."""
     lines = [f"{'held-out execution accuracy, %':<32}{'n':>5}{'before GRPO':>21}{'after GRPO':>21}"]
 
+    def bounds(interval) -> str:
+        low, high = interval
+        return f"[{100 * low:.1f}, {100 * high:.1f}]"
+
     def cell(part: dict) -> str:
-        low, high = part["interval"][match]
-        return f"{100 * part['execution_accuracy'][match]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"{100 * part['execution_accuracy'][match]:.1f} {bounds(part['interval'][match])}"
 
     for name, end in after.items():
         start, tiers = before[name], list(end["by_difficulty"])
@@ -813,6 +816,9 @@ def before_after_table(before: dict, after: dict, match: str) -> str:
             lines.append(f"{name + ': ' + tier:<32}{end['by_difficulty'][tier]['n']:>5}"
                          f"{cell(start['by_difficulty'][tier]):>21}{cell(end['by_difficulty'][tier]):>21}")
         lines.append(f"{name + ': all':<32}{end['n']:>5}{cell(start):>21}{cell(end):>21}")
+        if start.get("interval_over_databases"):  # none in a run that an older version began
+            shown = [bounds(part["interval_over_databases"][match]) for part in (start, end)]
+            lines.append(f"{'  over ' + str(end['databases']) + ' databases':<37}{shown[0]:>21}{shown[1]:>21}")
         gain = end["execution_accuracy"][match] - start["execution_accuracy"][match]
         lines.append(f"{'':<32}{'':>5}{'gain':>21}{100 * gain:>+20.1f} ")
     return "\n".join(lines)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from engine.attention import causal_lm
 
-
 WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 

@@ -57,21 +57,25 @@ def compare(file_a, file_b, anyway: bool = False) -> dict:
     if not shared:
         raise UserError(f"{file_a} and {file_b} have no question in common")
     labels = dict(zip(shared, numbered([str(key[0]) for key in shared]), strict=True))
+    known = {key: in_a[key].get("twins") or in_b[key].get("twins") for key in shared}
+    databases, twins = [db_id for _, db_id, _ in shared], [(key[1], known[key] or key) for key in shared]
     matches = {}
     for name in MATCHES:
         if not all(name in item for item in (in_a[shared[0]], in_b[shared[0]])):
             continue
         pairs = [(in_a[key][name], in_b[key][name]) for key in shared]
-        difference = [after - before for before, after in pairs]
+        difference = [after - before for before, after in pairs]  # paired: by question
         matches[name] = {
             "a": mean([before for before, _ in pairs]), "b": mean([after for _, after in pairs]),
-            "difference": mean(difference), "interval": bootstrap_interval(difference),  # paired: by question
+            "difference": mean(difference), "interval": bootstrap_interval(difference, twins),
+            "interval_over_databases": bootstrap_interval(difference, databases) if len(set(databases)) > 1 else None,
             "gained": [labels[key] for key, change in zip(shared, difference, strict=True) if change > 0],
             "lost": [labels[key] for key, change in zip(shared, difference, strict=True) if change < 0]}
     if not matches:
         raise UserError(f"{file_a} and {file_b} have no comparison in common")
     sql = {labels[key]: [side[key].get("sql", "") for side in (in_a, in_b)] for key in shared}
-    return {"a": str(file_a), "b": str(file_b), "n": len(shared), "matches": matches, "sql": sql,
+    return {"a": str(file_a), "b": str(file_b), "n": len(shared), "twins_known": all(known.values()),
+            "twin_groups": len(set(twins)), "databases": len(set(databases)), "matches": matches, "sql": sql,
             "only_in_one": len(in_a.keys() ^ in_b.keys()), "unavailable": len(unavailable)}
 
 
@@ -88,6 +92,14 @@ def print_comparison(result: dict) -> None:
         change = f"{100 * part['difference']:+.1f} [{100 * low:+6.1f},{100 * high:+6.1f}]"
         print(f"{name:<24}{100 * part['a']:>7.1f}{100 * part['b']:>7.1f}{change:>26}"
               f"{len(part['gained']):>8}{len(part['lost']):>6}")
+        if part["interval_over_databases"]:
+            low, high = part["interval_over_databases"]
+            print(f"{'  over ' + str(result['databases']) + ' databases':<38}"
+                  f"{f'[{100 * low:+6.1f},{100 * high:+6.1f}]':>26}")
+    if not result["twins_known"]:
+        print("intervals are over single questions: these files do not say which of them share a\ngold query")
+    elif result["twin_groups"] < result["n"]:
+        print(f"intervals draw questions that share a gold query together: {result['twin_groups']} groups")
     for name, part in result["matches"].items():
         for verb in ("gained", "lost"):
             for identity in part[verb]:

@@ -17,9 +17,12 @@ from running.errors import visible
 from scoring.hardness import LEVELS, hardness
 from sql_exec import CANNOT_READ, MATCHES, Comparison, Execution, Results, SQLExecutor, soft_f1
 from text2sql.example import Example
+from text2sql.holdout import twins_key
 
 LEVEL_ORDER = (*LEVELS, "simple", "moderate", "challenging")  # Spider's, then BIRD's names
 BATCH = 256  # predictions whose results are held in memory at once
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+               2.120, 2.110, 2.101, 2.093)  # 97.5 % of Student's t for 1, 2, ... degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class ExampleScore:
     verified: bool = False  # right by every comparison, where Spider's does not replace the word `value`
     gold_error: str = ""    # why the gold did not run, else empty
     file: str = ""          # the database that `gold_error`, or `error` where it is unavailable, is about
+    twins: str = ""         # the same for questions of one database that share their gold query; empty: not known
 
     @property
     def unavailable(self) -> bool:
@@ -104,7 +108,7 @@ def judge(examples, sqls, levels, executor, comparisons: Sequence[Comparison],
         gold, file = gold_status(golds), str(executor.databases.get(db_id, ""))
         why = "" if gold in ("ok", "empty") else golds[0].error or ""
         score = ExampleScore(example.id, db_id, level, sql, prediction.status, gold, prediction.error or "", correct,
-                             best_soft_f1(prediction, golds), verified, why, file)
+                             best_soft_f1(prediction, golds), verified, why, file, twins_key(example))
         unread = results.unread(*question, *comparisons, *verifying)
         if unread and gold in ("ok", "empty", "unavailable"):  # else the gold says that its file is broken for good
             score = without_verdict(score, unread.error, file)
@@ -208,36 +212,73 @@ def summarise(scores: Sequence[ExampleScore], skip_bad_gold: bool = False) -> di
 
 
 def accuracies(scores: Sequence[ExampleScore], names: Iterable[str] = ()) -> dict:
-    """Execution accuracy under each comparison, with its interval; `names` are needed where there is no score."""
+    """Execution accuracy under each comparison, with its interval over twins, and over databases if there are several.
+
+    Twins are answered alike, and so are questions of one database: taken one by one they would seem to say more.
+    names: of the comparisons, needed where there is no score.
+    """
     names = scores[0].correct if scores else names
     values = {name: [float(score.correct[name]) for score in scores] for name in names}
-    return {"n": len(scores), "execution_accuracy": {name: mean(values[name]) for name in names},
-            "interval": {name: bootstrap_interval(values[name]) for name in names}}
+    twins, databases = twins_of(scores), [score.db_id for score in scores]
+    several = names if len(set(databases)) > 1 else ()
+    return {"n": len(scores), "twin_groups": len(set(twins)), "databases": len(set(databases)),
+            "execution_accuracy": {name: mean(values[name]) for name in names},
+            "interval": {name: bootstrap_interval(values[name], twins) for name in names},
+            "interval_over_databases": {name: bootstrap_interval(values[name], databases) for name in several}}
+
+
+def twins_of(scores: Sequence[ExampleScore]) -> list[tuple]:
+    """For each score what it shares with its twins alone; with none where they are not known."""
+    return [(score.db_id, score.twins or number) for number, score in enumerate(scores)]
 
 
 def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def bootstrap_interval(values: Sequence[float], samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean; the same values always give the same interval."""
+def bootstrap_interval(values: Sequence[float], groups: Sequence | None = None, samples: int = 2000,
+                       seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean; the same values always give the same interval.
+
+    groups: what each value belongs to; values of one group are drawn together. None: each value by itself.
+    """
     values = np.asarray(values, dtype=float)  # [n]
     if not len(values):
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(samples, len(values)))].mean(axis=1)  # [samples]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
+    number = {}
+    members = [number.setdefault(group, len(number)) for group in (range(len(values)) if groups is None else groups)]
+    sums, sizes = np.bincount(members, values), np.bincount(members)  # [K]
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))  # [samples, K]
+    low, high = np.percentile(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), (2.5, 97.5))
+    low, high = widened(low, high, values.mean(), len(sums))
+    return float(max(low, values.min())), float(min(high, values.max()))
+
+
+def widened(low: float, high: float, mean: float, count: int) -> tuple[float, float]:
+    """A bootstrap interval over `count` groups, wider by as much as Student's is than the normal one: few groups differ
+    less from one another than those that they stand for. Of a single group nothing is known."""
+    if count < 2:
+        return -math.inf, math.inf
+    factor = student_quantile(count - 1) / 1.96 * math.sqrt(count / (count - 1))
+    return mean - factor * (mean - low), mean + factor * (high - mean)
+
+
+def student_quantile(freedom: int) -> float:
+    """97.5 % of Student's t with so many degrees of freedom."""
+    return T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else 1.96 + 2.45 / freedom
 
 
 def print_table(summary: dict) -> None:
     """The summary on a terminal of 80 columns."""
     names = list(summary["execution_accuracy"])
     levels = summary["by_difficulty"] if len(summary["by_difficulty"]) > 1 else {}
+    levels = {level: part | {"interval_over_databases": {}} for level, part in levels.items()}  # in --json only
     print_accuracies("execution accuracy, %", {"all": summary} | levels)
     if levels:
         cells = "".join(f"{100 * summary['mean_over_difficulties'][name]:>10.1f}{'':15}" for name in names)
         print(f"{'mean over difficulties':<30}{cells}".rstrip())
+    if summary["twin_groups"] < summary["n"]:
+        print(f"intervals draw questions that share a gold query together: {summary['twin_groups']} groups")
     print(fill(f"soft-F1 {100 * summary['soft_f1']:.1f} %;  answers: {percentages(summary['statuses'])}", 80))
     if summary["empty_golds"]:
         print(f"golds without any row: {summary['empty_golds']}")
@@ -280,13 +321,20 @@ def first_reasons(failures: Iterable[tuple[str, str, str, str]], most: int = 5) 
 
 
 def print_accuracies(title: str, parts: dict[str, dict]) -> None:
-    """A line for each part with its execution accuracies; parts without intervals are shown without."""
+    """A line for each part with its execution accuracies, and one with their intervals over databases.
+
+    Parts without intervals are shown without.
+    """
     names = list(next(iter(parts.values()))["execution_accuracy"])
     headings = "".join(f"{name + ' [95 % interval]':>25}" for name in names)
     print(f"{title:<24}{'n':>6}{headings}")
     for label, part in parts.items():
         cells = "".join(f"{percent_with_interval(part, name):>25}" for name in names)
         print(f"{visible(label)[:24]:<24}{part['n']:>6}{cells}".rstrip())
+        if part.get("interval_over_databases"):
+            bounds = [part["interval_over_databases"][name] for name in names]
+            cells = "".join(f"{bounds_in_percent(*pair):>25}" for pair in bounds)
+            print(f"{'  over ' + str(part['databases']) + ' databases':<30}{cells}")
 
 
 def percentages(shares: dict[str, float]) -> str:
@@ -299,13 +347,21 @@ def percent_with_interval(part: dict, name: str) -> str:
     percent = f"{100 * part['execution_accuracy'][name]:.1f}"
     if "interval" not in part:
         return percent + " " * 16
-    low, high = part["interval"][name]
-    return f"{percent} [{100 * low:5.1f},{100 * high:6.1f}]"
+    return f"{percent} {bounds_in_percent(*part['interval'][name])}"
+
+
+def bounds_in_percent(low: float, high: float) -> str:
+    """`[ 58.1,  69.4]`."""
+    return f"[{100 * low:5.1f},{100 * high:6.1f}]"
 
 
 def scores_as_json(scores: Sequence[ExampleScore], summary: dict) -> dict:
-    """What --json writes: accuracies, n, and a line a question in dataset order (1 correct, 0 wrong, null unknown)."""
+    """What --json writes: accuracies, n, and a line a question in dataset order (1 correct, 0 wrong, null unknown).
+
+    Questions of one db_id with the same `twins` share their gold query.
+    """
     return summary | {"examples": [
-        {"id": score.id, "db_id": score.db_id, "status": score.status, "gold_status": score.gold_status,
+        {"id": score.id, "db_id": score.db_id, "twins": score.twins, "status": score.status,
+         "gold_status": score.gold_status,
          **{name: None if score.unavailable else int(correct) for name, correct in score.correct.items()}}
         for score in scores]}

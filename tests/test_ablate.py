@@ -225,27 +225,56 @@ def test_differences_are_paired_by_seed():
     assert "| other | 2 | 31.0 [-108.8, 170.8] |" in text and "+11.0 [-16.1, 23.7]".replace("-16.1", "-1.7") in text
 
 
-def test_the_interval_over_questions_and_seeds():
+def marks(right, databases=1, twins=1):
+    """Marks [Q] as ablate.json has them: as many questions in each database, groups of so many twins."""
+    parts = np.array_split(np.asarray(right), databases)
+    return {f"db{i}": " ".join("".join(map(str, part[j:j + twins])) for j in range(0, len(part), twins))
+            for i, part in enumerate(parts)}
+
+
+def test_intervals_over_twins_databases_and_seeds():
     rng = np.random.default_rng(1)
 
-    def runs(share, questions="q"):
-        return {seed: {"accuracy": share, "right": {"questions": questions, "marks": "".join(
-            str(int(x < share)) for x in rng.random(400))}} for seed in range(4)}
+    def runs(share, questions="q", **how):
+        return {seed: {"accuracy": share, "right": {"questions": questions, "marks": marks(
+            np.repeat((rng.random(200) < share).astype(int), 2), **how)}} for seed in range(4)}
 
-    base, better = runs(0.3), runs(0.6)
-    low, high = ablate.over_questions(better, base)
-    found = np.mean([[int(a) - int(b) for a, b in zip(better[s]["right"]["marks"], base[s]["right"]["marks"], strict=True)]
-                     for s in range(4)])
-    assert low < found < high and 0.02 < high - low < 0.15
-    assert ablate.over_questions(base, base) == [0.0, 0.0]
-    assert ablate.over_questions({9: better[0]}, base) is None  # no seed in common
-    assert ablate.over_questions(runs(0.3, "others"), base) is None  # other questions, as the demo's are by seed
-    assert ablate.over_questions({0: {"accuracy": 0.1}}, base) is None  # measured before it was kept
+    base, better = runs(0.3, databases=4), runs(0.6, databases=4)
+    found = ablate.drawn_intervals(better, base)
+    mean = np.mean([(sum(text.count("1") for text in better[s]["right"]["marks"].values())
+                     - sum(text.count("1") for text in base[s]["right"]["marks"].values())) / 400 for s in range(4)])
+    low, high = found["over twins"]
+    assert low < mean < high and 0.1 < high - low < 0.2
+    assert found["over databases"][0] < mean < found["over databases"][1]
+    assert ablate.drawn_intervals(base, base) == {"over twins": [0.0, 0.0], "over databases": [0.0, 0.0]}
+    assert ablate.drawn_intervals({9: better[0]}, base) == {}  # no seed in common
+    assert ablate.drawn_intervals(runs(0.3, "others"), base) == {}  # other questions, as the demo's are by seed
+    assert ablate.drawn_intervals({0: {"accuracy": 0.1}}, base) == {}  # measured before it was kept
+    old = {0: {"accuracy": 0.1, "right": {"questions": "q", "marks": "0101"}}}
+    assert ablate.drawn_intervals(old, old) == {}  # and before twins were
     summary = ablate.summarise({"base": base, "other": better}, "base")
-    assert summary["other"]["measures"]["accuracy"]["difference"]["over questions"] == [low, high]
+    assert summary["other"]["measures"]["accuracy"]["difference"] | found == summary["other"]["measures"]["accuracy"]["difference"]
     text = ablate.rows({"other": summary["other"]}, [], ["accuracy"])
-    assert text.count("[") == 2 and f"[{100 * low:.1f}, {100 * high:.1f}]" in text
+    assert text.count("[") == 3 and f"[{100 * low:.1f}, {100 * high:.1f}]" in text
     assert "right" not in summary["other"]["measures"]
+
+
+def test_twins_that_are_answered_alike_count_once():
+    rng = np.random.default_rng(2)
+    halves = [np.repeat(rng.integers(0, 2, 200), 2) for _ in range(2)]
+    width = {}
+    for twins in (1, 2):  # the same answers, taken as 400 questions and as 200 pairs of twins
+        sides = [{0: {"right": {"questions": "q", "marks": marks(half, twins=twins)}}} for half in halves]
+        found = ablate.drawn_intervals(*sides)
+        assert found.keys() == {"over twins"}  # one database says nothing of others
+        width[twins] = found["over twins"][1] - found["over twins"][0]
+    assert 1.25 < width[2] / width[1] < 1.6  # the root of two
+
+
+def test_marks_keep_twins_together():
+    examples = [{"db_id": db_id, "twins": twins, "bird": right} for db_id, twins, right in (
+        ("a", "x", 1), ("a", "y", 0), ("a", "x", 0), ("b", "x", 1), ("b", "", 1), ("b", "", 0))]
+    assert ablate.marks_of(examples, "bird") == {"a": "10 0", "b": "1 1 0"}
 
 
 def test_the_plot_is_one_picture_with_a_line_and_a_band_a_cell():
@@ -320,8 +349,10 @@ def test_an_ablation_is_run_skipped_continued_and_checked(small, tmp_path, monke
             assert measures["accuracy"] == pytest.approx(right, abs=1e-5) and right > 0
             assert 0 <= measures["does not run"] < 1 and 0 < measures["result groups"] <= 3
             assert measures["pass@3"] == pytest.approx(evaluation["pass_at_k"]["bird"][2], abs=1e-5)
-            marks = [int(mark) for mark in measures["right"]["marks"]]
-            assert np.mean(marks) == pytest.approx(right) and len(marks) == evaluation["n"]
+            words = measures["right"]["marks"]["music"].split()
+            found = [int(mark) for mark in "".join(words)]
+            assert np.mean(found) == pytest.approx(right) and len(found) == evaluation["n"]
+            assert len(words) == len({item["twins"] for item in evaluation["examples"]})
             assert [step for step, _ in measures["curve"]] == [x["step"] for x in lines]
             assert [y for _, y in measures["curve"]] == pytest.approx([x["dev_accuracy"] for x in lines], abs=1e-5)
             assert not (path / "checkpoints").exists() and (path / "best" / "config.json").exists()

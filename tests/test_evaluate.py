@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_in_process
 
@@ -27,6 +29,7 @@ from scoring.hardness import LEVELS, hardness, level
 from scoring.predictions import one_line, save_predictions
 from scoring.verdicts import first_reasons
 from sql_exec import Execution, SQLExecutor
+from text2sql.holdout import twins_key
 
 
 def example(gold, identity="0", difficulty="easy", db_id="music"):
@@ -111,8 +114,8 @@ def test_summary(tiny_db):
     assert skipping["mean_over_difficulties"]["bird"] == 0.75
     assert {name: part["n"] for name, part in skipping["by_difficulty"].items()} == {"tier 1": 2, "tier 2": 1}
     content = json.loads(json.dumps(scores_as_json(scores, summary)))
-    assert content["examples"][1] == {"id": "b", "db_id": "music", "status": "ok", "gold_status": "ok",
-                                      "bird": 0, "spider": 0}
+    assert content["examples"][1] == {"id": "b", "db_id": "music", "twins": scores[1].twins, "status": "ok",
+                                      "gold_status": "ok", "bird": 0, "spider": 0}
     assert [item["id"] for item in content["examples"]] == ["a", "b", "c", "d"]
 
 
@@ -182,11 +185,61 @@ def test_no_scores_at_all(capsys):
 
 
 def test_bootstrap_interval():
-    assert bootstrap_interval([1.0] * 50) == (1.0, 1.0)
+    assert bootstrap_interval([1.0] * 50) == (1.0, 1.0) and bootstrap_interval([1.0]) == (1.0, 1.0)
     low, high = bootstrap_interval([0.0, 1.0] * 200)
     # the normal approximation of the mean of 400 coin flips: 0.5 -+ 1.96 * 0.5 / 20
     assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
     assert bootstrap_interval([0.0, 1.0] * 200) == (low, high)
+
+
+def test_values_of_one_group_are_drawn_together():
+    alone = bootstrap_interval([0.0, 1.0] * 100)
+    pairs = bootstrap_interval([0.0, 0.0, 1.0, 1.0] * 100, [i // 2 for i in range(400)])  # 200 coins, each seen twice
+    assert pairs == alone
+    # three databases of 100 questions, 47, 50 and 53 % right: Student's interval is 0.5 -+ 4.303 * 0.03 / sqrt(3)
+    values = [float(i < right) for right in (47, 50, 53) for i in range(100)]
+    low, high = bootstrap_interval(values, [i // 100 for i in range(300)])
+    assert 0.95 < (high - low) / (2 * 0.0745) < 1.2 and low + high == pytest.approx(1.0, abs=0.01)
+    values = [float(i < right) for right in (20, 50, 80) for i in range(100)]
+    assert bootstrap_interval(values, [i // 100 for i in range(300)]) == (0.0, 1.0)  # no share lies beyond
+    assert bootstrap_interval([0.0, 1.0, 1.0], ["one"] * 3) == (0.0, 1.0)  # of one group nothing is known
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(300):  # ten databases whose accuracy is about 50 %: 95 % of the intervals hold the 50 %
+        low, high = bootstrap_interval(np.repeat(rng.normal(0.5, 0.1, 10), 5), np.repeat(range(10), 5), samples=400)
+        covered += low <= 0.5 <= high
+    assert 0.91 < covered / 300 < 0.98
+
+
+def test_intervals_are_over_twins_and_over_databases(tmp_path, tiny_db, capsys):
+    """The same verdicts; what is asked twice counts as asked once."""
+    other = tmp_path / "other.sqlite"
+    shutil.copy(tiny_db, other)
+    golds = [(f"SELECT {i}", f"select  {i};") for i in range(30)]
+    examples = [example(gold, f"{db_id} {i} {j}", db_id=db_id) for db_id in ("music", "other")
+                for i, pair in enumerate(golds) for j, gold in enumerate(pair)]
+    sqls = [f"SELECT {i if i % (2 if db_id == 'music' else 5) else -1}" for db_id in ("music", "other")
+            for i in range(30) for _ in range(2)]
+    with SQLExecutor({"music": tiny_db, "other": other}, workers=1) as executor:
+        scores = score_predictions(examples, sqls, executor)
+    assert len({score.twins for score in scores}) == 30 and scores[0].twins == scores[1].twins != scores[2].twins
+    summary = summarise(scores)
+    assert (summary["n"], summary["twin_groups"], summary["databases"]) == (120, 60, 2)
+    values = [float(score.correct["bird"]) for score in scores]
+    assert summary["interval"]["bird"] == bootstrap_interval(values, [i // 2 for i in range(120)])
+    low, high = bootstrap_interval(values)
+    assert 1.2 < (summary["interval"]["bird"][1] - summary["interval"]["bird"][0]) / (high - low) < 1.6
+    assert summary["interval_over_databases"]["bird"] == bootstrap_interval(values, [i // 60 for i in range(120)])
+    assert summarise(scores[:60])["interval_over_databases"] == {}  # one database says nothing of others
+    print_table(summary)
+    printed = capsys.readouterr().out
+    assert "  over 2 databases" in printed and "gold query together: 60 groups" in printed
+    item = scores_as_json(scores, summary)["examples"][3]
+    assert (item["db_id"], item["twins"]) == ("music", scores[3].twins)
+
+
+def test_spider_dev_has_551_groups_of_twins(shared_data):
+    dev = load_dataset("spider", shared_data / "spider", "dev").examples
+    assert (len(dev), len({(one.db_id, twins_key(one)) for one in dev})) == (1034, 551)
 
 
 # -------------------------------------------------------------------------------------------- hardness

@@ -32,7 +32,7 @@ from running.errors import UserError
 from scoring import answers, voting
 from scoring.answers import NO_CANDIDATE, Examination, Progress, format_advice, verified_traces
 from scoring.predictions import one_line, save_predictions
-from scoring.verdicts import ExampleScore, score_predictions, suite_databases
+from scoring.verdicts import ExampleScore, bootstrap_interval, score_predictions, suite_databases
 from scoring.voting import Candidate
 from sql_exec import Execution, SQLExecutor
 from text2sql.answer_style import ANSWER_STYLES
@@ -510,6 +510,27 @@ def test_compare_by_hand(tmp_path, capsys):
     assert "+25.0" in printed and "gained (bird): question 2\n  A: SELECT 2" in printed
     same = compare(a, a)["matches"]["bird"]
     assert same["interval"] == (0, 0) and same["gained"] == same["lost"] == []  # paired: no noise between
+
+
+def test_compare_draws_twins_and_databases(tmp_path, capsys):
+    def file(name, verdicts):
+        examples = [{"id": str(i), "db_id": f"db{i % 2}", "twins": f"t{i // 4}", "status": "ok", "gold_status": "ok",
+                     "bird": right} for i, right in enumerate(verdicts)]  # 0 and 2 are twins, 1 and 3, 4 and 6, ...
+        (tmp_path / name).write_text(json.dumps({"examples": examples}))
+        return tmp_path / name
+
+    before, after = [0, 1, 0, 1] * 20, [1, 1, 1, 1, 0, 1, 0, 0] * 10
+    result = compare(file("a.json", before), file("b.json", after))
+    part, change = result["matches"]["bird"], [b - a for a, b in zip(before, after, strict=True)]
+    assert (result["n"], result["twin_groups"], result["databases"]) == (80, 40, 2)
+    assert part["interval"] == bootstrap_interval(change, [(i % 2, i // 4) for i in range(80)])
+    assert part["interval_over_databases"] == bootstrap_interval(change, [i % 2 for i in range(80)])
+    print_comparison(result)
+    printed = capsys.readouterr().out
+    assert "  over 2 databases" in printed and "gold query together: 40 groups" in printed
+    print_comparison(compare(*[scores_file(tmp_path / name, [1, 0]) for name in "ab"]))  # of an older version
+    printed = capsys.readouterr().out
+    assert "over single questions" in printed and "databases" not in printed
 
 
 @pytest.mark.parametrize("bad", ["a", "b"])

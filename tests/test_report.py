@@ -190,7 +190,12 @@ def test_before_and_after(run):
     line = re.search(r"<tr[^>]*><th[^>]*>test: all.*?</tr>", text)[0]
     assert "<b>25.0</b> <small>[15.0, 35.0]</small>" in line and "<td>+50.5</td>" in line
     assert text.index("by the bird comparison") < text.index("by the spider comparison")
-    assert text.count("test: hard") == 2
+    assert text.count("test: hard") == 2 and "databases" not in re.sub(r"<script.*", "", text, flags=re.DOTALL)
+    for part in (result["before"]["test"], result["after"]["test"]):
+        part |= {"databases": 10, "interval_over_databases": {"bird": [0.125, 0.875], "spider": [0.0, 1.0]}}
+    (run / "result.json").write_text(json.dumps(result))
+    line = re.search(r"<tr[^>]*><th[^>]*>over 10 databases.*?</tr>", report.write_report(run).read_text())[0]
+    assert line.count("<small>[12.5, 87.5]</small>") == 2
 
 
 def test_schema_and_gold_result_are_shown_where_the_database_is(tmp_path, tiny_db):

@@ -30,6 +30,7 @@ from grpo import Group, GRPOConfig
 from policy import build_tiny
 from rewards import RewardBreakdown, RewardConfig
 from running.errors import UserError
+from scoring.verdicts import ExampleScore
 from settings import DEFAULTS_BEFORE
 from text2sql.atomic import atomic_reward, rarity
 
@@ -650,3 +651,14 @@ def test_a_resumed_run_notices_other_questions_and_keeps_what_it_began_with(smal
     file = tmp_path / "data" / data.name
     file.write_text(file.read_text().replace("count ages above 3", "count ages over 3"))
     assert "was started with other training questions" in run(*again, check=2)
+
+
+def test_the_table_has_intervals_over_databases():
+    scores = [ExampleScore(str(i), f"db{i % 3}", "easy", "", "ok", "ok", "", {"bird": i % 2 == 0}, 0.0, twins=str(i)) for i in range(30)]
+    part = evaluate.summarise(scores)
+    table = train.before_after_table({"test": part}, {"test": part}, "bird")
+    low, high = part["interval_over_databases"]["bird"]
+    assert "  over 3 databases" in table and table.count(f"[{100 * low:.1f}, {100 * high:.1f}]") == 2
+    assert max(map(len, table.splitlines())) <= 80
+    old = {name: value for name, value in part.items() if name != "interval_over_databases"}  # a run begun by an older version
+    assert "databases" not in train.before_after_table({"test": old}, {"test": part}, "bird")

@@ -41,6 +41,11 @@ def normalised_sql(sql: str) -> str:
     return " ".join(re.findall(r"\w+|[^\w\s]", sql.lower().translate(QUOTES))).rstrip("; ")
 
 
+def twins_key(example: Example) -> str:
+    """The same for questions of one database with the same official gold query, in a few characters."""
+    return hashlib.sha256(normalised_sql(example.gold_sqls[0]).encode("utf-8", "replace")).hexdigest()[:12]
+
+
 def groups_of(examples: Iterable[Example]) -> list[list[Example]]:
     """The questions in groups: whoever shares text or a gold query with another is in the group of that one."""
     examples = list(examples)
