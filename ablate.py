@@ -55,10 +55,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data import PromptConfig, has_changed, reported_split
-from running.errors import UserError, parse_json, read_text, run_main, stored_settings, write_whole
+from running.errors import UserError, as_json, parse_json, read_text, run_main, stored_settings, write_whole
 from running.guards import step_seconds
 from running.options import Parser, add_arguments, build, check, flag_of, option, unknown_argument
-from running.run_folder import check_settings
+from running.run_folder import check_settings, lock, owner_of_lock
 from running.wording import escape
 from scoring.verdicts import student_quantile, widened
 from settings import (
@@ -335,6 +335,9 @@ def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
     log = run.folder.parent / f"{run.folder.name}.log"
     if not run.trained:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
+        if owner := owner_of_lock(run.folder):  # as by a run that outlived the ablate.py that began it
+            raise UserError(f"{run.folder} is being trained by {owner}: let it end or stop it, then give the same "
+                            "command again")
         if not run.checkpoints():  # killed before its first checkpoint: nothing to continue
             shutil.rmtree(run.folder, ignore_errors=True)
             golds = run.folder.parent / "start" / "gold_cache"  # results of the same questions
@@ -348,7 +351,7 @@ def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
         raise UserError(f"{len(unread)} questions could not be evaluated in {run.folder}: {unread[0]['error']} "
                         f"({unread[0]['file']}); the same command evaluates again")
     measures = measures_of(run, found)
-    write_whole(file, json.dumps({"how": how, "measures": measures}, indent=1) + "\n")
+    write_whole(file, as_json({"how": how, "measures": measures}, indent=1) + "\n")
     if not given.keep and run.cell != "start":
         for folder in ("checkpoints", "gold_cache") if (run.folder / "best").exists() else ("gold_cache",):
             shutil.rmtree(run.folder / folder, ignore_errors=True)
@@ -593,7 +596,7 @@ def write_results(given: AblateConfig, results: Mapping[str, Mapping[int, dict]]
     summary = summarise(results, baseline)
     content = {"command": given.command, "baseline": baseline, "summary": summary, "runs": results}
     text = table(summary, baseline)
-    for name, written in (("ablation.json", json.dumps(rounded(content)) + "\n"), ("table.md", text),
+    for name, written in (("ablation.json", as_json(rounded(content)) + "\n"), ("table.md", text),
                           ("curves.svg", draw_curves(summary))):
         write_whole(given.output / name, written)
     return text
@@ -640,7 +643,7 @@ def main() -> int:
     run = starts[0].settings.run
     if run.data != "demo":
         check_excluded(given.exclude, run.data, run.data_dir, evaluated_split(run))
-    check_writable(given.output)
+    claim(given.output)
     baseline, failures = runs[0].cell, 0
     results = {run.cell: {} for run in starts + runs}  # {cell: {seed: measures}}
     threads = runs[0].settings.run.threads
@@ -674,14 +677,16 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def check_writable(folder: Path) -> None:
-    """Raises UserError: nothing can be written there."""
+def claim(folder: Path) -> None:
+    """Keeps other ablations out of the folder. Raises UserError: one is at work there, or nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
-            pass
+            owner = lock(folder)
     except OSError as error:
         raise UserError(f"cannot write to --output {folder}: {error.strerror}; give another folder") from error
+    if owner:
+        raise UserError(f"{folder} is in use by {owner}: let it end or stop it, or give another --output")
 
 
 def progress_line(run: Run, error: BaseException | None, measures: dict) -> str:

@@ -104,23 +104,8 @@ class RunFolder:
 
     def _lock(self) -> None:
         """Keeps other processes out of the folder until this one ends."""
-        path = self.path.resolve() / LOCK
-        if path in _locks and path.exists():
-            return
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:  # EAGAIN and EWOULDBLOCK: somebody holds it
-            file.seek(0)
-            raise UserError(f"{self.path} is being trained by {file.read().strip() or 'another process'}: let it end "
-                            "or stop it, then --resume") from error
-        except OSError as error:
-            print(f"warning: {self.path} cannot be locked ({error.strerror}), as some network file systems cannot: see "
-                  "to it yourself that no other process trains in this folder")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        _locks[path] = file
+        if owner := lock(self.path):
+            raise UserError(f"{self.path} is being trained by {owner}: let it end or stop it, then --resume")
 
     def discard_new(self) -> None:
         """Removes what a run that could not start has made, so that the same command can be given again."""
@@ -216,6 +201,42 @@ class RunFolder:
         """The step of the policy in best/; -1 where there is none, or an older version wrote it."""
         file = self.path / "best" / BEST_STEP
         return int(file.read_text()) if file.is_file() else -1
+
+
+def lock(folder: Path) -> str:
+    """Keeps other processes out of a folder until this one ends. Returns who has locked it, empty where it is ours."""
+    path = folder.resolve() / LOCK
+    if path in _locks and path.exists():
+        return ""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read().strip() or "another process"
+    except OSError as error:  # a file system that has no locks
+        print(f"warning: {folder} cannot be locked ({error.strerror}), as some network file systems cannot: see to it "
+              "yourself that no other process trains in this folder")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[path] = file
+    return ""
+
+
+def owner_of_lock(folder: Path) -> str:
+    """Which other process has locked a folder; empty for none."""
+    path = folder.resolve() / LOCK
+    if path in _locks or not path.exists():
+        return ""
+    with open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until it is closed
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+        except OSError:  # a file system that has no locks: nobody can hold one
+            pass
+    return ""
 
 
 def checksum(path: Path) -> str:

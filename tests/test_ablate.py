@@ -1,6 +1,7 @@
 """ablate.py: grids, measures and intervals by hand, and a small ablation that is run, continued and compared."""
 
 import json
+import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
@@ -452,6 +453,45 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(small, tmp_path, monk
     printed = capsys.readouterr()
     assert status == 1 and "failed (out of memory); see" in printed.out + printed.err
     assert [len(content["runs"][cell]) for cell in content["runs"]] == [2, 2, 1]
+
+
+def locked(folder):
+    """A process that holds the folder's lock until it is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    code = f"import fcntl, time; f = open({str(folder / '.lock')!r}, 'w'); f.write('process 7 on there'); f.flush(); " \
+           "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_a_second_ablation_in_a_folder_touches_nothing(small, tmp_path, monkeypatch):
+    arguments, called = small
+    first = tmp_path / "out" / "seed-0" / "start"
+    first.mkdir(parents=True)
+    (first / "half-written").write_text("of the other ablation")
+    process = locked(tmp_path / "out")
+    try:
+        with pytest.raises(UserError, match="out is in use by process 7 on there: let it end or stop it"):
+            run_ablation(monkeypatch, arguments)
+    finally:
+        process.kill()
+        process.wait()
+    assert (first / "half-written").exists() and not called and not (tmp_path / "out" / "table.md").exists()
+
+
+def test_a_run_that_outlived_its_ablation_is_left_alone(small, tmp_path, monkeypatch):
+    arguments, called = small
+    first = tmp_path / "out" / "seed-0" / "start"
+    process = locked(first)
+    (first / "half-written").write_text("by the run that goes on")
+    try:
+        with pytest.raises(UserError, match="without its cold start"):
+            run_ablation(monkeypatch, [*arguments, "--seeds", "1"])
+    finally:
+        process.kill()
+        process.wait()
+    assert (first / "half-written").exists() and not called
 
 
 def test_processes_are_called_stopped_and_their_last_words_kept(tmp_path, monkeypatch):
