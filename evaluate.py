@@ -406,7 +406,7 @@ def chosen(config: EvaluateConfig, examples: Sequence[Example]) -> list[int]:
 def evaluate_predictions(config: EvaluateConfig, dataset, executor: SQLExecutor, suite) -> None:
     """Score a predictions file."""
     sqls, pairing = load_predictions(config.predictions, dataset.examples)
-    print(f"predictions {pairing}")
+    print(fill(f"predictions {pairing}", 80, break_on_hyphens=False))
     if config.lenient_format:
         sqls = [unwrap_fence(sql) for sql in sqls]
     kept = chosen(config, dataset.examples)

@@ -2,7 +2,8 @@
 
     .json    BIRD's predict_dev.json: {"0": "SQL\\t----- bird -----\\tdb_id", ...}
     .jsonl   a record a line with `sql` and, better, `id` (or `question_id`, or another of ID_FIELDS)
-    others   Spider's: one SQL a line, then perhaps a tab and the db_id, and another and a score
+    others   Spider's: one SQL a line, then perhaps a tab and the db_id, and another and a score. As in the official
+             evaluator a query ends at its first tab
 
 Predictions are paired with the questions by id where the file has one, else by position. Questions that share an id
 are numbered, 12, 12-2, 12-3, as in the data.
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from running.errors import UserError, json_lines, parse_json, read_text, sound, write_text
+from running.wording import plural
 from text2sql.atomic import RESERVED, is_comment, lex
 from text2sql.example import Example
 
@@ -22,7 +24,8 @@ BIRD_MARK = "\t----- bird -----\t"
 ID_FIELDS = ("id", "question_id", "qid", "example_id", "instance_id", "sample_id", "uid", "idx", "index")  # in any case
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|[-+]?inf", re.IGNORECASE)
 LAST_WORD = re.compile(r"(?:\w+|[^\w\s])\Z")
-UNFINISHED = RESERVED - {"isnull", "notnull"} | {"all", "limit", "offset"}  # words that no query ends with
+UNFINISHED = RESERVED - {"isnull", "notnull"} | {"all", "limit", "offset", "glob", "match", "regexp"}  # end no query
+BREAKS = re.compile(r"([\t\r\n]+)")  # what ends a field or a line
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -35,8 +38,14 @@ def load_predictions(file, examples: Sequence[Example]) -> tuple[list[str], str]
     texts, sentence = _pair(ids, texts, file, examples)
     known = {example.db_id.casefold() for example in examples}
     always = all(text.split("\t")[-1].strip().casefold() in known for text in texts if text)
-    return [_without_tail(text, example, known, always, file)
-            for text, example in zip(texts, examples, strict=True)], sentence
+    sqls = [_without_tail(text, example, known, always, file) for text, example in zip(texts, examples, strict=True)]
+    if read is _line_predictions:
+        cut = [number for number, sql in enumerate(sqls, 1) if "\t" in sql.strip()]
+        sqls = [sql.strip().partition("\t")[0] for sql in sqls]
+        if cut:
+            sentence += (f"; {plural(len(cut), 'line')} cut at a tab inside the query, as Spider's official evaluator "
+                         f"does, the first is line {cut[0]}")
+    return sqls, sentence
 
 
 def _without_tail(text, example, known, always, file) -> str:
@@ -168,9 +177,12 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------- writing
 
-def save_predictions(file, examples: Sequence[Example], sqls: Sequence[str]) -> None:
-    """Write one SQL a question in the format of the file's ending; the official scripts read it."""
-    file = Path(file)
+def save_predictions(file, examples: Sequence[Example], sqls: Sequence[str]) -> str:
+    """Write one SQL a question in the format of the file's ending; the official scripts read it.
+
+    Returns a sentence on the queries that no line of a file can hold as they are; mostly there is none.
+    """
+    file, changed = Path(file), []
     ids, pairs = numbered([example.id for example in examples]), list(zip(examples, sqls, strict=True))
     if file.suffix.lower() == ".json":
         content = {name: f"{sql}{BIRD_MARK}{example.db_id}" for name, (example, sql) in zip(ids, pairs, strict=True)}
@@ -179,16 +191,45 @@ def save_predictions(file, examples: Sequence[Example], sqls: Sequence[str]) -> 
         text = json_lines({"id": name, "db_id": example.db_id, "sql": sql}
                           for name, (example, sql) in zip(ids, pairs, strict=True))
     else:  # the official script takes an empty line for the end of a dialogue: `SELECT` is wrong, but a line
-        text = "".join((one_line(sql) or "SELECT") + "\n" for _, sql in pairs)
+        lines = [one_line(sql) for sql in sqls]
+        changed = [number for number, (_, same) in enumerate(lines, 1) if not same]
+        text = "".join((sql or "SELECT") + "\n" for sql, _ in lines)
     write_text(file, text)
+    if not changed:
+        return ""
+    return (f"{file}: a name with a tab or a line break has spaces instead in {plural(len(changed), 'line')} "
+            f"({', '.join(map(str, changed[:5]))}{', ...' if changed[5:] else ''}), where a line cannot hold it; .json "
+            "and .jsonl can")
 
 
-def one_line(sql: str) -> str:
-    """The query on one line without tabs, which separate fields; its comments go if they must."""
-    if "\n" in sql or "\r" in sql:
-        sql = "".join(" " if is_comment(kind, text) else text for kind, text in lex(sql))
-    for blank in "\t\r\n":
-        sql = sql.replace(blank, " ")
-    return sql.strip()
+def one_line(sql: str) -> tuple[str, bool]:
+    """The query on one line without tabs, which end a query, nor comments; and whether it still means the same.
+
+    Texts spell their tabs and line breaks as char(...); names cannot.
+    """
+    if not BREAKS.search(sql):
+        return sql.strip(), True
+    line, same = "", True
+    for kind, text in lex(sql):
+        if is_comment(kind, text):
+            text = " "
+        elif text[0] in "'\"`[" and BREAKS.search(text):
+            if text[0] == "'" and _wants_value(line):
+                text = _spelled(text)
+            else:
+                same = False
+        line += re.sub("[\t\r\n]", " ", text)
+    return line.strip(), same
 
 
+def _wants_value(sql: str) -> bool:
+    """Whether a text in quotes is a value here, rather than the name of a table or a column."""
+    last = LAST_WORD.search(sql.rstrip()[-20:])
+    return bool(last) and _goes_on(sql) and last[0].lower() not in ("as", "from", "join", ".")
+
+
+def _spelled(literal: str) -> str:
+    """'a<line feed>b' as ('a' || char(10) || 'b')."""
+    parts = [f"char({', '.join(str(ord(sign)) for sign in part)})" if BREAKS.fullmatch(part) else f"'{part}'"
+             for part in BREAKS.split(literal[1:-1]) if part]
+    return f"({' || '.join(parts)})"
