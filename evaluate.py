@@ -39,7 +39,6 @@ widened for few groups, as Student's intervals are.
 """
 
 import argparse
-import json
 import math
 import os
 from collections import Counter
@@ -62,7 +61,7 @@ from data import (
     run_config_of,
 )
 from rewards import unwrap_fence
-from running.errors import UserError, check_folder, json_lines, run_main, write_text
+from running.errors import UserError, as_json, check_folder, json_lines, run_main, write_text
 from running.guards import Heartbeat
 from running.options import HIGHEST_SEED, Parser, add_arguments, build, check, flag_of, option
 from scoring.answers import Examination, Progress, fingerprint, format_advice, questions_hash, scores_of
@@ -364,7 +363,7 @@ def main() -> None:
         result = compare(*given.compare, anyway=given.anyway)
         print_comparison(result)
         if getattr(given, "json", None):
-            write_text(given.json, json.dumps(result, indent=1) + "\n")
+            write_text(given.json, as_json(result, indent=1) + "\n")
         return
     config, dataset = settle(config)
     for note in dataset.notes:
@@ -438,22 +437,18 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
                                    "as wrong"), 80, break_on_hyphens=False))
     try:
         records = Examination(policy, builder, executor, config, suite).run(examples, progress)
+        report(config, examples, scores_of(records, config.answer), executor, suite, written, records,
+               [examples[i].id for i in sorted(lost)])
     except KeyboardInterrupt:
         if progress.file:
             print(f"\nwhat is done is kept in {progress.file}; the same command continues")
         raise
-    if config.save_traces:
-        traces = [trace for record in records for trace in record["traces"]]
-        write_text(config.save_traces, json_lines(traces))
-        print(f"{len(traces)} verified traces written to {config.save_traces}")
-    report(config, examples, scores_of(records, config.answer), executor, suite, written, records,
-           [examples[i].id for i in sorted(lost)])
     progress.finish()
 
 
 def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suite, written: dict,
            records=None, unwritable_ids: Sequence[str] = ()) -> None:
-    """Write the files, then print the tables: a closed terminal costs nothing.
+    """Write the files, then print the tables: a closed terminal costs nothing, nor does a file that cannot be written.
 
     written: of a model, how its prompts were written and its precision.
     unwritable_ids: of questions whose gold SQL its tokenizer changes.
@@ -477,10 +472,7 @@ def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suit
                 if not score.left_out(config.skip_bad_gold) and not right[i].unavailable]
         content.setdefault("timing", {})["r_ves"] = mean(
             r_ves([examples[i] for i in kept], [right[i] for i in kept], executor, config.r_ves))
-    if config.json:
-        write_text(config.json, json.dumps(content, indent=1) + "\n")
-    if config.predictions_out:
-        save_predictions(config.predictions_out, examples, [score.sql for score in scores])
+    problems = write_files(config, examples, scores, content, records)
     print_table(summary)
     if "spider" in config.matches:
         print(f"spider: {summary['spider_metric']}")
@@ -488,6 +480,30 @@ def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suit
         print_model_table(content)
     if config.r_ves:
         print(f"R-VES {content['timing']['r_ves']:.2f}, from {config.r_ves} timed runs a query")
+    if problems:
+        kept = "; the answers are kept, so the same command writes them at once"
+        raise UserError("; ".join(problems) + (kept if records and (config.json or config.progress) else ""))
+
+
+def write_files(config: EvaluateConfig, examples, scores, content: dict, records) -> list[str]:
+    """Every file that was asked for; what hindered one of them is returned and hinders no other."""
+    def write_traces(file):
+        traces = [trace for record in records for trace in record["traces"]]
+        write_text(file, json_lines(traces))
+        return f"{len(traces)} verified traces written to {file}"
+
+    problems = []
+    for file, write in (
+            (config.json, lambda file: write_text(file, as_json(content, indent=1) + "\n")),
+            (config.predictions_out, lambda file: save_predictions(file, examples, [score.sql for score in scores])),
+            (config.save_traces, write_traces)):
+        try:
+            note = write(file) if file else ""
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            print(fill(note, 80, break_long_words=False) + "\n" if note else "", end="")
+    return problems
 
 
 def protocol_of(config: EvaluateConfig, examples, summary: dict, written: dict) -> dict:

@@ -144,11 +144,20 @@ def flush(path: Path) -> None:
 
 
 def check_folder(file) -> None:
-    """A file that cannot be written, for its folder is missing or it is one itself: said before the work, not after."""
-    if not Path(file).absolute().parent.is_dir():
-        raise UserError(f"cannot write {file}: its folder does not exist")
-    if Path(file).is_dir():
-        raise UserError(f"cannot write {file}: it is a folder; name a file in it")
+    """A file that cannot be written is said before the work, not after: it is opened, and left as it was."""
+    path = Path(file).resolve()  # of a link, what it names
+    try:
+        if not path.parent.is_dir():
+            raise UserError(f"cannot write {file}: its folder does not exist")
+        if path.is_dir():
+            raise UserError(f"cannot write {file}: it is a folder; name a file in it")
+        is_new = not path.exists()
+        if is_new or path.is_file():  # a pipe would wait for its reader
+            open(path, "ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
 
 
 def visible(text: str) -> str:

@@ -24,7 +24,8 @@ from evaluate import (
     scores_as_json,
     summarise,
 )
-from running.errors import UserError
+from running import errors
+from running.errors import UserError, check_folder
 from scoring.hardness import LEVELS, hardness, level
 from scoring.predictions import one_line, save_predictions
 from scoring.verdicts import first_reasons
@@ -460,6 +461,36 @@ def test_command_line(tmp_path, tiny_db):
     assert "left out 1 of 3 questions by --exclude" in out and "none of these" not in out
     protocol = json.loads((tmp_path / "out.json").read_text())["protocol"]
     assert protocol == protocol | {"test_suite": False, "lenient_format": False, "timeout": 30.0, "max_rows": 1_000_000}
+
+
+@pytest.mark.parametrize("flag", ["--json", "--predictions-out"])
+def test_a_file_that_cannot_be_written_is_said_before_the_work(tmp_path, tiny_db, flag):
+    arguments = own_data(tmp_path, tiny_db)
+    target = tmp_path / ("x" * 300)  # longer than any file system allows; root may write where others may not
+    done = run_cli(*arguments, flag, target)
+    assert done.returncode == 2 and f"cannot write {target}" in done.stderr and done.stdout == ""
+    written = tmp_path / "kept.json"
+    written.write_text("of before")
+    check_folder(written)
+    check_folder(tmp_path / "new.json")
+    assert written.read_text() == "of before" and not (tmp_path / "new.json").exists()
+
+
+def test_the_table_is_printed_and_the_other_files_written_where_one_cannot_be(tmp_path, tiny_db, monkeypatch, capsys):
+    arguments = own_data(tmp_path, tiny_db)
+    real = errors.write_text
+
+    def full(file, text):
+        if str(file).endswith("a.json"):
+            raise UserError(f"cannot write {file}: No space left on device")
+        real(file, text)
+
+    monkeypatch.setattr(evaluate, "write_text", full)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--json", str(tmp_path / "a.json"),
+                                      "--predictions-out", str(tmp_path / "q.sql")])
+    with pytest.raises(UserError, match="No space left"):
+        evaluate.main()
+    assert "\nall" in capsys.readouterr().out and (tmp_path / "q.sql").read_text().count("\n") == 3
 
 
 @pytest.mark.parametrize("extra, words", [

@@ -87,6 +87,25 @@ def test_greedy(own_data, tmp_path, monkeypatch, capsys):
     assert "paired by id" in capsys.readouterr().out
 
 
+def test_what_cannot_be_written_at_the_end_costs_no_answers(own_data, tmp_path, monkeypatch, capsys):
+    out, traces = tmp_path / "a.json", tmp_path / "traces.jsonl"
+    real = evaluate.write_text
+
+    def full(file, text):
+        if file == str(traces):
+            raise UserError(f"cannot write {file}: No space left on device")
+        real(file, text)
+
+    monkeypatch.setattr(evaluate, "write_text", full)
+    command = [*own_data, "--limit", 6, "--json", out, "--save-traces", traces]
+    with pytest.raises(UserError, match="No space left on device; the answers are kept, so the same command writes"):
+        run_main(monkeypatch, *command)
+    assert "tokens a second" in capsys.readouterr().out and json.loads(out.read_text())["n"] == 6
+    monkeypatch.setattr(evaluate, "write_text", real)
+    run_main(monkeypatch, *command)
+    assert "continuing: 6 of 6 questions are done" in capsys.readouterr().out and traces.exists()
+
+
 def test_killed_and_started_again_gives_the_same_json(own_data, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     sampling = ["-n", 3, "--temperature", 1.2]
