@@ -9,10 +9,12 @@ sum) would change the mean of any property x of the answers to a question by
 
     η · Cov(A, x)  over its group, to first order in η,
 
-for the derivative of Σ π exp(η A) x / Σ π exp(η A) at η = 0 is E[A x] − E[A] E[x]. Printed is the mean of this
-covariance over groups; for the first cell with its interval, for the others with the paired difference to the first and
-the interval of that (95 %, bootstrapped over groups). A network shares its weights among all answers, so what it learns
-from one question moves the others too; a table knows nothing of that.
+because the derivative of Σ π exp(η A) x / Σ π exp(η A) at η = 0 is E[A x] − E[A] E[x]. How large the advantages of a
+cell are says nothing: AdamW divides each gradient by its usual size, and clipping limits its norm. So what is printed
+is Cov(A, x) / rms(A), with the root of the mean of A² over all completions of the cell: twice the advantages give the
+same figure. It is the mean over groups; for the first cell with its interval, for the others with the paired difference
+to the first and the interval of that (95 %, bootstrapped over groups). A network shares its weights among all answers,
+so what it learns from one question moves the others too; a table knows nothing of that.
 
     flat               share of groups whose rewards are all equal, so that they teach nothing
     right, runs        x is 1 for an answer that is right; that runs
@@ -91,6 +93,11 @@ def pushes(advantages: np.ndarray, x: np.ndarray) -> np.ndarray:
     return (advantages * (x - x.mean(axis=1, keepdims=True))).mean(axis=1)
 
 
+def of_unit_size(advantages: np.ndarray) -> np.ndarray:
+    """The advantages over their root mean square; zeros stay zeros. [B, G] -> [B, G]"""
+    return advantages / (np.sqrt((advantages**2).mean()) or 1.0)
+
+
 def interval(values: np.ndarray) -> str:
     """95 % of the mean, bootstrapped over groups."""
     drawn = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
@@ -133,7 +140,7 @@ def table(config: dict, scores: Scores, golds: Sequence[str], cells: Mapping[str
     first = {}
     for name, cell in cells.items():
         rewards, scale = settings_of(config, cell)
-        advantages = advantages_of(scores.of(rewards), rewards, scale).double().numpy()
+        advantages = of_unit_size(advantages_of(scores.of(rewards), rewards, scale).double().numpy())
         flat = 100 * (~advantages.any(axis=1)).mean()
         found = {column: pushes(advantages, values)[groups] for column, (values, groups) in x.items()}
         texts = [in_words(found[column], first.get(column)) for column in COLUMNS]

@@ -183,6 +183,13 @@ def test_a_push_is_the_derivative_of_a_table_of_probabilities():
     np.testing.assert_allclose(first_step.pushes(advantages, x), (after - before) / (2 * small), atol=1e-8)
 
 
+def test_pushes_of_advantages_that_differ_in_scale_only_are_the_same():
+    advantages, x = np.random.default_rng(0).normal(size=(2, 3, 5))
+    one, seven = (first_step.pushes(first_step.of_unit_size(scale * advantages), x) for scale in (1, 7))
+    np.testing.assert_allclose(seven, one, rtol=1e-12)
+    assert not first_step.of_unit_size(np.zeros((2, 2))).any()
+
+
 def test_what_the_first_step_of_each_cell_pushes(tmp_path):
     record = next(record for record in demo_world.load("cold", tmp_path)[0] if record["sql"].startswith("SELECT COUNT(*) FROM "))
     gold = record["sql"]
@@ -199,8 +206,8 @@ def test_what_the_first_step_of_each_cell_pushes(tmp_path):
     rows = {cells[1].strip(): [cell.split()[0] for cell in cells[2:-1] if cell.strip()]
             for cells in (line.split("|") for line in done.stdout.splitlines()[2:])}
     assert list(rows) == list(ablate.GRIDS["dense"])
-    # rewards 3, 2, 1 and 0 have a deviation of 1.291; the other group is flat and has no right answer
-    right, runs, fails = (value / 1.291 for value in (1.5, 0.5, -0.5))
+    # rewards 3, 2, 1 and 0, mean 1.5; the other group is flat and has no right answer, so A² has the mean 5 / 8
+    right, runs, fails = (value / (5 / 8) ** 0.5 for value in (1.5, 0.5, -0.5))
     assert rows["execution"] == ["50.0", f"{right / 8:+.3f}", f"{(right + runs) / 8:+.3f}", f"{fails / 8:+.3f}", "+0.000"]
     assert rows["+ atomic"][0] == "50.0" and float(rows["+ atomic"][1]) < right / 8  # wrong answers earn something, too
     said = next(line for line in done.stdout.splitlines() if line.startswith("| + atomic")).split("|")[3]
