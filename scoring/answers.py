@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from running.errors import UserError, as_json, parse_json, read_text, write_text
+from running.errors import UserError, as_json, parse_json, read_text, write_text, write_whole
 from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge, without_verdict
 from scoring.voting import VOTES, Candidate, choose, group_results, sample_candidates
 from sql_exec import SQLExecutor
@@ -203,7 +203,8 @@ class Progress:
         for number, line in enumerate(lines[1:], 2):
             batch = parse_json(line, self.file, number)
             self.done[batch["batch"]] = batch["records"]
-        write_text(self.file, "\n".join(lines or [json.dumps(settings)]) + "\n")
+        write = write_whole if lines else write_text  # a full disk must not take what was done
+        write(self.file, "\n".join(lines or [json.dumps(settings)]) + "\n")
 
     def _check(self, found, settings) -> None:
         found = found if isinstance(found, dict) else {}

@@ -467,8 +467,8 @@ def test_command_line(tmp_path, tiny_db):
 def test_a_file_that_cannot_be_written_is_said_before_the_work(tmp_path, tiny_db, flag):
     arguments = own_data(tmp_path, tiny_db)
     target = tmp_path / ("x" * 300)  # longer than any file system allows; root may write where others may not
-    done = run_cli(*arguments, flag, target)
-    assert done.returncode == 2 and f"cannot write {target}" in done.stderr and done.stdout == ""
+    status, out, err = run_in_process(evaluate, *arguments, flag, target)
+    assert status == 2 and f"cannot write {target}" in err and out == ""
     written = tmp_path / "kept.json"
     written.write_text("of before")
     check_folder(written)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 import signal
 import sqlite3
@@ -399,6 +400,19 @@ def test_progress_without_a_file_and_with_nonsense(tmp_path):
         Progress(tmp_path / "p", {"n": 1})
     (tmp_path / "p").write_text("")  # killed before its first line was written
     assert Progress(tmp_path / "p", {"n": 1}).done == {}
+
+
+def test_a_full_disk_takes_no_answers_that_were_kept(tmp_path):
+    file = tmp_path / "p"
+    Progress(file, {"n": 1}).add(0, [{"id": "x"}])
+    before, (_, hard) = file.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # no file grows beyond ten bytes
+    try:
+        with pytest.raises(UserError, match="cannot write .*p: File too large"):
+            Progress(file, {"n": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert file.read_text() == before and Progress(file, {"n": 1}).done == {0: [{"id": "x"}]}
 
 
 def test_batches_draw_their_own_samples(monkeypatch):
