@@ -221,7 +221,8 @@ def test_cells_that_differ_are_shown_differently_and_equal_ones_alike(tmp_path):
     database = tmp_path / "cells.sqlite"
     golds = ["SELECT 9007199254740993, 9007199254740992.0", "SELECT 0.1 + 0.2, 123456.75", "SELECT 9e999, -9e999",
              "SELECT NULL, '9007199254740993'", "SELECT x'00ff', 'a  b'"]
-    sqlite3.connect(database).close()
+    with sqlite3.connect(database) as connection:
+        connection.execute("CREATE TABLE t (a)")
     (tmp_path / "own.json").write_text(json.dumps([{"question": "q", "db_id": "cells", "sql": "SELECT 1"}]))
     config = {"data": str(tmp_path / "own.json"), "data_dir": None, "split": "train", "sql_timeout": 5.0, "match": "bird"}
     with SQLExecutor({"cells": database}, workers=1) as executor:
