@@ -23,7 +23,8 @@ from policy import load_policy  # noqa: E402
 SCHEMA = 3 * ("CREATE TABLE singer (id INTEGER PRIMARY KEY, name TEXT, country TEXT, age INTEGER); "
               "CREATE TABLE concert (id INTEGER PRIMARY KEY, title TEXT, year INTEGER, "
               "singer_id INTEGER REFERENCES singer(id)); ")
-QUESTIONS = ("How many singers are older than 30? Answer:", "List the titles of concerts by singers from France.",
+QUESTIONS = ("How many singers are older than 30? Answer:",
+             "List the titles of concerts of 2014 by singers from France. Answer:",
              "Which country has the most singers? Think first.", "Explain the schema in English.")
 
 
