@@ -7,7 +7,7 @@ import pytest
 from conftest import run_in_process
 from little_policy import little_policy_folder
 from test_prompts import database
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import evaluate
@@ -48,6 +48,7 @@ def normalising(normalizer):
 def without_bytes():
     """One token a letter, and none for letters beyond ASCII."""
     inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate("?" + "".join(map(chr, range(32, 127))))}, [], unk_token="?"))
+    inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
 
 
