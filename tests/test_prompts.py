@@ -228,10 +228,10 @@ def test_a_question_about_one_of_300_tables_has_a_prompt(tmp_path, style, limit)
 
 
 def test_tables_go_after_columns(shop):
-    whole = builder(shop, style="full").encode(ask("How many customers?"))
-    stages = []
+    tokenizer, stages = chat_tokenizer(), []
+    whole = builder(shop, tokenizer, style="full").encode(ask("How many customers?"))
     for limit in range(len(whole), 0, -1):
-        make = builder(shop, style="full", max_prompt_tokens=limit)
+        make = builder(shop, tokenizer, style="full", max_prompt_tokens=limit)
         text = make.text(ask("How many customers?"))
         stages.append(("note" in text, tuple(tables_in(text)), make.encode(ask("How many customers?")) is None))
     everything = ("customer", "region", "country", "product", "line", "supplier", "audit")
