@@ -286,8 +286,10 @@ def bf16_copy():
     for step in range(2):
         assert sampled(model, several) == sampled(alone) and sampled(model, several, False) == sampled(alone, autocast=False)
         copied = bf16._copies[model]
-        for one, other in zip(copied.parameters(), alone.parameters(), strict=True):
-            assert one.dtype == torch.bfloat16 and torch.equal(one, other.bfloat16())
+        rounded = bf16.rounded_copy(alone)
+        for one, other in zip(bf16.all_weights(copied), bf16.all_weights(rounded), strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+        assert {{weight.dtype for weight in copied.parameters()}} == {{torch.bfloat16, torch.float32}}
         places, before = [weight.data_ptr() for weight in copied.parameters()], places
         assert before in (None, places)  # where graphs look for them
         with torch.no_grad():
