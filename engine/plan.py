@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 CHUNK = 2**24  # elements of logits that exist at once (packing.py)
-PASS = 1.5e8  # bytes that a pass of several groups keeps for backward on a CPU; a GPU gives a quarter of its memory
+PASS = 1.5e8  # bytes that a pass of several groups of the tiny policy keeps for backward on a CPU
 LIBRARIES = 0.45e9  # bytes of Python with torch and transformers on a CPU, and of a CUDA context on a GPU
 LEAST, MOST = 2**10, 2**14  # tokens of such a pass: more gain nothing; a group with more is cut (packing.py)
 BLOCK, BLOCK_BYTES = 128, 64  # tokens of a side of a block of a row's mask on a GPU, and bytes of a block's place in it
