@@ -65,8 +65,8 @@ def a_group(lengths=(3, 1, 5, 4), prompt_length=6, seed=0):
     return draw(prompt_length), [draw(n) for n in lengths]
 
 
-def sampled_groups(model, config, prompts=2, seed=0, eos_ids=(EOS,), engine=FAST):
-    ids = [a_group(prompt_length=4 + i, seed=seed + i)[0] for i in range(prompts)]
+def sampled_groups(model, config, prompts=2, seed=0, eos_ids=(EOS,), engine=FAST, shortest=4):
+    ids = [a_group(prompt_length=shortest + i, seed=seed + i)[0] for i in range(prompts)]
     return grpo.sample_groups(model, ids, config, eos_ids=eos_ids, seeds=range(1000 * seed, 1000 * seed + prompts),
                               engine=engine)
 
@@ -226,7 +226,7 @@ def test_a16_under_bf16_the_first_ratio_is_one_and_later_updates_see_the_new_wei
     model, seen, loss = make_model(dtype=torch.float32), [], grpo.policy_loss
     monkeypatch.setattr(grpo, "policy_loss", lambda logp, *rest: (seen.append(logp.detach()), loss(logp, *rest))[1])
     with torch.autocast("cpu", torch.bfloat16):
-        groups = sampled_groups(model, config)
+        groups = sampled_groups(model, config, shortest=9)  # long enough to be shared, as real prompts are
         stats = _apply(model, groups, _advantages(4), config, lr=0.5)
     assert all(logp.dtype == torch.float32 for logp in seen) and stats["sampler_gap"] < 0.005
     assert attention._verdicts[model] == dict.fromkeys(("shared prompts", "lean layers", "packed rows"), True)

@@ -555,7 +555,7 @@ class Scored:
     """A group's scores, as far as sampling looks at them."""
 
     def __init__(self, correct, total):
-        self.correct, self.total = correct, total
+        self.correct, self.total, self.status = correct, total, "ok"
 
 
 class Script:
