@@ -46,6 +46,7 @@ SEARCH_CELLS = 20_000_000  # bound on the column search of `spider_match`: a few
 STATUSES = ("ok", "error", "timeout", "refused", "too_large", "unavailable")
 WAITS_IN_VAIN = 3  # so many limits are waited for a database in a row; then one attempt a statement, until it is read
 KILLINGS = 3  # a statement whose worker the system kills so often is given up
+ROUNDS = 3  # so often a prediction runs again because a writer has changed its rows while its gold ran
 CACHE_FORM = "2"  # changes with what is kept: results of another form are not found
 WORKER_DIED = "the worker died on this query"
 CANNOT_READ, FILE_MISSING = "cannot read", "the file of database"  # how the errors begin that tell of a bad file
@@ -651,8 +652,14 @@ class SQLExecutor:
             return
         if not worker.ready:  # once or twice it may have been killed from outside
             self._failed_starts += 1
-            if self._failed_starts >= 3:
-                raise RuntimeError("SQL workers failed to start; their standard error says why")
+            if self._failed_starts >= KILLINGS:
+                if not (ended and worker.was_killed()):
+                    raise RuntimeError("SQL workers failed to start; their standard error says why")
+                reason = f"the system killed {KILLINGS} SQL workers as they started: free some memory"
+                for number in (*worker.sent, *pending):  # another call tries once more
+                    results[tasks[number][0]] = Execution("unavailable", error=reason)
+                worker.sent.clear()
+                pending.clear()
         elif worker.sent and not leaving:
             verdict = self._verdict(worker, alive, ended, silent)
             if verdict:
@@ -979,7 +986,7 @@ class Results:
     """The results of predictions and of their golds, as written and as each comparison wants them run.
 
     Args:
-        executor: has `run_many` and `run_gold`.
+        executor: has `run_many` and `run_gold`; where it has `databases`, writers that commit meanwhile are noticed.
         questions: (db_id, predicted SQL, gold SQLs). What several of them share runs once.
     """
 
@@ -989,11 +996,31 @@ class Results:
         predictions = dict.fromkeys((db_id, way.prepare(sql, True)) for way in ways for db_id, sql, _ in questions)
         golds = dict.fromkeys((db_id, way.prepare(gold))
                               for way in ways for db_id, _, gold_sqls in questions for gold in gold_sqls)
+        known = getattr(executor, "databases", {})
+        files = {db_id: known[db_id] for db_id, _ in predictions if db_id in known}
+        before = {db_id: database_stamp(file) for db_id, file in files.items()}
         self._predicted = dict(zip(predictions, executor.run_many(list(predictions)), strict=True))
         self._golds = dict(zip(golds, executor.run_gold(list(golds)), strict=True))
+        self._run_again(executor, {db_id for db_id, file in files.items() if database_stamp(file) != before[db_id]})
         # What depends on time or chance has one result where prediction and gold are the same query.
         self._predicted |= {query: result for query, result in self._golds.items()
                             if query in predictions and result.volatile}
+
+    def _run_again(self, executor, written: set[str]) -> None:
+        """Predictions on databases that a writer has changed meanwhile run again after their golds: only with the same
+        rows before and after are they compared with golds of the same data. Others have no verdict in the end."""
+        differing = [query for query, result in self._predicted.items()
+                     if query[0] in written and result.status == "ok" and not result.volatile]
+        for turn in range(ROUNDS if differing else 0):
+            if turn:
+                golds = [query for query in self._golds if query[0] in {db_id for db_id, _ in differing}]
+                self._golds |= zip(golds, executor.run_gold(golds), strict=True)
+            again = dict(zip(differing, executor.run_many(differing), strict=True))
+            differing = [query for query, result in again.items()
+                         if not result.unread and result.rows != self._predicted[query].rows]
+            self._predicted |= again
+        reason = "a writer changed its rows each time that it was compared with its gold"
+        self._predicted |= {query: Execution("unavailable", error=reason) for query in differing}
 
     def predicted(self, db_id: str, sql: str, comparison: Comparison = AS_WRITTEN) -> Execution:
         return self._predicted[db_id, comparison.prepare(sql, True)]

@@ -654,6 +654,32 @@ def test_a_gold_of_chance_agrees_with_itself_and_is_drawn_anew(tiny_db, tmp_path
     assert drawn[0] != drawn[1]
 
 
+class Busy(SQLExecutor):
+    """An executor on whose database a writer commits as often as it is told to, each time before golds run."""
+    commits = 0
+
+    def run_gold(self, pairs):
+        if self.commits:
+            self.commits -= 1
+            writer = sqlite3.connect(self.databases["music"], isolation_level=None)
+            writer.execute("INSERT INTO singer (name) VALUES ('Di')")
+            writer.close()
+        return super().run_gold(pairs)
+
+
+@pytest.mark.parametrize("commits, status, right", [(0, "ok", True), (1, "ok", True), (2, "ok", True),
+                                                    (9, "unavailable", False)])
+def test_a_writer_that_commits_before_the_gold_makes_no_right_answer_wrong(tiny_db, tmp_path, commits, status, right):
+    match, gold = sql_exec.MATCHES["bird"], "SELECT count(*) FROM singer"
+    asked = [("music", "SELECT count(name) FROM singer", (gold,)), ("music", "SELECT min(age) FROM singer", (gold,))]
+    with Busy({"music": tiny_db}, workers=1, cache=tmp_path / "cache") as executor:
+        executor.commits = commits
+        results = sql_exec.Results(executor, asked, [match])
+        assert results.predicted(*asked[0][:2]).status == status
+        assert (results.unread(*asked[0], match) is None) == right == results.is_right(*asked[0], match)
+        assert not results.unread(*asked[1], match) and not results.is_right(*asked[1], match)  # its rows stay the same
+
+
 def test_results_that_an_older_form_of_the_cache_froze_are_not_believed(tiny_db, tmp_path, monkeypatch):
     with SQLExecutor({"music": tiny_db}, cache=tmp_path) as executor:
         new = executor._cache_file("music", "SELECT 1")
@@ -830,6 +856,22 @@ def test_a_worker_that_cannot_start_is_a_clear_failure(tiny_db, monkeypatch):
     monkeypatch.setattr(sql_exec, "_WORKER_CODE", "raise SystemExit(3)")
     with SQLExecutor({"music": tiny_db}) as executor, pytest.raises(RuntimeError, match="failed to start"):
         executor.run("music", "SELECT 1")
+
+
+def test_where_the_system_kills_all_workers_as_they_start_there_is_no_verdict(tiny_db, monkeypatch):
+    start = sql_exec._Worker.__init__
+
+    def dying(worker, settings):
+        start(worker, settings)
+        worker.process.kill()
+
+    with SQLExecutor({"music": tiny_db}, workers=2) as executor:
+        with monkeypatch.context() as patch:
+            patch.setattr(sql_exec._Worker, "__init__", dying)
+            found = executor.run_many([("music", f"SELECT {i}") for i in range(40)])
+        assert {(one.status, one.error) for one in found} == {
+            ("unavailable", "the system killed 3 SQL workers as they started: free some memory")}
+        assert executor.run("music", "SELECT 1").rows == [(1,)]
 
 
 PARENT = """
