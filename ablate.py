@@ -477,8 +477,7 @@ def crossed_interval(changes: np.ndarray, sizes: np.ndarray, draws: int = 2000) 
     for _ in range(draws):
         seeds, groups = rng.integers(S, size=S), rng.integers(K, size=K)
         means.append(changes[seeds][:, groups].sum() / (S * sizes[groups].sum()))
-    bounds = widened(*np.percentile(means, (2.5, 97.5)), changes.sum() / (S * sizes.sum()), K)
-    return np.clip(bounds, -1, 1).tolist()
+    return list(widened(*np.percentile(means, (2.5, 97.5)), float(changes.sum() / (S * sizes.sum())), K, (-1.0, 1.0)))
 
 
 def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:

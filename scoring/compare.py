@@ -67,8 +67,9 @@ def compare(file_a, file_b, anyway: bool = False) -> dict:
         difference = [after - before for before, after in pairs]  # paired: by question
         matches[name] = {
             "a": mean([before for before, _ in pairs]), "b": mean([after for _, after in pairs]),
-            "difference": mean(difference), "interval": bootstrap_interval(difference, twins),
-            "interval_over_databases": bootstrap_interval(difference, databases) if len(set(databases)) > 1 else None,
+            "difference": mean(difference), "interval": bootstrap_interval(difference, twins, span=(-1.0, 1.0)),
+            "interval_over_databases": (bootstrap_interval(difference, databases, span=(-1.0, 1.0))
+                                        if len(set(databases)) > 1 else None),
             "gained": [labels[key] for key, change in zip(shared, difference, strict=True) if change > 0],
             "lost": [labels[key] for key, change in zip(shared, difference, strict=True) if change < 0]}
     if not matches:

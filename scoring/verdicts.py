@@ -237,10 +237,11 @@ def mean(values) -> float:
 
 
 def bootstrap_interval(values: Sequence[float], groups: Sequence | None = None, samples: int = 2000,
-                       seed: int = 0) -> tuple[float, float]:
+                       seed: int = 0, span: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of the mean; the same values always give the same interval.
 
     groups: what each value belongs to; values of one group are drawn together. None: each value by itself.
+    span: the least and the greatest that a value can be.
     """
     values = np.asarray(values, dtype=float)  # [n]
     if not len(values):
@@ -250,17 +251,24 @@ def bootstrap_interval(values: Sequence[float], groups: Sequence | None = None, 
     sums, sizes = np.bincount(members, values), np.bincount(members)  # [K]
     drawn = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))  # [samples, K]
     low, high = np.percentile(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), (2.5, 97.5))
-    low, high = widened(low, high, values.mean(), len(sums))
-    return float(max(low, values.min())), float(min(high, values.max()))
+    return widened(low, high, values.mean(), len(sums), span)
 
 
-def widened(low: float, high: float, mean: float, count: int) -> tuple[float, float]:
+def widened(low: float, high: float, mean: float, count: int, span: tuple[float, float]) -> tuple[float, float]:
     """A bootstrap interval over `count` groups, wider by as much as Student's is than the normal one: few groups differ
-    less from one another than those that they stand for. Of a single group nothing is known."""
+    less from one another than those that they stand for. Of a single group nothing is known.
+
+    Where no group differs from the others there is nothing to draw from: with 2.5 % chance a share of
+    1 - 0.025^(1 / count) of all groups does, unseen, and may be anywhere in the span (Clopper and Pearson's interval).
+    """
+    least, greatest = span
     if count < 2:
-        return -math.inf, math.inf
+        return least, greatest
+    if low == high:
+        unseen = 1 - 0.025 ** (1 / count)
+        return float(mean - unseen * (mean - least)), float(mean + unseen * (greatest - mean))
     factor = student_quantile(count - 1) / 1.96 * math.sqrt(count / (count - 1))
-    return mean - factor * (mean - low), mean + factor * (high - mean)
+    return float(max(least, mean - factor * (mean - low))), float(min(greatest, mean + factor * (high - mean)))
 
 
 def student_quantile(freedom: int) -> float:

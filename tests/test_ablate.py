@@ -247,7 +247,8 @@ def test_intervals_over_twins_databases_and_seeds():
     low, high = found["over twins"]
     assert low < mean < high and 0.1 < high - low < 0.2
     assert found["over databases"][0] < mean < found["over databases"][1]
-    assert ablate.drawn_intervals(base, base) == {"over twins": [0.0, 0.0], "over databases": [0.0, 0.0]}
+    same, unseen = ablate.drawn_intervals(base, base), {"over twins": 400, "over databases": 4}  # no group changed
+    assert same == {over: pytest.approx([0.025 ** (1 / K) - 1, 1 - 0.025 ** (1 / K)]) for over, K in unseen.items()}
     assert ablate.drawn_intervals({9: better[0]}, base) == {}  # no seed in common
     assert ablate.drawn_intervals(runs(0.3, "others"), base) == {}  # other questions, as the demo's are by seed
     assert ablate.drawn_intervals({0: {"accuracy": 0.1}}, base) == {}  # measured before it was kept

@@ -186,11 +186,21 @@ def test_no_scores_at_all(capsys):
 
 
 def test_bootstrap_interval():
-    assert bootstrap_interval([1.0] * 50) == (1.0, 1.0) and bootstrap_interval([1.0]) == (1.0, 1.0)
     low, high = bootstrap_interval([0.0, 1.0] * 200)
     # the normal approximation of the mean of 400 coin flips: 0.5 -+ 1.96 * 0.5 / 20
     assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
     assert bootstrap_interval([0.0, 1.0] * 200) == (low, high)
+
+
+def test_what_never_differed_is_not_certain():
+    """Clopper and Pearson's 95 % intervals of 50 of 50, 0 of 20 and 1 of 1, and of changes that none of 20 had."""
+    assert bootstrap_interval([1.0] * 50) == pytest.approx((0.9289, 1.0), abs=1e-4)
+    assert bootstrap_interval([0.0] * 20) == pytest.approx((0.0, 0.1684), abs=1e-4)
+    assert bootstrap_interval([1.0]) == (0.0, 1.0)
+    assert bootstrap_interval([1.0] * 50, [i // 25 for i in range(50)]) == pytest.approx((0.025**0.5, 1.0))
+    assert bootstrap_interval([0.0] * 20, span=(-1.0, 1.0)) == pytest.approx((-0.1684, 0.1684), abs=1e-4)
+    low, high = bootstrap_interval([1.0, 0.0, 0.0, 0.0, 0.0], span=(-1.0, 1.0))
+    assert low < 0 < high  # one question gained of five says nothing against a loss
 
 
 def test_values_of_one_group_are_drawn_together():
