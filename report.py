@@ -305,7 +305,7 @@ def tiles(config: dict, metrics: list[dict], result: dict) -> str:
     match, shown = str(config.get("match", "bird")), []
     for name, after in result.get("after", {}).items():
         old, new = accuracy(result.get("before", {}).get(name), match), accuracy(after, match)
-        if math.isfinite(new - old):
+        if of_the_same(result.get("before", {}).get(name), after):
             shown.append((f"held-out accuracy, {name}", f"{percent(old)} → {percent(new)} %",
                           f"{signed(100 * (new - old))} points on {after['n']} questions"))
     tenth = max(1, len(metrics) // 10)
@@ -371,7 +371,7 @@ def result_table(result: dict, match: str) -> str:
 
 def result_line(label: str, kind: str, before: dict | None, after: dict, match: str) -> str:
     """One line of the table; the picture has a hollow dot before and a full one after."""
-    gain = signed(100 * (accuracy(after, match) - accuracy(before, match)))
+    gain = signed(100 * (accuracy(after, match) - accuracy(before, match))) if of_the_same(before, after) else "–"
     cells = [after["n"], interval_cell(before, match), interval_cell(after, match), gain]
     return (f'<tr class="{kind}"><th scope="row">{escape(label)}</th>'
             f"{''.join(f'<td>{cell}</td>' for cell in cells)}"
@@ -405,8 +405,17 @@ def dumbbell(before: dict | None, after: dict, match: str) -> str:
 
 
 def accuracy(summary: dict | None, match: str) -> float:
-    """Execution accuracy of a summary; not a number where there is none."""
-    return (summary or {}).get("execution_accuracy", {}).get(match, math.nan)
+    """Execution accuracy of a summary; not a number where there is none, or null because no question could be read."""
+    value = (summary or {}).get("execution_accuracy", {}).get(match)
+    return math.nan if value is None else value
+
+
+def of_the_same(before: dict | None, after: dict) -> bool:
+    """Whether two summaries are of the same questions, so that their difference says something."""
+    if not before or not before["n"] or before["n"] != after["n"]:
+        return False
+    asked = {part["questions"] for part in (before, after) if "questions" in part}  # an older version noted none
+    return len(asked) < 2
 
 
 # ----------------------------------------------------------------------------------------------- curves

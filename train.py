@@ -90,6 +90,7 @@ from running.errors import UserError, as_json, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics
 from running.trackers import check_trackers, open_trackers
+from scoring.answers import questions_hash
 from scoring.verdicts import first_reasons
 from scoring.writable import unwritable, unwritable_note
 from settings import (
@@ -507,7 +508,9 @@ class Trainer:
                                             levels=evaluate.difficulty_levels(examples)[mine])
         scores = [score if sql or score.unavailable else replace(score, status="format")
                   for score, sql in zip(scores, sqls, strict=True)]
-        found = evaluate.summarise(distributed.merge(scores))
+        scores = distributed.merge(scores)
+        read = [example for example, score in zip(examples, scores, strict=True) if not score.unavailable]
+        found = evaluate.summarise(scores) | {"questions": questions_hash(read)}  # those that the figures are of
         if unread := found["unavailable"]:
             tqdm.write(f"warning, step {self.step}: {len(unread)} of {len(questions)} questions are left out of this "
                        "evaluation, since their database could not be read")
@@ -800,25 +803,34 @@ def penalise(breakdowns: list, penalties: torch.Tensor) -> list:
 
 
 def before_after_table(before: dict, after: dict, match: str) -> str:
-    """Held-out execution accuracy before and after GRPO, a line a tier, with 95 % intervals; 80 columns."""
+    """Held-out execution accuracy before and after GRPO, a line a tier, with 95 % intervals; 80 columns.
+
+    Questions of which the database could not be read are in neither figure, so the two may be of other questions.
+    """
     lines = [f"{'held-out execution accuracy, %':<32}{'n':>5}{'before GRPO':>21}{'after GRPO':>21}"]
 
     def bounds(interval) -> str:
         low, high = interval
         return f"[{100 * low:.1f}, {100 * high:.1f}]"
 
-    def cell(part: dict) -> str:
+    def cell(part: dict | None) -> str:
+        if not part or not part["n"]:
+            return "-"
         return f"{100 * part['execution_accuracy'][match]:.1f} {bounds(part['interval'][match])}"
 
     for name, end in after.items():
         start, tiers = before[name], list(end["by_difficulty"])
         for tier in tiers if len(tiers) > 1 else []:
             lines.append(f"{name + ': ' + tier:<32}{end['by_difficulty'][tier]['n']:>5}"
-                         f"{cell(start['by_difficulty'][tier]):>21}{cell(end['by_difficulty'][tier]):>21}")
+                         f"{cell(start['by_difficulty'].get(tier)):>21}{cell(end['by_difficulty'][tier]):>21}")
         lines.append(f"{name + ': all':<32}{end['n']:>5}{cell(start):>21}{cell(end):>21}")
-        if start.get("interval_over_databases"):  # none in a run that an older version began
-            shown = [bounds(part["interval_over_databases"][match]) for part in (start, end)]
+        shown = [bounds(part["interval_over_databases"][match]) if part.get("interval_over_databases") else "-"
+                 for part in (start, end)]
+        if shown[0] != "-":  # none in a run that an older version began
             lines.append(f"{'  over ' + str(end['databases']) + ' databases':<37}{shown[0]:>21}{shown[1]:>21}")
+        if not report.of_the_same(start, end):
+            lines.append(f"  no gain is known: the {start['n']} questions read before are not these")
+            continue
         gain = end["execution_accuracy"][match] - start["execution_accuracy"][match]
         lines.append(f"{'':<32}{'':>5}{'gain':>21}{100 * gain:>+20.1f} ")
     return "\n".join(lines)

@@ -198,6 +198,19 @@ def test_before_and_after(run):
     assert line.count("<small>[12.5, 87.5]</small>") == 2
 
 
+def test_a_gain_is_of_the_same_questions(run):
+    """Null where no question could be read, as result.json has it then."""
+    def summary(accuracy, n, **more):
+        return {"n": n, "execution_accuracy": {"bird": accuracy}, "interval": {"bird": [accuracy, accuracy]}, **more}
+
+    for before, after in ((summary(0.25, 39), summary(0.75, 40)), (summary(None, 0), summary(0.75, 40)),
+                          (summary(0.25, 40), summary(None, 0)),
+                          (summary(0.25, 40, questions="a"), summary(0.75, 40, questions="b"))):
+        (run / "result.json").write_text(json.dumps({"before": {"test": before}, "after": {"test": after}}))
+        text = report.write_report(run).read_text()
+        assert "points on" not in text and "test: all" in text and "+50.0" not in text
+
+
 def test_schema_and_gold_result_are_shown_where_the_database_is(tmp_path, tiny_db):
     data = tmp_path / "own.jsonl"
     data.write_text('{"question": "Who?", "db_id": "music", "sql": "SELECT name FROM singer"}\n')

@@ -653,6 +653,25 @@ def test_a_resumed_run_notices_other_questions_and_keeps_what_it_began_with(smal
     assert "was started with other training questions" in run(*again, check=2)
 
 
+def test_a_start_that_could_not_be_measured_gives_no_gain(small, tmp_path, monkeypatch):
+    database, measure = Path(small[small.index("--data") + 1]).with_name("music.sqlite"), train.Trainer.measure
+
+    def locked(trainer, questions):
+        writer = sqlite3.connect(database, isolation_level=None)
+        writer.execute("BEGIN" if trainer.step else "BEGIN EXCLUSIVE")
+        found = measure(trainer, questions)
+        writer.close()
+        return found
+
+    monkeypatch.setattr(train.Trainer, "measure", locked)
+    monkeypatch.setattr(evaluate, "greedy_sqls", lambda policy, prompts, *_, **__: ["SELECT count(*) FROM singer"] * len(prompts))
+    printed = run(*small, "--steps", 1, "--sql-timeout", 0.1, "--eval-every", 0, "--cold-start-steps", 0, "--output", tmp_path / "run")
+    assert "no gain is known: the 0 questions read before are not these" in printed and (tmp_path / "run/report.html").is_file()
+    result = json.loads((tmp_path / "run/result.json").read_text(), parse_constant=pytest.fail)
+    (name, before), = result["before"].items()
+    assert before["n"] == 0 and before["execution_accuracy"]["bird"] is None and result["after"][name]["n"] > 0
+
+
 def test_the_table_has_intervals_over_databases():
     scores = [ExampleScore(str(i), f"db{i % 3}", "easy", "", "ok", "ok", "", {"bird": i % 2 == 0}, 0.0, twins=str(i)) for i in range(30)]
     part = evaluate.summarise(scores)
@@ -662,3 +681,23 @@ def test_the_table_has_intervals_over_databases():
     assert max(map(len, table.splitlines())) <= 80
     old = {name: value for name, value in part.items() if name != "interval_over_databases"}  # a run begun by an older version
     assert "databases" not in train.before_after_table({"test": old}, {"test": part}, "bird")
+
+
+def test_no_gain_is_told_between_different_questions():
+    """A question whose database could not be read is in neither figure; a whole tier may be missing."""
+    def summary(unread, asked):
+        scores = [ExampleScore(str(i), "db", "easy" if i < 5 else "hard", "", "unavailable" if i in unread else "ok", "ok", "",
+                               {"bird": i % 2 == 0}, 0.0, twins=str(i)) for i in range(10)]
+        return {"test": evaluate.summarise(scores) | {"questions": asked}}
+
+    def table(before, after):
+        text = train.before_after_table(before, after, "bird")
+        assert max(map(len, text.splitlines())) <= 80 and "nan" not in text
+        return text
+
+    whole = summary([], "all")
+    assert "gain                +0.0" in table(whole, whole)
+    for before, after in ((summary([0], "not 0"), whole), (summary([0], "not 0"), summary([1], "not 1")),
+                          (summary(range(5), "hard"), whole), (summary(range(10), "none"), whole)):
+        assert " gain  " not in table(before, after) and "no gain is known" in table(before, after)
+    assert "test: easy                          5                    -    60.0" in table(summary(range(5), "hard"), whole)
