@@ -20,14 +20,14 @@ is finished and continues what is not.
 Measures of a run
   accuracy        greedy execution accuracy of its best policy on held-out questions, those that the run was neither
                   trained on nor chosen by; also by difficulty
-  area            area under the curve of its accuracy on dev, divided by its length
+  area            area under the curve of its accuracy on dev, divided by its length; the start is no part of it
   flat groups     share of groups that taught nothing, as all earned the same, over the run; all wrong: none was correct
   reward spread   standard deviation of the rewards of a group, mean over the run
   does not run    share of sampled answers without SQL that runs; greedy does not run: of the greedy ones
   pass@N          whether one of the N = --samples answers to a question is right
   joins           JOINs in a greedy answer that has SQL: fewer than at the start mean that queries grow simpler
   result groups   different results among the --samples answers to a question
-  collapse        1 when the last accuracy on dev is more than 5 points below its best, else 0
+  collapse        1 when the last accuracy on dev is more than 5 points below its best, that of the start included
   seconds         of its steps, evaluations not counted
   In ablation.json only: best on dev, last on dev; voted accuracy, of the value-aware vote among the --samples answers
 """
@@ -70,6 +70,7 @@ from settings import (
     make_parser,
     parse_settings,
 )
+from text2sql.atomic import split_tokens
 from text2sql.question_files import check_excluded, excluded
 
 ROOT = Path(__file__).resolve().parent
@@ -108,7 +109,6 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
     "runs": {f"{value} for running": {"execution_runs": value} for value in ("1", "0.5", "0")},
     "embedder": {name: {"rewards": BOTH, "embedder": name} for name in ("hash", "policy")},
 }
-JOIN = re.compile(r"\bjoin\b", re.IGNORECASE)
 STEP = re.compile(r"step-(\d+)")  # folders of other names are not ours
 # Flags of train.py that are set here, and by what.
 RESERVED = {"seed": "see --seeds", "output": "see --output", "test_questions": "see --questions",
@@ -394,13 +394,18 @@ def measures_of(run: Run, evaluation: dict) -> dict:
                  "result groups": evaluation["result_groups"],
                  "does not run": 1 - evaluation["sample_statuses"].get("ok", 0.0),
                  "greedy does not run": 1 - evaluation["statuses"].get("ok", 0.0)}
-    joins = [len(JOIN.findall(item["sql"])) for item in evaluation["examples"] if item["sql"]]
+    joins = [joins_in(item["sql"]) for item in evaluation["examples"] if item["sql"]]
     measures["joins"] = fmean(joins) if joins else 0.0
     measures["right"] = {"questions": evaluation["protocol"]["questions"],
                          "marks": marks_of(evaluation["examples"], match)}
     file = run.folder / "metrics.jsonl"
     steps = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return measures | (training_measures(steps) if steps else {})
+
+
+def joins_in(sql: str) -> int:
+    """How many JOINs a query has; the word in texts, names and comments is none."""
+    return split_tokens(sql).count("join")
 
 
 def marks_of(examples: Sequence[dict], match: str) -> dict[str, str]:
@@ -421,7 +426,8 @@ def training_measures(steps: Sequence[dict]) -> dict:
     measures["seconds"] = sum(map(step_seconds, steps))
     curve = [[step["step"], step["dev_accuracy"]] for step in steps if "dev_accuracy" in step]
     if curve:
-        best, last = max(accuracy for _, accuracy in curve), curve[-1][1]
+        start = [step["start_dev_accuracy"] for step in steps if "start_dev_accuracy" in step]  # it may be the best
+        best, last = max([*start, *(accuracy for _, accuracy in curve)]), curve[-1][1]
         measures |= {"area": area_under(curve), "best on dev": best, "last on dev": last,
                      "collapse": float(best - last > 0.05 + 1e-9), "curve": curve}
     return measures
@@ -436,9 +442,10 @@ def area_under(curve: Sequence[Sequence[float]]) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> dict:
-    """The mean and its 95 % t-interval; None for the interval of a single value."""
+    """The mean and its 95 % t-interval; None for that of a single value, or of equal ones, for how seeds differ is not
+    known then."""
     mean, n = fmean(values), len(values)
-    if n < 2:
+    if len(set(values)) < 2:
         return {"mean": mean, "interval": None}
     half = student_quantile(n - 1) * stdev(values) / math.sqrt(n)
     return {"mean": mean, "interval": [mean - half, mean + half]}
@@ -535,8 +542,9 @@ def in_words(name: str, value: dict | None, sign: str = "") -> str:
     text = f"{scale * value['mean']:{sign}.{digits}f}"
     if name == "collapse":  # a count of few runs has no t-interval
         return text
-    for low, high in filter(None, map(value.get, ("interval", "over twins", "over databases"))):
-        text += f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+    intervals = [value["interval"], *(value[over] for over in ("over twins", "over databases") if over in value)]
+    for bounds in intervals if any(intervals) else ():  # each in its place: the first is over seeds
+        text += f" [{', '.join(f'{scale * bound:.{digits}f}' for bound in bounds)}]" if bounds else " [–]"
     return text
 
 

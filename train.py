@@ -235,7 +235,7 @@ class Trainer:
         self.test_sets = {name: questions for name, questions in usable.items() if questions}
         check_positions(self.policy, s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens)
         self.drawing = self.make_drawing()
-        self.step, self.best, self.before = 0, -1.0, {}
+        self.step, self.best, self.before, self.at_start = 0, -1.0, {}, {}
         self.stop_requested = self.stopping = False  # by a signal to this process; agreed by all of them
         self.guards, self.heartbeat = Guards(s.guards), Heartbeat()
         try:  # before anything is trained
@@ -265,7 +265,8 @@ class Trainer:
         if self.step == 0:
             self.save()  # step 0 is the reference, and what costs most of a short run
             if run.steps and self.evaluation_is_due():
-                self.evaluate_dev()  # it may stay the best
+                found = self.evaluate_dev()  # it may stay the best
+                self.at_start = {f"start_{name}": accuracy for name, accuracy in found.items()}
         if not self.before and self.test_sets:
             self.before = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
         bar = tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True,
@@ -274,6 +275,8 @@ class Trainer:
             while self.step < run.steps and not self.stopping:
                 self.step += 1
                 step = self.take_step()
+                if self.step == 1:
+                    step.extra |= self.at_start
                 if self.evaluation_is_due():
                     step.extra |= self.evaluate_dev()
                 metrics = self.log(step)

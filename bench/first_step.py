@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dense  # noqa: E402
 
-from ablate import JOIN, as_flags, cells_of  # noqa: E402
+from ablate import as_flags, cells_of, joins_in  # noqa: E402
 from data import columns_of  # noqa: E402
 from grpo import GRPOConfig  # noqa: E402
 from rewards import (  # noqa: E402
@@ -72,6 +72,9 @@ class Scores:
                               match=MATCHES[self.config["match"]], answer_style=self.config["answer_style"],
                               rarity=build_rarity(rewards, self.data.train, self.schemas))
         found = scorer.score(self.items, remember=False)
+        if unread := next((b for b in found if b.status == "unavailable"), None):
+            raise UserError(f"an answer has no verdict, since its database could not be read ({unread.error}): measure "
+                            "again when it can")
         return [found[i:i + self.size] for i in range(0, len(found), self.size)]
 
 
@@ -81,7 +84,7 @@ def properties(rows: Sequence[Sequence[RewardBreakdown]], golds: Sequence[str]) 
         return np.array([[float(measure(b)) for b in row] for row in rows])
 
     right, runs, near = of(lambda b: b.correct), of(lambda b: b.status == "ok"), of(lambda b: b.result)
-    has_join, needs_join = of(lambda b: bool(JOIN.search(b.sql))), np.array([bool(JOIN.search(gold)) for gold in golds])
+    has_join, needs_join = of(lambda b: joins_in(b.sql) > 0), np.array([joins_in(gold) > 0 for gold in golds])
     everywhere = np.ones(len(golds), dtype=bool)
     return {"right": (right, everywhere), "runs": (runs, everywhere),
             "a needed join": (has_join, needs_join), "a needless join": (has_join, ~needs_join),

@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dense  # noqa: E402
 
-from ablate import JOIN  # noqa: E402
+from ablate import joins_in  # noqa: E402
 from data import columns_of  # noqa: E402
 from rewards import (  # noqa: E402
     MemoryGate,
@@ -93,6 +93,9 @@ def read_groups(records: Sequence[dict], databases, match) -> list[list[Answer]]
         for c in record["completions"]:
             if c["status"] == "format":
                 continue
+            if unread := results.unread(db_id, c["sql"], golds, match):
+                raise UserError(f"an answer has no verdict, since its database could not be read ({unread.error}): "
+                                "measure again when it can")
             found, wanted = results.predicted(db_id, c["sql"]), [results.gold(db_id, gold) for gold in golds]
             runs = found.status == "ok"
             tables = [gold.rows for gold in wanted if runs and gold.status == "ok"]
@@ -222,8 +225,8 @@ def by_joins(groups: Sequence[Sequence[Answer]]) -> list[str]:
     """Markdown, a row for questions whose gold has no join, and one for those whose gold has."""
     lines = ["| gold | groups | right, % | run, % |", "|---|---|---|---|"]
     for kind, wanted in (("no join", False), ("joins", True)):
-        chosen = [group for group in groups if group and bool(JOIN.search(group[0].golds[0])) is wanted]
-        sides = [[a for group in chosen for a in group if bool(JOIN.search(a.sql)) is joins] for joins in (True, False)]
+        chosen = [group for group in groups if group and (joins_in(group[0].golds[0]) > 0) is wanted]
+        sides = [[a for group in chosen for a in group if (joins_in(a.sql) > 0) is joins] for joins in (True, False)]
         shares = [" / ".join(f"{100 * fmean(getattr(a, name) for a in side):.1f}" if side else "–" for side in sides)
                   for name in ("right", "runs")]
         lines.append(f"| {kind} | {len(chosen)} | {' | '.join(shares)} |")

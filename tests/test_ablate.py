@@ -160,6 +160,7 @@ def test_checkpoints_are_folders_that_train_names(tmp_path):
 
 def test_intervals_are_students_t():
     assert ablate.mean_interval([0.5]) == {"mean": 0.5, "interval": None}
+    assert ablate.mean_interval([0.395] * 3)["interval"] is None  # three seeds that happen to agree are not certain
     found = ablate.mean_interval([1.0, 2.0, 3.0])  # deviation 1, so 4.303 / sqrt(3)
     assert found["mean"] == 2.0 and found["interval"] == pytest.approx([2 - 2.4843, 2 + 2.4843], abs=1e-4)
     rng, hits = np.random.default_rng(0), 0
@@ -177,6 +178,13 @@ def test_area_under_a_curve():
     assert ablate.area_under([[0, 0.2], [10, 0.4], [40, 0.4]]) == pytest.approx((10 * 0.3 + 30 * 0.4) / 40)
 
 
+@pytest.mark.parametrize("sql, count", [
+    ("SELECT a FROM t LEFT OUTER JOIN u USING (x) join v NATURAL JOIN w", 3), ("SELECT a FROM t, u", 0),
+    ("SELECT [join] FROM t WHERE kind = 'inner join' -- join", 0), ("", 0)])
+def test_joins_are_counted_where_they_join(sql, count):
+    assert ablate.joins_in(sql) == count
+
+
 def test_what_the_metrics_say():
     def step(number, **more):
         return {"step": number, "flat_groups": 0.25 * number, "all_wrong_groups": 0.5, "reward_std": 0.1 * number,
@@ -190,6 +198,9 @@ def test_what_the_metrics_say():
     kept = ablate.training_measures([step(1, dev_accuracy=0.55), step(2, dev_accuracy=0.50)])
     assert kept["collapse"] == 0.0  # five points are not more than five
     assert "collapse" not in ablate.training_measures([step(1)])
+    fallen = ablate.training_measures([step(1, dev_accuracy=0.5, start_dev_accuracy=0.6), step(2, dev_accuracy=0.5)])
+    assert (fallen["best on dev"], fallen["collapse"]) == (0.6, 1.0)  # best/ is that of the start
+    assert fallen["curve"] == [[1, 0.5], [2, 0.5]] and fallen["area"] == pytest.approx(0.5)
     void = {"step": 4, "seconds/rollout": 2.0}  # no database could be read: there was nothing to measure
     assert ablate.training_measures([step(1), void]) == ablate.training_measures([step(1)]) | {"seconds": 3.5 + 2.0}
     assert ablate.training_measures([void]) == {"seconds": 2.0}
@@ -257,7 +268,8 @@ def test_intervals_over_twins_databases_and_seeds():
     summary = ablate.summarise({"base": base, "other": better}, "base")
     assert summary["other"]["measures"]["accuracy"]["difference"] | found == summary["other"]["measures"]["accuracy"]["difference"]
     text = ablate.rows({"other": summary["other"]}, [], ["accuracy"])
-    assert text.count("[") == 3 and f"[{100 * low:.1f}, {100 * high:.1f}]" in text
+    assert text.count("[") == 3 and f"+30.0 [–] [{100 * low:.1f}, {100 * high:.1f}] [" in text  # seeds agree by chance
+    assert ablate.in_words("accuracy", {"mean": 0.5, "interval": None}) == "50.0"
     assert "right" not in summary["other"]["measures"]
 
 

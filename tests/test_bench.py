@@ -2,8 +2,10 @@
 
 import json
 import re
+import sqlite3
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run_in_process
+from conftest import run_in_process, tiny_database
 
 import ablate
 from policy import build_tiny
+from rewards import RewardConfig
+from running.errors import UserError
 from settings import parse_settings
+from sql_exec import MATCHES, SQLExecutor
 from text2sql import demo_world
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -158,6 +163,23 @@ def test_how_answers_with_a_join_fare_by_hand():
               [answer(two, two, False, False)]]
     assert knows.by_joins(groups)[2:] == ["| no join | 1 | 0.0 / 100.0 | 100.0 / 100.0 |",
                                           "| joins | 2 | 33.3 / 0.0 | 33.3 / 100.0 |"]
+
+
+def test_benches_measure_nothing_where_a_database_cannot_be_read(tmp_path):
+    database = tiny_database(tmp_path / "music.sqlite")
+    record = {"db_id": "music", "gold_sqls": ["SELECT 1 FROM singer"], "question": "?", "completions": [
+        {"text": "<think>a</think>SELECT 2 FROM singer", "thought": "a", "sql": "SELECT 2 FROM singer", "status": "ok"}]}
+    config = parse_settings(["--data-dir", str(tmp_path)]).as_dict()
+    data, writer = SimpleNamespace(databases={"music": database}, traced=[], train=[]), sqlite3.connect(database)
+    with SQLExecutor(data.databases, workers=1, timeout=0.1) as executor, pytest.MonkeyPatch.context() as patch:
+        scores = first_step.Scores(config, [record], data, executor)
+        writer.execute("BEGIN EXCLUSIVE")
+        patch.setattr(knows, "SQLExecutor", lambda _: nullcontext(executor))  # one that does not wait long
+        with pytest.raises(UserError, match="database is locked"):
+            knows.read_groups([record], data.databases, MATCHES["bird"])
+        with pytest.raises(UserError, match="database is locked"):
+            scores.of(RewardConfig(rewards="format,execution"))
+    writer.close()
 
 
 def test_figures_of_what_rewards_know_are_those_of_pairs_within_a_group():

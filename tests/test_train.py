@@ -195,6 +195,7 @@ def test_the_start_is_kept_where_no_later_policy_is_better_on_dev(small, tmp_pat
     assert asked == [(0, 2), (0, 6), (1, 2), (2, 2)]  # the test once, for it is the same policy
     assert "step 0: 50.0 % of dev right" in told and "run/best (that of step 0, for no later one was better on dev)" in told
     assert (tmp_path / "run" / "best" / "step.txt").read_text() == "0\n"
+    assert [one.get("start_dev_accuracy") for one in lines(tmp_path / "run/metrics.jsonl")] == [0.5, None]
     best, first, last = ((tmp_path / "run" / place / "model.safetensors").read_bytes()
                          for place in ("best", "checkpoints/step-0", "checkpoints/step-2"))
     assert best == first != last
