@@ -497,7 +497,7 @@ def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
             intervals[name] = mean_interval(list(values.values()))
             pairs = [value - base[seed][name] for seed, value in values.items() if name in base.get(seed, {})]
             if pairs and cell != baseline:
-                intervals[name]["difference"] = mean_interval(pairs)
+                intervals[name]["difference"] = mean_interval(pairs) | {"seeds": len(pairs)}
         if cell != baseline and "difference" in intervals.get("accuracy", {}):
             intervals["accuracy"]["difference"] |= drawn_intervals(runs, base)
         curves = [dict(map(tuple, measures["curve"])) for measures in runs.values() if "curve" in measures]
@@ -530,7 +530,11 @@ def rows(summary: dict, means: Sequence[str], differences: Sequence[str]) -> str
         measures = found["measures"]
         texts = [in_words(name, measures.get(name)) for name in means]
         texts += [in_words(name, measures.get(name, {}).get("difference"), "+") for name in differences]
-        lines.append(f"| {cell} | {found['seeds']} | {' | '.join(texts)} |")
+        seeds = found["seeds"]
+        if not means:  # of differences those that the baseline has, too
+            pairs = [value["difference"] for value in measures.values() if "difference" in value]
+            seeds = max((pair.get("seeds", seeds) for pair in pairs), default=0)
+        lines.append(f"| {cell} | {seeds} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -52,8 +52,9 @@ def compare(file_a, file_b, anyway: bool = False) -> dict:
     in_a, in_b = by_question(a["examples"]), by_question(b["examples"])
     skip = a.get("bad_golds_skipped") or b.get("bad_golds_skipped")
     unavailable = {key for side in (in_a, in_b) for key, item in side.items() if item.get("status") == "unavailable"}
-    shared = [key for key in in_a if key in in_b and key not in unavailable
-              and not (skip and any(side[key]["gold_status"] not in ("ok", "empty") for side in (in_a, in_b)))]
+    both = [key for key in in_a if key in in_b and key not in unavailable]
+    shared = [key for key in both
+              if not (skip and any(side[key]["gold_status"] not in ("ok", "empty") for side in (in_a, in_b)))]
     if not shared:
         raise UserError(f"{file_a} and {file_b} have no question in common")
     labels = dict(zip(shared, numbered([str(key[0]) for key in shared]), strict=True))
@@ -77,7 +78,8 @@ def compare(file_a, file_b, anyway: bool = False) -> dict:
     sql = {labels[key]: [side[key].get("sql", "") for side in (in_a, in_b)] for key in shared}
     return {"a": str(file_a), "b": str(file_b), "n": len(shared), "twins_known": all(known.values()),
             "twin_groups": len(set(twins)), "databases": len(set(databases)), "matches": matches, "sql": sql,
-            "only_in_one": len(in_a.keys() ^ in_b.keys()), "unavailable": len(unavailable)}
+            "only_in_one": len(in_a.keys() ^ in_b.keys()), "unavailable": len(unavailable),
+            "bad_golds": len(both) - len(shared)}
 
 
 def print_comparison(result: dict) -> None:
@@ -85,7 +87,9 @@ def print_comparison(result: dict) -> None:
     print(f"A: {result['a']}\nB: {result['b']}\n{result['n']} questions"
           + (f"; {result['only_in_one']} are in one file only" if result["only_in_one"] else "")
           + (f"; {result['unavailable']} are left out, since their database could not be read"
-             if result["unavailable"] else ""))
+             if result["unavailable"] else "")
+          + (f"; {result['bad_golds']} are left out, since\ntheir gold query fails and --skip-bad-gold was given"
+             if result["bad_golds"] else ""))
     print(f"{'execution accuracy, %':<24}{'A':>7}{'B':>7}{'B - A [95 % interval]':>26}"
           f"{'gained':>8}{'lost':>6}")
     for name, part in result["matches"].items():

@@ -232,6 +232,9 @@ def test_differences_are_paired_by_seed():
     assert found["difference"]["mean"] == pytest.approx(0.11)  # of seeds 0 and 2
     assert found["difference"]["interval"] == pytest.approx([0.11 - 12.706 * 0.01, 0.11 + 12.706 * 0.01])
     assert "difference" not in summary["base"]["measures"]["accuracy"]
+    results["other"][3] = {"accuracy": 0.9}  # a seed that failed in the baseline has a mean, but no difference
+    table = ablate.table(ablate.summarise(results, "base"), "base")
+    assert "| other | 3 | 50.7 [" in table and "| other | 2 | +11.0 [" in table
     assert [step for step, _ in summary["other"]["curve"]] == [1, 2]  # where every seed has one
     text = ablate.table(summary, "base")
     assert "| other | 2 | 31.0 [-108.8, 170.8] |" in text and "+11.0 [-16.1, 23.7]".replace("-16.1", "-1.7") in text

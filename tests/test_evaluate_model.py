@@ -505,6 +505,17 @@ def test_r_ves_by_hand():
     assert r_ves(examples, scores, Timed(), 3) == pytest.approx([100 * math.sqrt(e / 100) for e in expected])
 
 
+def test_an_answer_is_timed_against_a_gold_that_runs():
+    class Timed:
+        """A gold that fails at once, and one that takes 4 s; the prediction takes 1 s."""
+        def run(self, db_id, sql):
+            return Execution("error", seconds=0.0001) if sql == "fails" else Execution("ok", seconds=float(sql))
+
+    score = ExampleScore("1", "music", "", "1", "ok", "ok", "", {"bird": True}, 1.0)
+    example = Example("1", "music", "q", ("fails", "4"))
+    assert r_ves([example], [score], Timed(), 3) == [pytest.approx(100 * math.sqrt(1.25))]
+
+
 def test_runs_that_could_not_read_the_database_are_no_times():
     class Locked:
         """Every other pair of runs is locked, and of the last question all."""
@@ -568,12 +579,14 @@ def test_compare_draws_twins_and_databases(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("bad", ["a", "b"])
-def test_a_gold_that_failed_on_either_side_is_left_out_with_the_others(tmp_path, bad):
+def test_a_gold_that_failed_on_either_side_is_left_out_with_the_others(tmp_path, bad, capsys):
     files = [scores_file(tmp_path / name, [1, 0], bad_golds_skipped=True) for name in "ab"]
     content = json.loads((tmp_path / bad).read_text())
     content["examples"][1]["gold_status"] = "timeout"
     (tmp_path / bad).write_text(json.dumps(content))
     assert compare(*files)["n"] == 1 and compare(*files)["matches"]["bird"]["a"] == 1
+    print_comparison(compare(*files))
+    assert "1 questions; 1 are left out, since\ntheir gold query fails" in capsys.readouterr().out
 
 
 def test_what_could_not_be_read_is_not_compared(tmp_path, capsys):
