@@ -410,9 +410,10 @@ def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfi
 def why_none_verified(records: Sequence[dict], config: MineConfig, answer_style: str = "think-sql") -> str:
     """What to do when no completion is verified: whether it is the format, the length or the SQL."""
     fates = sum((Counter(record["samples"]["statuses"]) for record in records), Counter())
-    total = fates.total() or 1
-    if fates["unavailable"] == fates.total() > 0:
+    unread = fates.pop("unavailable", 0)  # of these nothing is known, not even whether they met the format
+    if unread and not fates:
         return "no database could be read; try again when they can"
+    total = fates.total() or 1
     met = 1 - (fates["format"] + fates["truncated"] + fates["too_long"]) / total
     if not fates.total():
         return "no prompt fits; raise --max-prompt-tokens"

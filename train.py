@@ -526,13 +526,17 @@ class Trainer:
         return bool(self.dev_set and run.eval_every) and (self.step % run.eval_every == 0 or self.step == run.steps)
 
     def evaluate_dev(self) -> dict[str, float]:
-        """The metric of accuracy on dev, none where no database could be read; a new best policy is kept in best/."""
-        accuracy = self.evaluate(self.dev_set, "dev")["execution_accuracy"][self.s.run.match]
+        """The metric of accuracy on dev; a new best policy is kept in best/. Neither where a database could not be
+        read, for accuracies on other questions cannot be compared."""
+        found = self.evaluate(self.dev_set, "dev")
+        if found["unavailable"]:
+            return {}
+        accuracy = found["execution_accuracy"][self.s.run.match]
         if accuracy > self.best:
             self.best = accuracy
             policy = self.savable_policy()
             distributed.on_main(lambda: self.folder.save_best(policy, self.step))
-        return {} if math.isnan(accuracy) else {"dev_accuracy": accuracy}
+        return {"dev_accuracy": accuracy}
 
     def compare(self) -> None:
         """Prints the held-out accuracy of the best policy by dev beside that of the start, which is measured once."""

@@ -327,6 +327,7 @@ def of_fates(**statuses):
                                                 "one query and nothing else; train.py --traces template"),
     ({"truncated": 60, "ok": 40}, {}, "60% of the completions were cut at --max-completion-tokens 512; raise it"),
     ({"error": 70, "format": 10}, {}, "88% of the completions met the format, but none returned the gold result"),
+    ({"unavailable": 90, "format": 10}, {}, "only 0% of the completions met the format"),  # of those that could be run
     ({}, {}, "no prompt fits; raise --max-prompt-tokens")])
 def test_nothing_verified_names_the_reason(statuses, flags, words):
     assert words in sft.why_none_verified(of_fates(**statuses), sft.MineConfig(mine="x.jsonl", model="m", **flags))

@@ -203,6 +203,21 @@ def test_the_start_is_kept_where_no_later_policy_is_better_on_dev(small, tmp_pat
     assert result["before"] == result["after"]
 
 
+def test_a_dev_that_could_not_be_read_wholly_chooses_no_policy(small, tmp_path, monkeypatch):
+    """A step is asked fewer questions, all of them easy: it is no better for that, and no point of the curve."""
+    measure = train.Trainer.measure
+
+    def measured(self, questions):
+        found = measure(self, questions) | ({"unavailable": [{"id": "1"}]} if self.step == 1 else {})
+        found["execution_accuracy"][self.s.run.match] = (0.2, 1.0, 0.3)[self.step]
+        return found
+
+    monkeypatch.setattr(train.Trainer, "measure", measured)
+    run(*small, "--steps", 2, "--eval-every", 1, "--test-questions", 0, "--output", tmp_path / "run")
+    assert (tmp_path / "run" / "best" / "step.txt").read_text() == "2\n"
+    assert [one.get("dev_accuracy") for one in lines(tmp_path / "run/metrics.jsonl")] == [None, 0.3]
+
+
 @pytest.mark.parametrize("flags, expected", [
     (["--steps", 0], [(0, 6)]), (["--steps", 1, "--eval-every", 0], [(0, 6), (1, 6)]),
     (["--steps", 1, "--eval-questions", 0], [(0, 6), (1, 6)]), (["--steps", 1, "--test-questions", 0], [(0, 2), (1, 2)])])
