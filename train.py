@@ -395,7 +395,8 @@ class Trainer:
             scored = self.score(examples, groups)
             clock.lap("rewards")  # the seconds of each component are in scorer.seconds
             sampled += [(group, row) for _, group, row in scored]
-            self.drawing.learn(numbers, [[b.correct for b in row] for _, _, row in scored])
+            known = [(number, row) for number, (_, _, row) in zip(numbers, scored, strict=True) if readable(row)]
+            self.drawing.learn([number for number, _ in known], [[b.correct for b in row] for _, row in known])
             if not s.run.dynamic_sampling:
                 return tuple(map(list, zip(*scored, strict=True))), sampled
             kept += [item for item in scored if has_right_and_wrong(item[2])]

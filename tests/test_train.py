@@ -418,6 +418,8 @@ def test_groups_whose_database_is_locked_are_left_out_of_the_step(small, tmp_pat
         writer.close()
         return step
 
+    learned, learn = [], train.Drawing.learn
+    monkeypatch.setattr(train.Drawing, "learn", lambda self, *seen: (learned.append(len(seen[0])), learn(self, *seen)))
     monkeypatch.setattr(train.Trainer, "take_step", take_step)
     monkeypatch.setattr(rewards, "parse_completion", lambda *_: ("count ages", "SELECT COUNT(*) FROM singer"))
     printed = run(*small, "--steps", 3, "--sql-timeout", 0.1, "--eval-every", 0, "--test-questions", 0, "--cold-start-steps", 0,
@@ -427,6 +429,7 @@ def test_groups_whose_database_is_locked_are_left_out_of_the_step(small, tmp_pat
                      r"  question \S+, unavailable: database is locked \(\S+music.sqlite\); and 1 more like it", printed)
     assert ["reward" in one for one in metrics] == ["flat_groups" in one for one in metrics] == [True, False, True]
     assert [one.get("status/unavailable", 0) > 0 for one in metrics] == [False, True, False]
+    assert learned == [2, 0, 2]  # no verdict is no wrong answer: nothing is learned of how hard these questions are
     assert [group["step"] for group in lines(tmp_path / "run/rollouts.jsonl")] == [1, 1, 3, 3]
     assert (tmp_path / "run/report.html").is_file()
 
