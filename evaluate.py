@@ -29,8 +29,8 @@ answer and pass@k are reported side by side; --vote selects the one that counts.
 
 A question whose gold query fails is reported, with the reason, and never counted as correct. It stays in the
 denominator, as in the official scripts, unless --skip-bad-gold. A question whose database could not be read for as
-long as a query may take (a writer's lock, an I/O error, workers that the system killed) is left out of every figure,
-with a warning.
+long as a query may take (a writer's lock, an I/O error, workers that the system killed), or was changed by a writer
+each time between prediction and gold, is left out of every figure, with a warning.
 
 Intervals are 95 % bootstrap intervals over groups of twins, questions of one database with the same gold query, which
 are answered alike: Spider's 1,034 dev questions are 551 such groups. These intervals say how the figure would differ

@@ -59,7 +59,8 @@ class Execution:
     Values are None, int, float, str (invalid UTF-8 replaced by U+FFFD) or bytes. `refused` means not one
     read-only query; `too_large` that the rows, their bytes, or the memory needed passed their limits;
     `unavailable` that the database could not be read for the statement's whole limit (a writer's lock, an I/O error),
-    or that the system killed its workers: no verdict on the statement, and another time it may run.
+    that the system killed its workers, or (from `Results`) that a writer kept changing its rows: no verdict on the
+    statement, and another time it may run.
     `volatile`: it asked for time or chance, so that it may end otherwise when it runs again.
     """
 
