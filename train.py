@@ -622,7 +622,7 @@ class Trainer:
     def make_drawing(self) -> Drawing:
         """Which training questions the steps ask."""
         run, examples = self.s.run, [example for example, _ in self.train_set]
-        return Drawing([example.db_id for example in examples], [(*example.gold_sqls, "")[0] for example in examples],
+        return Drawing([example.db_id for example in examples], [example.gold_sqls[0] for example in examples],
                        seed=run.seed, informative=run.draw == "informative", per_database=run.questions_per_database)
 
     def make_optimizer(self) -> torch.optim.Optimizer:

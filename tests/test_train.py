@@ -29,6 +29,7 @@ from engine import plan
 from grpo import Group, GRPOConfig
 from policy import build_tiny
 from rewards import RewardBreakdown, RewardConfig
+from running.drawing import HALF_LIFE
 from running.errors import UserError
 from scoring.verdicts import ExampleScore
 from settings import DEFAULTS_BEFORE
@@ -431,6 +432,8 @@ def test_groups_whose_database_is_locked_are_left_out_of_the_step(small, tmp_pat
     assert [one.get("status/unavailable", 0) > 0 for one in metrics] == [False, True, False]
     assert learned == [2, 0, 2]  # no verdict is no wrong answer: nothing is learned of how hard these questions are
     assert [group["step"] for group in lines(tmp_path / "run/rollouts.jsonl")] == [1, 1, 3, 3]
+    groups, _, _ = torch.load(tmp_path / "run/checkpoints/step-3/trainer.pt")["seen"][()]  # what is drawn next learns from these
+    assert groups == pytest.approx(2 * 0.5 ** (2 / HALF_LIFE) + 2)
     assert (tmp_path / "run/report.html").is_file()
 
 
