@@ -24,7 +24,7 @@ def unwritable(tokenizer, examples: Sequence[Example], executor, matches: Sequen
     scores = score_predictions([examples[i] for i, _, _ in changed], [text for _, _, text in changed], executor,
                                matches)
     kept |= {i for (i, _, _), score in zip(changed, scores, strict=True)
-             if score.bad_gold or any(score.correct.values())}
+             if score.left_out(skip_bad_gold=True) or any(score.correct.values())}
     return {i: _difference(gold, text) for i, gold, text in reversed(changed) if i not in kept}
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import run_in_process
 from little_policy import little_policy_folder
+from test_evaluate import Locked
 from test_prompts import database
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -75,6 +76,12 @@ def test_golds_that_a_tokenizer_changes_are_found_where_the_result_is_another(ex
         assert found[1] == ascii("'Cafe\u0301'") + " becomes " + ascii("'Caf\xe9'")
     if name == "lower case":
         assert found[0] == "\"'Paris'\" becomes \"'paris'\""
+
+
+def test_a_database_that_cannot_be_read_says_nothing_about_the_tokenizer(executor):
+    nfc = normalising(normalizers.NFC())
+    assert sorted(unwritable(nfc, examples(), executor, ["bird"])) == [1]
+    assert not unwritable(nfc, examples(), Locked(executor, "Caf\xe9"), ["bird"])
 
 
 @pytest.mark.parametrize("name, kept", [("training", 5), ("dev", 6)])
