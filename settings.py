@@ -352,6 +352,7 @@ def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tupl
         reference=s.grpo.kl_coef > 0, reference_on_cpu=run.reference_device == "cpu", lora_rank=run.lora_rank,
         optimizer_on_cpu=run.optimizer_device == "cpu",
         shards=processes if wants_sharding(run, processes, gpu) else 1,
+        half_base=computes_in_bf16(run.precision, 0, gpu),  # as `Trainer.base_dtype`
         checkpointing=run.gradient_checkpointing, gpu=gpu,
         bf16=computes_in_bf16(run.precision, shape.parameters(), gpu),
         frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)

@@ -103,11 +103,12 @@ class Work:
     frozen_copy: bool = False  # a copy of the first policy embeds the memory's traces
     optimizer_on_cpu: bool = False  # engine/offload.py
     shards: int = 1  # processes over which parameters, gradients and optimizer are spread (distributed.py)
+    half_base: bool = True  # in bf16 arithmetic the frozen weights under adapters are bf16, too
 
     @property
     def half(self) -> bool:
         """Whether the model's weights themselves are bf16: where float32 ones are not trained beside it."""
-        return self.bf16 and (self.lora_rank > 0 or self.gpu and self.optimizer_on_cpu)
+        return self.bf16 and (self.lora_rank > 0 and self.half_base or self.gpu and self.optimizer_on_cpu)
 
 
 Phases = dict[str, dict[str, float]]  # {moment: {what: bytes}}
@@ -124,7 +125,7 @@ def phases(shape: Shape, work: Work) -> Phases:
               "optimizer": (0 if offloaded else 8 * trained + masters) / work.shards,
               "KV cache": keys_and_values(shape, work)}  # it stays where it is, see decoding.Grid
     if work.bf16 and not (half and not work.lora_rank):
-        always["bf16 weights"] = 2 * (weights if work.shards > 1 else trained)  # to sample with, see bf16.py
+        always["bf16 weights"] = copy_to_sample_with(shape, work)
     copy = work.reference and not work.lora_rank
     if work.frozen_copy:
         always["memory's embedder"] = weights * stored
@@ -144,6 +145,14 @@ def phases(shape: Shape, work: Work) -> Phases:
         parts["allocator"] = SLACK * passing if on_heap else 0
         parts["CUDA context" if work.gpu else "Python and libraries"] = LIBRARIES
     return found
+
+
+def copy_to_sample_with(shape: Shape, work: Work) -> float:
+    """Bytes of the rounded copy (bf16.py). That of a sharded model has float32 embeddings of its own."""
+    if work.half and work.shards == 1:
+        return 2 * shape.adapters(work.lora_rank)
+    embeddings = 0 if work.half or work.shards == 1 else (4 if shape.tied else 2) * shape.vocabulary * shape.width
+    return 2 * shape.parameters() + embeddings
 
 
 def gathered(shape: Shape, stored: int) -> float:
@@ -291,6 +300,7 @@ def smaller(shape: Shape, work: Work, limit: float) -> list[str]:
                {"rollout_batch": max(work.group, work.rollout_batch // 4)},
                "--gradient-checkpointing": {"checkpointing": True}, f"--micro-batch {part}": {"micro_batch": part},
                "--reference-device cpu": {"reference_on_cpu": True},
+               "--precision bf16": {"half_base": True},
                "--optimizer-device cpu": {"optimizer_on_cpu": work.shards == 1},  # for a single process
                "--lora-rank 16": {"lora_rank": work.lora_rank or 16, "shards": work.shards if work.lora_rank else 1},
                f"--max-completion-tokens {work.completion // 2}": {"completion": work.completion // 2},

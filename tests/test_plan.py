@@ -26,7 +26,7 @@ import grpo
 import policy as policies
 import settings
 import train
-from engine import packing, plan
+from engine import bf16, packing, plan
 from engine.offload import CPUAdamW
 from models import adapters, model_files, published
 from running import recipes
@@ -246,11 +246,12 @@ def fitted(room, *flags, model="qwen2.5-3b", processes=1):
 
 def test_all_weights_are_trained_where_they_fit_and_adapters_where_they_do_not():
     pytest.importorskip("peft", reason="peft is optional")
-    whole = train.parse_settings(["--model", "qwen2.5-3b"])
-    adapted = train.parse_settings(["--model", "qwen2.5-3b", "--lora-rank", "16"])
+    alike = ("--precision", "float32")  # on every machine
+    whole = train.parse_settings(["--model", "qwen2.5-3b", *alike])
+    adapted = train.parse_settings(["--model", "qwen2.5-3b", "--lora-rank", "16", *alike])
     assert (whole.run.lora_rank, adapted.run.lr) == (0, 10 * whole.run.lr)
     full, lora = settings.peak_of(whole), settings.peak_of(adapted)
-    for flags in ((), ("--lora-rank", "auto")):
+    for flags in (alike, (*alike, "--lora-rank", "auto")):
         chosen, (note,) = fitted(1.01 * full / plan.SHARE, *flags)
         assert chosen == whole and note.startswith("--lora-rank auto: all weights are trained")
         chosen, (note,) = fitted(0.99 * full / plan.SHARE, *flags)
@@ -259,7 +260,7 @@ def test_all_weights_are_trained_where_they_fit_and_adapters_where_they_do_not()
         assert chosen == adapted and notes[1].startswith("warning: memory may run out: training adapters of rank 16")
     with pytest.raises(UserError, match="^training adapters of rank 16 of qwen2.5-3b needs .* GB too few; it would fit with "
                                         "[^.]*--max-completion-tokens 768"):
-        fitted(lora / (1 + plan.ERROR) / 1.3)
+        fitted(lora / (1 + plan.ERROR) / 1.3, *alike)
     with pytest.raises(UserError, match="no flag makes it fit: take a smaller model"):
         fitted(4e9)
 
@@ -303,10 +304,32 @@ def test_a_sharded_run_needs_less_in_each_process():
     update = found["update"]
     assert [update[name] for name in ("parameters", "gradients", "optimizer")] == [n, n, 2 * n]  # 4, 4 and 8 bytes over 4
     assert found["sampling"]["gathered"] == 4 * n and 0 < update["gathered"] < 4 * n
-    bf16 = plan.phases(shape, plan.replace(work, bf16=True))["sampling"]
-    assert (bf16["gathered"], bf16["bf16 weights"]) == (0, 2 * n)  # its copy is filled layer by layer
+    rounded = plan.phases(shape, plan.replace(work, bf16=True))["sampling"]
+    embedding = shape.vocabulary * shape.width
+    assert (rounded["gathered"], rounded["bf16 weights"]) == (0, 2 * n + 4 * embedding)  # its copy is filled layer by layer
     need = settings.peak_of(s, 4)
     assert need < settings.peak_of(s) and fitted(need / plan.SHARE + 1, *flags[2:], processes=4)[0].run.lora_rank == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_copy_of_a_sharded_model_has_float32_embeddings_of_its_own(tied):
+    config = Qwen2Config(**plan.TINY | {"tie_word_embeddings": tied})
+    copied = {id(weight): weight for weight in bf16.all_weights(bf16.rounded_copy(Qwen2ForCausalLM(config)))}.values()
+    planned = plan.copy_to_sample_with(plan.Shape.of(config.to_dict()), plan.replace(WORK, bf16=True, shards=2))
+    assert planned == pytest.approx(sum(weight.numel() * weight.element_size() for weight in copied), rel=0.01)
+
+
+def test_adapters_on_a_cpu_have_a_float32_base_unless_bf16_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr(settings, "prefers_bf16", lambda parameters, gpu: gpu or parameters > 20e6)  # as with AMX
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for more, base, copied in (([], 4, 2), (["--precision", "bf16"], 2, 0), (["--plan", "24"], 2, 0)):
+        shape, work = settings.planned(train.parse_settings(["--model", "qwen2.5-3b", "--lora-rank", "16", *more]))
+        n, adapters = shape.parameters(), shape.adapters(16)
+        found = plan.phases(shape, work)["sampling"]
+        assert found["parameters"] == base * n + 4 * adapters
+        assert found["bf16 weights"] == (copied * n or 2 * adapters)
+        if not more:
+            assert plan.smaller(shape, work, 0.7 * plan.peak(plan.phases(shape, work))[1]) == ["--precision bf16"]
 
 
 @pytest.mark.parametrize("version, files", [
