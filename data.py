@@ -85,7 +85,7 @@ def load_splits(name: str, data_dir=None, split: str = "train", *, traces=None, 
     The demo has splits of its own, and so has one's own file whose records are marked train, dev and test. Elsewhere
     the dev split, or whichever of the two one's own file has, is the test; where there is none, or it is trained on, a
     test is held back from the training questions. So is dev then: `by_database` where the test has other databases
-    than training, as those of benchmarks have (a run from before this was so held back questions).
+    than training, as those of benchmarks have (runs of older versions held back single questions).
     """
     if name == "demo":
         return _demo_splits(data_dir, split, traces, seed, world, dev_size, test_size)
@@ -188,7 +188,7 @@ def _apart_from(trained: list[Example], given: Dataset, use: str, label: str,
                 name) -> tuple[list[Example], tuple[str, ...]]:
     """The questions given for a use (dev or test) without those that training, or dev, has too, and notes.
 
-    In one's own file a shared gold query is only told: who marked the records may have meant it.
+    In one's own file a shared gold query is only reported, as whoever marked the records may have meant it.
     """
     own, others = is_own(name), "training" if use == "dev" else "training or dev"
     kept = not_shared(given.examples, trained, by_gold=not own)
@@ -311,8 +311,8 @@ def load_for_evaluation(name: str, data_dir=None, split: str = "dev", run: dict 
 
     Of one's own file without such a split these are the questions that the run held back under its name. Otherwise
     those are left out that the run, or one it began with, was trained on or chose its best policy by; only the split
-    `train` is given as it is, and one's own split `dev` with the questions that chose. Notes say which, and where
-    nothing was held back.
+    `train` is given as it is, and one's own split `dev`, where there is a test as well, with the questions that chose.
+    Notes say which, and where nothing was held back.
     """
     if name == "demo":
         return _noted(load_dataset(name, data_dir, split, **demo_options), *_demo_notes(run, split, demo_options))
@@ -329,7 +329,8 @@ def load_for_evaluation(name: str, data_dir=None, split: str = "dev", run: dict 
         return _noted(dataset, *(("the policy was trained on questions of this split",) if runs else ()))
     if not is_own(name):  # the official train splits are about databases that the others do not have
         runs = [one for one in runs if one.get("split") != "train"]
-    return _without_seen(dataset, f"{name}, split {split}", name, data_dir, runs, is_own(name) and split == "dev")
+    dev_chooses = is_own(name) and split == "dev" and reported_split(name) == "test"
+    return _without_seen(dataset, f"{name}, split {split}", name, data_dir, runs, dev_chooses)
 
 
 def lineage(run: dict | None) -> Iterator[dict]:
@@ -433,13 +434,14 @@ def _part_of(name, data_dir, split, runs: list[dict]) -> Dataset:
     return dataset if split == "train" else _without_seen(dataset, f"{name}, split {split}", name, data_dir, runs[1:])
 
 
-def _without_seen(dataset: Dataset, what: str, name, data_dir, runs: list[dict], own_dev: bool = False) -> Dataset:
-    """The dataset without questions that one of the runs trained on or chose its best policy by; `own_dev` are there
-    for choosing, so they stay."""
+def _without_seen(dataset: Dataset, what: str, name, data_dir, runs: list[dict],
+                  dev_chooses: bool = False) -> Dataset:
+    """The dataset without questions that one of the runs trained on, nor, unless they are there for choosing, those
+    that chose its best policy."""
     kept, notes = dataset.examples, ()
     for run in runs:
         splits = _splits_of(name, data_dir, run)
-        kept = not_shared(kept, splits.train + ([] if own_dev else splits.dev), by_gold=not is_own(name))
+        kept = not_shared(kept, splits.train + ([] if dev_chooses else splits.dev), by_gold=not is_own(name))
         chose = len(kept) - len(not_shared(kept, splits.dev, by_gold=False))
         if chose and run.get("eval_every"):
             notes += (f"the run chose its best policy by {chose} of these questions: --split test has others",)

@@ -434,6 +434,12 @@ def test_marked_records_are_evaluated_as_they_were_used(tmp_path, tiny_db):
     assert len(dev.examples) == 6
     assert dev.notes == ("the run chose its best policy by 6 of these questions: --split test has others",)
     assert not load_for_evaluation(path, split="dev", run=run | {"eval_every": 0}).notes
+    records = marked(train=20, dev=6)  # without a test, dev is reported
+    records[20]["question"] = load_splits(write(tmp_path / "two.json", records)).dev[0].question
+    path = write(tmp_path / "two.json", records)
+    assert records[20]["question"] in {item.question for item in load_splits(path).dev}
+    assert [item.question for item in load_for_evaluation(path, run=run_of(path, eval_every=50)).examples] == [
+        f"dev {i}" for i in range(1, 6)]
     hidden = [{name: value for name, value in record.items() if (name, record["split"]) != ("sql", "test")}
               for record in marked(train=20, dev=6, test=8)]
     path = write(tmp_path / "hidden.json", hidden)  # as a benchmark gives it away
