@@ -503,8 +503,9 @@ def write_files(config: EvaluateConfig, examples, scores, content: dict, records
             note = write(file) if file else ""
         except UserError as error:
             problems.append(str(error))
-        else:
-            print(fill(note, 80, break_long_words=False) + "\n" if note else "", end="")
+            continue
+        if note:
+            print(fill(note, 80, break_long_words=False))
     return problems
 
 

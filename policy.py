@@ -304,7 +304,7 @@ def _load_adapters(folder: Path, device: str, lora_rank: int, dtype: torch.dtype
         refuse_unfit(str(folder), {"missing_keys": expected - found, "unexpected_keys": found - expected,
                                    "mismatched_keys": ()})
     refuse_nonfinite(str(folder), model.named_parameters())
-    if lora_rank not in (0, config.r if lora_rank else 0):
+    if lora_rank and lora_rank != config.r:
         raise UserError(f"the adapters in {folder} have rank {config.r}: leave out --lora-rank {lora_rank}")
     _refuse_adapters(folder, fault_in_training(model) if lora_rank else "", lora_rank)
     return Policy(model, base.tokenizer, base.eos_ids)

@@ -1,9 +1,9 @@
 """The settings of a run: every flag of train.py, what flags that are left out mean, and what of them is planned with.
 
-Flags that are given always win. What is left out comes from the run that is resumed, or from three layers: the
-dataclasses, the kind of model (KINDS), and a recipe; how prompts are written, from the run that made the policy. The
-values for pretrained models are where others' runs usually start (LoRA takes about ten times the learning rate of full
-fine-tuning); none was tuned here.
+Flags that are given always win. What is left out comes from the run that is resumed, or from four layers: the
+dataclasses, the kind of model (KINDS), bf16 arithmetic (IN_BF16), and a recipe; how prompts are written, from the run
+that made the policy. The values for pretrained models are where others' runs usually start (LoRA takes about ten times
+the learning rate of full fine-tuning); none was tuned here.
 """
 
 import argparse
@@ -289,25 +289,29 @@ def fit(arguments: list[str], s: Settings, room: float, processes: int = 1) -> t
     if s.run.model == "tiny" or s.run.resume:
         return s, []
     adapted = parse_settings(arguments, auto_rank=AUTO_RANK)
-    auto = adapted.run.lora_rank != s.run.lora_rank
+    auto, free = adapted.run.lora_rank != s.run.lora_rank, f"of {room / 1e9:.1f} GB that are free"
+
+    def chosen_by_auto(what: str) -> list[str]:
+        return [f"--lora-rank auto: {what}"] if auto else []
+
     try:
-        whole, free = peak_of(s, processes), f"of {room / 1e9:.1f} GB that are free"
+        whole = peak_of(s, processes)
     except UserError as error:
-        return s, [f"--lora-rank auto: all weights are trained; whether they fit is not known: {error}"] * auto
+        return s, chosen_by_auto(f"all weights are trained; whether they fit is not known: {error}")
     if whole <= plan.SHARE * room:
-        return s, [f"--lora-rank auto: all weights are trained, which needs {whole / 1e9:.1f} GB {free}"] * auto
+        return s, chosen_by_auto(f"all weights are trained, which needs {whole / 1e9:.1f} GB {free}")
     chosen = min(adapted, s, key=lambda one: peak_of(one, processes))  # adapters of a very small model save nothing
     need, rank = peak_of(chosen, processes), chosen.run.lora_rank
     trained = f"adapters of rank {rank}" if rank else "all weights"
     short = f"training {trained} of {s.run.model} needs {plan.missing(*planned(chosen, None, processes), room)}"
     if need > (1 + plan.ERROR) * room:
         raise UserError(short)
-    notes = [f"warning: memory may run out: {short}"] * (need > plan.SHARE * room)
     if auto and rank:
         import_peft(f"all weights of {s.run.model} need {whole / 1e9:.1f} GB {free}, and adapters need peft")
-    if auto:
-        notes.insert(0, f"--lora-rank auto: {trained} are trained, which needs {need / 1e9:.1f} GB {free}; all weights "
-                        f"need {whole / 1e9:.1f} GB")
+    notes = chosen_by_auto(f"{trained} are trained, which needs {need / 1e9:.1f} GB {free}; all weights need "
+                           f"{whole / 1e9:.1f} GB")
+    if need > plan.SHARE * room:
+        notes.append(f"warning: memory may run out: {short}")
     return chosen, notes
 
 

@@ -55,7 +55,8 @@ class Waiting:
         if crowded and not self.teams:
             self.teams = IdleTeams(load.cores)
         elif self.teams and self.quiet == QUIET:
-            self.teams = self.teams.end()
+            self.teams.end()
+            self.teams = None
 
 
 class IdleTeams:
