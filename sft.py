@@ -213,8 +213,8 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
 
 def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float, autocast: Callable,
               tokens_per_pass: int, engine: Engine) -> float:
-    """Adds the gradient of a batch's loss, in as many passes as its size asks for, to which each process adds those
-    over its share of the batch; returns its completion loss."""
+    """Adds the gradient of a batch's loss; returns its completion loss. Each process makes as many passes as its share
+    of the batch asks for."""
     def tokens(part):  # that carry a loss: of completions, of prompts
         return sum(len(completion) for _, completion in part), sum(len(prompt) - 1 for prompt, _ in part)
 

@@ -351,7 +351,7 @@ def clean_up(target: Path) -> tuple[Path, Path]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a link or a folder with all that is in it; none there is as well."""
+    """Deletes a file, a link or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
