@@ -41,7 +41,7 @@ class Tree:
         self.rows, self.least = [row.tolist() for row in rows], LEAST if least is None else least
         self.order = sorted(range(len(rows)), key=self.rows.__getitem__)
         self.nodes: list[Node] = []
-        self.size, self.placed = 0, 0
+        self.size, self.placed = 0, 0  # placed: what the size was when the newest row ended
         self.added, self.places = [0] * len(rows), [torch.empty(0)] * len(rows)
         if self.rows:
             self._grow(self.order, 0, 0, [])

@@ -19,7 +19,7 @@ class GuardConfig:
     warn_kl: float = field(default=1.0, metadata={"help": "warn when the KL to the reference is above this"})
     warn_truncated: float = field(default=0.5, metadata={"help": "warn when this share of completions is truncated"})
     warn_sampler_gap: float = field(default=0.1, metadata={
-        "help": "warn when a token's log-probability in sampling and in training differ by more, on average"})
+        "help": "warn when a token's log-probabilities in sampling and in training differ by more, on average"})
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -37,7 +37,7 @@ class Guards:
 
     def watch(self, metrics: dict) -> list[str]:
         """Takes a step's line of metrics.jsonl; the warnings to print now, each kind once a run."""
-        config = self.config
+        config, gap = self.config, metrics.get("sampler_gap", 0.0)
         self.skipped = self.skipped + 1 if metrics.get("skipped_updates") else 0
         self.flat = self.flat + 1 if metrics.get("flat_groups") == 1 else 0
         self.unformed = self.unformed + 1 if metrics.get("reward/format") == 0 else 0
@@ -56,10 +56,10 @@ class Guards:
             "truncated": metrics["truncated"] > config.warn_truncated
             and f"{metrics['truncated']:.0%} of the completions were truncated: try a higher --max-completion-tokens "
                 "or a longer cold start",
-            "sampler_gap": metrics.get("sampler_gap", 0.0) > config.warn_sampler_gap
-            and f"a token's log-probability in sampling and in training differ by {metrics.get('sampler_gap', 0):.2f} "
-                "nats on average, where rounding to bf16 makes about 0.03: try a run with --precision float32, and if "
-                "that is no better, --engine plain; --sampler-veto leaves out the completions that differ most"}
+            "sampler_gap": gap > config.warn_sampler_gap
+            and f"a token's log-probabilities in sampling and in training differ by {gap:.2f} nats on "
+                "average, where rounding to bf16 makes about 0.03: try a run with --precision float32, and if that is "
+                "no better, --engine plain; --sampler-veto leaves out the completions that differ most"}
         if signs["format"]:  # which explains the others
             signs |= {"flat": False, "truncated": False}
         new = {kind: text for kind, text in signs.items() if text and kind not in self.warned}
