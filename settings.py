@@ -360,7 +360,7 @@ def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tupl
         checkpointing=run.gradient_checkpointing, gpu=gpu,
         bf16=computes_in_bf16(run.precision, shape.parameters(), gpu),
         frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)
-    memory = memory_planned_for(run) / (4 if gpu else 8)
+    memory = memory_planned_for(run) / (4 if gpu else 8 * processes)
     if run.model == "tiny" and not gpu:
         memory = plan.PASS  # on every machine, so that its runs are the same
     return shape, replace(work, pass_tokens=run.tokens_per_pass or plan.tokens_per_pass(shape, work, memory))

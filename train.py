@@ -659,7 +659,7 @@ class Trainer:
         parameters = sum(weight.numel() for weight in model.parameters())
         bf16 = computes_in_bf16(run.precision, parameters, self.device == "cuda")
         try:
-            return bf16, planned(self.s, model.config.to_dict())[1].pass_tokens
+            return bf16, planned(self.s, model.config.to_dict(), distributed.size())[1].pass_tokens
         except UserError:  # an architecture whose needs we cannot tell
             return bf16, run.tokens_per_pass
 

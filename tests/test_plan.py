@@ -311,6 +311,14 @@ def test_a_sharded_run_needs_less_in_each_process():
     assert need < settings.peak_of(s) and fitted(need / plan.SHARE + 1, *flags[2:], processes=4)[0].run.lora_rank == 0
 
 
+def test_processes_on_a_cpu_share_the_memory_that_passes_may_take(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(plan, "machine_memory", lambda: 200e9)
+    s = train.parse_settings(["--model", "qwen2.5-0.5b", "--precision", "float32"])
+    alone, of_four = (settings.planned(s, processes=n)[1].pass_tokens for n in (1, 4))
+    assert plan.LEAST < of_four == pytest.approx(alone / 4, abs=1) and alone < plan.MOST
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_copy_of_a_sharded_model_has_float32_embeddings_of_its_own(tied):
     config = Qwen2Config(**plan.TINY | {"tie_word_embeddings": tied})
