@@ -27,7 +27,7 @@ from running.recipes import RECIPES, recipe_values
 from text2sql.prompts import prompt_config
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
-TINY = {"steps": 140, "draw": "informative", "lr": 3e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32,
+TINY = {"steps": 140, "draw": "informative", "lr": 4e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32,
         "kl_coef": 0.0, "temperature": 0.7, "advantage_scale": "none", "execution_runs": 0.0,
         "rewards": "format,execution,atomic=0.5,memory=0.5", "max_completion_tokens": 80, "eval_every": 28,
         "cold_start_steps": 300, "cold_start_lr": 3e-3, "prompt_loss": 0.3}
