@@ -218,8 +218,8 @@ def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Ru
     if "reward_module" in shared and not any("reward_module" in flags for flags in flags_of.values()):
         raise UserError(f"no cell uses --reward-module {shared['reward_module']}: name user=W in --rewards, or in "
                         "--vary \"rewards=...;...\"")
-    # all weights, for what --lora-rank auto finds free differs from run to run
-    common = ["--threads", str(max(1, free_cores() // given.jobs)), "--lora-rank", "0", *common]
+    # all weights, for what --lora-rank auto finds free differs from run to run; the same questions in every cell
+    common = ["--threads", str(max(1, free_cores() // given.jobs)), "--lora-rank", "0", "--draw", "epochs", *common]
     common += ["--test-questions", str(questions_held_back(parse_settings(common).run, given))]
 
     def make(cell: str, seed: int, folder: str, **values: str) -> Run:
