@@ -4,8 +4,8 @@
 
 A rollout and an update of all weights, without and with sharing between questions. Without, a question's prompt stands
 once for its completions, as a pass of its own. Weights and tokens are random, so no two completions begin alike; those
-of a trained policy do, which saves more. Lengths are given, as in steps.py. Tokens are those that go through the model,
-float32. Prints a table in Markdown; both ways must find the same gradient.
+of a trained policy do, which saves more. Lengths are given, as in steps.py. Tokens are those that go through the model.
+Prints a table in Markdown; both ways must find the same gradient.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import steps  # noqa: E402
 FLAGS = {"schema": (350, "tokens that all prompts begin with"), "question": (40, "further tokens of a prompt"),
          "completion": (40, "the most tokens of a completion"), "questions": (8, "on the database"),
          "group": (8, "completions a question"), "pass": (4096, "tokens that go through the model together"),
-         "layers": (30, "of the model"), "threads": (2, "of PyTorch")}
+         "layers": (30, "of the model"), "threads": (2, "of PyTorch"), "bf16": (0, "1: arithmetic in bf16")}
 ALONE = 10**9  # tokens that a shared beginning must save, so that none is shared
 
 
@@ -88,14 +88,16 @@ def measure(sizes: dict) -> list[tuple]:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         return grpo.policy_update(model, optimizer, batches, advantages, None, config, FAST)
 
-    FAST.logprobs(model, prompts[:1], [prompts[1][:9]], 1.0).sum().backward()  # warms up
-    with mock.patch.object(tree, "LEAST", ALONE):
-        _, *alone = clock(rollout)
-    groups, *shared = clock(rollout)
-    batches = grpo.micro_batches(groups, config)
-    before, *apart = clock(lambda: update(batches))
-    after, *joined = clock(lambda: update(packing.join(batches, [True] * B, sizes["pass"])))
-    assert abs(after["grad_norm"] / before["grad_norm"] - 1) < 1e-3, (before, after)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(sizes["bf16"])):
+        FAST.logprobs(model, prompts[:1], [prompts[1][:9]], 1.0).sum().backward()  # warms up
+        with mock.patch.object(tree, "LEAST", ALONE):
+            _, *alone = clock(rollout)
+        groups, *shared = clock(rollout)
+        batches = grpo.micro_batches(groups, config)
+        for _ in range(2):  # the first of each takes its memory from the system, which later steps have
+            before, *apart = clock(lambda: update(batches))
+            after, *joined = clock(lambda: update(packing.join(batches, [True] * B, sizes["pass"])))
+    assert abs(after["grad_norm"] / before["grad_norm"] - 1) < (2e-2 if sizes["bf16"] else 1e-3), (before, after)
     return [("rollout", *alone, *shared), ("update", *apart, *joined)]
 
 
