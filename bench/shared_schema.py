@@ -21,7 +21,7 @@ import steps  # noqa: E402
 FLAGS = {"schema": (350, "tokens that all prompts begin with"), "question": (40, "further tokens of a prompt"),
          "completion": (40, "the most tokens of a completion"), "questions": (8, "on the database"),
          "group": (8, "completions a question"), "pass": (4096, "tokens that go through the model together"),
-         "layers": (30, "of the model"), "threads": (2, "of PyTorch"), "bf16": (0, "1: arithmetic in bf16")}
+         "layers": (30, "of the model"), "threads": (2, "of PyTorch"), "bf16": (0, "1: updates in bf16")}
 ALONE = 10**9  # tokens that a shared beginning must save, so that none is shared
 
 
@@ -88,12 +88,12 @@ def measure(sizes: dict) -> list[tuple]:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         return grpo.policy_update(model, optimizer, batches, advantages, None, config, FAST)
 
+    FAST.logprobs(model, prompts[:1], [prompts[1][:9]], 1.0).sum().backward()  # warms up
+    with mock.patch.object(tree, "LEAST", ALONE):
+        _, *alone = clock(rollout)
+    groups, *shared = clock(rollout)
+    batches = grpo.micro_batches(groups, config)
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(sizes["bf16"])):
-        FAST.logprobs(model, prompts[:1], [prompts[1][:9]], 1.0).sum().backward()  # warms up
-        with mock.patch.object(tree, "LEAST", ALONE):
-            _, *alone = clock(rollout)
-        groups, *shared = clock(rollout)
-        batches = grpo.micro_batches(groups, config)
         for _ in range(2):  # the first of each takes its memory from the system, which later steps have
             before, *apart = clock(lambda: update(batches))
             after, *joined = clock(lambda: update(packing.join(batches, [True] * B, sizes["pass"])))

@@ -64,7 +64,7 @@ def test_the_slope_is_that_of_the_line():
 
 
 def test_a_schema_goes_through_the_model_once_for_the_questions_on_it():
-    sizes = dict(schema=40, question=20, completion=4, questions=3, group=2, layers=1, threads=1) | {"pass": 4096}
+    sizes = dict(schema=40, question=20, completion=4, questions=3, group=2, layers=1, threads=1, bf16=0) | {"pass": 4096}
     rows = {what: counts for what, *counts in shared_schema.measure(sizes)}
     tokens = 3 * (2 + 4)  # of completions
     assert rows["update"][::2] == [3 * 60 + tokens, 40 + 3 * 20 + tokens]
