@@ -102,15 +102,18 @@ class Load:
 
 def _seconds_of_children() -> float:
     """Of this process's children, which are its SQL workers, that live."""
-    total, me = 0, str(os.getpid())
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
+    total = 0
+    for thread in Path("/proc/self/task").iterdir():  # the kernel lists them by the thread that began them
+        try:
+            children = (thread / "children").read_text().split()
+        except OSError:  # the thread has ended
+            continue
+        for child in children:
             try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()  # a name may hold spaces
+                fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()  # a name may hold spaces
             except OSError:  # it has ended
                 continue
-            if fields[1] == me:
-                total += int(fields[11]) + int(fields[12])  # in user and system mode
+            total += int(fields[11]) + int(fields[12])  # in user and system mode
     return total / TICKS
 
 
