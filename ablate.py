@@ -54,24 +54,18 @@ from tempfile import TemporaryFile
 import numpy as np
 from tqdm import tqdm
 
-from data import PromptConfig, has_changed, reported_split
-from running.errors import UserError, as_json, parse_json, read_text, run_main, stored_settings, write_whole
+from cold_start import SFTConfig
+from common.errors import UserError, as_json, parse_json, read_text, run_main, stored_settings, write_whole
+from common.options import Parser, add_arguments, build, check, flag_of, option, unknown_argument
+from common.wording import escape
+from data import PromptConfig
+from history import has_changed, reported_split
+from partial_credit.atomic import split_tokens
+from questions.question_files import check_excluded, excluded
 from running.guards import step_seconds
-from running.options import Parser, add_arguments, build, check, flag_of, option, unknown_argument
 from running.run_folder import check_settings, lock, owner_of_lock
-from running.wording import escape
 from scoring.verdicts import student_quantile, widened
-from settings import (
-    DEFAULTS_BEFORE,
-    MAY_CHANGE_ON_RESUME,
-    RunConfig,
-    Settings,
-    SFTConfig,
-    make_parser,
-    parse_settings,
-)
-from text2sql.atomic import split_tokens
-from text2sql.question_files import check_excluded, excluded
+from settings import DEFAULTS_BEFORE, MAY_CHANGE_ON_RESUME, RunConfig, Settings, make_parser, parse_settings
 
 ROOT = Path(__file__).resolve().parent
 BOTH = "format,execution,atomic=0.5,memory=0.5"

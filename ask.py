@@ -27,26 +27,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import (
-    Example,
-    PromptBuilder,
-    PromptConfig,
-    Schema,
-    as_its_run,
-    lineage,
-    read_schema,
-    run_config_of,
-    schema_columns,
-    training_questions,
-)
-from running.errors import UserError, run_main, sound
-from running.options import Parser, add_arguments, build, check, option
-from running.wording import plural
+from common.errors import UserError, run_main, sound
+from common.options import Parser, add_arguments, build, check, option
+from common.wording import plural
+from data import Example, PromptBuilder, PromptConfig, Schema, read_schema, schema_columns
+from history import as_its_run, lineage, run_config_of, training_questions
+from prompts.builder import full_schema, prompt_config
+from questions import demo_world
 from scoring.answers import format_advice
 from scoring.voting import VOTES, Candidate, choose, rank_groups, sample_candidates
 from sql_exec import Execution, SQLExecutor
-from text2sql import demo_world
-from text2sql.prompts import full_schema, prompt_config
 
 HISTORY = Path("~/.ask_history").expanduser()
 WIDEST_CELL = 40  # characters of a cell that a terminal shows

@@ -50,20 +50,14 @@ from textwrap import fill
 import numpy as np
 from tqdm import tqdm
 
-from data import (
-    Dataset,
-    Example,
-    PromptBuilder,
-    PromptConfig,
-    as_its_run,
-    load_dataset,
-    load_for_evaluation,
-    run_config_of,
-)
+from common.errors import UserError, as_json, check_folder, json_lines, run_main, write_text
+from common.options import HIGHEST_SEED, Parser, add_arguments, build, check, flag_of, option
+from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset
+from history import as_its_run, load_for_evaluation, run_config_of
+from prompts.builder import prompt_config
+from questions.question_files import check_excluded, excluded
 from rewards import unwrap_fence
-from running.errors import UserError, as_json, check_folder, json_lines, run_main, write_text
 from running.guards import Heartbeat
-from running.options import HIGHEST_SEED, Parser, add_arguments, build, check, flag_of, option
 from scoring.answers import Examination, Progress, fingerprint, format_advice, questions_hash, scores_of
 from scoring.compare import compare, print_comparison
 from scoring.predictions import load_predictions, save_predictions
@@ -85,8 +79,6 @@ from scoring.verdicts import (
 from scoring.voting import VOTES, pass_at_k, sample_candidates
 from scoring.writable import unwritable, unwritable_note
 from sql_exec import MATCHES, SQLExecutor, r_ves_reward
-from text2sql.prompts import prompt_config
-from text2sql.question_files import check_excluded, excluded
 
 __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "compare", "difficulty_levels",
            "greedy_sqls", "load_predictions", "print_comparison", "print_table", "score_predictions", "scores_as_json",

@@ -21,10 +21,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from data import run_config_of
+from common.errors import UserError
 from engine import distributed
 from engine.attention import causal_lm
 from engine.cores import share_cores
+from history import run_config_of
 from models.adapters import (
     FROZEN,
     TRAINED,
@@ -57,8 +58,7 @@ from models.model_files import (
     require_model,
     weight_files,
 )
-from running.errors import UserError
-from text2sql.chat import chat_text
+from prompts.chat import chat_text
 
 __all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activations", "config_of", "free_space",
            "load_policy", "prefers_bf16", "require_model", "train_tokenizer"]

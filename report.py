@@ -30,14 +30,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data import read_schema, schema_columns, training_questions
+from common.errors import UserError, run_main, visible
+from common.options import Parser
+from common.wording import duration, escape, exact_text, percent, plural, short_number, signed
+from data import read_schema, schema_columns
+from history import training_questions
+from prompts.builder import full_schema
 from rewards import COMPONENTS, atomic_operations
-from running.errors import UserError, run_main, visible
-from running.options import Parser
 from running.run_folder import RolloutLog, parse_record
-from running.wording import duration, escape, exact_text, percent, plural, short_number, signed
 from sql_exec import SQLExecutor
-from text2sql.prompts import full_schema
 
 TEMPLATE = Path(__file__).parent / "running" / "report_template.html"
 PAGE_BYTES = 18_000_000  # of rollouts in a page

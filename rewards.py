@@ -3,7 +3,7 @@
     R = f · (w_f + w_x · x + w_a · a + w_m · m)
 
     f  format     1 for `<think> reasoning </think> one SQL statement`, else 0: it gates the others; other styles
-                  of answers are in text2sql/answer_style.py
+                  of answers are in prompts/answer_format.py
     x  execution  0 does not run, 1 runs (`execution_runs`), 2 returns the gold result
     a  atomic     0 when correct, else φ(max_i J(A(sql), A(gold_i))), J the share of common operations
     m  memory     1 when correct, else the cosine of the reasoning to a centroid of verified traces
@@ -39,10 +39,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
+from partial_credit.atomic import atomic_operations, atomic_reward, names_in, rarity, shape_atomic
+from partial_credit.memory import SCOPES, MemoryGate, Roles, TraceMemory, make_embedder
+from prompts.answer_format import ANSWER_STYLES, parse_completion, unwrap_fence
 from sql_exec import Comparison, Execution, Results, soft_f1
-from text2sql.answer_style import ANSWER_STYLES, parse_completion, unwrap_fence
-from text2sql.atomic import atomic_operations, atomic_reward, names_in, rarity, shape_atomic
-from text2sql.memory import SCOPES, MemoryGate, Roles, TraceMemory, make_embedder
 
 __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "RewardItem", "RewardScorer", "TraceMemory",
            "atomic_operations", "atomic_reward", "build_memory", "build_rarity", "load_reward_module", "make_embedder",
@@ -264,7 +264,7 @@ class RewardScorer:
         match: when a result is right, one of sql_exec.MATCHES.
         user_reward: from `load_reward_module`.
         rarity: from `build_rarity`.
-        answer_style: how completions are read, one of text2sql/answer_style.py.
+        answer_style: how completions are read, one of prompts/answer_format.py.
 
     Raises:
         ValueError: a reward has a weight, but what it needs (memory, user_reward, rarity) was not given.

@@ -13,18 +13,20 @@ from pathlib import Path
 
 import torch
 
-from data import PromptConfig, run_config_of
-from engine import plan
+from cold_start import SFTConfig
+from common import options
+from common.errors import UserError, stored_settings
+from common.options import HIGHEST_SEED, option
+from data import PromptConfig
 from grpo import GRPOConfig
+from history import run_config_of
+from models import memory_plan
 from models.adapters import import_peft
 from policy import ADAPTERS, ALIASES, config_of, prefers_bf16
+from prompts.builder import prompt_config
 from rewards import MemoryGate, RewardConfig
-from running import options
-from running.errors import UserError, stored_settings
 from running.guards import GuardConfig
-from running.options import HIGHEST_SEED, option
 from running.recipes import RECIPES, recipe_values
-from text2sql.prompts import prompt_config
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
 TINY = {"steps": 140, "draw": "informative", "lr": 4e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32,
@@ -50,7 +52,7 @@ IN_BF16 = {"sampler_cap": 2.0}  # sampler and trainer round differently
 def parameters_of(config: dict | None) -> float:
     """How many a model with this config.json has; infinitely many where we cannot tell."""
     try:
-        return plan.Shape.of(config or plan.TINY).parameters()
+        return memory_plan.Shape.of(config or memory_plan.TINY).parameters()
     except ValueError:
         return float("inf")
 
@@ -154,18 +156,6 @@ class RunConfig:
     sharding: str = option("auto", "spread parameters, gradients and optimizer state over processes (FSDP2); auto: on "
                                     "GPUs, without --lora-rank", choices=("auto", "on", "off"))
     resume: bool = option(False, "continue the run in the output folder from its newest checkpoint", common=True)
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """Settings of the cold start."""
-
-    cold_start_steps: int = option(400, "supervised steps before GRPO; 0: none, which a pretrained model has without "
-                                       "--traces", at_least=0, common=True)
-    cold_start_batch: int = option(32, "traces per supervised step", at_least=1)
-    cold_start_lr: float = option(1e-5, "peak learning rate of the cold start", above=0)
-    prompt_loss: float = option(0.0, "weight of the loss on prompt tokens; a policy from random weights learns to copy "
-                                     "from them", at_least=0)
 
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
@@ -298,19 +288,19 @@ def fit(arguments: list[str], s: Settings, room: float, processes: int = 1) -> t
         whole = peak_of(s, processes)
     except UserError as error:
         return s, chosen_by_auto(f"all weights are trained; whether they fit is not known: {error}")
-    if whole <= plan.SHARE * room:
+    if whole <= memory_plan.SHARE * room:
         return s, chosen_by_auto(f"all weights are trained, which needs {whole / 1e9:.1f} GB {free}")
     chosen = min(adapted, s, key=lambda one: peak_of(one, processes))  # adapters of a very small model save nothing
     need, rank = peak_of(chosen, processes), chosen.run.lora_rank
     trained = f"adapters of rank {rank}" if rank else "all weights"
-    short = f"training {trained} of {s.run.model} needs {plan.missing(*planned(chosen, None, processes), room)}"
-    if need > (1 + plan.ERROR) * room:
+    short = f"training {trained} of {s.run.model} needs {memory_plan.missing(*planned(chosen, None, processes), room)}"
+    if need > (1 + memory_plan.ERROR) * room:
         raise UserError(short)
     if auto and rank:
         import_peft(f"all weights of {s.run.model} need {whole / 1e9:.1f} GB {free}, and adapters need peft")
     notes = chosen_by_auto(f"{trained} are trained, which needs {need / 1e9:.1f} GB {free}; all weights need "
                            f"{whole / 1e9:.1f} GB")
-    if need > plan.SHARE * room:
+    if need > memory_plan.SHARE * room:
         notes.append(f"warning: memory may run out: {short}")
     return chosen, notes
 
@@ -318,17 +308,17 @@ def fit(arguments: list[str], s: Settings, room: float, processes: int = 1) -> t
 def plan_text(arguments: list[str], s: Settings) -> str:
     """What `--plan` prints."""
     limit, adapted = memory_planned_for(s.run), parse_settings(arguments, auto_rank=AUTO_RANK)
-    text = plan.text(s.run.model, *planned(s), limit)
-    if adapted.run.lora_rank == s.run.lora_rank or peak_of(s) <= plan.SHARE * limit:
+    text = memory_plan.text(s.run.model, *planned(s), limit)
+    if adapted.run.lora_rank == s.run.lora_rank or peak_of(s) <= memory_plan.SHARE * limit:
         return text
     least = peak_of(adapted)
-    verdict = "they fit" if least <= plan.SHARE * limit else "they do not fit either"
+    verdict = "they fit" if least <= memory_plan.SHARE * limit else "they do not fit either"
     return f"{text}\n--lora-rank auto would train adapters of rank {AUTO_RANK}, {least / 1e9:.1f} GB: {verdict}"
 
 
 def peak_of(s: Settings, processes: int = 1) -> float:
     """Bytes of memory that each of so many processes needs at its peak."""
-    return plan.peak(plan.phases(*planned(s, None, processes)))[1]
+    return memory_plan.peak(memory_plan.phases(*planned(s, None, processes)))[1]
 
 
 def wants_sharding(run: RunConfig, processes: int, gpu: bool) -> bool:
@@ -336,7 +326,7 @@ def wants_sharding(run: RunConfig, processes: int, gpu: bool) -> bool:
     return processes > 1 and (run.sharding == "on" or run.sharding == "auto" and gpu and not run.lora_rank)
 
 
-def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tuple[plan.Shape, plan.Work]:
+def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tuple[memory_plan.Shape, memory_plan.Work]:
     """The model and the work of each process that `--plan` is about; `config` is the model's, where it is at hand.
 
     Raises UserError: its architecture is not known there.
@@ -345,11 +335,11 @@ def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tupl
     if run.plan and run.engine == "plain":
         raise UserError("--plan counts the memory of --engine fast; the plain engine, which is for reading, needs more")
     try:
-        shape = plan.Shape.of(config or (plan.TINY if run.model == "tiny" else config_of(run.model)))
+        shape = memory_plan.Shape.of(config or (memory_plan.TINY if run.model == "tiny" else config_of(run.model)))
     except ValueError as error:
         raise UserError(f"cannot plan for {run.model}: {error}") from error
     gpu = isinstance(run.plan, float) or torch.cuda.is_available()
-    work = plan.Work(
+    work = memory_plan.Work(
         prompt=s.prompts.max_prompt_tokens, completion=s.grpo.max_completion_tokens, group=s.grpo.group_size,
         prompts=math.ceil(run.prompts_per_step / processes), micro_batch=s.grpo.micro_batch,
         rollout_batch=s.grpo.rollout_batch,
@@ -362,14 +352,14 @@ def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tupl
         frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)
     memory = memory_planned_for(run) / (4 if gpu else 8 * processes)
     if run.model == "tiny" and not gpu:
-        memory = plan.PASS  # on every machine, so that its runs are the same
-    return shape, replace(work, pass_tokens=run.tokens_per_pass or plan.tokens_per_pass(shape, work, memory))
+        memory = memory_plan.PASS  # on every machine, so that its runs are the same
+    return shape, replace(work, pass_tokens=run.tokens_per_pass or memory_plan.tokens_per_pass(shape, work, memory))
 
 
 def rollout_room(s: Settings) -> tuple[int, int]:
     """At most so many tokens of prompts, and of prompts and completions, are decoded side by side in a rollout."""
     G, P = s.grpo.group_size, s.prompts.max_prompt_tokens
-    together = plan.side_by_side(s.run.prompts_per_step, G, s.grpo.rollout_batch)
+    together = memory_plan.side_by_side(s.run.prompts_per_step, G, s.grpo.rollout_batch)
     return together * P, together * (P + G * s.grpo.max_completion_tokens)
 
 
@@ -382,11 +372,12 @@ def memory_planned_for(run: RunConfig) -> float:
     """Bytes of the card that --plan names, else of the GPU where there is one, else of this machine."""
     if isinstance(run.plan, float):
         return run.plan * 1e9
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else plan.machine_memory()
+    gpu = torch.cuda.is_available()
+    return torch.cuda.get_device_properties(0).total_memory if gpu else memory_plan.machine_memory()
 
 
 def memory_free(processes_here: int = 1) -> float:
     """Bytes that each process on this machine may take: what is free, and what it has taken already to get here."""
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] + plan.LIBRARIES  # the call makes CUDA's context
-    return plan.free_memory() / processes_here + plan.LIBRARIES
+        return torch.cuda.mem_get_info()[0] + memory_plan.LIBRARIES  # the call makes CUDA's context
+    return memory_plan.free_memory() / processes_here + memory_plan.LIBRARIES

@@ -28,20 +28,18 @@ from tqdm import tqdm
 
 import evaluate
 import report
-from data import (
-    PromptBuilder,
-    Splits,
-    began_with,
-    columns_of,
-    data_hash,
-    has_changed,
-    hashes_of,
-    load_splits,
-    not_seen_before,
-    run_config_of,
-    with_ancestors,
+from cold_start import (
+    PASS_TOKENS,
+    cold_start,
+    cold_start_notes,
+    supervised_pairs,
+    taught_text,
+    teachable,
+    template_traces,
 )
-from engine import distributed, plan
+from common.errors import UserError, as_json, run_main, write_whole
+from data import PromptBuilder, Splits, columns_of, load_splits
+from engine import distributed
 from engine.attention import causal_lm
 from engine.cores import share_cores
 from engine.fast import ENGINES
@@ -59,6 +57,9 @@ from grpo import (
     reference_logprobs,
     sample_groups,
 )
+from history import began_with, data_hash, has_changed, hashes_of, not_seen_before, run_config_of, with_ancestors
+from models import memory_plan
+from partial_credit.memory import TraceMemory, gate_for
 from policy import (
     ADAPTERS,
     Policy,
@@ -86,7 +87,6 @@ from rewards import (
 )
 from running import show
 from running.drawing import Drawing
-from running.errors import UserError, as_json, run_main, write_whole
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics
 from running.trackers import check_trackers, open_trackers
@@ -106,9 +106,7 @@ from settings import (
     rollout_room,
     wants_sharding,
 )
-from sft import PASS_TOKENS, cold_start, cold_start_notes, supervised_pairs, taught_text, teachable, template_traces
 from sql_exec import MATCHES, SQLExecutor
-from text2sql.memory import TraceMemory, gate_for
 
 
 def main() -> int:
@@ -647,7 +645,8 @@ class Trainer:
             checkpoint_activations(policy.model)
         sizes = [(p.numel() * (4 if p.requires_grad else p.element_size()), p.requires_grad)  # trained in float32
                  for p in policy.model.parameters()]
-        needed = plan.disk(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained), run.keep)
+        needed = memory_plan.disk(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained),
+                                  run.keep)
         if not self.checkpoint and free_space(self.folder.path) < needed:
             raise UserError(f"{self.folder.path} is on a disk with {free_space(self.folder.path) / 1e9:.1f} GB free, "
                             f"but checkpoints of this model need about {needed / 1e9:.1f} GB; choose another --output")

@@ -22,12 +22,12 @@ from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cold_start import template_traces  # noqa: E402
+from common import options  # noqa: E402
+from common.errors import UserError, parse_json, read_text, run_main  # noqa: E402
 from data import Example, Splits, columns_of, load_splits  # noqa: E402
+from partial_credit.memory import TraceMemory, gate_for  # noqa: E402
 from rewards import MemoryGate, RewardConfig, build_memory  # noqa: E402
-from running import options  # noqa: E402
-from running.errors import UserError, parse_json, read_text, run_main  # noqa: E402
-from sft import template_traces  # noqa: E402
-from text2sql.memory import TraceMemory, gate_for  # noqa: E402
 
 DENSE = ("atomic", "memory")
 

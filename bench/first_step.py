@@ -36,6 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dense  # noqa: E402
 
 from ablate import as_flags, cells_of, joins_in  # noqa: E402
+from common import options  # noqa: E402
+from common.errors import UserError, run_main  # noqa: E402
 from data import columns_of  # noqa: E402
 from grpo import GRPOConfig  # noqa: E402
 from rewards import (  # noqa: E402
@@ -47,8 +49,6 @@ from rewards import (  # noqa: E402
     build_memory,
     build_rarity,
 )
-from running import options  # noqa: E402
-from running.errors import UserError, run_main  # noqa: E402
 from sql_exec import MATCHES, SQLExecutor  # noqa: E402
 from train import advantages_of  # noqa: E402
 

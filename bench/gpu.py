@@ -154,10 +154,10 @@ class Bench:
     def update(self, name: str, rank: int, where) -> None:
         """Eight groups, in passes as train.py makes them."""
         import grpo
-        from engine import plan as planning
         from engine.fast import ENGINES
         from engine.offload import CPUAdamW
         from engine.packing import join
+        from models import memory_plan
 
         torch, model, plan = self.torch, self.model(name, rank), Plan(self.prompt, self.longest, 16)
         adamw = CPUAdamW if where else torch.optim.AdamW
@@ -165,12 +165,12 @@ class Bench:
         draw = torch.Generator().manual_seed(0)
         groups = [self.a_group(plan, draw) for _ in range(self.groups)]
         config = grpo.GRPOConfig(group_size=16, max_completion_tokens=self.longest, kl_coef=0.0)
-        shape = planning.Shape.of(model.config.to_dict())
-        work = planning.Work(self.prompt, self.longest, 16, self.groups, 0, 256, False, False, rank, name == "3B", True,
-                             True)
+        shape = memory_plan.Shape.of(model.config.to_dict())
+        work = memory_plan.Work(self.prompt, self.longest, 16, self.groups, 0, 256, False, False, rank,
+                                name == "3B", True, True)
         memory = torch.cuda.get_device_properties(0).total_memory if self.device == "cuda" else 1e9
         work = dataclasses.replace(work, optimizer_on_cpu=bool(where))
-        work = dataclasses.replace(work, pass_tokens=planning.tokens_per_pass(shape, work, memory / 4))
+        work = dataclasses.replace(work, pass_tokens=memory_plan.tokens_per_pass(shape, work, memory / 4))
         batches = join(grpo.micro_batches(groups, config), [True] * self.groups, work.pass_tokens)
         optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
         advantages = torch.randn(self.groups, 16, generator=draw)
@@ -185,7 +185,7 @@ class Bench:
         seconds = self.clock(run)
         used = update_flops(model.config, plan, bool(rank)) * self.groups / seconds / 1e12
         peak = torch.cuda.max_memory_allocated() / 1e9 if self.device == "cuda" else 0.0
-        parts = planning.phases(shape, work)["update"]
+        parts = memory_plan.phases(shape, work)["update"]
         planned = sum(size for part, size in parts.items() if part not in ("KV cache", "bf16 weights", "CUDA context"))
         share = f"MFU {used / self.peak:.0%}" if self.peak else f"{used:.3f} TFLOP/s"
         on_cpu = ", cpu" if where else ""

@@ -46,7 +46,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dense  # noqa: E402
 
 from ablate import joins_in  # noqa: E402
+from common import options  # noqa: E402
+from common.errors import UserError, run_main  # noqa: E402
 from data import columns_of  # noqa: E402
+from partial_credit.atomic import atomic_reward, is_name, jaccard, names_in  # noqa: E402
+from partial_credit.memory import HashEmbedder, Roles  # noqa: E402
 from rewards import (  # noqa: E402
     MemoryGate,
     RewardConfig,
@@ -56,11 +60,7 @@ from rewards import (  # noqa: E402
     shape_atomic,
     soft_f1,
 )
-from running import options  # noqa: E402
-from running.errors import UserError, run_main  # noqa: E402
 from sql_exec import MATCHES, Results, SQLExecutor  # noqa: E402
-from text2sql.atomic import atomic_reward, is_name, jaccard, names_in  # noqa: E402
-from text2sql.memory import HashEmbedder, Roles  # noqa: E402
 
 
 @dataclass(frozen=True)

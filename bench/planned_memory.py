@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data import PromptBuilder, load_splits  # noqa: E402
-from engine import plan  # noqa: E402
+from models import memory_plan  # noqa: E402
 from policy import train_tokenizer  # noqa: E402
 
 SIZES = {"nothing": (64, 1, 512), "10 M": (256, 8, 8_000), "40 M": (512, 8, 16_000), "120 M": (768, 11, 32_000)}
@@ -86,14 +86,14 @@ def main() -> int:
             make_model(Path(scratch, name), *size)
             flags = [*FLAGS, *data, "--model", str(Path(scratch, name)), *more]
             shape, work = train.planned(train.parse_settings(flags))
-            needed = plan.peak(plan.phases(shape, work))[1] - plan.LIBRARIES
+            needed = memory_plan.peak(memory_plan.phases(shape, work))[1] - memory_plan.LIBRARIES
             found = measured(flags, Path(scratch))
             base = base or found - needed  # of the model of next to nothing
             ratio = needed / (found - base)
             worst = worst if name == "nothing" else max(worst, abs(ratio - 1))
             print(f"{name:<9}{shape.parameters() / 1e6:>9.1f} M{needed / 1e6:>10.0f}{(found - base) / 1e6:>10.0f}"
                   f"{ratio:>8.2f}", flush=True)
-    print(f"Python, libraries and data: {base / 1e6:.0f} MB (planned: {plan.LIBRARIES / 1e6:.0f}); "
+    print(f"Python, libraries and data: {base / 1e6:.0f} MB (planned: {memory_plan.LIBRARIES / 1e6:.0f}); "
           f"worst: {worst:.0%} off (limit 20 %)")
     return int(worst > 0.2)
 

@@ -28,8 +28,8 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # numpy reads 
 import numpy as np  # noqa: E402
 
 from data import load_dataset  # noqa: E402
-from text2sql import atomic  # noqa: E402
-from text2sql.memory import HashEmbedder, MemoryGate, TraceMemory  # noqa: E402
+from partial_credit import atomic  # noqa: E402
+from partial_credit.memory import HashEmbedder, MemoryGate, TraceMemory  # noqa: E402
 
 Pairs = list[tuple[str, str, dict]]  # prediction, gold, schema
 

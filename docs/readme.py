@@ -4,7 +4,7 @@
 
 Generated text stands between `<!-- NAME -->` and `<!-- /NAME -->`:
     flags                   every flag of every command. Flags are made from the fields of dataclasses
-                            (running/options.py), so the parser that a command builds is the whole truth
+                            (common/options.py), so the parser that a command builds is the whole truth
     models                  the aliases of `--model`
     needs                   what `train.py --plan` says of `--model qwen2.5-3b`
     recipe NAME             the settings of a recipe, their values and sources
@@ -29,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 import ablate  # noqa: E402
 import policy  # noqa: E402
 import settings  # noqa: E402
-from engine import plan  # noqa: E402
-from running import options, recipes  # noqa: E402
+from common import options  # noqa: E402
+from models import memory_plan  # noqa: E402
+from running import recipes  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 COMMANDS = {  # module: how it is called
@@ -150,12 +151,13 @@ def memory_and_disk(arguments: list[str]) -> tuple[float, float]:
     shape, work = settings.planned(s)
     trained = shape.adapters(work.lora_rank) if work.lora_rank else shape.parameters()
     weights = 2 * shape.parameters() + 4 * trained if work.lora_rank else 4 * trained  # a frozen base is bf16
-    return plan.peak(plan.phases(shape, work))[1] / 1e9, plan.disk(weights, 4 * trained, s.run.keep) / 1e9
+    peak = memory_plan.peak(memory_plan.phases(shape, work))[1]
+    return peak / 1e9, memory_plan.disk(weights, 4 * trained, s.run.keep) / 1e9
 
 
 def card(gigabytes: float) -> int:
     """The smallest usual card on which so much memory can be planned for."""
-    return min(size for size in CARDS if gigabytes <= plan.SHARE * size)
+    return min(size for size in CARDS if gigabytes <= memory_plan.SHARE * size)
 
 
 def lengths() -> str:

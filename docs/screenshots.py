@@ -14,7 +14,7 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests")]
 from chromium import CHROMIUM, Browser  # noqa: E402
 
 import report  # noqa: E402
-from running.errors import UserError, run_main  # noqa: E402
+from common.errors import UserError, run_main  # noqa: E402
 
 SCALE = 0.85  # so that a picture has the width of a README
 MOST_BYTES = 150_000  # of a picture; a larger one loses some of its foot

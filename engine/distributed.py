@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.errors import UserError
 from engine import bf16
 from engine.decoding import can_share, decode
 from grpo import Engine, clip_and_step
-from running.errors import UserError
 
 # For a process that hangs. One that dies is noticed at once: torchrun ends the others, or their connections break.
 TIMEOUT = timedelta(minutes=30)

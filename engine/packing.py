@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from engine.attention import causal_lm, enable, is_exact, no_mask
-from engine.plan import MOST as LONGEST
 from engine.row_attention import RowLayout
 from engine.tree import Node, Tree
 from grpo import MicroBatch, dropout_off, plain_logprobs, target_logprobs
+from models.memory_plan import MOST as LONGEST
 
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 

@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from running.errors import UserError
+from common.errors import UserError
 
 TRAINED, FROZEN = "default", "reference"  # peft calls the first one so
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from running.errors import UserError
+from common.errors import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # types of values

@@ -17,9 +17,9 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.errors import UserError, parse_json, read_text
 from models.gguf_file import find_gguf, gguf_config, read_gguf
 from models.published import PUBLISHED
-from running.errors import UserError, parse_json, read_text
 
 ALIASES = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",

@@ -12,8 +12,8 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from running.errors import UserError
-from running.wording import escape
+from common.errors import UserError
+from common.wording import escape
 
 LARGEST_REQUEST = 20_000  # bytes
 

@@ -26,8 +26,8 @@ from types import MappingProxyType
 
 import torch
 
-from running.errors import UserError, as_json, flush, is_config_of_run, stored_settings, write_whole
-from running.wording import exact_text
+from common.errors import UserError, as_json, flush, is_config_of_run, stored_settings, write_whole
+from common.wording import exact_text
 
 TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 

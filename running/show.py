@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from textwrap import fill
 
-from running.errors import UserError, run_main, visible
-from running.options import Parser
+from common.errors import UserError, run_main, visible
+from common.options import Parser
 from running.run_folder import RolloutLog
 
 WIDTH = 80

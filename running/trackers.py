@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from running.errors import UserError
+from common.errors import UserError
 
 
 class TensorBoard:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from running.errors import UserError, as_json, parse_json, read_text, write_text, write_whole
+from common.errors import UserError, as_json, parse_json, read_text, write_text, write_whole
+from prompts.answer_format import ANSWER_STYLES
+from prompts.builder import PromptBuilder
+from questions.example import Example
 from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge, without_verdict
 from scoring.voting import VOTES, Candidate, choose, group_results, sample_candidates
 from sql_exec import SQLExecutor
-from text2sql.answer_style import ANSWER_STYLES
-from text2sql.example import Example
-from text2sql.prompts import PromptBuilder
 
 QUESTIONS_AT_ONCE = 64  # questions a model answers side by side; an interruption loses at most these
 JUDGED_AT_ONCE = 64  # candidates whose results are held in memory at once

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 
-from running.errors import UserError, parse_json, read_text, visible
+from common.errors import UserError, parse_json, read_text, visible
 from scoring.predictions import numbered
 from scoring.verdicts import bootstrap_interval, mean
 from sql_exec import MATCHES

@@ -15,7 +15,7 @@ Written on the flat tokens of atomic.py, so a query that the official parser rej
 
 from sqlparse import tokens as T
 
-from text2sql.atomic import is_comment, lex
+from partial_credit.atomic import is_comment, lex
 
 LEVELS = ("easy", "medium", "hard", "extra")
 AGGREGATES = ("max", "min", "count", "sum", "avg")

@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from running.errors import UserError, json_lines, parse_json, read_text, sound, write_text
-from running.wording import plural
-from text2sql.atomic import RESERVED, is_comment, lex
-from text2sql.example import Example
+from common.errors import UserError, json_lines, parse_json, read_text, sound, write_text
+from common.wording import plural
+from partial_credit.atomic import RESERVED, is_comment, lex
+from questions.example import Example
 
 BIRD_MARK = "\t----- bird -----\t"
 ID_FIELDS = ("id", "question_id", "qid", "example_id", "instance_id", "sample_id", "uid", "idx", "index")  # in any case

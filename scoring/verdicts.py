@@ -13,11 +13,11 @@ from textwrap import fill
 import numpy as np
 from tqdm import tqdm
 
-from running.errors import visible
+from common.errors import visible
+from questions.example import Example
+from questions.holdout import twins_key
 from scoring.hardness import LEVELS, hardness
 from sql_exec import CANNOT_READ, MATCHES, Comparison, Execution, Results, SQLExecutor, soft_f1
-from text2sql.example import Example
-from text2sql.holdout import twins_key
 
 LEVEL_ORDER = (*LEVELS, "simple", "moderate", "challenging")  # Spider's, then BIRD's names
 BATCH = 256  # predictions whose results are held in memory at once

@@ -46,7 +46,7 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int =
     """n candidates a prompt, in prompt order; prompts of similar length are decoded side by side.
 
     temperature 0 is greedy; `batch` completions are decoded at once. The same arguments, the same candidates.
-    answer_style: how they are read, one of text2sql/answer_style.py.
+    answer_style: how they are read, one of prompts/answer_format.py.
     Raises UserError: a prompt and its answer are longer than the model has positions.
     """
     import torch  # here, so that scoring a predictions file does not wait for it

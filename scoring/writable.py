@@ -7,10 +7,10 @@ as the result is the same, as that of keywords without capitals; so the changed 
 
 from collections.abc import Sequence
 
+from prompts.answer_format import QUOTED
+from prompts.plain_text import encode_answers
+from questions.example import Example
 from scoring.verdicts import score_predictions
-from text2sql.answer_style import QUOTED
-from text2sql.example import Example
-from text2sql.plain_text import encode_answers
 
 
 def unwritable(tokenizer, examples: Sequence[Example], executor, matches: Sequence[str]) -> dict[int, str]:

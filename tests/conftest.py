@@ -46,7 +46,7 @@ def tiny_db(tmp_path) -> Path:
 
 def run_in_process(module, *arguments) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of a command, run in this process, which spares the seconds of its imports."""
-    from running.errors import run_main
+    from common.errors import run_main
 
     out, err = io.StringIO(), io.StringIO()
     with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),

@@ -7,7 +7,7 @@ import torch
 
 from data import Example, PromptBuilder, PromptConfig
 from policy import build_tiny
-from sft import completion_text
+from prompts.answer_format import completion_text
 
 LESSONS = [
     ("How many singers are there?", "SELECT COUNT(*) FROM singer", "count the rows of singer"),

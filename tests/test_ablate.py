@@ -16,8 +16,8 @@ from little_policy import LESSONS, little_policy_folder
 import ablate
 import evaluate
 import train
-from running.errors import UserError
-from text2sql import demo_world
+from common.errors import UserError
+from questions import demo_world
 
 # ---- the grid
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import grpo
+from common.errors import UserError
 from engine.fast import FAST
 from models.adapters import FROZEN
 from policy import Reference, build_tiny, config_of, load_policy, load_weights
-from running.errors import UserError
 
 peft = pytest.importorskip("peft", reason="peft is optional")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's, of what these kinds cannot do

@@ -24,11 +24,12 @@ from little_policy import little_policy_folder
 
 import ask
 from ask import AskConfig, Asker, Session, cell_text, print_reply, printable, table_lines
-from data import PromptConfig, run_config_of
+from common.errors import UserError
+from data import PromptConfig
+from history import run_config_of
+from questions import demo_world
 from running.ask_page import Server, serve
-from running.errors import UserError
 from scoring.voting import Candidate
-from text2sql import demo_world
 
 NAMES = "SELECT name FROM singer WHERE country = 'France'"
 SCRIPT = [  # what the model answers: (SQL, logprob)

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from text2sql import atomic
-from text2sql.atomic import atomic_operations, atomic_reward, rarity, shape_atomic
+from partial_credit import atomic
+from partial_credit.atomic import atomic_operations, atomic_reward, rarity, shape_atomic
 
 SCHEMA = {"singer": ["singer_id", "name", "country", "age"], "song": ["song_id", "singer_id", "title", "sales", "year"],
           "friend": ["a_id", "b_id", "since"]}

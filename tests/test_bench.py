@@ -16,12 +16,12 @@ import torch
 from conftest import run_in_process, tiny_database
 
 import ablate
+from common.errors import UserError
 from policy import build_tiny
+from questions import demo_world
 from rewards import RewardConfig
-from running.errors import UserError
 from settings import parse_settings
 from sql_exec import MATCHES, SQLExecutor
-from text2sql import demo_world
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
@@ -82,7 +82,7 @@ def test_the_loss_over_a_large_vocabulary_takes_a_fraction_of_the_naive_memory()
 def test_ways_of_the_cold_start_are_measured_on_the_same_traces(tmp_path):
     data = demo_world.load("cold", tmp_path / "demo")[0]
     build_tiny([record["question"] for record in data], seed=0, vocab_size=400, width=32, layers=1).save(tmp_path / "model")
-    done = bench("cold_start.py", "--model", tmp_path / "model", "--data", "demo", "--data-dir", tmp_path / "demo",
+    done = bench("cold_start_speed.py", "--model", tmp_path / "model", "--data", "demo", "--data-dir", tmp_path / "demo",
                  "--batch", 12, "--steps", 2, "--threads", 1)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]

@@ -16,33 +16,35 @@ from conftest import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from common.errors import UserError, parse_json, write_whole
 from data import (
     Dataset,
     Example,
     PromptBuilder,
     PromptConfig,
+    load_dataset,
+    load_splits,
+    read_schema,
+    schema_columns,
+    value_index,
+)
+from history import (
     data_hash,
     has_changed,
     hashes_of,
     lineage,
-    load_dataset,
     load_for_evaluation,
-    load_splits,
     not_seen_before,
-    read_schema,
     reported_split,
     run_config_of,
-    schema_columns,
-    value_index,
     with_ancestors,
 )
-from running.errors import UserError, parse_json, write_whole
+from prompts.builder import needed_columns, space_out
+from prompts.schema_text import full_schema
+from questions import demo_world, schema
+from questions.holdout import groups_of, normalised_sql
+from questions.schema import Hint, ValueIndex, quote_identifier
 from sql_exec import SQLExecutor
-from text2sql import demo_world, schema
-from text2sql.holdout import groups_of, normalised_sql
-from text2sql.prompts import needed_columns, space_out
-from text2sql.schema import Hint, ValueIndex, quote_identifier
-from text2sql.schema_text import full_schema
 
 CHAT = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -718,14 +720,14 @@ def test_official_layout_without_any_database(tmp_path):
     ("raise KeyboardInterrupt", 130, "interrupted\n"),
     ("return None", 0, ""), ("return 1", 1, "")])
 def test_run_main(body, status, printed):
-    code = f"from running import errors\ndef main():\n    {body}\nerrors.run_main(main)"
+    code = f"from common import errors\ndef main():\n    {body}\nerrors.run_main(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (status, printed)
 
 
 @pytest.mark.parametrize("raised", ["", "    raise errors.UserError('caf\\xe9 \\ud800')\n"])
 def test_output_never_dies_of_its_encoding(raised):
-    code = f"from running import errors\ndef main():\n    print('caf\\xe9 \\u2588 \\ud800')\n{raised}errors.run_main(main)"
+    code = f"from common import errors\ndef main():\n    print('caf\\xe9 \\u2588 \\ud800')\n{raised}errors.run_main(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False,
                           env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
     assert (done.returncode, done.stdout) == (2 if raised else 0, b"caf\\xe9 \\u2588 \\ud800\n")
@@ -733,7 +735,7 @@ def test_output_never_dies_of_its_encoding(raised):
 
 
 def test_a_closed_stdout_is_no_error():
-    code = "from running import errors\nerrors.run_main(lambda: print('text'))"
+    code = "from common import errors\nerrors.run_main(lambda: print('text'))"
     done = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code], cwd=ROOT, capture_output=True,
                           text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -741,7 +743,7 @@ def test_a_closed_stdout_is_no_error():
 
 @pytest.mark.parametrize("lines", [1, 100_000])  # a pipe takes the first at once, and notices at the end
 def test_a_reader_that_has_seen_enough_is_no_error(lines):
-    code = ("import time\nfrom running import errors\ndef main():\n    time.sleep(0.3)\n"
+    code = ("import time\nfrom common import errors\ndef main():\n    time.sleep(0.3)\n"
             f"    print('text\\n' * {lines})\nerrors.run_main(main)")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         child.stdout.close()

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from text2sql import demo_world
+from questions import demo_world
 
 
 @pytest.fixture(scope="module")

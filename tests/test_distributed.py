@@ -185,7 +185,7 @@ from test_grpo import make_model, sampled_groups
 import grpo
 from engine import distributed
 from engine.fast import FAST
-from running.errors import UserError, run_main
+from common.errors import UserError, run_main
 
 def update(several, prompts, broken=False, **settings):
     model = make_model()
@@ -256,12 +256,12 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import copy
 import torch
 from test_grpo import make_model
-import grpo, sft
+import grpo, cold_start
 from engine import bf16, distributed
 from engine.fast import FAST
 from policy import Reference
-from running.errors import run_main
-from settings import SFTConfig
+from common.errors import run_main
+from cold_start import SFTConfig
 
 CONFIG = grpo.GRPOConfig(group_size=3, max_completion_tokens=6)
 PROMPTS = [torch.arange(1, 9), torch.arange(2, 6)]
@@ -276,7 +276,7 @@ def sampled(model, several=None, autocast=True):
 
 def teach(model, engine, steps=3, batch=5, pairs=PAIRS, **settings):
     config = SFTConfig(cold_start_steps=steps, cold_start_batch=batch, cold_start_lr=1e-2, **settings)
-    return sft.cold_start(model, pairs, config, seed=0, quiet=True, engine=engine, tokens_per_pass=20)
+    return cold_start.cold_start(model, pairs, config, seed=0, quiet=True, engine=engine, tokens_per_pass=20)
 
 def bf16_copy():
     model = make_model().float()

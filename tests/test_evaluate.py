@@ -12,6 +12,8 @@ import pytest
 from conftest import ROOT, run_in_process
 
 import evaluate
+from common import errors
+from common.errors import UserError, check_folder
 from data import Example, load_dataset
 from evaluate import (
     MATCHES,
@@ -24,13 +26,11 @@ from evaluate import (
     scores_as_json,
     summarise,
 )
-from running import errors
-from running.errors import UserError, check_folder
+from questions.holdout import twins_key
 from scoring.hardness import LEVELS, hardness, level
 from scoring.predictions import one_line, save_predictions
 from scoring.verdicts import first_reasons
 from sql_exec import Execution, SQLExecutor
-from text2sql.holdout import twins_key
 
 
 def example(gold, identity="0", difficulty="easy", db_id="music"):

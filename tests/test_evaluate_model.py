@@ -19,6 +19,7 @@ from little_policy import LESSONS, little_policy_folder
 import ask
 import evaluate
 import sft
+from common.errors import UserError
 from data import Example, load_splits
 from evaluate import (
     EvaluateConfig,
@@ -29,14 +30,13 @@ from evaluate import (
     print_comparison,
     r_ves,
 )
-from running.errors import UserError
+from prompts.answer_format import ANSWER_STYLES
 from scoring import answers, voting
 from scoring.answers import NO_CANDIDATE, Examination, Progress, format_advice, verified_traces
 from scoring.predictions import one_line, save_predictions
 from scoring.verdicts import ExampleScore, bootstrap_interval, score_predictions, suite_databases
 from scoring.voting import Candidate
 from sql_exec import Execution, SQLExecutor
-from text2sql.answer_style import ANSWER_STYLES
 
 QUESTIONS = 24
 

@@ -18,9 +18,9 @@ from transformers import (
 
 import policy as policies
 import train
+from common.errors import UserError
 from models import gguf_file, model_files
 from policy import build_tiny, load_policy
-from running.errors import UserError
 
 gguf = pytest.importorskip("gguf", reason="gguf is optional (requirements-extra.txt)")
 

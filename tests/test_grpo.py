@@ -30,9 +30,10 @@ from transformers import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import grpo
-from engine import attention, decoding, draw, grid, lean, packing, plan, row_attention, tree
+from engine import attention, decoding, draw, grid, lean, packing, row_attention, tree
 from engine.fast import ENGINES, FAST
 from grpo import PLAIN, GRPOConfig
+from models import memory_plan
 
 SMALL = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 1,
@@ -858,7 +859,7 @@ def test_blocks_of_a_rows_mask_are_those_of_the_whole_mask(lengths, window):
     assert whole.view(len(full), 128, len(full), 128).all(3).all(1)[full].all()  # those said to be full are
     assert window is not None or torch.equal(full, full_blocks(exact))
     held = sum(t.numel() * t.element_size() for t in vars(ours).values() if isinstance(t, torch.Tensor))
-    assert held <= plan.BLOCK_BYTES * len(full)**2
+    assert held <= memory_plan.BLOCK_BYTES * len(full)**2
 
 
 def full_blocks(mask):

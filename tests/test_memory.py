@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from running.options import check
-from text2sql.memory import (
+from common.options import check
+from partial_credit.memory import (
     HashEmbedder,
     MemoryGate,
     ModelEmbedder,
@@ -190,7 +190,7 @@ def test_every_number_of_the_gate_states_its_range():
 
 
 def test_the_memory_needs_nothing_of_the_project(tmp_path):
-    (tmp_path / "memory.py").write_text((ROOT / "text2sql" / "memory.py").read_text())
+    (tmp_path / "memory.py").write_text((ROOT / "partial_credit" / "memory.py").read_text())
     code = "import memory; memory.gate_for([('a', 'b c')], {}, memory.MemoryGate()); memory.TraceMemory(len, 1)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={})
 
@@ -348,7 +348,7 @@ def test_wrong_shapes_and_settings_are_refused():
 
 
 def test_the_hash_embedder_is_the_same_in_another_process():
-    code = "from text2sql.memory import HashEmbedder; print(HashEmbedder(64)(['join singer and concert']).tolist())"
+    code = "from partial_credit.memory import HashEmbedder; print(HashEmbedder(64)(['join singer and concert']).tolist())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                          env={"PYTHONHASHSEED": "7"})
     assert eval(run.stdout) == HashEmbedder(64)(["join singer and concert"]).tolist()

@@ -11,11 +11,11 @@ from test_grpo import _advantages, make_model, sampled_groups
 
 import grpo
 import train
+from common.errors import UserError
 from engine import offload
 from engine.distributed import full_state, load_full_state
 from engine.fast import FAST
 from engine.offload import CPUAdamW
-from running.errors import UserError
 from settings import parse_settings
 
 CONFIG = grpo.GRPOConfig(group_size=4, max_completion_tokens=5, kl_coef=0.0, updates_per_rollout=2, micro_batch=3,

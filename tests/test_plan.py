@@ -26,11 +26,11 @@ import grpo
 import policy as policies
 import settings
 import train
-from engine import bf16, packing, plan
+from common.errors import UserError
+from engine import bf16, packing
 from engine.offload import CPUAdamW
-from models import adapters, model_files, published
+from models import adapters, memory_plan, model_files, published
 from running import recipes
-from running.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -44,7 +44,7 @@ MODELS = [(Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
           (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "attention_bias": True}),
           (MistralForCausalLM, MistralConfig, {}),
           (Gemma3ForCausalLM, Gemma3TextConfig, {"head_dim": 16})]
-WORK = plan.Work(prompt=200, completion=40, group=8, prompts=4, micro_batch=0, rollout_batch=256, reference=True,
+WORK = memory_plan.Work(prompt=200, completion=40, group=8, prompts=4, micro_batch=0, rollout_batch=256, reference=True,
                  reference_on_cpu=False, lora_rank=0, checkpointing=False, gpu=False)
 
 
@@ -57,20 +57,20 @@ def saved_config(model, folder):
 @pytest.mark.parametrize("kind, config, changes", MODELS)
 def test_parameters_are_counted_exactly(kind, config, changes, tmp_path):
     model = kind(config(**SMALL | changes))
-    shape = plan.Shape.of(saved_config(model, tmp_path))
+    shape = memory_plan.Shape.of(saved_config(model, tmp_path))
     assert shape.parameters() == sum(p.numel() for p in model.parameters())
 
 
 def test_adapters_are_counted_exactly(tmp_path):
     pytest.importorskip("peft", reason="peft is optional")
     model = Qwen2ForCausalLM(Qwen2Config(**SMALL))
-    shape = plan.Shape.of(saved_config(model, tmp_path))
+    shape = memory_plan.Shape.of(saved_config(model, tmp_path))
     adapted = adapters.add_lora(model, 4)
     assert shape.adapters(4) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def test_the_published_models_have_the_published_numbers_of_parameters():
-    counts = {size: plan.Shape.of(config).parameters() for size, config in published.PUBLISHED.items()}
+    counts = {size: memory_plan.Shape.of(config).parameters() for size, config in published.PUBLISHED.items()}
     assert counts == {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "3b": 3_085_938_688, "7b": 7_615_616_512,
                       "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
                       "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
@@ -83,7 +83,7 @@ def test_the_published_models_have_the_published_numbers_of_parameters():
 
 def test_the_tiny_policy_is_not_larger_than_planned():
     built = policies.build_tiny([f"SELECT {n} FROM t{n} WHERE a > {7 * n}" for n in range(10, 999)], seed=0)
-    assert sum(p.numel() for p in built.model.parameters()) <= plan.Shape.of(plan.TINY).parameters() <= 1.1e6
+    assert sum(p.numel() for p in built.model.parameters()) <= memory_plan.Shape.of(memory_plan.TINY).parameters() <= 1.1e6
 
 
 @pytest.mark.parametrize("changes", [{}, {"gpu": True, "bf16": True}, {"bf16": True, "lora_rank": 8}, {"checkpointing": True},
@@ -91,16 +91,16 @@ def test_the_tiny_policy_is_not_larger_than_planned():
                                      {"pass_tokens": 2000}, {"optimizer_on_cpu": True},
                                      {"gpu": True, "bf16": True, "optimizer_on_cpu": True}])
 def test_totals_are_the_sums_of_their_lines(changes):
-    shape = plan.Shape.of(published.PUBLISHED["3b"])
-    found = plan.phases(shape, plan.replace(WORK, **changes))
-    lines = plan.table(found).splitlines()
+    shape = memory_plan.Shape.of(published.PUBLISHED["3b"])
+    found = memory_plan.phases(shape, memory_plan.replace(WORK, **changes))
+    lines = memory_plan.table(found).splitlines()
     rows = {line[:22].strip(): line[22:].split() for line in lines}
     for column, (moment, parts) in enumerate(found.items()):
         shown = sum(float(cells[column]) for name, cells in rows.items() if name not in ("GB", "total") and cells[column] != "-")
         assert rows["GB"][column] == moment
         assert shown == pytest.approx(float(rows["total"][column]), abs=0.005 * len(rows))
         assert sum(parts.values()) / 1e9 == pytest.approx(float(rows["total"][column]), abs=0.006)
-    assert plan.peak(found)[1] == max(sum(parts.values()) for parts in found.values())
+    assert memory_plan.peak(found)[1] == max(sum(parts.values()) for parts in found.values())
 
 
 def kept_for_backward(layers, width=128, autocast=False, lora=0, checkpointing=False):
@@ -135,53 +135,53 @@ def test_what_a_layer_keeps_for_backward(autocast, lora):
     if lora:
         pytest.importorskip("peft", reason="peft is optional")
     counted = kept_for_backward(3, autocast=autocast, lora=lora) - kept_for_backward(2, autocast=autocast, lora=lora)
-    shape = plan.Shape(300, 128, 320, 2, 4, 2, 32, True, 0)
-    assert plan.layer_bytes(shape, plan.replace(WORK, bf16=autocast, lora_rank=lora)) == pytest.approx(counted, rel=0.06)
+    shape = memory_plan.Shape(300, 128, 320, 2, 4, 2, 32, True, 0)
+    assert memory_plan.layer_bytes(shape, memory_plan.replace(WORK, bf16=autocast, lora_rank=lora)) == pytest.approx(counted, rel=0.06)
 
 
 def test_checkpointing_keeps_the_inputs_of_layers_only():
     counted = kept_for_backward(4, checkpointing=True) - kept_for_backward(2, checkpointing=True)
-    assert counted == pytest.approx(2 * plan.row_tokens(WORK) * 128 * 4, rel=0.02)
+    assert counted == pytest.approx(2 * memory_plan.row_tokens(WORK) * 128 * 4, rel=0.02)
 
 
 def test_a_row_is_as_long_as_the_passes_that_are_made_of_a_group():
     """Of one that fits, of one that is cut, and of one that --tokens-per-pass lets be whole."""
     for group, completion, pass_tokens in ((8, 40, 0), (32, 2048, 9000), (32, 2048, 40_000)):
-        work = plan.replace(WORK, prompt=2048, completion=completion, group=group, pass_tokens=pass_tokens, prompts=1, gpu=True)
+        work = memory_plan.replace(WORK, prompt=2048, completion=completion, group=group, pass_tokens=pass_tokens, prompts=1, gpu=True)
         groups = [grpo.Group(torch.arange(2048), [torch.arange(completion) + i for i in range(group)], [None] * group, [False] * group)]
         passes = packing.join(grpo.micro_batches(groups, grpo.GRPOConfig()), [True], pass_tokens)
         longest = max(packing.pack(b.prompts, b.completions).input_ids.numel() for b in passes)
-        assert plan.row_tokens(work) == longest <= max(plan.MOST, pass_tokens)
-        assert plan.phases(plan.Shape.of(published.PUBLISHED["0.5b"]), work)["update"]["attention mask"] == plan.mask_bytes(work) < 1e7
-        assert plan.mask_bytes(plan.replace(work, gpu=False)) == 0
+        assert memory_plan.row_tokens(work) == longest <= max(memory_plan.MOST, pass_tokens)
+        assert memory_plan.phases(memory_plan.Shape.of(published.PUBLISHED["0.5b"]), work)["update"]["attention mask"] == memory_plan.mask_bytes(work) < 1e7
+        assert memory_plan.mask_bytes(memory_plan.replace(work, gpu=False)) == 0
 
 
 @pytest.mark.parametrize("limit", [24, 40, 80])
 def test_the_flags_that_are_advised_make_it_fit_and_none_is_idle(limit):
-    shape = plan.Shape.of(published.PUBLISHED["3b"])
-    work = plan.replace(WORK, prompt=2048, completion=512, group=32, gpu=True, bf16=True)
+    shape = memory_plan.Shape.of(published.PUBLISHED["3b"])
+    work = memory_plan.replace(WORK, prompt=2048, completion=512, group=32, gpu=True, bf16=True)
     given = {"--gradient-checkpointing": {"checkpointing": True}, "--reference-device": {"reference_on_cpu": True},
              "--micro-batch": {"micro_batch": 8}, "--rollout-batch": {"rollout_batch": 64}, "--lora-rank": {"lora_rank": 16},
              "--optimizer-device": {"optimizer_on_cpu": True}}
-    flags = plan.smaller(shape, work, limit * 1e9)
+    flags = memory_plan.smaller(shape, work, limit * 1e9)
     assert flags
 
     def need(flags):
         changed = {name: value for flag in flags for name, value in given[flag.split()[0]].items()}
-        return plan.peak(plan.phases(shape, plan.replace(work, **changed)))[1]
+        return memory_plan.peak(memory_plan.phases(shape, memory_plan.replace(work, **changed)))[1]
 
     assert need(flags) <= limit * 1e9 < min(need([other for other in flags if other != flag]) for flag in flags)
-    assert plan.smaller(shape, work, 1e9) == []
+    assert memory_plan.smaller(shape, work, 1e9) == []
 
 
 def test_an_optimizer_on_the_cpu_leaves_bf16_weights_and_no_state_on_the_card():
     """What the class holds of a float32 and of a bf16 model, beside the plan."""
-    shape, gpu = plan.Shape.of(published.PUBLISHED["3b"]), plan.replace(WORK, gpu=True, bf16=True, optimizer_on_cpu=True, checkpointing=True)
-    found, n = plan.phases(shape, gpu)["update"], shape.parameters()
+    shape, gpu = memory_plan.Shape.of(published.PUBLISHED["3b"]), memory_plan.replace(WORK, gpu=True, bf16=True, optimizer_on_cpu=True, checkpointing=True)
+    found, n = memory_plan.phases(shape, gpu)["update"], shape.parameters()
     assert found["parameters"] == found["reference"] == 2 * n and found["optimizer"] == 0
     assert found["gradients"] == 2 * shape.vocabulary * shape.width  # the largest, which goes when it is made
-    assert plan.phases(shape, plan.replace(WORK, optimizer_on_cpu=True))["update"]["optimizer"] == 12 * n  # on a CPU it costs
-    assert "the optimizer needs 49.4 GB of main memory" in plan.text("qwen2.5-3b", shape, gpu, 24e9)
+    assert memory_plan.phases(shape, memory_plan.replace(WORK, optimizer_on_cpu=True))["update"]["optimizer"] == 12 * n  # on a CPU it costs
+    assert "the optimizer needs 49.4 GB of main memory" in memory_plan.text("qwen2.5-3b", shape, gpu, 24e9)
     model = torch.nn.Linear(8, 4, bias=False).bfloat16()
     optimizer = CPUAdamW(model.parameters(), lr=1e-3)
     model(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
@@ -232,8 +232,8 @@ def test_the_plan_is_of_the_fast_engine_and_of_evaluations_too():
         settings.planned(s)
     shape, work = settings.planned(train.parse_settings(["--plan", "24", "--model", "qwen2.5-3b"]))
     prompts, tokens = settings.rollout_room(train.parse_settings(["--model", "qwen2.5-3b"]))
-    assert prompts == plan.sampled_together(work) * work.prompt
-    assert plan.keys_and_values(shape, work) == tokens * 2 * shape.kv_heads * shape.head * shape.layers * 2
+    assert prompts == memory_plan.sampled_together(work) * work.prompt
+    assert memory_plan.keys_and_values(shape, work) == tokens * 2 * shape.kv_heads * shape.head * shape.layers * 2
 
 
 # ---- does it fit this machine?
@@ -252,15 +252,15 @@ def test_all_weights_are_trained_where_they_fit_and_adapters_where_they_do_not()
     assert (whole.run.lora_rank, adapted.run.lr) == (0, 10 * whole.run.lr)
     full, lora = settings.peak_of(whole), settings.peak_of(adapted)
     for flags in (alike, (*alike, "--lora-rank", "auto")):
-        chosen, (note,) = fitted(1.01 * full / plan.SHARE, *flags)
+        chosen, (note,) = fitted(1.01 * full / memory_plan.SHARE, *flags)
         assert chosen == whole and note.startswith("--lora-rank auto: all weights are trained")
-        chosen, (note,) = fitted(0.99 * full / plan.SHARE, *flags)
+        chosen, (note,) = fitted(0.99 * full / memory_plan.SHARE, *flags)
         assert chosen == adapted and "adapters of rank 16 are trained" in note  # its learning rates, too
         chosen, notes = fitted(lora, *flags)  # within the error of the plan
         assert chosen == adapted and notes[1].startswith("warning: memory may run out: training adapters of rank 16")
     with pytest.raises(UserError, match="^training adapters of rank 16 of qwen2.5-3b needs .* GB too few; it would fit with "
                                         "[^.]*--max-completion-tokens 768"):
-        fitted(lora / (1 + plan.ERROR) / 1.3, *alike)
+        fitted(lora / (1 + memory_plan.ERROR) / 1.3, *alike)
     with pytest.raises(UserError, match="no flag makes it fit: take a smaller model"):
         fitted(4e9)
 
@@ -270,11 +270,11 @@ def test_a_rank_that_is_given_is_kept_and_refused_only_beyond_the_error_of_the_p
         flags = ("--lora-rank", rank)
         s = train.parse_settings(["--model", "qwen2.5-3b", *flags])
         need = settings.peak_of(s)
-        assert fitted(need / plan.SHARE + 1, *flags) == (s, [])
+        assert fitted(need / memory_plan.SHARE + 1, *flags) == (s, [])
         chosen, (note,) = fitted(need, *flags)
         assert chosen == s and note.startswith("warning: memory may run out")
         with pytest.raises(UserError, match=f"training {trained} of .* GB too few; it would fit with --"):
-            fitted(need / (1 + plan.ERROR) - 1, *flags)
+            fitted(need / (1 + memory_plan.ERROR) - 1, *flags)
 
 
 def test_adapters_without_peft_are_one_sentence_with_the_command_that_installs_it(monkeypatch):
@@ -300,30 +300,30 @@ def test_a_sharded_run_needs_less_in_each_process():
     shape, work = settings.planned(s, processes=4)
     assert (work.shards, work.prompts) == (4, 2)
     assert settings.planned(train.parse_settings([*flags, "--sharding", "off"]), processes=4)[1].shards == 1
-    found, n = plan.phases(shape, work), shape.parameters()
+    found, n = memory_plan.phases(shape, work), shape.parameters()
     update = found["update"]
     assert [update[name] for name in ("parameters", "gradients", "optimizer")] == [n, n, 2 * n]  # 4, 4 and 8 bytes over 4
     assert found["sampling"]["gathered"] == 4 * n and 0 < update["gathered"] < 4 * n
-    rounded = plan.phases(shape, plan.replace(work, bf16=True))["sampling"]
+    rounded = memory_plan.phases(shape, memory_plan.replace(work, bf16=True))["sampling"]
     embedding = shape.vocabulary * shape.width
     assert (rounded["gathered"], rounded["bf16 weights"]) == (0, 2 * n + 4 * embedding)  # its copy is filled layer by layer
     need = settings.peak_of(s, 4)
-    assert need < settings.peak_of(s) and fitted(need / plan.SHARE + 1, *flags[2:], processes=4)[0].run.lora_rank == 0
+    assert need < settings.peak_of(s) and fitted(need / memory_plan.SHARE + 1, *flags[2:], processes=4)[0].run.lora_rank == 0
 
 
 def test_processes_on_a_cpu_share_the_memory_that_passes_may_take(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(plan, "machine_memory", lambda: 200e9)
+    monkeypatch.setattr(memory_plan, "machine_memory", lambda: 200e9)
     s = train.parse_settings(["--model", "qwen2.5-0.5b", "--precision", "float32"])
     alone, of_four = (settings.planned(s, processes=n)[1].pass_tokens for n in (1, 4))
-    assert plan.LEAST < of_four == pytest.approx(alone / 4, abs=1) and alone < plan.MOST
+    assert memory_plan.LEAST < of_four == pytest.approx(alone / 4, abs=1) and alone < memory_plan.MOST
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_copy_of_a_sharded_model_has_float32_embeddings_of_its_own(tied):
-    config = Qwen2Config(**plan.TINY | {"tie_word_embeddings": tied})
+    config = Qwen2Config(**memory_plan.TINY | {"tie_word_embeddings": tied})
     copied = {id(weight): weight for weight in bf16.all_weights(bf16.rounded_copy(Qwen2ForCausalLM(config)))}.values()
-    planned = plan.copy_to_sample_with(plan.Shape.of(config.to_dict()), plan.replace(WORK, bf16=True, shards=2))
+    planned = memory_plan.copy_to_sample_with(memory_plan.Shape.of(config.to_dict()), memory_plan.replace(WORK, bf16=True, shards=2))
     assert planned == pytest.approx(sum(weight.numel() * weight.element_size() for weight in copied), rel=0.01)
 
 
@@ -333,11 +333,11 @@ def test_adapters_on_a_cpu_have_a_float32_base_unless_bf16_is_asked_for_by_name(
     for more, base, copied in (([], 4, 2), (["--precision", "bf16"], 2, 0), (["--plan", "24"], 2, 0)):
         shape, work = settings.planned(train.parse_settings(["--model", "qwen2.5-3b", "--lora-rank", "16", *more]))
         n, adapters = shape.parameters(), shape.adapters(16)
-        found = plan.phases(shape, work)["sampling"]
+        found = memory_plan.phases(shape, work)["sampling"]
         assert found["parameters"] == base * n + 4 * adapters
         assert found["bf16 weights"] == (copied * n or 2 * adapters)
         if not more:
-            assert plan.smaller(shape, work, 0.7 * plan.peak(plan.phases(shape, work))[1]) == ["--precision bf16"]
+            assert memory_plan.smaller(shape, work, 0.7 * memory_plan.peak(memory_plan.phases(shape, work))[1]) == ["--precision bf16"]
 
 
 @pytest.mark.parametrize("version, files", [
@@ -353,11 +353,11 @@ def test_the_memory_that_is_free_is_that_of_the_container(tmp_path, version, fil
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert plan.machine_memory(tmp_path) == min(8_000_000_000, plan.machine_memory(tmp_path / "nothing"))
-    assert plan.free_memory(tmp_path) == 3_000_000 * 1024
+    assert memory_plan.machine_memory(tmp_path) == min(8_000_000_000, memory_plan.machine_memory(tmp_path / "nothing"))
+    assert memory_plan.free_memory(tmp_path) == 3_000_000 * 1024
     (tmp_path / "proc/meminfo").write_text("MemAvailable:    90000000 kB\n")
-    assert plan.free_memory(tmp_path) == 4_000_000_000
-    assert 0 < plan.free_memory() <= plan.machine_memory()
+    assert memory_plan.free_memory(tmp_path) == 4_000_000_000
+    assert 0 < memory_plan.free_memory() <= memory_plan.machine_memory()
 
 
 # ---- defaults

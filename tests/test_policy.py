@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import cold_start
 import grpo
 import policy as policies
-import sft
 import train
+from common.errors import UserError
 from engine import tree
 from engine.fast import FAST
 from grpo import PLAIN
 from models import model_files
 from models.adapters import merged_weights
 from policy import Policy, Reference, build_tiny, load_policy, load_weights
-from running.errors import UserError
 from scoring import voting
 
 TEXTS = ["table singer ; keep age > 350 ; count rows", "SELECT COUNT(*) FROM singer WHERE age > 350",
@@ -110,8 +110,8 @@ def adapted(tiny, tmp_path):
     pytest.importorskip("peft", reason="peft is optional")
     tiny.save(tmp_path / "base")
     subject = load_policy(str(tmp_path / "base"), lora_rank=4)
-    config = sft.SFTConfig(cold_start_steps=20, cold_start_batch=2, cold_start_lr=1e-2)
-    sft.cold_start(subject.model, _pairs(tiny), config, seed=0)
+    config = cold_start.SFTConfig(cold_start_steps=20, cold_start_batch=2, cold_start_lr=1e-2)
+    cold_start.cold_start(subject.model, _pairs(tiny), config, seed=0)
     return subject
 
 
@@ -528,7 +528,7 @@ def pass_size(pairs):
 
 def test_supervised_losses_are_means_over_completion_and_prompt_tokens(tiny):
     pairs = _pairs(tiny)
-    ours = sft.supervised_losses(tiny.model.eval(), pairs, with_prompts=True)
+    ours = cold_start.supervised_losses(tiny.model.eval(), pairs, with_prompts=True)
     terms = ([], [])
     for prompt, completion in pairs:
         row = torch.cat([prompt, completion])
@@ -545,12 +545,12 @@ def test_a_batch_of_the_cold_start_in_several_passes_has_the_gradient_of_one(tin
     pairs, model = _questions(tiny), copy.deepcopy(tiny.model).double().eval()
     results, whole = [], pass_size(pairs)
     for tokens, engine, count in ((whole, FAST, 1), (whole - 1, FAST, 2), (1, FAST, 5), (whole, PLAIN, 1)):
-        parts = sft.passes(pairs, tokens)
+        parts = cold_start.passes(pairs, tokens)
         assert len(parts) == count and (tokens == 1 or all(pass_size(part) <= tokens for part in parts))
         assert sorted(id(row) for part in parts for pair in part for row in pair) == sorted(
             id(row) for pair in pairs for row in pair)
         model.zero_grad()
-        loss = sft._backward(model, pairs, prompt_loss, contextlib.nullcontext, tokens, engine)
+        loss = cold_start._backward(model, pairs, prompt_loss, contextlib.nullcontext, tokens, engine)
         results.append((loss, torch.cat([weight.grad.flatten() for weight in model.parameters()])))
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
@@ -559,26 +559,26 @@ def test_a_batch_of_the_cold_start_in_several_passes_has_the_gradient_of_one(tin
 
 def test_what_questions_on_one_database_have_in_common_goes_through_the_model_once(tiny, monkeypatch):
     pairs, seen = _questions(tiny), []
-    assert sorted(map(sorted, sft.families([prompt for prompt, _ in pairs]))) == [[0, 2, 4], [1, 3]]
+    assert sorted(map(sorted, cold_start.families([prompt for prompt, _ in pairs]))) == [[0, 2, 4], [1, 3]]
     monkeypatch.setattr(tree, "LEAST", 0)
     whole = sum(len(row) for pair in pairs for row in pair)
     schemas = [tiny.tokenizer.encode(text) for text in (f"{TEXTS[2]}question : How many", "concert ( year )\nquestion : Years")]
     assert pass_size(pairs) <= whole - 2 * len(schemas[0]) - len(schemas[1])
     decoder = tiny.model.get_decoder()
     monkeypatch.setattr(decoder, "forward", lambda *a, f=decoder.forward, **k: (seen.append(k["input_ids"]), f(*a, **k))[1])
-    sft.supervised_losses(tiny.model.eval(), *sft.passes(pairs, whole))
+    cold_start.supervised_losses(tiny.model.eval(), *cold_start.passes(pairs, whole))
     assert [row.shape for row in seen] == [(1, pass_size(pairs))]
     with torch.no_grad():
-        loss = sft.supervised_losses(tiny.model, pairs)[0]  # in any order
-        each = [sft.supervised_losses(tiny.model, [pair])[0] * len(pair[1]) for pair in pairs]
+        loss = cold_start.supervised_losses(tiny.model, pairs)[0]  # in any order
+        each = [cold_start.supervised_losses(tiny.model, [pair])[0] * len(pair[1]) for pair in pairs]
     torch.testing.assert_close(loss, sum(each) / sum(len(completion) for _, completion in pairs))
 
 
 def test_cold_start_learns_and_is_reproducible(tiny):
     def run():
         subject = build_tiny(TEXTS, seed=2, vocab_size=320, width=32, layers=1)
-        config = sft.SFTConfig(cold_start_steps=100, cold_start_batch=2, cold_start_lr=1e-2)
-        loss = sft.cold_start(subject.model, _pairs(tiny), config, seed=0)
+        config = cold_start.SFTConfig(cold_start_steps=100, cold_start_batch=2, cold_start_lr=1e-2)
+        loss = cold_start.cold_start(subject.model, _pairs(tiny), config, seed=0)
         return loss, torch.cat([p.flatten() for p in subject.model.parameters()])
 
     (loss, weights), (_, again) = run(), run()
@@ -586,21 +586,21 @@ def test_cold_start_learns_and_is_reproducible(tiny):
 
 
 def test_batches_show_every_pair_before_any_again():
-    batches = sft._batches(5, 2, 10, seed=0)
+    batches = cold_start._batches(5, 2, 10, seed=0)
     flat = [i for batch in batches for i in batch]
     assert len(batches) == 10 and all(sorted(flat[i:i + 5]) == list(range(5)) for i in range(0, 20, 5))
 
 
 def test_batches_show_a_few_questions_on_one_database_side_by_side():
     kin = [list(range(9)), [9], list(range(10, 14))]
-    flat = [i for batch in sft._batches(14, 7, 4, 0, kin) for i in batch]
+    flat = [i for batch in cold_start._batches(14, 7, 4, 0, kin) for i in batch]
     assert sorted(flat[:14]) == sorted(flat[14:]) == list(range(14)) and flat[:14] != flat[14:]
     runs = [len(list(run)) for _, run in itertools.groupby(flat[:14], lambda i: i // 9 + i // 10)]
-    assert sum(runs) == 14 and max(runs) >= sft.TOGETHER
+    assert sum(runs) == 14 and max(runs) >= cold_start.TOGETHER
 
 
 def test_template_traces_name_tables_columns_and_clauses():
     schema = {"singer": ["id", "name", "age"], "concert": ["sid", "year"]}
     sql = "SELECT T1.name FROM singer AS T1 JOIN concert AS T2 ON T1.id = T2.sid WHERE year > 3 AND name != 'age' LIMIT 1"
-    assert sft.template_trace(sql, schema) == "tables singer concert ; columns id name sid year ; clauses join where limit"
-    assert sft.template_trace("SELECT * FROM singer", schema) == "tables singer ; clauses select"
+    assert cold_start.template_trace(sql, schema) == "tables singer concert ; columns id name sid year ; clauses join where limit"
+    assert cold_start.template_trace("SELECT * FROM singer", schema) == "tables singer ; clauses select"

@@ -6,12 +6,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from common.errors import UserError
 from policy import train_tokenizer
-from running.errors import UserError
-from text2sql.example import Example
-from text2sql.plain_text import control_tokens, encode_answers
-from text2sql.prompts import PromptBuilder, PromptConfig, mentioned_tables, needed_tables
-from text2sql.schema import Hint, read_schema, schema_columns
+from prompts.builder import PromptBuilder, PromptConfig, mentioned_tables, needed_tables
+from prompts.plain_text import control_tokens, encode_answers
+from questions.example import Example
+from questions.schema import Hint, read_schema, schema_columns
 
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")

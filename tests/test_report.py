@@ -19,12 +19,12 @@ import torch
 from chromium import CHROMIUM, Browser
 
 import report
+from common import wording
+from common.errors import UserError, run_main
+from questions.example import Example
 from rewards import RewardBreakdown
-from running import wording
-from running.errors import UserError, run_main
 from running.run_folder import RunFolder, rollout_records
 from sql_exec import SQLExecutor
-from text2sql.example import Example
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = {

@@ -18,6 +18,9 @@ import torch
 import grpo
 import rewards
 import sql_exec
+from partial_credit.memory import HashEmbedder, MemoryGate, TraceMemory
+from prompts.answer_format import ANSWER_STYLES, completion_text, unwrap_fence
+from questions.example import Example
 from rewards import (
     RewardBreakdown,
     RewardConfig,
@@ -29,9 +32,6 @@ from rewards import (
 )
 from scoring.verdicts import score_predictions
 from sql_exec import MATCHES, SQLExecutor
-from text2sql.answer_style import ANSWER_STYLES, completion_text, unwrap_fence
-from text2sql.example import Example
-from text2sql.memory import HashEmbedder, MemoryGate, TraceMemory
 
 SCHEMA = {"city": ["id", "name", "people"]}
 GOLD = "SELECT name FROM city WHERE people > 100"
@@ -457,9 +457,10 @@ def test_importing_rewards_imports_no_model_library():
 
 def test_five_files_can_be_lifted_into_another_project(tmp_path):
     root = Path(rewards.__file__).parent
-    (tmp_path / "text2sql").mkdir()
-    for file in ("rewards.py", "sql_exec.py", "text2sql/atomic.py", "text2sql/memory.py",
-                 "text2sql/answer_style.py"):
+    for folder in ("partial_credit", "prompts"):
+        (tmp_path / folder).mkdir()
+    for file in ("rewards.py", "sql_exec.py", "partial_credit/atomic.py", "partial_credit/memory.py",
+                 "prompts/answer_format.py"):
         shutil.copy(root / file, tmp_path / file)
     (tmp_path / "use.py").write_text(f"""
 import sqlite3

@@ -19,9 +19,10 @@ import evaluate
 import report
 import sft
 import train
-from running import options, show
+from common import options
+from common.errors import UserError, write_whole
 from running import run_folder as runs
-from running.errors import UserError, write_whole
+from running import show
 from running.run_folder import RunFolder, load_state, replace_folder
 from settings import MAY_CHANGE_ON_RESUME, parse_settings
 

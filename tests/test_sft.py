@@ -15,16 +15,17 @@ import torch
 from conftest import ROOT
 from little_policy import LESSONS, little_policy_folder
 
+import cold_start
 import sft
 import train
+from common.errors import UserError
+from common.options import check
 from data import Example, PromptBuilder, PromptConfig, columns_of, load_splits
+from partial_credit.memory import HashEmbedder, MemoryGate, TraceMemory, gate_for
 from policy import build_tiny
 from rewards import RewardConfig, build_memory, parse_completion
-from running.errors import UserError
-from running.options import check
 from scoring.answers import Examination
 from sql_exec import SQLExecutor
-from text2sql.memory import HashEmbedder, MemoryGate, TraceMemory, gate_for
 
 OPEN_GATE = ["--memory-min-words", 1, "--memory-min-columns", 0, "--memory-min-density", 0]
 OPEN = MemoryGate(memory_min_words=1, memory_min_columns=0, memory_min_density=0.0, memory_max_cosine=2.0)
@@ -41,19 +42,19 @@ def test_prompt_loss_also_teaches_the_prompt():
     losses = {}
     for weight in (0.0, 1.0):
         start.model.load_state_dict(weights)
-        config = sft.SFTConfig(cold_start_steps=40, cold_start_batch=1, cold_start_lr=1e-2, prompt_loss=weight)
-        reported = sft.cold_start(start.model, pairs, config, seed=0)
+        config = cold_start.SFTConfig(cold_start_steps=40, cold_start_batch=1, cold_start_lr=1e-2, prompt_loss=weight)
+        reported = cold_start.cold_start(start.model, pairs, config, seed=0)
         with torch.no_grad():
-            losses[weight] = [loss.item() for loss in sft.supervised_losses(start.model, pairs, with_prompts=True)]
+            losses[weight] = [loss.item() for loss in cold_start.supervised_losses(start.model, pairs, with_prompts=True)]
         assert reported < 0.5 and losses[weight][0] < 0.5  # the completion's loss is what is reported
     assert losses[1.0][1] < 0.5 < losses[0.0][1]
 
 
 def test_a_cold_start_without_a_pair_is_refused_and_does_not_loop_for_ever():
     with pytest.raises(UserError, match="no trace to teach: give --traces, or --cold-start-steps 0"):
-        sft.cold_start(None, [], sft.SFTConfig(cold_start_steps=2), seed=0)
+        cold_start.cold_start(None, [], cold_start.SFTConfig(cold_start_steps=2), seed=0)
     with pytest.raises(ValueError, match="no pairs"):
-        sft._batches(0, 32, 2, seed=0)
+        cold_start._batches(0, 32, 2, seed=0)
 
 
 # ---- which traces are taught
@@ -69,7 +70,7 @@ def taught(trace, sql="SELECT 1", trace_sql=""):
 def test_template_traces_fill_what_is_empty_and_keep_what_is_there():
     sql = "SELECT name FROM singer WHERE age > 3"
     examples = [taught("", sql), taught("mine", sql)]
-    listed, mine = sft.template_traces(examples, SCHEMAS)
+    listed, mine = cold_start.template_traces(examples, SCHEMAS)
     assert listed == replace(examples[0], trace="tables singer ; columns name age ; clauses where") and mine == examples[1]
 
 
@@ -87,9 +88,9 @@ def test_template_traces_fill_what_is_empty_and_keep_what_is_there():
     ("look at ```sql SELECT name``` of singer", "look at  SELECT name of singer")])
 def test_tags_and_fences_of_a_trace_are_taken_off(tiny_db, trace, bare):
     with SQLExecutor({"music": tiny_db}, workers=1) as executor:
-        (kept,), notes = sft.teachable([taught(trace)], executor, SCHEMAS)
+        (kept,), notes = cold_start.teachable([taught(trace)], executor, SCHEMAS)
     assert kept.trace == bare and notes == []
-    assert parse_completion(sft.taught_text(kept)) == (bare, "SELECT 1")
+    assert parse_completion(cold_start.taught_text(kept)) == (bare, "SELECT 1")
 
 
 @pytest.mark.parametrize("style, text", [
@@ -97,12 +98,12 @@ def test_tags_and_fences_of_a_trace_are_taken_off(tiny_db, trace, bare):
 def test_other_answers_are_taught_as_they_are_read(tiny_db, style, text):
     examples = [taught("<think>look at singer</think>", trace_sql="```sql\nSELECT 1\n```"), taught("it is <answer> 1")]
     with SQLExecutor({"music": tiny_db}, workers=1) as executor:
-        kept, notes = sft.teachable(examples, executor, SCHEMAS, style)
-    assert sft.taught_text(kept[0], style) == text and parse_completion(text, style=style) == ("look at singer", "SELECT 1")
+        kept, notes = cold_start.teachable(examples, executor, SCHEMAS, style)
+    assert cold_start.taught_text(kept[0], style) == text and parse_completion(text, style=style) == ("look at singer", "SELECT 1")
     assert notes == []
     policy = build_tiny([text] * 3, seed=0, vocab_size=300, width=32, layers=1)
     builder = PromptBuilder({"music": tiny_db}, policy.tokenizer, PromptConfig(answer_style=style))
-    (_, completion), *_ = sft.supervised_pairs(kept, builder, policy.tokenizer, policy.end_id)[0]
+    (_, completion), *_ = cold_start.supervised_pairs(kept, builder, policy.tokenizer, policy.end_id)[0]
     assert policy.tokenizer.decode(completion) == text + policy.tokenizer.eos_token
 
 
@@ -115,8 +116,8 @@ def test_traces_that_cannot_be_taught_are_left_out_and_counted_by_their_reason(t
         taught("<think>a<think>b</think></think>"), taught("look", "SELECT '<think>'"),
         taught("look", trace_sql="SELECT 1; SELECT 2"), taught("look", trace_sql="the SQL is SELECT 1")]
     with SQLExecutor({"music": tiny_db}, workers=1) as executor:
-        kept, notes = sft.teachable(examples, executor, SCHEMAS)
-        assert sft.teachable([], executor, SCHEMAS) == ([], [])
+        kept, notes = cold_start.teachable(examples, executor, SCHEMAS)
+        assert cold_start.teachable([], executor, SCHEMAS) == ([], [])
     assert [(one.trace, one.trace_sql) for one in kept] == [("look", ""), ("fine", "SELECT 2"), ("fenced", "SELECT 3")]
     assert sorted(notes) == sorted([
         "left out 2 of 13 traces: their db_id is not among the databases of the data (the first: 'bar')",
@@ -135,7 +136,7 @@ def test_pairs_of_prompts_that_fit_and_how_many_do_not(tiny_db):
 
     def pairs_within(tokens):
         builder = PromptBuilder({"music": tiny_db}, policy.tokenizer, PromptConfig(max_prompt_tokens=tokens))
-        return sft.supervised_pairs(examples, builder, policy.tokenizer, policy.end_id)
+        return cold_start.supervised_pairs(examples, builder, policy.tokenizer, policy.end_id)
 
     pairs, notes = pairs_within(800)
     assert [policy.tokenizer.decode(completion) for _, completion in pairs] == [
@@ -153,7 +154,7 @@ def test_pairs_of_prompts_that_fit_and_how_many_do_not(tiny_db):
     (20, 1, "only 1 traces for 46 training questions and shows each 640 times: --traces template makes one for every"),
     (200, 46, "only 46 traces for 46 training questions and shows each 139 times: lower --cold-start-steps")])
 def test_a_cold_start_that_does_less_than_one_expects_is_told(steps, traces, words):
-    notes = sft.cold_start_notes(sft.SFTConfig(cold_start_steps=steps), traces, 46)
+    notes = cold_start.cold_start_notes(cold_start.SFTConfig(cold_start_steps=steps), traces, 46)
     assert len(notes) == bool(words) and words in "".join(notes)
 
 
@@ -366,7 +367,7 @@ def test_a_bad_embedder_or_a_folder_in_the_way_is_one_sentence(own_data, tmp_pat
 
 
 @pytest.mark.parametrize("config, bad", [
-    (sft.SFTConfig, {"cold_start_steps": -1, "cold_start_batch": 0, "cold_start_lr": 0.0, "prompt_loss": -0.1}),
+    (cold_start.SFTConfig, {"cold_start_steps": -1, "cold_start_batch": 0, "cold_start_lr": 0.0, "prompt_loss": -0.1}),
     (sft.MineConfig, {"limit": -1, "samples": 0, "temperature": 0.0, "max_completion_tokens": 0, "batch": 0,
                       "max_per_question": 0, "max_per_cell": 0, "threads": -3, "workers": 0, "timeout": 0.0})])
 def test_every_number_states_its_range(config, bad):

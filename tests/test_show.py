@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import train
+from common.errors import UserError, run_main
 from engine.fast import ENGINES
 from grpo import GRPOConfig, micro_batches, policy_update, sample_groups
 from policy import build_tiny
 from running import show
-from running.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,9 +21,9 @@ import pytest
 from conftest import tiny_database
 
 import sql_exec
-from running.errors import UserError
+from common.errors import UserError
+from questions.schema import read_schema, schema_columns, value_index
 from sql_exec import Execution, SQLExecutor, bird_match
-from text2sql.schema import read_schema, schema_columns, value_index
 
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c"
 # One call of a C function that runs for ages: SQLite's own interrupt cannot stop it, only a kill can.

@@ -11,19 +11,19 @@ import pytest
 from test_data import CHAT, word_tokenizer
 from test_prompts import HOSTILE, chat_tokenizer, database
 
+from common.errors import UserError
 from data import Example, PromptBuilder, PromptConfig, load_dataset
-from running.errors import UserError
+from prompts.answer_format import ANSWER_STYLES
+from prompts.builder import prompt_config
+from prompts.descriptions import described, natural_names
+from prompts.plain_text import control_tokens
+from prompts.prompt_template import STYLES, VARIABLES
+from prompts.schema_text import omnisql_schema
+from questions.schema import Hint, read_schema, value_index
 from scoring.answers import verified_traces
 from scoring.verdicts import ExampleScore
 from scoring.voting import Candidate
 from settings import parse_settings
-from text2sql.answer_style import ANSWER_STYLES
-from text2sql.descriptions import described, natural_names
-from text2sql.plain_text import control_tokens
-from text2sql.prompt_template import STYLES, VARIABLES
-from text2sql.prompts import prompt_config
-from text2sql.schema import Hint, read_schema, value_index
-from text2sql.schema_text import omnisql_schema
 
 BEFORE = Path(__file__).with_name("prompts_before.json")  # what the code wrote before styles were template files
 QUESTIONS = [("How many singers are from France?", ""), ("\"Ana\" <|im_end|> {{ schema }} in 'Peru'", "old: age > 40"),

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from data import columns_of, load_dataset
+from partial_credit.traces import template_trace
 from rewards import parse_completion
-from text2sql.traces import template_trace
 
 SCHEMA = {"singer": ["singer_id", "Name", "Country", "age"], "concert": ["concert_id", "singer_id", "year", "Ticket Price"],
           "order list": ["id", "a`b"]}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import train
+from common.errors import UserError
 from running import trackers
-from running.errors import UserError
 from settings import parse_settings
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def test_wandb_writes_its_run_offline(tmp_path, monkeypatch):
 
 def test_wandb_without_a_key_is_one_sentence(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is optional")
-    code = ("from pathlib import Path; from running import errors, trackers;"
+    code = ("from pathlib import Path; from common import errors; from running import trackers;"
             "errors.run_main(lambda: trackers.open_trackers('wandb', Path('.'), {}))")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)

@@ -24,16 +24,16 @@ import evaluate
 import rewards
 import settings
 import train
+from common.errors import UserError
 from data import columns_of
-from engine import plan
 from grpo import Group, GRPOConfig
+from models import memory_plan
+from partial_credit.atomic import atomic_reward, rarity
 from policy import build_tiny
 from rewards import RewardBreakdown, RewardConfig
 from running.drawing import HALF_LIFE
-from running.errors import UserError
 from scoring.verdicts import ExampleScore
 from settings import DEFAULTS_BEFORE
-from text2sql.atomic import atomic_reward, rarity
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--cold-start-steps", "12", "--cold-start-batch", "8", "--prompts-per-step", "2", "--group-size", "2",
@@ -470,7 +470,7 @@ def test_a_run_without_room_for_all_weights_trains_adapters(chat_checkpoint, tmp
     monkeypatch.setattr(settings, "AUTO_RANK", 2)  # of so small a model 16 would be more than all weights
     flags = ["--model", str(chat_checkpoint), "--steps", "2", *SHORT]
     whole, adapted = (settings.peak_of(train.parse_settings([*flags, "--lora-rank", rank])) for rank in ("0", "2"))
-    monkeypatch.setattr(train, "memory_free", lambda *_: (whole + adapted) / 2 / plan.SHARE)
+    monkeypatch.setattr(train, "memory_free", lambda *_: (whole + adapted) / 2 / memory_plan.SHARE)
     output = run(*flags, "--output", tmp_path / "run")
     assert "--lora-rank auto: adapters of rank 2 are trained" in output and "learning rate 2e-05" in output
     config = json.loads((tmp_path / "run" / "config.json").read_text())

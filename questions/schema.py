@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from running.errors import UserError
+from common.errors import UserError
 from sql_exec import database_stamp, is_passing, open_database
 
 SAMPLES_KEPT = 5           # sample values read per column; a prompt shows at most this many

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from running.errors import UserError, read_text
-from text2sql.plain_text import NONCHARACTERS, enclosed
-from text2sql.schema import quote_identifier, quote_value
-from text2sql.schema_text import compact_hint, full_hint, space_out
+from common.errors import UserError, read_text
+from prompts.plain_text import NONCHARACTERS, enclosed
+from prompts.schema_text import compact_hint, full_hint, space_out
+from questions.schema import quote_identifier, quote_value
 
 STYLES = ("full", "compact", "finer-sql", "omnisql")  # NAME.jinja beside this file
 VARIABLES = ("schema", "hints", "evidence", "question", "rules", "answer")

@@ -36,15 +36,16 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from running.errors import UserError
-from running.options import build, check, option
-from text2sql.answer_style import ANSWER_STYLES
-from text2sql.chat import chat_text
-from text2sql.descriptions import described
-from text2sql.example import Example
-from text2sql.plain_text import MARK, control_tokens, encode, guarded, guarded_inside
-from text2sql.prompt_template import STYLES, PromptTemplate, Trusted, read_template, shipped
-from text2sql.schema import (
+from common.errors import UserError
+from common.options import build, check, option
+from prompts.answer_format import ANSWER_STYLES
+from prompts.chat import chat_text
+from prompts.descriptions import described
+from prompts.plain_text import MARK, control_tokens, encode, guarded, guarded_inside
+from prompts.prompt_template import STYLES, PromptTemplate, Trusted, read_template, shipped
+from prompts.schema_text import SchemaText, full_schema, space_out
+from questions.example import Example
+from questions.schema import (
     STOP_WORDS,
     UNSPACED,
     Hint,
@@ -55,7 +56,6 @@ from text2sql.schema import (
     value_index,
     words,
 )
-from text2sql.schema_text import SchemaText, full_schema, space_out
 
 __all__ = ["PromptBuilder", "PromptConfig", "full_schema", "mentioned_tables", "needed_columns", "needed_tables",
            "only_tables", "prompt_config", "space_out"]

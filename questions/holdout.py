@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from text2sql.example import Example
+from questions.example import Example
 
 QUOTES = str.maketrans({'"': "'", "`": "'"})
 FEWEST = 3  # questions, below which nothing can be held back

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from text2sql.schema import RESERVED, Column, Hint, Schema, Table, quote_identifier, quote_value
+from questions.schema import RESERVED, Column, Hint, Schema, Table, quote_identifier, quote_value
 
 
 class SchemaText:

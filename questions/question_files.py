@@ -15,12 +15,12 @@ Expected layouts
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from running.errors import UserError, parse_json, read_text
-from text2sql.example import Example
-from text2sql.schema import is_sqlite
+from common.errors import UserError, parse_json, read_text
+from questions.example import Example
+from questions.schema import is_sqlite
 
 SPIDER_FILES = {"train": ("train_spider.json", "train_others.json"), "dev": ("dev.json",),
                 "test": ("test.json",)}
@@ -44,6 +44,10 @@ class Dataset:
     examples: list[Example]
     databases: dict[str, Path]
     notes: tuple[str, ...] = ()
+
+    def noted(self, *notes: str) -> "Dataset":
+        """The same with more notes."""
+        return replace(self, notes=self.notes + notes)
 
 
 # ---------------------------------------------------------------------------------- the three layouts

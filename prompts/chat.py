@@ -8,7 +8,7 @@ first, until the text of each message stands in it.
 from collections.abc import Iterator
 from datetime import datetime
 
-from running.errors import UserError
+from common.errors import UserError
 
 # For templates that tell the day, as Llama's do, by a variable or a function: prompts must be the same tomorrow. A
 # macro shadows the function of transformers, which turns the functions that it is handed into text.

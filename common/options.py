@@ -22,7 +22,7 @@ import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from running.errors import UserError
+from common.errors import UserError
 
 OTHER_NAMES = {  # of our flags in other tools
     "--learning-rate": "--lr", "--num-generations": "--group-size", "--beta": "--kl-coef", "--epsilon": "--clip-low",

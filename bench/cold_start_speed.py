@@ -1,6 +1,6 @@
 """A step of the cold start in several ways, side by side in one process:
 
-    python bench/cold_start.py --data-dir SPIDER
+    python bench/cold_start_speed.py --data-dir SPIDER
 
     padded          prompts and completions as padded rows (`--engine plain`)
     packed          one row without padding
@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
-import sft  # noqa: E402
+import cold_start  # noqa: E402
+from common.errors import run_main  # noqa: E402
 from data import PromptBuilder, PromptConfig, columns_of, load_dataset  # noqa: E402
 from engine.fast import FAST  # noqa: E402
 from engine.tree import Tree  # noqa: E402
 from grpo import PLAIN  # noqa: E402
 from policy import load_policy, prefers_bf16  # noqa: E402
-from running.errors import run_main  # noqa: E402
 
 FLAGS = {"model": ("smollm2-135m", "to be trained"), "data": ("spider", "whose training questions are taught"),
          "data_dir": (None, "its folder")}
@@ -40,17 +40,18 @@ NUMBERS = {"batch": (16, "traces a step"), "steps": (3, "steps a way, the first 
 def template_pairs(options, policy) -> list:
     """(prompt, completion) of the training questions."""
     data = load_dataset(options.data, options.data_dir, "train")
-    traced = sft.template_traces(data.examples, columns_of(data.databases))
+    traced = cold_start.template_traces(data.examples, columns_of(data.databases))
     builder = PromptBuilder(data.databases, policy.tokenizer, PromptConfig(style="compact", max_prompt_tokens=512))
-    return sft.supervised_pairs(traced, builder, policy.tokenizer, policy.end_id)[0]
+    return cold_start.supervised_pairs(traced, builder, policy.tokenizer, policy.end_id)[0]
 
 
 def ways(options, pairs: Sequence, bf16: bool) -> dict[str, tuple]:
     """{name: (batches, engine, whether in bf16)}"""
     def batches(kin=None):
-        return [[pairs[i] for i in batch] for batch in sft._batches(len(pairs), options.batch, options.steps, 0, kin)]
+        numbers = cold_start._batches(len(pairs), options.batch, options.steps, 0, kin)
+        return [[pairs[i] for i in batch] for batch in numbers]
 
-    mixed, kin = batches(), batches(sft.families([prompt for prompt, _ in pairs]))
+    mixed, kin = batches(), batches(cold_start.families([prompt for prompt, _ in pairs]))
     found = {"padded": (mixed, PLAIN, False), "packed": (mixed, FAST, False), "shared": (kin, FAST, False)}
     return found | ({"shared, bf16": (kin, FAST, True)} if bf16 else {})
 
@@ -62,7 +63,7 @@ def seconds(model, batches, engine, bf16: bool) -> list[float]:
     for batch in batches:
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        sft._backward(model, batch, 0.0, autocast, sft.PASS_TOKENS, engine)
+        cold_start._backward(model, batch, 0.0, autocast, cold_start.PASS_TOKENS, engine)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         taken.append(time.perf_counter() - began)
@@ -73,7 +74,8 @@ def tokens(batch, engine) -> int:
     """That go through the model for a batch."""
     if engine is PLAIN:
         return len(batch) * max(len(prompt) + len(completion) for prompt, completion in batch)
-    return sum(Tree([torch.cat(pair) for pair in part]).size for part in sft.passes(batch, sft.PASS_TOKENS))
+    parts = cold_start.passes(batch, cold_start.PASS_TOKENS)
+    return sum(Tree([torch.cat(pair) for pair in part]).size for part in parts)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import html
 import math
 
-from running.errors import visible
+from common.errors import visible
 
 
 def escape(value) -> str:

@@ -17,8 +17,8 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from running.errors import UserError
-from text2sql.schema import Schema
+from common.errors import UserError
+from questions.schema import Schema
 
 LONGEST = 300  # characters kept of a description
 NAME_FILES = ("tables.json", "test_tables.json", "dev_tables.json", "train_tables.json")

@@ -10,7 +10,7 @@ gives what, joins, filters, order) taught less in as many steps, docs/pretrained
 
 from collections.abc import Mapping, Sequence
 
-from text2sql.atomic import Unparsable, plain_name, split_tokens
+from partial_credit.atomic import Unparsable, plain_name, split_tokens
 
 LISTED = ("join", "where", "group by", "having", "order by", "limit", "intersect", "union", "except")
 

@@ -1,0 +1,276 @@
+"""Cold start: supervised fine-tuning on reasoning traces, so that GRPO starts from a policy that knows the format.
+
+The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>` (or what --answer
+says, see prompts/answer_format.py), given the prompt. A trace is taught in the form that the reward reads: tags and
+fences in it are removed, and if `parse_completion` still could not read it back, it is left out and counted.
+
+No teacher is needed to write the traces. A template derives them from the gold SQL (partial_credit/traces.py), or
+sft.py mines them from a model.
+"""
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from os.path import commonprefix
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.options import option
+from data import PromptBuilder
+from engine import distributed
+from engine.fast import FAST
+from engine.packing import fill
+from grpo import Engine
+from partial_credit.traces import template_trace
+from prompts.answer_format import completion_text
+from prompts.plain_text import encode_answers
+from questions.example import Example
+from rewards import parse_completion
+from running.guards import Heartbeat
+from scoring.verdicts import first_reasons
+
+__all__ = ["SFTConfig", "cold_start", "cold_start_notes", "completion_text", "supervised_pairs", "taught_text",
+           "teachable", "template_trace", "template_traces"]
+
+PASS_TOKENS = 2**12  # of a forward pass of the cold start, where nothing else is said
+TOGETHER = 4  # questions on one database that a cold start teaches side by side, so that their schema is computed once
+OFTEN = 50  # times that a cold start may show each trace before we say that there are few
+TAG = re.compile(r"</?think(?:ing)?\s*>", re.IGNORECASE)
+FENCE_MARK = re.compile(r"^[ \t]*```[\w+-]*[ \t]*$\n?|```(?:sql(?:ite)?\b)?", re.MULTILINE | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Settings of the cold start."""
+
+    cold_start_steps: int = option(400, "supervised steps before GRPO; 0: none, which a pretrained model has without "
+                                       "--traces", at_least=0, common=True)
+    cold_start_batch: int = option(32, "traces per supervised step", at_least=1)
+    cold_start_lr: float = option(1e-5, "peak learning rate of the cold start", above=0)
+    prompt_loss: float = option(0.0, "weight of the loss on prompt tokens; a policy from random weights learns to copy "
+                                     "from them", at_least=0)
+
+
+def taught_text(example, answer_style: str = "think-sql") -> str:
+    """The completion that an example with a trace teaches; the trace of a teacher nobody checked has SQL of its own."""
+    return completion_text(example.trace, example.trace_sql or example.gold_sqls[0], answer_style)
+
+
+# ---------------------------------------------------------------------------------------------- which traces are taught
+
+
+def template_traces(examples: Sequence[Example], schemas: Mapping) -> list[Example]:
+    """The examples, those without a trace with one that is made from their gold SQL.
+
+    schemas: {db_id: {table: [column, ...]}}.
+    """
+    return [example if example.trace else replace(
+        example, trace=template_trace(example.gold_sqls[0], schemas[example.db_id])) for example in examples]
+
+
+def teachable(examples: Sequence[Example], executor, schemas: Mapping,
+              answer_style: str = "think-sql") -> tuple[list[Example], list[str]]:
+    """The traces that can be taught, without tags and fences, and a sentence a reason on those left out."""
+    known = [example for example in examples if example.db_id in schemas]
+    golds = executor.run_gold([(example.db_id, example.gold_sqls[0]) for example in known])
+    strangers = sorted({example.db_id for example in examples} - set(schemas))
+    reasons = Counter()
+    if strangers:
+        reasons[f"their db_id is not among the databases of the data (the first: {strangers[0]!r})"] = (
+            len(examples) - len(known))
+    kept, failed = [], []
+    for example, gold in zip(known, golds, strict=True):
+        if gold.status != "ok":
+            failed.append((example.id, gold.status, gold.error or "", str(executor.databases[example.db_id])))
+            continue
+        clean, reason = without_tags(example, answer_style)
+        if reason:
+            reasons[reason] += 1
+        else:
+            kept.append(clean)
+    notes = [f"left out {count} of {len(examples)} traces: {reason}" for reason, count in reasons.items()]
+    if failed:
+        notes.append("\n  ".join([f"left out {len(failed)} of {len(examples)} traces: their gold SQL fails; the first "
+                                  "of each kind:", *first_reasons(failed)]))
+    return kept, notes
+
+
+def without_tags(example: Example, answer_style: str = "think-sql") -> tuple[Example, str]:
+    """The example as it can be taught, so that it is read back as it is; and the reason where that cannot be."""
+    trace, sql = bare_trace(example.trace), example.trace_sql or example.gold_sqls[0]
+    if not trace:
+        return example, "without tags and fences they hold no reasoning"
+    if TAG.search(trace) or TAG.search(sql):
+        return example, "they hold several <think> tags"
+    read = parse_completion(completion_text(trace, sql), lenient=True)  # takes a fence off the SQL of a teacher
+    if read is None or read != parse_completion(completion_text(*read, answer_style), style=answer_style):
+        return example, "their SQL is not one statement that can be read back"
+    return replace(example, trace=read[0], trace_sql=read[1] if example.trace_sql else ""), ""
+
+
+def bare_trace(text: str) -> str:
+    """The reasoning of a trace that may be a whole completion: what its tags enclose, without the marks of fences."""
+    closing = ["/" in tag for tag in TAG.findall(text)]
+    if closing not in ([], [False], [True], [False, True]):  # one may be missing: prompts can open, limits can cut
+        return text
+    pieces = TAG.split(text)
+    return FENCE_MARK.sub("", pieces[1] if closing[:1] == [False] else pieces[0]).strip()
+
+
+def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder, tokenizer,
+                     end_id: int) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """(prompt, completion with `end_id`) of the traces whose prompt fits, and a sentence on those left out.
+
+    Raises:
+        UserError: there are traces, but no prompt fits.
+    """
+    encoded, notes = builder.encode_all(examples)
+    if examples and not encoded:
+        raise UserError(f"no trace can be taught: the prompts of all {len(examples)} are longer than "
+                        f"--max-prompt-tokens {builder.config.max_prompt_tokens}, even shortened")
+    style = builder.config.answer_style
+    answers = encode_answers(tokenizer, [taught_text(example, style) for example, _ in encoded])
+    pairs = [(torch.tensor(ids), torch.tensor([*answer, end_id]))
+             for (_, ids), answer in zip(encoded, answers, strict=True)]
+    return pairs, [f"cold start: {note}" for note in notes]
+
+
+def cold_start_notes(config: SFTConfig, traces: int, questions: int) -> list[str]:
+    """Sentences on a cold start that does not do what one may expect of it; `questions` are those to train on."""
+    steps = config.cold_start_steps
+    if not traces:
+        return [f"no cold start: --cold-start-steps {steps} has no traces to teach; give --traces FILE, or --traces "
+                "template for reasoning made from the gold SQL"] if steps else []
+    if not steps:
+        return [f"no cold start: {traces} traces are there, but --cold-start-steps is 0; they only fill the memory"]
+    times = round(steps * config.cold_start_batch / traces)
+    if times <= OFTEN:
+        return []
+    more = "--traces template makes one for every question; else " if traces < questions else ""
+    return [f"the cold start has only {traces} traces for {questions} training questions and shows each {times} times: "
+            f"{more}lower --cold-start-steps"]
+
+
+# ---------------------------------------------------------------------------------------------- teaching them
+
+
+def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig, *, seed: int,
+               autocast: Callable = nullcontext, quiet: bool = False, tokens_per_pass: int = PASS_TOKENS,
+               engine: Engine = FAST) -> float:
+    """Trains on (prompt [P], completion [C] with EOS) pairs; returns the loss of the last tenth, nats a token.
+
+    tokens_per_pass: what goes through the model together, at most; a batch takes as many passes as it needs, and
+    several processes share them out.
+    Raises:
+        UserError: there are no pairs.
+    """
+    if not pairs:
+        raise UserError("the cold start has no trace to teach: give --traces, or --cold-start-steps 0 to go without it")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.cold_start_lr,
+                                  betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    steps = config.cold_start_steps
+    warmup = max(1, min(50, steps // 10))
+    losses, heartbeat = [], Heartbeat()
+    model.train()
+    kin = families([prompt for prompt, _ in pairs]) if not config.prompt_loss else None
+    with tqdm(_batches(len(pairs), config.cold_start_batch, steps, seed, kin), desc="cold start", unit="step",
+              dynamic_ncols=True, disable=quiet or None) as bar:  # None: only on a terminal, else a line a minute
+        for step, batch in enumerate(bar, 1):
+            # linear warm-up, then cosine decay
+            rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = config.cold_start_lr * rate
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(_backward(model, [pairs[i] for i in batch], config.prompt_loss, autocast,
+                                    tokens_per_pass, engine))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            if not quiet:
+                heartbeat.beat(f"cold start, step {step} of {steps}: loss {losses[-1]:.3f}")
+    model.eval()
+    tail = losses[-max(1, len(losses) // 10):]
+    return sum(tail) / len(tail)
+
+
+def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float, autocast: Callable,
+              tokens_per_pass: int, engine: Engine) -> float:
+    """Adds the gradient of a batch's loss; returns its completion loss. Each process makes as many passes as its share
+    of the batch asks for."""
+    def tokens(part):  # that carry a loss: of completions, of prompts
+        return sum(len(completion) for _, completion in part), sum(len(prompt) - 1 for prompt, _ in part)
+
+    total, loss = tokens(pairs), 0.0
+    parts = passes(pairs, tokens_per_pass)
+    most = max(distributed.gather(len(parts)))
+    for part in parts:
+        share, prompt_share = (n / of if of else 0.0 for n, of in zip(tokens(part), total, strict=True))
+        with autocast():
+            of_completions, of_prompts = supervised_losses(model, part, prompt_loss > 0, engine)
+        (share * of_completions + prompt_loss * prompt_share * of_prompts).backward()
+        loss += share * of_completions.item()
+    with autocast():
+        distributed.make_idle_passes(model, engine, most - len(parts))
+    distributed.sum_gradients(model)
+    return sum(distributed.gather(loss))
+
+
+def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int) -> list[list]:
+    """Splits this process's share of a batch so that no pass has more tokens than these, where it has more than one
+    pair. Pairs that begin alike are in one share."""
+    rows = [torch.cat(pair) for pair in pairs]
+    mine = sorted(range(len(pairs)), key=lambda i: rows[i].tolist())[distributed.share_of(len(pairs))]
+    return [[pairs[mine[i]] for i in part] for part in fill([[rows[i]] for i in mine], tokens)]
+
+
+def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False,
+                      engine: Engine = FAST) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropies of the completion tokens and of the prompt tokens (scalars, nats).
+
+    A prompt's first token is given; the second is 0 unless `with_prompts`. The fast engine makes one row of all pairs,
+    without padding, in which what several begin with stands once.
+    """
+    rows, given = [torch.cat(pair) for pair in pairs], [prompt[:1] if with_prompts else prompt for prompt, _ in pairs]
+    logp = engine.logprobs(model, given, [row[len(tokens):] for row, tokens in zip(rows, given, strict=True)],
+                           1.0)  # [N, T]
+    first, prompt, total = (torch.tensor(list(map(len, sizes)))[:, None]
+                            for sizes in (given, [prompt for prompt, _ in pairs], rows))
+    position = first + torch.arange(logp.shape[1])  # [N, T], of each token in its row
+    taught, read = (mask.to(logp.device) for mask in ((position >= prompt) & (position < total), position < prompt))
+    return -logp[taught].mean(), -logp[read].mean() if with_prompts else logp.new_zeros(())
+
+
+def families(prompts: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of prompts, those together that begin with the same half: questions on one database."""
+    rows, kin = [prompt.tolist() for prompt in prompts], []
+    for i in sorted(range(len(rows)), key=rows.__getitem__):
+        if kin and 2 * len(commonprefix([rows[kin[-1][0]], rows[i]])) >= len(rows[i]):
+            kin[-1].append(i)
+        else:
+            kin.append([i])
+    return kin
+
+
+def _batches(count: int, size: int, steps: int, seed: int, kin: Sequence[list[int]] | None = None) -> list[list[int]]:
+    """`steps` batches of indices; every pair is seen once before any is seen again, a few of a family side by side.
+
+    Raises:
+        ValueError: there are no pairs.
+    """
+    if count < 1:
+        raise ValueError("there are no pairs to make batches of")
+    rng, order = random.Random(seed), []
+    while len(order) < size * steps:
+        few = [[i] for i in range(count)]
+        if kin is not None:
+            mixed = [rng.sample(family, len(family)) for family in kin]
+            few = [family[i:i + TOGETHER] for family in mixed for i in range(0, len(family), TOGETHER)]
+        order += [i for some in rng.sample(few, len(few)) for i in some]
+    return [order[i * size:(i + 1) * size] for i in range(steps)]
