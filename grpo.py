@@ -18,12 +18,16 @@ a training step: sample, log-probabilities, advantages, loss, update. What small
 Left out: rewards, files, arguments, several processes, and speed. Sampling and log-probabilities take nearly all the
 time, so they are handed in as an `Engine`: `PLAIN` is the one to read, engine/fast.py computes the same faster:
 
-    groups = sample_groups(model, prompts, config, eos_ids=[2])              # rollout
-    advantages = group_advantages(rewards)                                   # [B, G], your rewards of the completions
-    batches = micro_batches(groups, config)
-    stats = policy_update(model, optimizer, batches, advantages, None, config)
+    groups = sample_groups(model, prompts, config, eos_ids=[2])      # rollout
+    advantages = group_advantages(rewards)                           # [B, G], from your rewards of the completions
+    batches = micro_batches(groups, advantages, config)
+    stats = policy_update(model, optimizer, batches, config)
+
+What others have made of each step (DAPO, Dr. GRPO, GSPO, …) is in variants.py, one small function each. It is imported
+when a config names one of them.
 """
 
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,6 +38,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+LOSSES: dict[str, tuple] = {}  # name -> (surrogate, average); the paper's here, others in variants.py
+ADVANTAGES: dict[str, Callable] = {}  # name -> how rewards become advantages; likewise
+
+
+def variant(name: str) -> Callable:
+    """A function of variants.py."""
+    return getattr(importlib.import_module("variants"), name)
+
+
+def find(table: dict, name: str, what: str):
+    """The entry of a table. Raises ValueError, which names what is chosen by it: there is none of this name."""
+    if name not in table:
+        importlib.import_module("variants")  # adds its entries
+    if name not in table:
+        raise ValueError(f"{what} is '{name}'; choose one of {', '.join(table)}")
+    return table[name]
 
 
 def _setting(default, text: str, **metadata):
@@ -52,9 +73,9 @@ class GRPOConfig:
     kl_coef: float = _setting(0.04, "weight of the KL to the reference; 0 needs no reference", at_least=0, common=True)
     kl_estimator: str = _setting("k3", "per-token estimator of the KL in the loss", choices=("k2", "k3"))
     loss: str = _setting("grpo", "how token losses are averaged; gspo: one ratio a completion; cispo: the ratio is a "
-                         "weight", choices=("grpo", "dapo", "dr_grpo", "gspo", "cispo"), common=True)
+                         "weight", choices=LOSSES, common=True)
     advantage_scale: str = _setting("group", "whose std divides advantages; gdpo: each reward's in its group, then the "
-                                    "batch's", choices=("group", "batch", "none", "gdpo"))
+                                    "batch's", choices=ADVANTAGES)
     sampler_cap: float = _setting(0.0, "a token weighs min(π / sampler's π, this) (TRL: 2); 0: it weighs 1", at_least=0)
     sampler_veto: float = _setting(0.0, "drop completions with a larger |log(π / sampler's π)|; 0: none", at_least=0)
     updates_per_rollout: int = _setting(1, "optimizer steps on each batch of rollouts", at_least=1)
@@ -68,7 +89,9 @@ class GRPOConfig:
     def __post_init__(self):
         for setting in fields(self):
             value, meta = getattr(self, setting.name), setting.metadata
-            if "choices" in meta and value not in meta["choices"]:
+            if isinstance(meta.get("choices"), dict):
+                find(meta["choices"], value, setting.name)
+            elif "choices" in meta and value not in meta["choices"]:
                 raise ValueError(f"{setting.name} is '{value}'; choose one of {', '.join(meta['choices'])}")
             if "at_least" in meta and not meta["at_least"] <= value < math.inf:
                 raise ValueError(f"{setting.name} is {value}; it must be a number, at least {meta['at_least']}")
@@ -96,8 +119,7 @@ def dropout_off(model):
     """Evaluation mode inside, so that rollout and update see the same policy; every module's mode comes back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in modes:  # a layer checkpoints only in training mode; its children, dropout too, do not need it
-            module.training = torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
+        model.eval()
         yield
     finally:
         for module, mode in modes:
@@ -209,31 +231,28 @@ def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_i
 
 
 # ---- advantages
-def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
+def group_advantages(rewards: Tensor, scale: str = "group", components=None) -> Tensor:
     """Rewards relative to their group, eq. (1). [B, G] -> [B, G]
 
-    scale: divide by the standard deviation (divisor n − 1) of the `group` (GRPO), of the `batch`, or by nothing, `none`
-    (Dr. GRPO, arXiv 2503.20783). A group whose rewards are equal but for rounding gets exactly 0.
+    scale: a name in ADVANTAGES; `group` is GRPO's, `batch`, `none` and `gdpo` are in variants.py.
+    components: (rewards [K, B, G], weights [K]) that these rewards are the sum of, for scales that take each by itself.
+    A group whose rewards are equal but for rounding gets exactly 0.
     Raises ValueError: fewer than two completions a group, a reward that is not finite, an unknown scale."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [B, G] with G at least 2, but are {list(rewards.shape)}")
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is not finite")
-    if scale not in ("group", "batch", "none"):
-        raise ValueError(f"advantage scale is '{scale}'; choose one of group, batch, none")
+    return find(ADVANTAGES, scale, "advantage scale")(rewards, components)
+
+
+def over_group_std(rewards: Tensor, components=None) -> Tensor:
+    """Over the group's standard deviation (divisor n − 1), eq. (1). [B, G] -> [B, G]"""
     flat = flat_groups(rewards)[:, None]  # [B, 1]
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)  # eq. (1)
-    if scale == "group":
-        advantages = advantages / rewards.std(dim=1, keepdim=True).masked_fill(flat, 1.0)
-    elif scale == "batch" and not flat.all():
-        advantages = advantages / rewards.std()
-    return advantages.masked_fill(flat, 0.0)
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    return (advantages / rewards.std(dim=1, keepdim=True).masked_fill(flat, 1.0)).masked_fill(flat, 0.0)
 
 
-def gdpo_advantages(rewards: Tensor, weights: Sequence[float]) -> Tensor:
-    """GDPO (arXiv 2601.05242): K rewards, each over its std in the group, are weighted, summed, and divided by the
-    batch's std, so that no reward is drowned by one that varies more. [K, B, G] -> [B, G]"""
-    return group_advantages(sum(w * group_advantages(R) for w, R in zip(weights, rewards, strict=True)), "batch")
+ADVANTAGES["group"] = over_group_std
 
 
 def flat_groups(rewards: Tensor) -> Tensor:
@@ -265,28 +284,19 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advanta
     logp, old_logp, ref_logp: [N, T]; gradients flow through logp only. ref_logp may be None (no KL).
     advantages: [N], one a completion, or [N, T]. mask: [N, T], true on the tokens that count.
     normalizer: `loss_normalizer` of the *whole* batch where these rows are a part of it; None: of these rows."""
+    surrogate_of, average = find(LOSSES, config.loss, "loss")
     mask = mask.to(logp.dtype)
-    lengths = mask.sum(-1).clamp(min=1)  # [N]
     A = advantages.detach().to(logp.dtype).view(len(logp), -1)  # [N, 1] or [N, T]
     log_ratio = (logp - old_logp.detach()) * mask
-    if config.loss == "gspo":  # one ratio a sequence, the geometric mean of its tokens' (arXiv 2507.18071)
-        log_ratio = (log_ratio.sum(-1) / lengths)[:, None] * mask
-    ratio = log_ratio.exp()  # eq. (2)  [N, T]
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # clip-higher where clip_high > clip_low (DAPO)
-    surrogate = torch.minimum(ratio * A, clipped * A)  # eq. (3)
-    if config.dual_clip:  # bounded below: a bad token that became far likelier pulls no harder (arXiv 1912.09729)
-        surrogate = torch.where(A < 0, surrogate.maximum(config.dual_clip * A), surrogate)
-    if config.loss == "cispo":  # the clipped ratio is a constant weight, so no token loses its gradient (2506.13585)
-        surrogate = clipped.detach() * A * logp
+    surrogate, log_ratio = surrogate_of(logp, log_ratio, A, mask, config)  # [N, T] each
     kl = None if ref_logp is None else kl_estimate(logp, ref_logp.detach(), config.kl_estimator)
     if kl is not None and config.kl_coef:
         surrogate = surrogate - config.kl_coef * kl
-    row_loss = -(surrogate * mask).sum(-1)  # [N]
-    if config.loss in ("grpo", "gspo"):  # mean over a sequence's tokens, then over sequences
-        row_loss = row_loss / lengths
-    # dapo, cispo: every token of the batch weighs the same (arXiv 2503.14476); dr_grpo: a constant length (2503.20783)
-    divisor = loss_normalizer(mask, config) if normalizer is None else normalizer
+    divisors, total = average(mask, config)
+    row_loss = -(surrogate * mask).sum(-1) / divisors  # [N]
+    loss = row_loss.sum() / max(total if normalizer is None else normalizer, 1)  # eq. (5)
     with torch.no_grad():
+        ratio = log_ratio.exp()
         values = {"ratio_mean": ratio, "approx_kl": torch.expm1(log_ratio) - log_ratio,  # KL(π_old ‖ π)
                   "clip_fraction_low": (ratio < 1 - config.clip_low) & (A < 0),
                   "clip_fraction_high": (ratio > 1 + config.clip_high) & (A > 0)}
@@ -294,106 +304,152 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advanta
             values |= {"kl": kl, "kl_k1": kl_estimate(logp, ref_logp, "k1")}
         stats = {name: ((value * mask).sum() / mask.sum().clamp(min=1)).item() for name, value in values.items()}
         stats["ratio_max"] = (ratio * mask).max().item()
-    return row_loss.sum() / max(divisor, 1), stats  # eq. (5)
+    return loss, stats
+
+
+def clipped_surrogate(logp: Tensor, log_ratio: Tensor, A: Tensor, mask: Tensor,
+                      config: GRPOConfig) -> tuple[Tensor, Tensor]:
+    """Eq. (2) and (3). [N, T], [N, T], [N, 1] or [N, T], [N, T] -> the surrogate and the log-ratios in it, [N, T]"""
+    ratio = log_ratio.exp()  # eq. (2)
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # clip-higher where clip_high > clip_low (DAPO)
+    surrogate = torch.minimum(ratio * A, clipped * A)  # eq. (3)
+    return variant("dual_clip")(surrogate, A, config) if config.dual_clip else surrogate, log_ratio
+
+
+def sequence_mean(mask: Tensor, config: GRPOConfig) -> tuple[Tensor, float]:
+    """The mean over a sequence's tokens, then over sequences, eq. (5); fully masked ones do not count.
+
+    mask [N, T] -> divisor of each row's sum [N], divisor of the sum of rows"""
+    lengths = mask.sum(-1)
+    return lengths.clamp(min=1), (lengths > 0).sum().item()
+
+
+LOSSES["grpo"] = clipped_surrogate, sequence_mean
 
 
 def loss_normalizer(mask: Tensor, config: GRPOConfig) -> float:
     """The divisor of the summed loss of these rows; those of the parts of a batch add up to its own. mask [N, T]"""
-    if config.loss in ("dapo", "cispo"):
-        return mask.sum().item()
-    sequences = (mask.sum(-1) > 0).sum().item()  # fully masked ones do not count
-    return sequences * config.max_completion_tokens if config.loss == "dr_grpo" else sequences
+    return find(LOSSES, config.loss, "loss")[1](mask, config)[1]
 
 
 # ---- update
-@dataclass(frozen=True)
+@dataclass
 class MicroBatch:
-    """Completions that go through the model in one pass."""
-    rows: list[int]  # n, their numbers b·G + j in the rollout
+    """Completions that go through the model in one pass. The old policy's log-probabilities are those of the first."""
     prompts: list[Tensor]  # n times [P]
     completions: list[Tensor]  # n times [C_i]
     sampled_logps: list[Tensor]  # n times [C_i], of the sampler
+    advantages: Tensor  # [n]
     mask: Tensor  # bool [n, T], true on the tokens that count in the loss
+    normalizer: float  # `loss_normalizer` of the whole rollout
+    ref_logps: Tensor | None = None  # [n, T], of the reference
+    old_logps: Tensor | None = None  # [n, T], of the policy that the update began with
 
 
-def micro_batches(groups: Sequence[Group], config: GRPOConfig) -> list[MicroBatch]:
-    """Splits a rollout into passes of `micro_batch` completions, all of one group; 0: a whole group in a pass."""
-    batches = []
-    for b, group in enumerate(groups):
-        G, leave_out = len(group.completions), config.overlong == "mask"
-        counted = [0 if leave_out and group.truncated[j] else len(group.completions[j]) for j in range(G)]
-        for start in range(0, G, config.micro_batch or G):
-            part = slice(start, start + (config.micro_batch or G))
-            completions, rows = group.completions[part], list(range(b * G, b * G + G))[part]
+def micro_batches(groups: Sequence[Group], advantages: Tensor, config: GRPOConfig) -> list[MicroBatch]:
+    """Splits a rollout into passes of `micro_batch` completions, all of one group; 0: a whole group in a pass.
+
+    advantages: [B, G]"""
+    batches, size = [], config.micro_batch
+    for group, A in zip(groups, advantages, strict=True):
+        left_out = [cut and config.overlong == "mask" for cut in group.truncated]
+        counted = [0 if out else len(c) for c, out in zip(group.completions, left_out, strict=True)]
+        for start in range(0, len(counted), size or len(counted)):
+            part = slice(start, start + (size or len(counted)))
+            completions = group.completions[part]
             mask = torch.arange(max(map(len, completions))) < torch.tensor(counted[part])[:, None]  # [n, T]
-            batches.append(MicroBatch(rows, [group.prompt] * len(rows), completions, group.logps[part], mask))
+            batches.append(MicroBatch([group.prompt] * len(completions), completions, group.logps[part], A[part], mask,
+                                      0.0))
+    normalizer = sum(loss_normalizer(batch.mask, config) for batch in batches)
+    for batch in batches:
+        batch.normalizer = normalizer
     return batches
 
 
 @torch.no_grad()
-def reference_logprobs(model, batches, config: GRPOConfig, engine: Engine = PLAIN) -> list[Tensor]:
-    """Log-probabilities [n, T] of the reference, for each micro-batch."""
+def reference_logprobs(model, batches: Sequence[MicroBatch], config: GRPOConfig, engine: Engine = PLAIN) -> None:
+    """Computes the log-probabilities of each micro-batch under the reference, into its `ref_logps`."""
     with dropout_off(model):
-        return [engine.logprobs(model, batch.prompts, batch.completions, config.temperature) for batch in batches]
+        for batch in batches:
+            batch.ref_logps = engine.logprobs(model, batch.prompts, batch.completions, config.temperature)
 
 
-def policy_update(model, optimizer, batches: Sequence[MicroBatch], advantages: Tensor, ref_logps: list[Tensor] | None,
-                  config: GRPOConfig, engine: Engine = PLAIN, *, normalizer: float | None = None,
-                  step: Callable | None = None) -> dict[str, float]:
+def policy_update(model, optimizer, batches: Sequence[MicroBatch], config: GRPOConfig,
+                  engine: Engine = PLAIN) -> dict[str, float]:
     """`updates_per_rollout` optimizer steps on one rollout.
 
-    batches, ref_logps: of `micro_batches` and `reference_logprobs` (None when kl_coef is 0), maybe of a part of the
-    rollout. advantages: [B, G] of all of it, and so is the normalizer. step: does what `clip_and_step` does.
     Returns the statistics of `policy_loss`, means over `tokens` and updates; `loss` and `grad_norm` (before clipping)
     of the last update; `skipped_updates`, those without a finite gradient; `sampler_gap`, the mean |log-probability of
     sampler − training| over the `trained_tokens`, those that went through the model."""
-    advantages = advantages.flatten()  # [B·G]
-    normalizer = sum(loss_normalizer(b.mask, config) for b in batches) if normalizer is None else normalizer
-    old_logps, gaps, totals, ratio_max, skipped = [None] * len(batches), [None] * len(batches), Counter(), 1.0, 0
+    sums, skipped = UpdateSums(), 0
     with dropout_off(model):
         for update in range(config.updates_per_rollout):
             optimizer.zero_grad(set_to_none=True)
-            loss_sum = 0.0
-            for n, batch in enumerate(batches):
-                A, tokens = advantages[batch.rows], int(batch.mask.sum())  # [n]
-                totals["tokens"] += tokens
-                if ref_logps is None and config.updates_per_rollout == 1 and not A.any():
-                    totals["ratio_mean"] += tokens  # no gradient, so no pass: a flat group's ratios are 1
-                    continue
-                logp = engine.logprobs(model, batch.prompts, batch.completions, config.temperature)  # [n, T]
-                if update == 0:  # on policy: this is the old policy, so the ratio is exactly 1
-                    old_logps[n] = logp.detach()
-                    gaps[n] = old_logps[n] - pad_sequence(batch.sampled_logps, batch_first=True).to(logp)  # [n, T]
-                    totals["sampler_gap"] += gaps[n].abs().sum().item()
-                    totals["trained_tokens"] += sum(map(len, batch.completions))
-                A = A.to(logp)[:, None] * sampler_weights(gaps[n], config)  # [n, T]
-                loss, stats = policy_loss(logp, old_logps[n], ref_logps[n] if ref_logps else None, A,
-                                          batch.mask.to(logp.device), config, normalizer)
-                loss.backward()
-                loss_sum += loss.item()
-                ratio_max = max(ratio_max, stats.pop("ratio_max"))
-                totals.update({name: value * tokens for name, value in stats.items()})
-            grad_norm = (step or clip_and_step)(model, optimizer, config)
+            loss = sum(backward(model, batch, update == 0, config, sums, engine) for batch in batches)
+            grad_norm = step_if_finite(optimizer, clip(optimizer, config).item())
             skipped += not math.isfinite(grad_norm)
-    counts = {name: totals.pop(name, 0) for name in ("tokens", "trained_tokens")}
-    gap = totals.pop("sampler_gap", 0.0) / max(1, counts["trained_tokens"])
-    return {"loss": loss_sum, "grad_norm": grad_norm, "skipped_updates": skipped, "ratio_max": ratio_max,
-            "sampler_gap": gap, **counts} | {name: total / max(1, counts["tokens"]) for name, total in totals.items()}
+    return {"loss": loss, "grad_norm": grad_norm, "skipped_updates": skipped} | sums.means()
 
 
-def clip_and_step(model, optimizer, config: GRPOConfig, clip: Callable = torch.nn.utils.clip_grad_norm_) -> float:
-    """An optimizer step, unless the gradient is not finite; returns the gradient's norm before clipping."""
-    norm = clip([p for g in optimizer.param_groups for p in g["params"]], config.max_grad_norm or math.inf).item()
+def backward(model, batch: MicroBatch, first: bool, config: GRPOConfig, sums: "UpdateSums",
+             engine: Engine = PLAIN) -> float:
+    """Adds a micro-batch's gradient to the model's and its statistics to the sums. -> its part of the loss
+
+    first: whether this is the first update on the rollout."""
+    if not has_gradient(batch, config):
+        sums.add(batch, {"ratio_mean": 1.0})
+        return 0.0
+    logp = engine.logprobs(model, batch.prompts, batch.completions, config.temperature)  # [n, T]
+    if first:
+        batch.old_logps = logp.detach()  # on policy: this is the old policy, so the ratio is exactly 1
+    gap = batch.old_logps - pad_sequence(batch.sampled_logps, batch_first=True).to(logp)  # [n, T]
+    A = batch.advantages.to(logp)[:, None]  # [n, 1]
+    if config.sampler_cap or config.sampler_veto:
+        A = A * variant("sampler_weights")(gap, config)  # [n, T]
+    loss, stats = policy_loss(logp, batch.old_logps, batch.ref_logps, A, batch.mask.to(logp.device), config,
+                              batch.normalizer)
+    loss.backward()
+    sums.add(batch, stats, gap if first else None)
+    return loss.item()
+
+
+def has_gradient(batch: MicroBatch, config: GRPOConfig) -> bool:
+    """Whether a micro-batch needs a pass: where all advantages are 0, only the KL has a gradient. With several updates
+    all of them do, for the statistics of their ratios."""
+    return bool(config.kl_coef or config.updates_per_rollout > 1 or batch.advantages.any())
+
+
+def clip(optimizer, config: GRPOConfig) -> Tensor:
+    """Clips the gradient to `max_grad_norm`; its norm before that."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+
+
+def step_if_finite(optimizer, norm: float) -> float:
+    """An optimizer step, unless the gradient's norm, which is returned, is not finite."""
     if math.isfinite(norm):
         optimizer.step()
         torch.clear_autocast_cache()  # else autocast would reuse copies of the old weights in the next update
     return norm
 
 
-def sampler_weights(gap: Tensor, config: GRPOConfig) -> Tensor:
-    """What the advantage of each token weighs, by gap = log π_old − log π_sampler, 0 but for rounding. [n, T] -> [n, T]
+class UpdateSums:
+    """Statistics of the passes of an update."""
 
-    For a sampler whose arithmetic is not that of training: sampler_cap is truncated importance sampling
-    (fengyao.notion.site/off-policy-rl), sampler_veto leaves out completions that the sampler got quite wrong."""
-    weights = gap.exp().clamp(max=config.sampler_cap) if config.sampler_cap else torch.ones_like(gap)
-    return weights.masked_fill(gap.abs().amax(-1, keepdim=True) > (config.sampler_veto or math.inf), 0.0)
+    def __init__(self):
+        self.totals, self.ratio_max = Counter({"tokens": 0, "trained_tokens": 0, "sampler_gap": 0.0}), 1.0
+
+    def add(self, batch: MicroBatch, stats: dict[str, float], gap: Tensor | None = None) -> None:
+        """Takes in `policy_loss`'s statistics of a micro-batch. gap: [n, T], old − sampler's log-probabilities"""
+        tokens = int(batch.mask.sum())
+        self.ratio_max = max(self.ratio_max, stats.pop("ratio_max", 1.0))
+        self.totals.update({name: value * tokens for name, value in stats.items()} | {"tokens": tokens})
+        if gap is not None:
+            self.totals.update(sampler_gap=gap.abs().sum().item(), trained_tokens=sum(map(len, batch.completions)))
+
+    def means(self) -> dict[str, float]:
+        """The statistics of all passes."""
+        counts = {name: self.totals.pop(name) for name in ("tokens", "trained_tokens")}
+        gap = self.totals.pop("sampler_gap") / max(1, counts["trained_tokens"])
+        means = {name: total / max(1, counts["tokens"]) for name, total in self.totals.items()}
+        return {"ratio_max": self.ratio_max, "sampler_gap": gap, **counts, **means}

@@ -276,7 +276,7 @@ class RewardScorer:
         self.config, self.weights, self.answer_style = config, config.weights, answer_style
         self.executor, self.schemas, self.memory = executor, schemas, memory
         self.match, self.user_reward, self.rarity = match, user_reward, rarity
-        self.seconds: dict[str, float] = {}  # of each component since `reset_seconds`
+        self.seconds: dict[str, float] = {}  # of each component since `take_seconds`
         for name, needed in (("memory", memory), ("user", user_reward)):
             if self.weights[name] and needed is None:
                 raise ValueError(f"the {name} reward has a weight, but there is nothing to compute it with")
@@ -317,9 +317,10 @@ class RewardScorer:
             with self._clock("memory"):
                 self.memory.add_many(pairs)
 
-    def reset_seconds(self) -> None:
-        """Begins to count anew; until then the seconds of all calls add up."""
-        self.seconds = {}
+    def take_seconds(self) -> dict[str, float]:
+        """The seconds of each component since the last call."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
 
     def _embed(self, pairs: list[tuple[str, str]]) -> None:
         """Every thought in one batch: wrong ones are compared with the memory, correct ones enter it."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import variants  # noqa: F401 (all losses and advantages that flags can name)
 from cold_start import SFTConfig
 from common import options
 from common.errors import UserError, stored_settings

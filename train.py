@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -26,7 +25,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import evaluate
 import report
 from cold_start import (
     PASS_TOKENS,
@@ -45,18 +43,8 @@ from engine.cores import share_cores
 from engine.fast import ENGINES
 from engine.offload import CPUAdamW
 from engine.packing import join
-from grpo import (
-    Group,
-    MicroBatch,
-    dropout_off,
-    gdpo_advantages,
-    group_advantages,
-    loss_normalizer,
-    micro_batches,
-    policy_update,
-    reference_logprobs,
-    sample_groups,
-)
+from grpo import MicroBatch, micro_batches, reference_logprobs
+from held_out import HeldOut, before_after_table
 from history import began_with, data_hash, has_changed, hashes_of, not_seen_before, run_config_of, with_ancestors
 from models import memory_plan
 from partial_credit.memory import TraceMemory, gate_for
@@ -74,24 +62,19 @@ from policy import (
 )
 from rewards import (
     COMPONENTS,
-    RewardBreakdown,
-    RewardConfig,
     RewardError,
-    RewardItem,
     RewardScorer,
     build_memory,
     build_rarity,
     load_reward_module,
-    readable,
-    rewards_apart,
 )
+from rollout import Question, Rollout, RolloutMaker, advantages_of, print_first_reasons, print_unreadable
 from running import show
 from running.drawing import Drawing
 from running.guards import Guards, Heartbeat, describe_step
 from running.run_folder import RunFolder, load_state, rollout_records, step_metrics
+from running.token_ratios import TokenWatch, widest_group
 from running.trackers import check_trackers, open_trackers
-from scoring.answers import questions_hash
-from scoring.verdicts import first_reasons
 from scoring.writable import unwritable, unwritable_note
 from settings import (
     DEFAULTS_BEFORE,
@@ -103,7 +86,6 @@ from settings import (
     parse_settings,
     plan_text,
     planned,
-    rollout_room,
     wants_sharding,
 )
 from sql_exec import MATCHES, SQLExecutor
@@ -201,18 +183,25 @@ def load_questions(s: Settings) -> tuple[Splits, dict | None]:
 
 
 @dataclass
-class Step:
-    """What one step gathers on its way."""
+class StepRecord:
+    """What becomes of one step, for its logs."""
 
-    examples: list  # B
-    groups: list[Group]  # B
-    breakdowns: list[list[RewardBreakdown]]  # B times G
-    sampled: list[tuple]  # (group, breakdowns) of all groups, also those that --dynamic-sampling replaced
-    advantages: torch.Tensor  # [B, G]
-    stats: dict[str, float]  # of the update
-    token_ratios: dict  # {number of a group: a dict a completion}, see `Trainer.token_ratios`
-    seconds: dict[str, float]  # of each phase
+    rollouts: list[Rollout] = field(default_factory=list)  # B, those that the step learns from
+    sampled: list[Rollout] = field(default_factory=list)  # also those that --dynamic-sampling replaced
+    advantages: torch.Tensor | None = None  # [B, G]
+    stats: dict[str, float] = field(default_factory=dict)  # of the update
+    token_ratios: dict = field(default_factory=dict)  # {number of a rollout: what TokenWatch.ratios gives}
+    seconds: dict[str, float] = field(default_factory=dict)  # of each phase
     extra: dict[str, float] = field(default_factory=dict)  # further metrics
+
+    @contextmanager
+    def timed(self, phase: str):
+        """Adds the seconds that pass inside to those of a phase."""
+        began = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
 
 class Trainer:
@@ -221,63 +210,43 @@ class Trainer:
     def __init__(self, s: Settings, data: Splits, folder: RunFolder, executor: SQLExecutor):
         self.s, self.data, self.folder, self.executor = s, data, folder, executor
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.engine, self.sharded = ENGINES[s.run.engine], None
-        self.checkpoint = distributed.on_main(folder.newest_whole) if folder.resumes else None  # (step, folder)
-        torch.manual_seed(s.run.seed)  # of adapters, which begin at random, and of dropout in the cold start
-        self.policy = self._load_policy()
-        self.bf16, self.pass_tokens = self._arithmetic()
-        self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
-        self.train_set = self._usable(data.train, "training")
-        self.dev_set = self._usable(data.dev, "dev")
-        usable = {name: self._usable(examples, name) for name, examples in data.tests.items()}
-        self.test_sets = {name: questions for name, questions in usable.items() if questions}
-        check_positions(self.policy, s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens)
-        self.drawing = self.make_drawing()
         self.step, self.best, self.before, self.at_start = 0, -1.0, {}, {}
         self.stop_requested = self.stopping = False  # by a signal to this process; agreed by all of them
         self.guards, self.heartbeat = Guards(s.guards), Heartbeat()
-        try:  # before anything is trained
-            self.user_reward = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
-            self.memory = None  # the policy can embed thoughts only after its cold start
-            if s.rewards.embedder != "policy":
-                self.memory = build_memory(s.rewards, s.gate, self.schemas)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        self.checkpoint = distributed.on_main(folder.newest_whole) if folder.resumes else None  # (step, folder)
+        self.schemas = columns_of(data.databases)  # {db_id: {table: [column, ...]}}
+        self.traced = self.verified_traces()
+        torch.manual_seed(s.run.seed)  # of adapters, which begin at random, and of dropout in the cold start
+        self.policy = self.load_policy()
+        self.bf16, self.pass_tokens = self.arithmetic()
+        self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
+        self.questions = self.usable(data.train, "training")
+        self.dev_set = self.usable(data.dev, "dev")
+        usable = {name: self.usable(examples, name) for name, examples in data.tests.items()}
+        self.test_sets = {name: questions for name, questions in usable.items() if questions}
+        check_positions(self.policy, s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens)
+        self.user_reward, self.memory = self.load_rewards()  # before anything is trained
         self.trackers = open_trackers(s.run.log, folder.path, s.as_dict()) if distributed.is_main() else []
+        self.sharded, self.engine = self.share_model()
+        self.held_out = HeldOut(s, self.policy, executor, data.databases, self.sampling)
+        self.drawing = self.make_drawing()
+        self.reference = self.optimizer = self.scorer = self.rollout_maker = None  # `prepare` makes them
 
     def train(self) -> int:
         """Runs the remaining steps; returns the exit status."""
         run = self.s.run
-        self.share_model()
-        if run.start and not self.checkpoint:
-            print(f"begins with {run.start}, without a cold start")
-        elif not self.checkpoint:
-            self.cold_start()
-        self.reference = self.freeze_reference()  # the policy of step 0, or None
-        self.scorer = self.make_scorer()
-        self.optimizer = self.make_optimizer()
-        if self.checkpoint:
-            self.resume(*self.checkpoint)
-        elif distributed.is_main():
-            self.folder.cut_logs(0)  # of a run whose checkpoints are gone
-        if self.step == 0:
-            self.save()  # step 0 is the reference, and what costs most of a short run
-            if run.steps and self.evaluation_is_due():
-                found = self.evaluate_dev()  # it may stay the best
-                self.at_start = {f"start_{name}": accuracy for name, accuracy in found.items()}
-        if not self.before and self.test_sets:
-            self.before = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
+        self.prepare()
         bar = tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True,
                    disable=None if distributed.is_main() else True)  # None: only on a terminal, else a line a minute
         with stop_signals(self), bar:
             while self.step < run.steps and not self.stopping:
                 self.step += 1
-                step = self.take_step()
+                record = self.take_step()
                 if self.step == 1:
-                    step.extra |= self.at_start
+                    record.extra |= self.at_start
                 if self.evaluation_is_due():
-                    step.extra |= self.evaluate_dev()
-                metrics = self.log(step)
+                    record.extra |= self.evaluate_dev()
+                metrics = self.log(record)
                 self.watch(metrics)
                 bar.update()
                 bar.set_postfix(reward=f"{metrics.get('reward', math.nan):.2f}",
@@ -289,59 +258,74 @@ class Trainer:
         self.save()
         return self.finish()
 
-    def take_step(self) -> Step:
+    def prepare(self) -> None:
+        """Cold start, reference, rewards, optimizer; a resumed run takes up its state; held-out accuracy before."""
+        run = self.s.run
+        if run.start and not self.checkpoint:
+            print(f"begins with {run.start}, without a cold start")
+        elif not self.checkpoint:
+            self.cold_start()
+        self.reference = self.freeze_reference()  # the policy of step 0, or None
+        self.scorer = self.make_scorer()
+        self.optimizer = self.make_optimizer()
+        self.rollout_maker = RolloutMaker(self.s, self.policy, self.engine, self.questions, self.drawing, self.scorer,
+                                          self.sampling)
+        if self.checkpoint:
+            self.resume(*self.checkpoint)
+        elif distributed.is_main():
+            self.folder.cut_logs(0)  # of a run whose checkpoints are gone
+        if self.step == 0:
+            self.save()  # step 0 is the reference, and what costs most of a short run
+            if run.steps and self.evaluation_is_due():
+                found = self.evaluate_dev()  # it may stay the best
+                self.at_start = {f"start_{name}": accuracy for name, accuracy in found.items()}
+        if not self.before and self.test_sets:
+            self.before = self.evaluate_tests()
+
+    def take_step(self) -> StepRecord:
         """One GRPO step: sample → score → advantages → update."""
-        s, policy, clock = self.s, self.policy, Stopwatch()
-        self.scorer.reset_seconds()
-        (examples, groups, breakdowns), sampled = self.rollout(clock)  # [B], [B], [B][G]
-        advantages = advantages_of(breakdowns, s.rewards, s.grpo.advantage_scale)  # [B, G]
-        read = [readable(row) for row in breakdowns]
+        s, record = self.s, StepRecord()
+        record.rollouts, record.sampled = self.rollout_maker.make(record.timed)  # B questions, G completions each
+        advantages = advantages_of([rollout.rewards for rollout in record.rollouts], s.rewards, s.grpo)  # [B, G]
         if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
-            advantages[[not has_right_and_wrong(row) for row in breakdowns]] = 0.0
+            advantages[[not rollout.mixed for rollout in record.rollouts]] = 0.0
+        batches = self.passes([rollout.group for rollout in record.rollouts], advantages)
+        with record.timed("reference"), self.autocast(cache=False):
+            if self.reference:
+                with self.reference.active(self.device) as model:
+                    reference_logprobs(model, batches, s.grpo, ENGINES[s.run.engine])  # never sharded
+        with record.timed("update"):
+            self.set_learning_rate()
+            watched = self.watch_tokens(record.rollouts, advantages)
+            with self.autocast(cache=False):
+                record.stats = distributed.policy_update(self.policy.model, self.optimizer, batches, s.grpo,
+                                                         self.engine)
+            self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
+            record.token_ratios = {number: watch.ratios() for number, watch in watched.items()}
+        record.advantages = advantages
+        return record
 
-        batches = self.micro_batches(groups, [self.is_trained(row) for row in advantages])
-        normalizer = sum(loss_normalizer(batch.mask, s.grpo) for batch in batches)
-        trained = [self.is_trained(advantages.flatten()[batch.rows]) for batch in batches]
-        batches, missing = distributed.divide(batches, trained)  # one process has them all
-        ref_logps = None
-        if self.reference:
-            with self.autocast(cache=False), self.reference.active(self.device) as model:
-                ref_logps = reference_logprobs(model, batches, s.grpo, ENGINES[s.run.engine])  # never sharded
-        clock.lap("reference")
-
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        watched = widest_group(advantages) if self.token_ratios_are_due() else None
-        before = self.group_logps(groups, watched)
-        with self.autocast(cache=False):
-            stats = policy_update(policy.model, self.optimizer, batches, advantages, ref_logps, s.grpo, self.engine,
-                                  normalizer=normalizer, step=distributed.make_step(self.engine, missing))
-        self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
-        ratios = self.token_ratios(groups, watched, before, self.group_logps(groups, watched))
-        clock.lap("update")
-        stats = distributed.merge_stats(stats)
-        if any(read):
-            stats["flat_groups"] = (~advantages[read].any(1)).float().mean().item()
-        return Step(examples, groups, breakdowns, sampled, advantages, stats, ratios, clock.laps)
-
-    def log(self, step: Step) -> dict:
+    def log(self, record: StepRecord) -> dict:
         """Writes what became of a step; returns its line of metrics."""
-        extra = {f"seconds/rewards/{name}": value for name, value in self.scorer.seconds.items()} | step.extra
+        print_unreadable(record.sampled, self.step, self.data.databases)
+        read = [rollout.readable for rollout in record.rollouts]
+        if any(read):
+            record.stats["flat_groups"] = (~record.advantages[read].any(1)).float().mean().item()
+        extra = {f"seconds/rewards/{name}": value for name, value in self.scorer.take_seconds().items()} | record.extra
         extra |= {"lr": self.learning_rate(), "memory_size": len(self.scorer.memory or ()),
                   "sql_worker_restarts": sum(distributed.gather(self.executor.worker_restarts)),
                   "questions_drawn": self.drawing.drawn}
         parts = (*COMPONENTS, "overlong") if self.s.grpo.overlong == "penalise" else COMPONENTS
-        metrics = step_metrics(self.step, *zip(*step.sampled, strict=True), parts, step.stats, step.seconds, extra)
+        metrics = step_metrics(self.step, record.sampled, parts, record.stats, record.seconds, extra)
         if not distributed.is_main():
             return metrics
         self.folder.log("metrics", [metrics])
         for tracker in self.trackers:
             tracker.log(metrics, self.step)
-        records = rollout_records(self.step, step.examples, step.groups, step.breakdowns, parts, step.advantages,
-                                  step.token_ratios)
+        records = rollout_records(self.step, record.rollouts, parts, record.advantages, record.token_ratios)
         self.folder.log("rollouts", records)
         if records and self.s.run.verbose and self.step % self.s.run.verbose == 0:
-            widest = widest_group(step.advantages[[readable(row) for row in step.breakdowns]])
+            widest = widest_group(record.advantages[read])
             tqdm.write(show.group_text(records[widest], colour=show.wants_colour(sys.stdout)))
         return metrics
 
@@ -370,100 +354,22 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- a step's verbs
 
-    def rollout(self, clock: "Stopwatch") -> tuple[tuple[list, list, list], list[tuple]]:
-        """B examples with their groups and the groups' RewardBreakdowns; each process samples and scores a part.
+    def passes(self, groups: list, advantages: torch.Tensor) -> list[MicroBatch]:
+        """What goes through the model together in the update: some completions of a group with --micro-batch, else as
+        many whole groups as --tokens-per-pass allows and leave every process something to do; this process's part."""
+        s, batches = self.s, micro_batches(groups, advantages, self.s.grpo)
+        if not s.grpo.micro_batch and s.run.engine != "plain":
+            batches = join(batches, s.grpo, self.pass_tokens, distributed.size())
+        return distributed.divide(batches, s.grpo)
 
-        With --dynamic-sampling, questions whose completions are all right or all wrong give way to fresh ones while
-        extra rollouts are left; what is still missing then is filled up with the last of them. So also returned: the
-        (group, breakdowns) of all that was sampled, for what is chosen by its accuracy cannot tell that of the policy.
-        """
-        s, policy = self.s, self.policy
-        kept, others, sampled, B = [], [], [], s.run.prompts_per_step
-        for _ in range(1 + s.run.dynamic_sampling):
-            turn, numbers = self.drawing.drawn, self.drawing.draw(B)
-            seeds = [s.run.seed * 1_000_003 + turn + i for i in range(B)]  # by a question's turn in the run
-            questions = [self.train_set[number] for number in numbers]
-            mine = distributed.share_of(B)
-            prompts = [torch.tensor(ids) for _, ids in questions[mine]]
-            examples = [example for example, _ in questions[mine]]
-            with self.autocast(), distributed.unsharded(self.sharded):
-                groups = sample_groups(policy.model, prompts, s.grpo, eos_ids=policy.eos_ids, seeds=seeds[mine],
-                                       engine=self.engine)
-            clock.lap("rollout")
-            scored = self.score(examples, groups)
-            clock.lap("rewards")  # the seconds of each component are in scorer.seconds
-            sampled += [(group, row) for _, group, row in scored]
-            known = [(number, row) for number, (_, _, row) in zip(numbers, scored, strict=True) if readable(row)]
-            self.drawing.learn([number for number, _ in known], [[b.correct for b in row] for _, row in known])
-            if not s.run.dynamic_sampling:
-                return tuple(map(list, zip(*scored, strict=True))), sampled
-            kept += [item for item in scored if has_right_and_wrong(item[2])]
-            others += [item for item in scored if not has_right_and_wrong(item[2])]
-            if len(kept) >= B:
-                break
-        chosen = kept[:B] + others[len(others) - max(0, B - len(kept)):]
-        return tuple(map(list, zip(*chosen, strict=True))), sampled
-
-    def score(self, examples, groups) -> list[tuple]:
-        """(example, group, RewardBreakdowns of its completions) for the groups of all processes; each scores a part."""
-        G = self.s.grpo.group_size
-        items = [RewardItem(example.db_id, example.gold_sqls, self.policy.decode(completion), example.question)
-                 for example, group in zip(examples, groups, strict=True) for completion in group.completions]
-        breakdowns = distributed.everywhere(lambda: self.scorer.score(items, remember=False), RewardError)
-        rows = [breakdowns[i:i + G] for i in range(0, len(breakdowns), G)]
-        if self.s.grpo.overlong == "penalise":  # half the margin, so that a correct one still outranks a wrong one
-            rows = penalise(rows, 0.5 * self.s.rewards.margin * overlong_penalty(groups, self.s.grpo))
-        scored = distributed.merge(list(zip(examples, groups, rows, strict=True)))
-        self.warn_of_unread(scored)
-        if self.scorer.memory is not None and distributed.size() > 1:
-            self.scorer.memory.exchange(((item.db_id, b.thought) for item, b in zip(items, breakdowns, strict=True)
-                                         if b.status != "format"), distributed.gather)
-        self.scorer.remember([(example.db_id, b.thought) for example, _, row in scored for b in row if b.correct])
-        return scored
-
-    def warn_of_unread(self, scored: list[tuple]) -> None:
-        """Says which groups are left out of this step, since their database could not be read."""
-        unread = [(example, next(b for b in row if b.status == "unavailable"))
-                  for example, _, row in scored if not readable(row)]
-        if unread:
-            tqdm.write(f"warning, step {self.step}: {len(unread)} of {len(scored)} groups are left out, since their "
-                       "database could not be read")
-            self.tell_reasons([(e.id, b.status, b.error, e.db_id) for e, b in unread], tqdm.write)
-
-    def tell_reasons(self, failures: list[tuple[str, str, str, str]], write: Callable = print) -> None:
-        """The first (question, status, error, db_id) of each kind, a line each."""
-        for line in first_reasons([(*failure, str(self.data.databases[db_id])) for *failure, db_id in failures]):
-            write(f"  {line}")
-
-    def token_ratios_are_due(self) -> bool:
-        """Whether rollouts.jsonl keeps, for one group of this step, what the update did to each token."""
-        every = self.s.run.token_ratios_every
-        return every > 0 and (self.step % every == 0 or self.step == self.s.run.steps)
-
-    @torch.no_grad()
-    def group_logps(self, groups: list[Group], number: int | None) -> list[torch.Tensor]:
-        """Log-probabilities [C_i] of the completions of one group under the policy as it is; of none: nothing."""
-        if number is None:
-            return []
-        logps = []
-        with self.autocast(cache=False), dropout_off(self.policy.model):
-            for batch in micro_batches([groups[number]], self.s.grpo):
-                rows = self.engine.logprobs(self.policy.model, batch.prompts, batch.completions,
-                                            self.s.grpo.temperature)
-                logps += [row[:len(c)] for row, c in zip(rows.float().cpu(), batch.completions, strict=True)]
-        return logps
-
-    def token_ratios(self, groups: list[Group], number: int | None, before: list, after: list) -> dict:
-        """{number: a dict a completion with its tokens as text and their ratios, eq. (2), after the last update}."""
-        if number is None:
+    def watch_tokens(self, rollouts: list[Rollout], advantages: torch.Tensor) -> dict[int, TokenWatch]:
+        """{number: watch} of the rollout whose tokens' ratios rollouts.jsonl gets; of none in most steps."""
+        run = self.s.run
+        if not run.token_ratios_every or self.step % run.token_ratios_every and self.step != run.steps:
             return {}
-        return {number: [{"tokens_text": [self.policy.tokenizer.decode([token]) for token in tokens.tolist()],
-                          "ratios": [round(ratio, 4) for ratio in (new - old).exp().tolist()]}
-                         for tokens, old, new in zip(groups[number].completions, before, after, strict=True)]}
-
-    def is_trained(self, advantages: torch.Tensor) -> bool:
-        """Whether completions with these advantages go through the model in the update, as `policy_update` decides."""
-        return bool(self.reference or self.s.grpo.updates_per_rollout > 1 or advantages.any())
+        widest = widest_group(advantages)
+        return {widest: TokenWatch(self.policy, rollouts[widest].group, self.s.grpo, self.engine,
+                                   partial(self.autocast, cache=False))}
 
     def learning_rate(self, steps: int | None = None) -> float:
         """Linear warm-up, then constant or a linear fall to a tenth at the last of so many steps (default: --steps)."""
@@ -471,13 +377,10 @@ class Trainer:
         rate = min(1.0, self.step / max(run.lr_warmup, 1))
         return run.lr * rate * (1 - 0.9 * self.step / max(steps or run.steps, 1) if run.lr_decay else 1.0)
 
-    def micro_batches(self, groups: list[Group], trained: list[bool]) -> list[MicroBatch]:
-        """What goes through the model together in the update: some completions of a group with --micro-batch, else as
-        many whole groups as --tokens-per-pass allows and leave every process something to do."""
-        s, batches = self.s, micro_batches(groups, self.s.grpo)
-        if s.grpo.micro_batch or s.run.engine == "plain":
-            return batches
-        return join(batches, trained, self.pass_tokens, distributed.size())
+    def set_learning_rate(self) -> None:
+        """Gives the optimizer the learning rate of this step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
 
     def autocast(self, cache: bool = True):
         """bf16 arithmetic where --precision asks for it; master weights stay float32.
@@ -486,38 +389,13 @@ class Trainer:
         """
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16, cache_enabled=cache)
 
-    # ---------------------------------------------------------------------------------------------- evaluation
-
-    def evaluate(self, questions: list, name: str) -> dict:
-        """Greedy execution accuracy on (example, prompt ids) pairs, as `evaluate.summarise` gives it, and prints it."""
-        if not distributed.is_main() or name == "dev" and self.step:
-            return self.measure(questions)
-        print(f"step {self.step}: evaluating {len(questions)} questions of {name}", flush=True)
-        found = self.measure(questions)
-        accuracy = found["execution_accuracy"][self.s.run.match]
-        print(f"step {self.step}: {100 * accuracy:.1f} % of {name} right", flush=True)
-        return found
-
-    def measure(self, questions: list) -> dict:
-        """`evaluate` without printing."""
-        examples, mine = [example for example, _ in questions], distributed.share_of(len(questions))
+    @contextmanager
+    def sampling(self):
+        """Inside, the policy can sample."""
         with self.autocast(), distributed.unsharded(self.sharded):
-            sqls = evaluate.greedy_sqls(self.policy, [ids for _, ids in questions[mine]],
-                                        self.s.grpo.max_completion_tokens, lenient=self.s.rewards.lenient_format,
-                                        answer_style=self.s.prompts.answer_style, progress=distributed.is_main(),
-                                        room=rollout_room(self.s))  # so that --plan holds here as well
-        scores = evaluate.score_predictions(examples[mine], sqls, self.executor,
-                                            levels=evaluate.difficulty_levels(examples)[mine])
-        scores = [score if sql or score.unavailable else replace(score, status="format")
-                  for score, sql in zip(scores, sqls, strict=True)]
-        scores = distributed.merge(scores)
-        read = [example for example, score in zip(examples, scores, strict=True) if not score.unavailable]
-        found = evaluate.summarise(scores) | {"questions": questions_hash(read)}  # those that the figures are of
-        if unread := found["unavailable"]:
-            tqdm.write(f"warning, step {self.step}: {len(unread)} of {len(questions)} questions are left out of this "
-                       "evaluation, since their database could not be read")
-            self.tell_reasons([(one["id"], "unavailable", one["error"], one["db_id"]) for one in unread], tqdm.write)
-        return found
+            yield
+
+    # ---------------------------------------------------------------------------------------------- evaluation
 
     def evaluation_is_due(self) -> bool:
         """Whether this step ends with an evaluation on dev."""
@@ -526,8 +404,9 @@ class Trainer:
 
     def evaluate_dev(self) -> dict[str, float]:
         """The metric of accuracy on dev; a new best policy is kept in best/. Neither where a database could not be
-        read, for accuracies on other questions cannot be compared."""
-        found = self.evaluate(self.dev_set, "dev")
+        read, because accuracies on other questions cannot be compared."""
+        measure = self.held_out.measure if self.step else partial(self.held_out.announce, name="dev")
+        found = measure(self.dev_set, step=self.step)
         if found["unavailable"]:
             return {}
         accuracy = found["execution_accuracy"][self.s.run.match]
@@ -536,6 +415,10 @@ class Trainer:
             policy = self.savable_policy()
             distributed.on_main(lambda: self.folder.save_best(policy, self.step))
         return {"dev_accuracy": accuracy}
+
+    def evaluate_tests(self) -> dict[str, dict]:
+        """The accuracy of the policy as it is on each set of test questions."""
+        return {name: self.held_out.announce(questions, name, self.step) for name, questions in self.test_sets.items()}
 
     def compare(self) -> None:
         """Prints the held-out accuracy of the best policy by dev beside that of the start, which is measured once."""
@@ -546,7 +429,7 @@ class Trainer:
             adapters = best / ADAPTERS  # what merging would have rounded away
             load_weights(self.policy, adapters if adapters.is_dir() else best)  # into the same model: no second one
         if step:
-            after = {name: self.evaluate(questions, name) for name, questions in self.test_sets.items()}
+            after = self.evaluate_tests()
         if not distributed.is_main():
             return
         print(before_after_table(self.before, after, self.s.run.match))
@@ -556,12 +439,39 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------- preparation
 
-    def share_model(self) -> None:
-        """Gives all processes the same weights, or where that is wanted each a part of them."""
+    def share_model(self) -> tuple:
+        """Gives all processes the same weights, or where that is wanted each a part of them.
+
+        -> the sharded model or None, the engine that computes with it
+        """
+        engine = ENGINES[self.s.run.engine]
         distributed.copy_from_main(self.policy.model)
-        if wants_sharding(self.s.run, distributed.size(), self.device == "cuda"):
-            self.sharded = distributed.Sharded(self.policy.model, self.engine)
-            self.engine = self.sharded.engine
+        if not wants_sharding(self.s.run, distributed.size(), self.device == "cuda"):
+            return None, engine
+        sharded = distributed.Sharded(self.policy.model, engine)
+        return sharded, sharded.engine
+
+    def load_rewards(self) -> tuple:
+        """The user's reward and the memory, or None; of a memory whose embedder is the policy only `make_scorer` can
+        make one, after the cold start."""
+        s = self.s
+        try:
+            user_reward = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
+            memory = build_memory(s.rewards, s.gate, self.schemas) if s.rewards.embedder != "policy" else None
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return user_reward, memory
+
+    def verified_traces(self) -> list:
+        """Examples with a verified trace, or one made from the gold SQL: where it is asked for, and where the tiny
+        policy, which knows nothing, has no other."""
+        traced = self.data.traced
+        if self.s.run.traces == "template" or not traced and self.s.run.model == "tiny":
+            traced = template_traces(self.data.train, self.schemas)
+        kept, notes = teachable(traced, self.executor, self.schemas, self.s.prompts.answer_style)
+        for note in notes:
+            print(note)
+        return kept
 
     def cold_start(self) -> None:
         """Supervised steps on reasoning traces, so that GRPO starts from a policy that knows the format."""
@@ -571,7 +481,7 @@ class Trainer:
         if not s.sft.cold_start_steps or not self.traced:
             return
         taught = [replace(e, gold_sqls=(e.trace_sql or e.gold_sqls[0],)) for e in self.traced]
-        lost = self._unwritable(taught, "traces", "they are not taught")
+        lost = self.unwritable_among(taught, "traces", "they are not taught")
         traced = [example for i, example in enumerate(self.traced) if i not in lost]
         pairs, notes = supervised_pairs(traced, self.builder, self.policy.tokenizer, self.policy.end_id)
         for note in notes:
@@ -619,7 +529,7 @@ class Trainer:
 
     def make_drawing(self) -> Drawing:
         """Which training questions the steps ask."""
-        run, examples = self.s.run, [example for example, _ in self.train_set]
+        run, examples = self.s.run, [question.example for question in self.questions]
         return Drawing([example.db_id for example in examples], [example.gold_sqls[0] for example in examples],
                        seed=run.seed, informative=run.draw == "informative", per_database=run.questions_per_database)
 
@@ -629,7 +539,7 @@ class Trainer:
         adamw = CPUAdamW if self.s.run.optimizer_device == "cpu" else torch.optim.AdamW
         return adamw(parameters, lr=self.s.run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def _load_policy(self) -> Policy:
+    def load_policy(self) -> Policy:
         run = self.s.run
         if self.checkpoint or run.start or run.model != "tiny":
             source = str(self.checkpoint[1]) if self.checkpoint else run.start or run.model
@@ -652,7 +562,7 @@ class Trainer:
                             f"but checkpoints of this model need about {needed / 1e9:.1f} GB; choose another --output")
         return policy
 
-    def _arithmetic(self) -> tuple[bool, int]:
+    def arithmetic(self) -> tuple[bool, int]:
         """Whether it is in bf16, and how many tokens a pass of the update takes (0: one group)."""
         run, model = self.s.run, causal_lm(self.policy.model)
         parameters = sum(weight.numel() for weight in model.parameters())
@@ -676,25 +586,8 @@ class Trainer:
         """The folder of step 0, whose files are verified once."""
         return distributed.on_main(self.folder.first_checkpoint)
 
-    @cached_property
-    def schemas(self) -> dict:
-        """{db_id: {table: [column, ...]}}, as the rewards take them."""
-        return columns_of(self.data.databases)
-
-    @cached_property
-    def traced(self) -> list:
-        """Examples with a verified trace, or one made from the gold SQL: where it is asked for, and where the tiny
-        policy, which knows nothing, has no other."""
-        traced = self.data.traced
-        if self.s.run.traces == "template" or not traced and self.s.run.model == "tiny":
-            traced = template_traces(self.data.train, self.schemas)
-        kept, notes = teachable(traced, self.executor, self.schemas, self.s.prompts.answer_style)
-        for note in notes:
-            print(note)
-        return kept
-
-    def _usable(self, examples: list, name: str) -> list:
-        """(example, prompt ids) of the questions whose gold SQL runs and whose prompt fits; says what was left out."""
+    def usable(self, examples: list, name: str) -> list[Question]:
+        """The questions whose gold SQL runs and whose prompt fits; says what was left out."""
         mine = examples[distributed.share_of(len(examples))]
         compared = MATCHES[self.s.run.match].prepare  # a gold that fails as it is compared makes no answer right
         asked = [(e.db_id, sql) for e in mine for sql in (e.gold_sqls[0], compared(e.gold_sqls[0]))]
@@ -708,10 +601,10 @@ class Trainer:
         if statuses.keys() - {"ok"}:
             left_out = len(examples) - len(kept)
             print(f"{name} golds: {dict(statuses)}; {left_out} of {len(examples)} questions left out")
-            self.tell_reasons([(e.id, status, error, e.db_id) for e, (status, error)
-                               in zip(examples, golds, strict=True) if error])
+            print_first_reasons([(e.id, status, error, e.db_id) for e, (status, error)
+                                 in zip(examples, golds, strict=True) if error], self.data.databases)
         fate = "they are left out" if name == "training" else "they count as wrong"
-        lost = self._unwritable(kept, f"{name} questions", f"no answer to them can be right, so {fate}")
+        lost = self.unwritable_among(kept, f"{name} questions", f"no answer to them can be right, so {fate}")
         if name == "training":
             kept = [example for i, example in enumerate(kept) if i not in lost]
         encoded, notes = self.builder.encode_all(kept)
@@ -720,9 +613,9 @@ class Trainer:
         if not encoded and name == "training":
             raise UserError("no training question is usable: every gold SQL fails, is changed by the tokenizer or has "
                             "a prompt that is too long")
-        return encoded
+        return [Question(example, torch.tensor(ids)) for example, ids in encoded]
 
-    def _unwritable(self, examples: list, what: str, fate: str) -> dict[int, str]:
+    def unwritable_among(self, examples: list, what: str, fate: str) -> dict[int, str]:
         """Of examples whose SQL this model cannot write, the same in every process; says what becomes of them."""
         lost = distributed.on_main(lambda: unwritable(self.policy.tokenizer, examples, self.executor,
                                                       [self.s.run.match]))
@@ -776,95 +669,6 @@ class Trainer:
             print(f"warning: --lr-decay spreads its fall over all steps, so from step {self.step} on the learning rate "
                   f"is {self.learning_rate():.3g}, where it was {self.learning_rate(before):.3g}: the result is not "
                   f"that of a run that began with --steps {steps}")
-
-
-def advantages_of(breakdowns: list, config: RewardConfig, scale: str) -> torch.Tensor:
-    """The advantages of completions with these rewards, 0 where their database could not be read. [B][G] -> [B, G]"""
-    read = [readable(row) for row in breakdowns]
-    if not all(read):
-        advantages = torch.zeros(len(breakdowns), len(breakdowns[0]))
-        if any(read):
-            advantages[read] = advantages_of([row for row in breakdowns if readable(row)], config, scale)
-        return advantages
-    if scale == "gdpo":
-        apart, weights = rewards_apart(breakdowns, config)  # [K][B][G], [K]
-        return gdpo_advantages(torch.tensor(apart), weights)
-    return group_advantages(torch.tensor([[b.total for b in row] for row in breakdowns]), scale)
-
-
-def overlong_penalty(groups: list[Group], config) -> torch.Tensor:
-    """DAPO's soft punishment of length (arXiv 2503.14476, eq. 13), to be added to the rewards. -> [B, G]
-
-    0 up to `max_completion_tokens - overlong_buffer` tokens, then falling linearly to -1 at the limit.
-    """
-    limit = config.max_completion_tokens
-    buffer = min(config.overlong_buffer or limit // 5 or 1, limit)
-    lengths = torch.tensor([[float(len(c)) for c in group.completions] for group in groups])  # [B, G]
-    return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
-
-
-def penalise(breakdowns: list, penalties: torch.Tensor) -> list:
-    """The breakdowns [B][G] with a penalty [B, G] in their totals, which is logged as `overlong`."""
-    return [[replace(b, total=b.total + penalty, overlong=penalty) for b, penalty in zip(row, values, strict=True)]
-            for row, values in zip(breakdowns, penalties.tolist(), strict=True)]
-
-
-def before_after_table(before: dict, after: dict, match: str) -> str:
-    """Held-out execution accuracy before and after GRPO, a line a tier, with 95 % intervals; 80 columns.
-
-    Questions of which the database could not be read are in neither figure, so the two may be of other questions.
-    """
-    lines = [f"{'held-out execution accuracy, %':<32}{'n':>5}{'before GRPO':>21}{'after GRPO':>21}"]
-
-    def bounds(interval) -> str:
-        low, high = interval
-        return f"[{100 * low:.1f}, {100 * high:.1f}]"
-
-    def cell(part: dict | None) -> str:
-        if not part or not part["n"]:
-            return "-"
-        return f"{100 * part['execution_accuracy'][match]:.1f} {bounds(part['interval'][match])}"
-
-    for name, end in after.items():
-        start, tiers = before[name], list(end["by_difficulty"])
-        for tier in tiers if len(tiers) > 1 else []:
-            lines.append(f"{name + ': ' + tier:<32}{end['by_difficulty'][tier]['n']:>5}"
-                         f"{cell(start['by_difficulty'].get(tier)):>21}{cell(end['by_difficulty'][tier]):>21}")
-        lines.append(f"{name + ': all':<32}{end['n']:>5}{cell(start):>21}{cell(end):>21}")
-        shown = [bounds(part["interval_over_databases"][match]) if part.get("interval_over_databases") else "-"
-                 for part in (start, end)]
-        if shown[0] != "-":  # none in a run that an older version began
-            lines.append(f"{'  over ' + str(end['databases']) + ' databases':<37}{shown[0]:>21}{shown[1]:>21}")
-        if not report.of_the_same(start, end):
-            lines.append(f"  no gain is known: the {start['n']} questions read before are not these")
-            continue
-        gain = end["execution_accuracy"][match] - start["execution_accuracy"][match]
-        lines.append(f"{'':<32}{'':>5}{'gain':>21}{100 * gain:>+20.1f} ")
-    return "\n".join(lines)
-
-
-def has_right_and_wrong(breakdowns: list) -> bool:
-    """Whether some completions of a group are right and some wrong."""
-    return readable(breakdowns) and 0 < sum(b.correct for b in breakdowns) < len(breakdowns)
-
-
-def widest_group(advantages: torch.Tensor) -> int:
-    """Number of the group with most to learn. [B, G]"""
-    return int((advantages.amax(1) - advantages.amin(1)).argmax())
-
-
-class Stopwatch:
-    """Seconds of each phase of a step."""
-
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[name], self._start = self.laps.get(name, 0.0) + now - self._start, now
 
 
 @contextmanager

@@ -49,8 +49,8 @@ from rewards import (  # noqa: E402
     build_memory,
     build_rarity,
 )
+from rollout import advantages_of  # noqa: E402
 from sql_exec import MATCHES, SQLExecutor  # noqa: E402
-from train import advantages_of  # noqa: E402
 
 COLUMNS = ("right", "runs", "a needed join", "a needless join", "nearer")
 
@@ -143,7 +143,8 @@ def table(config: dict, scores: Scores, golds: Sequence[str], cells: Mapping[str
     first = {}
     for name, cell in cells.items():
         rewards, scale = settings_of(config, cell)
-        advantages = of_unit_size(advantages_of(scores.of(rewards), rewards, scale).double().numpy())
+        advantages = advantages_of(scores.of(rewards), rewards, GRPOConfig(advantage_scale=scale))  # [B, G]
+        advantages = of_unit_size(advantages.double().numpy())
         flat = 100 * (~advantages.any(axis=1)).mean()
         found = {column: pushes(advantages, values)[groups] for column, (values, groups) in x.items()}
         texts = [in_words(found[column], first.get(column)) for column in COLUMNS]

@@ -171,13 +171,13 @@ class Bench:
         memory = torch.cuda.get_device_properties(0).total_memory if self.device == "cuda" else 1e9
         work = dataclasses.replace(work, optimizer_on_cpu=bool(where))
         work = dataclasses.replace(work, pass_tokens=memory_plan.tokens_per_pass(shape, work, memory / 4))
-        batches = join(grpo.micro_batches(groups, config), [True] * self.groups, work.pass_tokens)
-        optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
         advantages = torch.randn(self.groups, 16, generator=draw)
+        batches = join(grpo.micro_batches(groups, advantages, config), config, work.pass_tokens)
+        optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
 
         def run():
             with self.arithmetic():
-                grpo.policy_update(model, optimizer, batches, advantages, None, config, ENGINES["fast"])
+                grpo.policy_update(model, optimizer, batches, config, ENGINES["fast"])
 
         if self.device == "cuda":
             torch.cuda.empty_cache()

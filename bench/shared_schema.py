@@ -86,17 +86,17 @@ def measure(sizes: dict) -> list[tuple]:
 
     def update(batches):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        return grpo.policy_update(model, optimizer, batches, advantages, None, config, FAST)
+        return grpo.policy_update(model, optimizer, batches, config, FAST)
 
     FAST.logprobs(model, prompts[:1], [prompts[1][:9]], 1.0).sum().backward()  # warms up
     with mock.patch.object(tree, "LEAST", ALONE):
         _, *alone = clock(rollout)
     groups, *shared = clock(rollout)
-    batches = grpo.micro_batches(groups, config)
+    batches = grpo.micro_batches(groups, advantages, config)
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(sizes["bf16"])):
         for _ in range(2):  # the first of each takes its memory from the system, which later steps have
             before, *apart = clock(lambda: update(batches))
-            after, *joined = clock(lambda: update(packing.join(batches, [True] * B, sizes["pass"])))
+            after, *joined = clock(lambda: update(packing.join(batches, config, sizes["pass"])))
     assert abs(after["grad_norm"] / before["grad_norm"] - 1) < (2e-2 if sizes["bf16"] else 1e-3), (before, after)
     return [("rollout", *alone, *shared), ("update", *apart, *joined)]
 

@@ -47,18 +47,18 @@ class Faults:
     def __init__(self, trainer: train.Trainer):
         self.trainer, self.random, self.counts, self.now = trainer, random.Random(0), Counter(), set()
         trainer.policy.model.get_output_embeddings().register_forward_hook(self.spoil_logits)
-        self.take_step, self.score = trainer.take_step, trainer.score
-        trainer.take_step, trainer.score = self.faulty_step, self.faulty_score
+        self.take_step, self.score = trainer.take_step, trainer.rollout_maker.score
+        trainer.take_step, trainer.rollout_maker.score = self.faulty_step, self.faulty_score
 
-    def faulty_step(self) -> dict:
+    def faulty_step(self) -> train.StepRecord:
         last = self.now
         self.now = {kind for kind, share in SHARES.items() if self.random.random() < share}
         self.now -= {"update"} if "update" in last else set()  # the run stops, rightly, after three in a row
         self.counts.update(self.now)
-        metrics = self.take_step()
-        self.counts["skipped updates"] += metrics["skipped_updates"]
-        self.counts["timeouts"] += round(metrics.get("status/timeout", 0.0) * 8)
-        return metrics
+        record = self.take_step()
+        self.counts["skipped updates"] += record.stats["skipped_updates"]
+        self.counts["timeouts"] += sum(b.status == "timeout" for rollout in record.sampled for b in rollout.rewards)
+        return record
 
     def spoil_logits(self, module, inputs, logits: torch.Tensor) -> torch.Tensor:
         """Fault (1). In an update gradients are on."""
@@ -110,14 +110,14 @@ def soak(steps: int, folder: str) -> tuple[dict, dict, Counter]:
             print(f"step {trainer.step}: {figures()}", flush=True)
 
     train.Trainer.watch = watch_and_measure
-    start = train.Trainer.train
+    prepare = train.Trainer.prepare
 
-    def train_with_faults(trainer):
+    def prepare_with_faults(trainer):
+        prepare(trainer)
         trainer.faults = Faults(trainer)
         found["faults"] = trainer.faults.counts
-        return start(trainer)
 
-    train.Trainer.train = train_with_faults
+    train.Trainer.prepare = prepare_with_faults
     sys.argv[1:] = [*FLAGS, "--steps", str(steps), "--output", folder]
     assert train.main() == 0
     return found[max(1, steps // 20)], found[steps], found["faults"]

@@ -156,14 +156,12 @@ def our_steps(model, plan: Plan, clock: Clock, padded: bool) -> list[int]:
         with clock("step"):
             with phase("rollout"), forced_lengths(lengths):
                 groups = grpo.sample_groups(model, [torch.tensor(prompt)], config, eos_ids=[END], engine=engine)
-            batches = grpo.micro_batches(groups, config)
-            ref_logps = None
+            batches = grpo.micro_batches(groups, grpo.group_advantages(rewards), config)
             if reference:
                 with phase("reference"), reference.active() as frozen:
-                    ref_logps = grpo.reference_logprobs(frozen, batches, config, engine)
+                    grpo.reference_logprobs(frozen, batches, config, engine)
             with phase("update"):
-                advantages = grpo.group_advantages(rewards)
-                grpo.policy_update(model, optimizer, batches, advantages, ref_logps, config, engine)
+                grpo.policy_update(model, optimizer, batches, config, engine)
         sampled.append(sum(map(len, groups[0].completions)))
     return sampled
 

@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import grpo
 from common.errors import UserError
 from engine import bf16
 from engine.decoding import can_share, decode
-from grpo import Engine, clip_and_step
+from grpo import Engine, GRPOConfig, MicroBatch, UpdateSums, backward, clip, dropout_off, has_gradient, step_if_finite
 
 # For a process that hangs. One that dies is noticed at once: torchrun ends the others, or their connections break.
 TIMEOUT = timedelta(minutes=30)
@@ -151,38 +152,35 @@ def on_main(action: Callable):
 # ---- what all processes compute
 
 
-def divide(batches: list, trained: list[bool]) -> tuple[list, int]:
-    """This process's micro-batches of an update, and how many more passes with gradients another one makes.
+def policy_update(model, optimizer, batches: list[MicroBatch], config: GRPOConfig, engine: Engine) -> dict[str, float]:
+    """`grpo.policy_update` by all processes. Each has a part of the rollout's micro-batches (`divide`); the optimizer
+    steps are those of all gradients, and the statistics those of all micro-batches."""
+    if size() == 1:
+        return grpo.policy_update(model, optimizer, batches, config, engine)
+    sums, skipped = UpdateSums(), 0
+    own = sum(has_gradient(batch, config) for batch in batches)
+    with dropout_off(model):
+        for update in range(config.updates_per_rollout):
+            optimizer.zero_grad(set_to_none=True)
+            loss = sum(backward(model, batch, update == 0, config, sums, engine) for batch in batches)
+            make_idle_passes(model, engine, max(gather(own)) - own)
+            sum_gradients(model)
+            norm = clip(optimizer, config)
+            grad_norm = step_if_finite(optimizer, (norm.full_tensor() if is_sharded(norm) else norm).item())
+            skipped += not math.isfinite(grad_norm)
+    return merge_stats({"loss": loss, "grad_norm": grad_norm, "skipped_updates": skipped} | sums.means())
 
-    trained: which of them go through the model at all.
-    """
-    shares = [[batch for batch, wanted in zip(batches, trained, strict=True) if wanted is kind][rank()::size()]
-              for kind in (True, False)]
-    return shares[0] + shares[1], math.ceil(sum(trained) / size()) - len(shares[0])
 
-
-def make_step(engine: Engine, missing: int) -> Callable:
-    """An optimizer step, for `grpo.policy_update`, on the gradients of all processes.
-
-    missing: passes that others make and this one does not.
-    """
-    def step(model, optimizer, config) -> float:
-        make_idle_passes(model, engine, missing)
-        sum_gradients(model)
-        return clip_and_step(model, optimizer, config, _clip_shards)
-    return step
+def divide(batches: list[MicroBatch], config: GRPOConfig) -> list[MicroBatch]:
+    """This process's micro-batches of an update: an equal share of those that have a gradient, and of the others."""
+    return [batch for kind in (True, False)
+            for batch in [batch for batch in batches if has_gradient(batch, config) is kind][rank()::size()]]
 
 
 def make_idle_passes(model, engine: Engine, count: int) -> None:
-    """Passes that weigh 0, for a sharded model needs as many of all processes."""
+    """Passes that weigh 0, because a sharded model needs equally many passes of all processes."""
     for _ in range(count):
         (0 * engine.logprobs(model, *SHORTEST, 1.0)).sum().backward()
-
-
-def _clip_shards(parameters, max_norm: float) -> Tensor:
-    """`clip_grad_norm_`, whose norm is that of all shards where there are some."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def merge_stats(stats: dict[str, float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.attention import causal_lm, enable, is_exact, no_mask
 from engine.row_attention import RowLayout
 from engine.tree import Node, Tree
-from grpo import MicroBatch, dropout_off, plain_logprobs, target_logprobs
+from grpo import GRPOConfig, MicroBatch, dropout_off, has_gradient, plain_logprobs, target_logprobs
 from models.memory_plan import MOST as LONGEST
 
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
@@ -126,10 +126,10 @@ def fill(groups: Sequence[Sequence[Tensor]], tokens: int) -> list[list[int]]:
     return parts
 
 
-def join(batches: Sequence[MicroBatch], trained: Sequence[bool], tokens: int, processes: int = 1) -> list[MicroBatch]:
+def join(batches: Sequence[MicroBatch], config: GRPOConfig, tokens: int, processes: int = 1) -> list[MicroBatch]:
     """Puts groups, each a micro-batch, into passes of up to so many tokens, or of a single group.
 
-    Those that are trained are not mixed with others, which need no gradient. A group of over LONGEST tokens is cut.
+    Those that have a gradient are not mixed with others, which need no pass. A group of over LONGEST tokens is cut.
     Each of several processes has something to do.
     """
     if processes > 1:
@@ -137,7 +137,7 @@ def join(batches: Sequence[MicroBatch], trained: Sequence[bool], tokens: int, pr
                                        / processes))
     passes = []
     for kind in (True, False):
-        chosen = [part for batch, wanted in zip(batches, trained, strict=True) if wanted is kind
+        chosen = [part for batch in batches if has_gradient(batch, config) is kind
                   for part in _split(batch, max(tokens, LONGEST))]
         parts = fill([_rows(batch.prompts, batch.completions) for batch in chosen], tokens)
         passes += [_joined([chosen[i] for i in part]) for part in parts]
@@ -149,17 +149,18 @@ def _split(batch: MicroBatch, tokens: int) -> list[MicroBatch]:
     parts = []
     for some in fill([[row] for row in _rows(batch.prompts, batch.completions)], tokens):
         some = sorted(some)
-        lists = [[values[i] for i in some] for values in (
-            batch.rows, batch.prompts, batch.completions, batch.sampled_logps)]
-        parts.append(MicroBatch(*lists, batch.mask[some, :max(map(len, lists[2]))]))
+        lists = [[values[i] for i in some] for values in (batch.prompts, batch.completions, batch.sampled_logps)]
+        mask = batch.mask[some, :max(map(len, lists[1]))]
+        parts.append(MicroBatch(*lists, batch.advantages[some], mask, batch.normalizer))
     return parts
 
 
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
     T = max(batch.mask.shape[1] for batch in batches)
     lists = [[one for batch in batches for one in getattr(batch, name)]
-             for name in ("rows", "prompts", "completions", "sampled_logps")]
-    return MicroBatch(*lists, torch.cat([F.pad(batch.mask, (0, T - batch.mask.shape[1])) for batch in batches]))
+             for name in ("prompts", "completions", "sampled_logps")]
+    mask = torch.cat([F.pad(batch.mask, (0, T - batch.mask.shape[1])) for batch in batches])
+    return MicroBatch(*lists, torch.cat([batch.advantages for batch in batches]), mask, batches[0].normalizer)
 
 
 # ---- log-probabilities

@@ -405,16 +405,17 @@ def parse_record(line: bytes) -> dict | None:
 # --------------------------------------------------------------------------------------------------- records
 
 
-def step_metrics(step: int, groups, breakdowns, components, stats: dict, seconds: dict, extra: dict) -> dict:
+def step_metrics(step: int, rollouts, components, stats: dict, seconds: dict, extra: dict) -> dict:
     """The line of metrics.jsonl for one step.
 
     Args:
-        groups: B sampled groups; breakdowns: B lists of G RewardBreakdowns; components: names of the rewards, whose
-        metrics leave out the groups whose database could not be read (if it could of none, they are missing);
-        stats: of `policy_update`; seconds: of each phase; extra: whatever else belongs to the step.
+        rollouts: all that were sampled; components: names of the rewards, whose metrics leave out the rollouts whose
+        database could not be read (if none could, they are missing); stats: of `policy_update`; seconds: of each
+        phase; extra: whatever else belongs to the step.
     """
-    flat = [b for row in breakdowns for b in row]
-    read = [row for row in breakdowns if all(b.status != "unavailable" for b in row)]
+    flat = [b for rollout in rollouts for b in rollout.rewards]
+    read = [rollout.rewards for rollout in rollouts if rollout.readable]
+    groups = [rollout.group for rollout in rollouts]
     lengths = torch.tensor([float(len(c)) for group in groups for c in group.completions])
     truncated = [cut for group in groups for cut in group.truncated]
     statuses = Counter(b.status for b in flat)
@@ -440,27 +441,27 @@ def reward_metrics(breakdowns, components) -> dict[str, float]:
             "all_right_groups": (correct.mean(1) == 1).float().mean().item()}
 
 
-def rollout_records(step: int, examples, groups, breakdowns, components, advantages, watched: dict) -> list[dict]:
-    """The lines of rollouts.jsonl for one step: every group with its completions, rewards and advantages, but for those
-    whose database could not be read, for they have no rewards.
+def rollout_records(step: int, rollouts, components, advantages, watched: dict) -> list[dict]:
+    """The lines of rollouts.jsonl for one step: every rollout with its completions, rewards and advantages, except
+    those whose database could not be read, because they have no rewards.
 
-    `watched`, {number of a group: a dict a completion}, adds the tokens of that group and their probability ratios.
+    `watched`, {number of a rollout: a dict per completion}, adds its tokens and their probability ratios.
     """
-    return [{"step": step, "id": example.id, "db_id": example.db_id, "question": example.question,
-             "evidence": example.evidence, "difficulty": example.difficulty, "gold_sqls": list(example.gold_sqls),
+    return [{"step": step, "id": rollout.example.id, "db_id": rollout.example.db_id,
+             "question": rollout.example.question, "evidence": rollout.example.evidence,
+             "difficulty": rollout.example.difficulty, "gold_sqls": list(rollout.example.gold_sqls),
              "completions": [{
                  "text": b.text, "thought": b.thought, "sql": b.sql, "status": b.status, "error": b.error,
                  "correct": b.correct,
                  "rewards": {"total": b.total} | {name: getattr(b, name) for name in components},
-                 "advantage": advantages[i, j].item(), "tokens": len(group.completions[j]),
-                 "truncated": group.truncated[j], "columns": list(b.columns),
+                 "advantage": advantages[i, j].item(), "tokens": len(rollout.group.completions[j]),
+                 "truncated": rollout.group.truncated[j], "columns": list(b.columns),
                  "rows": [[exact_text(cell) if isinstance(cell, bytes) or cell in (math.inf, -math.inf) else cell
                            for cell in row] for row in b.rows],
                  "row_count": b.row_count,
                  "neighbours": [trace | {"thought": trace["thought"][:TRACE_CHARS]} for trace in b.neighbours],
-                 **(watched[i][j] if i in watched else {})} for j, b in enumerate(breakdowns[i])]}
-            for i, (example, group) in enumerate(zip(examples, groups, strict=True))
-            if all(b.status != "unavailable" for b in breakdowns[i])]
+                 **(watched[i][j] if i in watched else {})} for j, b in enumerate(rollout.rewards)]}
+            for i, rollout in enumerate(rollouts) if rollout.readable]
 
 
 def peak_memory_mb() -> float:

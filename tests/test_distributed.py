@@ -199,17 +199,12 @@ def update(several, prompts, broken=False, **settings):
             advantages[:] = 0  # without a KL term nothing moves, not even by the optimizer's momentum
         if broken:
             advantages[2, 1] = torch.inf  # which one process computes
-        batches, step = grpo.micro_batches(groups, config), None
-        normalizer = sum(grpo.loss_normalizer(batch.mask, config) for batch in batches)
-        if several:
-            trained = [bool(config.kl_coef or config.updates_per_rollout > 1 or advantages.flatten()[batch.rows].any())
-                       for batch in batches]
-            batches, missing = distributed.divide(batches, trained)
-            step = distributed.make_step(FAST, missing)
-        references = grpo.reference_logprobs(model, batches, config, FAST) if config.kl_coef else None
-        stats = grpo.policy_update(model, optimizer, batches, advantages, references, config, FAST, normalizer=normalizer,
-                                   step=step)
-        stats = distributed.merge_stats(stats) if several else stats
+        batches = grpo.micro_batches(groups, advantages, config)
+        batches = distributed.divide(batches, config) if several else batches
+        if config.kl_coef:
+            grpo.reference_logprobs(model, batches, config, FAST)
+        policy_update = distributed.policy_update if several else grpo.policy_update
+        stats = policy_update(model, optimizer, batches, config, FAST)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), stats
 
 def compare():

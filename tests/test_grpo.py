@@ -30,6 +30,7 @@ from transformers import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import grpo
+import variants
 from engine import attention, decoding, draw, grid, lean, packing, row_attention, tree
 from engine.fast import ENGINES, FAST
 from grpo import PLAIN, GRPOConfig
@@ -232,7 +233,7 @@ def test_a16_under_bf16_the_first_ratio_is_one_and_later_updates_see_the_new_wei
     assert all(logp.dtype == torch.float32 for logp in seen) and stats["sampler_gap"] < 0.005
     assert attention._verdicts[model] == dict.fromkeys(("shared prompts", "lean layers", "packed rows"), True)
 
-    once, batches = make_model(dtype=torch.float32), grpo.micro_batches(groups, config)
+    once, batches = make_model(dtype=torch.float32), grpo.micro_batches(groups, _advantages(4), config)
     first, second = seen[:len(batches)], seen[len(batches):]
     for expected in (first, second):  # each update's log-probabilities are those of the weights it starts from
         with torch.autocast("cpu", torch.bfloat16), grpo.dropout_off(once):
@@ -353,6 +354,11 @@ def test_a5_bad_rewards_are_refused():
         grpo.group_advantages(torch.zeros(1, 2), "std")
 
 
+def gdpo_advantages(components, weights):
+    """[K, B, G], [K] -> [B, G]"""
+    return grpo.group_advantages(components.sum(0), "gdpo", (components, weights))
+
+
 def test_gdpo_has_the_values_computed_by_hand():
     """arXiv 2601.05242: each reward standardised in its group, weighted, summed, divided by the batch's std."""
     first = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)  # the second group is flat in this reward
@@ -360,19 +366,21 @@ def test_gdpo_has_the_values_computed_by_hand():
     h = math.sqrt(0.5)  # (0 - 1/2) / (1 / sqrt 2)
     total = torch.tensor([[-h - 2 * h, h + 2 * h], [2 * h, -2 * h]], dtype=torch.float64)
     std = math.sqrt((2 * (3 * h) ** 2 + 2 * (2 * h) ** 2) / 3)  # its mean is 0, the divisor n - 1
-    found = grpo.gdpo_advantages(torch.stack([first, second]), [1.0, 2.0])
+    found = gdpo_advantages(torch.stack([first, second]), [1.0, 2.0])
     torch.testing.assert_close(found, total / std)
-    torch.testing.assert_close(grpo.gdpo_advantages(100 * torch.stack([first, second]), [1.0, 2.0]), found)
-    assert (grpo.gdpo_advantages(torch.stack([first, -first]), [1.0, 1.0]) == 0).all()  # they cancel: flat
+    torch.testing.assert_close(gdpo_advantages(100 * torch.stack([first, second]), [1.0, 2.0]), found)
+    assert (gdpo_advantages(torch.stack([first, -first]), [1.0, 1.0]) == 0).all()  # they cancel: flat
     with pytest.raises(ValueError, match="argument 2 is longer"):
-        grpo.gdpo_advantages(torch.stack([first, second]), [1.0])
+        gdpo_advantages(torch.stack([first, second]), [1.0])
+    with pytest.raises(ValueError, match="components"):
+        grpo.group_advantages(first, "gdpo")
 
 
 def test_gdpo_tells_apart_what_the_sum_does_not():
     """The paper's example: rewards (0, 1) and (0, 2) of two completions get the same advantage from their sum."""
     one, two = torch.tensor([[[0.0, 1.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]])
     both = torch.cat([one, two], dim=1)  # [K, B, G]
-    summed, apart = grpo.group_advantages(both.sum(0)), grpo.gdpo_advantages(both, [1.0, 1.0])
+    summed, apart = grpo.group_advantages(both.sum(0)), gdpo_advantages(both, [1.0, 1.0])
     assert torch.equal(summed[0], summed[1]) and torch.allclose(2 * apart[0], apart[1])
 
 
@@ -489,7 +497,7 @@ def test_dual_clip_bounds_what_a_wrong_completion_can_cost(loss, ratio, A, expec
 
 def test_sampler_weights_are_truncated_ratios_and_a_veto_takes_the_whole_completion():
     gap = torch.tensor([[math.log(1.5), math.log(4.0)], [math.log(0.25), 0.0]], dtype=torch.float64)
-    weights = lambda **settings: grpo.sampler_weights(gap, GRPOConfig(**settings)).tolist()  # noqa: E731
+    weights = lambda **settings: variants.sampler_weights(gap, GRPOConfig(**settings)).tolist()  # noqa: E731
     assert weights() == [[1, 1], [1, 1]]
     assert sum(weights(sampler_cap=2.0), []) == pytest.approx([1.5, 2.0, 0.25, 1.0])
     assert weights(sampler_veto=1.38) == [[0, 0], [0, 0]]  # ln 4 = 1.386, above it in both directions
@@ -1100,9 +1108,10 @@ def _advantages(G, B=2):
 
 def _apply(model, groups, advantages, config, lr, reference=None, engine=FAST):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    batches = grpo.micro_batches(groups, config)
-    ref_logps = grpo.reference_logprobs(reference, batches, config, engine) if reference else None
-    return grpo.policy_update(model, optimizer, batches, advantages, ref_logps, config, engine)
+    batches = grpo.micro_batches(groups, advantages, config)
+    if reference:
+        grpo.reference_logprobs(reference, batches, config, engine)
+    return grpo.policy_update(model, optimizer, batches, config, engine)
 
 
 def _update(model, config, lr, reference=None, engine=FAST):
@@ -1134,19 +1143,21 @@ def test_three_whole_steps_are_the_same_with_both_engines(updates, kl_coef):
 @pytest.mark.parametrize("tokens", [1, 40, 10**6])
 def test_passes_of_several_groups_have_the_update_of_single_ones(tokens):
     """float64, groups of unequal prompts and lengths, one of them flat and so not trained; statistics too."""
-    config, results = GRPOConfig(group_size=4, max_completion_tokens=6, kl_coef=0.1, max_grad_norm=1e9, overlong="mask"), []
+    config, results = GRPOConfig(group_size=4, max_completion_tokens=6, kl_coef=0.0, max_grad_norm=1e9, overlong="mask"), []
     groups, reference = sampled_groups(make_model(), config, prompts=5, eos_ids=(EOS, 6, 12)), make_model(seed=1)
-    advantages, trained = _advantages(4, B=5), [True, True, False, True, True]
+    advantages = _advantages(4, B=5)
     advantages[2] = 0.0
+    with_kl = replace(config, kl_coef=0.1)
     for joined in (False, True):
-        model, batches = make_model(), grpo.micro_batches(groups, config)
+        model, batches = make_model(), grpo.micro_batches(groups, advantages, config)
         if joined:
-            batches = packing.join(batches, trained, tokens)
-            assert len(batches) == {1: 5, 40: len(batches), 10**6: 2}[tokens] and [8, 9, 10, 11] in [b.rows for b in batches]
-            assert sorted(row for b in batches for row in b.rows) == list(range(20))
-            assert all(len(b.rows) == 4 or packing.pack(b.prompts, b.completions).input_ids.numel() <= tokens for b in batches)
-        refs = grpo.reference_logprobs(reference, batches, config, FAST)
-        stats = grpo.policy_update(model, torch.optim.SGD(model.parameters(), lr=0.5), batches, advantages, refs, config, FAST)
+            batches = packing.join(batches, config, tokens)
+            assert len(batches) == {1: 5, 40: len(batches), 10**6: 2}[tokens]
+            assert [len(b.prompts) for b in batches if not b.advantages.any()] == [4]  # the flat group is alone
+            assert sorted(torch.cat([b.advantages for b in batches])) == sorted(advantages.flatten())
+            assert all(len(b.prompts) == 4 or packing.pack(b.prompts, b.completions).input_ids.numel() <= tokens for b in batches)
+        grpo.reference_logprobs(reference, batches, with_kl, FAST)
+        stats = grpo.policy_update(model, torch.optim.SGD(model.parameters(), lr=0.5), batches, with_kl, FAST)
         results.append((stats, torch.cat([weight.flatten() for weight in model.parameters()])))
     (one, weights), (two, expected) = results
     assert one == pytest.approx(two, rel=1e-9, abs=1e-12)
@@ -1163,14 +1174,13 @@ def test_a13_statistics_are_means_over_all_tokens_of_flat_groups_too():
     counts = [sum(map(len, group.completions)) for group in groups]
     assert stats["tokens"] == sum(counts) and stats["trained_tokens"] == counts[1] and stats["ratio_mean"] == 1.0
     twice = replace(config, updates_per_rollout=2, clip_low=0.0, clip_high=0.0, max_grad_norm=1e9)
-    batches, optimizer = grpo.micro_batches(groups, twice), torch.optim.SGD(model.parameters(), lr=0.5)
+    batches, optimizer = grpo.micro_batches(groups, advantages, twice), torch.optim.SGD(model.parameters(), lr=0.5)
     old = [FAST.logprobs(model, b.prompts, b.completions, 1.0).detach() for b in batches]
-    stats = grpo.policy_update(model, optimizer, batches, advantages, None, replace(twice, updates_per_rollout=1), FAST)
+    stats = grpo.policy_update(model, optimizer, batches, replace(twice, updates_per_rollout=1), FAST)
     new = [FAST.logprobs(model, b.prompts, b.completions, 1.0).detach() for b in batches]
-    A = advantages.flatten()
-    clipped = sum((((n > o) & (A[b.rows][:, None] > 0)) & b.mask).sum() for n, o, b in zip(new, old, batches, strict=True))
+    clipped = sum((((n > o) & (b.advantages[:, None] > 0)) & b.mask).sum() for n, o, b in zip(new, old, batches, strict=True))
     model = make_model()
-    stats = grpo.policy_update(model, torch.optim.SGD(model.parameters(), lr=0.5), batches, advantages, None, twice, FAST)
+    stats = grpo.policy_update(model, torch.optim.SGD(model.parameters(), lr=0.5), batches, twice, FAST)
     assert stats["clip_fraction_high"] == pytest.approx(clipped.item() / (2 * sum(counts)))  # two updates, none in the first
 
 
@@ -1348,14 +1358,14 @@ def asked(databases=3, questions=4, group=3):
             prompt = torch.tensor([3 + db] * 40 + [9 + q] * 10)
             completions = [torch.tensor([8 + j] * 20) for j in range(group)]
             groups.append(grpo.Group(prompt, completions, [torch.zeros(20)] * group, [False] * group))
-    return grpo.micro_batches(groups, GRPOConfig(group_size=group))
+    return grpo.micro_batches(groups, torch.arange(float(len(groups) * group)).view(-1, group), GRPOConfig(group_size=group))
 
 
 def test_passes_count_a_schema_once_and_hold_questions_on_the_same_database():
     batches = asked()
     four = 40 + 4 * (10 + 3 * 20)
     for tokens, count, schemas in ((four, 3, 3), (four - 1, 4, 6), (3 * four, 1, 3)):
-        passes = packing.join(batches, [True] * 12, tokens)
+        passes = packing.join(batches, GRPOConfig(), tokens)
         sizes = [packing.pack(b.prompts, b.completions).input_ids.numel() for b in passes]
         assert len(passes) == count and max(sizes) <= tokens
         assert sum(sizes) == 40 * schemas + 12 * (10 + 3 * 20)
@@ -1372,6 +1382,6 @@ def test_passes_are_found_with_one_tree(monkeypatch):
 def test_a_group_that_is_too_long_for_a_row_is_cut(monkeypatch):
     monkeypatch.setattr(packing, "LONGEST", 100)
     batches = asked(1, 1, 5)
-    passes = packing.join(batches, [True], 60)
-    assert [b.rows for b in passes] == [[0, 1], [2, 3], [4]] and [b.mask.shape for b in passes] == [(2, 20), (2, 20), (1, 20)]
-    assert [b.rows for b in packing.join(batches, [True], 150)] == [[0, 1, 2, 3, 4]]  # as --tokens-per-pass wants it
+    passes = packing.join(batches, GRPOConfig(), 60)
+    assert [b.advantages.tolist() for b in passes] == [[0, 1], [2, 3], [4]] and [b.mask.shape for b in passes] == [(2, 20), (2, 20), (1, 20)]
+    assert [b.advantages.tolist() for b in packing.join(batches, GRPOConfig(), 150)] == [[0, 1, 2, 3, 4]]  # as --tokens-per-pass wants it

@@ -27,8 +27,8 @@ def three_updates(adamw, resumed=False, dtype=torch.float32):
     model = make_model(dtype=dtype)
     optimizer = adamw(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     for seed in range(3):
-        batches = grpo.micro_batches(sampled_groups(model, CONFIG, seed=seed), CONFIG)
-        stats = grpo.policy_update(model, optimizer, batches, _advantages(4).float(), None, CONFIG, FAST)
+        batches = grpo.micro_batches(sampled_groups(model, CONFIG, seed=seed), _advantages(4).float(), CONFIG)
+        stats = grpo.policy_update(model, optimizer, batches, CONFIG, FAST)
         assert stats["grad_norm"] > CONFIG.max_grad_norm and not stats["skipped_updates"]
         if resumed:
             weights, state = {name: w.clone() for name, w in model.state_dict().items()}, full_state(model, optimizer)

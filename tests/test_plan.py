@@ -28,6 +28,7 @@ import settings
 import train
 from common.errors import UserError
 from engine import bf16, packing
+from engine.fast import checkpointed
 from engine.offload import CPUAdamW
 from models import adapters, memory_plan, model_files, published
 from running import recipes
@@ -125,7 +126,7 @@ def kept_for_backward(layers, width=128, autocast=False, lora=0, checkpointing=F
         with torch.no_grad():
             packing.can_pack(model)  # looks once
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            packing.packed_logprobs(model, packed, 1.0)
+            checkpointed(packing.packed_logprobs)(model, packed, 1.0)
     return sum(size for size, _ in kept.values())
 
 
@@ -149,7 +150,7 @@ def test_a_row_is_as_long_as_the_passes_that_are_made_of_a_group():
     for group, completion, pass_tokens in ((8, 40, 0), (32, 2048, 9000), (32, 2048, 40_000)):
         work = memory_plan.replace(WORK, prompt=2048, completion=completion, group=group, pass_tokens=pass_tokens, prompts=1, gpu=True)
         groups = [grpo.Group(torch.arange(2048), [torch.arange(completion) + i for i in range(group)], [None] * group, [False] * group)]
-        passes = packing.join(grpo.micro_batches(groups, grpo.GRPOConfig()), [True], pass_tokens)
+        passes = packing.join(grpo.micro_batches(groups, torch.ones(1, group), grpo.GRPOConfig()), grpo.GRPOConfig(), pass_tokens)
         longest = max(packing.pack(b.prompts, b.completions).input_ids.numel() for b in passes)
         assert memory_plan.row_tokens(work) == longest <= max(memory_plan.MOST, pass_tokens)
         assert memory_plan.phases(memory_plan.Shape.of(published.PUBLISHED["0.5b"]), work)["update"]["attention mask"] == memory_plan.mask_bytes(work) < 1e7

@@ -35,7 +35,7 @@ def updated(model, groups, config=CONFIG):
     """A copy of the model after policy_update, and its statistics."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    stats = grpo.policy_update(model, optimizer, grpo.micro_batches(groups, config), ADVANTAGES, None, config, FAST)
+    stats = grpo.policy_update(model, optimizer, grpo.micro_batches(groups, ADVANTAGES, config), config, FAST)
     return model, stats
 
 
@@ -130,13 +130,15 @@ def test_a_reference_elsewhere_is_lent_for_its_pass_and_comes_back(tiny):
     """A dtype stands for a GPU, as `Tensor.to` takes either."""
     reference, away = Reference(tiny.model, "cpu"), torch.float64
     before = [(p.data_ptr(), p.clone()) for p in reference.model.parameters()]
-    batches = grpo.micro_batches(sampled(tiny), CONFIG)
+    batch, = grpo.micro_batches(sampled(tiny), ADVANTAGES, CONFIG)
     with reference.active() as model:
-        expected = grpo.reference_logprobs(model, batches, CONFIG, FAST)[0]
+        grpo.reference_logprobs(model, [batch], CONFIG, FAST)
+    expected = batch.ref_logps
     with reference.active(away) as model:
         assert {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} == {away}
         assert model.lm_head.weight is model.model.embed_tokens.weight  # still tied
-        torch.testing.assert_close(grpo.reference_logprobs(model, batches, CONFIG, FAST)[0].float(), expected)
+        grpo.reference_logprobs(model, [batch], CONFIG, FAST)
+        torch.testing.assert_close(batch.ref_logps.float(), expected)
     with pytest.raises(ZeroDivisionError), reference.active(away):
         1 / 0  # noqa: B018
     for parameter, (place, value) in zip(reference.model.parameters(), before, strict=True):

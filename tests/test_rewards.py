@@ -211,7 +211,7 @@ def test_with_gdpo_a_correct_completion_outranks_every_wrong_one_of_its_group(se
     rows = [[completion() for _ in range(6)] for _ in range(8)]
     values, found = rewards.rewards_apart(rows, config)
     assert found == [1.0, *weights.values()] and np.shape(values) == (6, 8, 6)
-    for group, advantages in zip(rows, grpo.gdpo_advantages(torch.tensor(values), found).tolist(), strict=True):
+    for group, advantages in zip(rows, grpo.group_advantages(torch.tensor(values).sum(0), "gdpo", (torch.tensor(values), found)).tolist(), strict=True):
         right, wrong = ([A for A, b in zip(advantages, group, strict=True) if b.correct == is_right] for is_right in (True, False))
         assert not right or not wrong or min(right) > max(wrong)
 
@@ -251,7 +251,7 @@ def test_the_seconds_of_several_calls_add_up(executor):
     first = dict(subject.seconds)
     subject.score([item("SELECT 2")])
     assert all(subject.seconds[name] > first[name] for name in ("execution", "atomic"))
-    subject.reset_seconds()
+    subject.take_seconds()
     assert subject.seconds == {}
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from engine.fast import ENGINES
 from grpo import GRPOConfig, micro_batches, policy_update, sample_groups
 from policy import build_tiny
 from running import show
+from running.token_ratios import TokenWatch, widest_group
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,20 +106,16 @@ def test_token_ratios_are_those_of_the_update(micro_batch, engine):
     config = GRPOConfig(group_size=4, max_completion_tokens=5, micro_batch=micro_batch)
     groups = sample_groups(policy.model, [torch.tensor([1, 2, 3])] * 2, config, eos_ids=policy.eos_ids, seeds=[0, 1])
     advantages = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, -1.0]])
-    trainer = object.__new__(train.Trainer)  # without a run's folder and data
-    trainer.policy, trainer.engine, trainer.device, trainer.bf16 = policy, ENGINES[engine], "cpu", False
-    trainer.s = train.parse_settings(["--group-size", "4", "--micro-batch", str(micro_batch)])
-    before = trainer.group_logps(groups, 1)
-    policy_update(policy.model, torch.optim.SGD(policy.model.parameters(), lr=0.5), micro_batches(groups, config),
-                  advantages, None, config)
-    (chosen, completions), = trainer.token_ratios(groups, 1, before, trainer.group_logps(groups, 1)).items()
-    assert chosen == 1
+    assert widest_group(advantages) == 1
+    watch = TokenWatch(policy, groups[1], config, ENGINES[engine], nullcontext)
+    policy_update(policy.model, torch.optim.SGD(policy.model.parameters(), lr=0.5),
+                  micro_batches(groups, advantages, config), config)
+    completions = watch.ratios()
     for tokens, one in zip(groups[1].completions, completions, strict=True):
         assert len(one["tokens_text"]) == len(one["ratios"]) == len(tokens)
         assert "".join(one["tokens_text"]) == policy.tokenizer.decode(tokens)
     mean = [sum(one["ratios"]) / len(one["ratios"]) for one in completions]
     assert mean[0] > 1 > mean[3]  # the rewarded one became likelier, the other less likely
-    assert trainer.group_logps(groups, None) == [] and trainer.token_ratios(groups, None, [], []) == {}
 
 
 def test_verbose_prints_a_group_every_so_many_steps_and_logs_what_the_report_shows(tmp_path, tiny_db, monkeypatch, capsys):

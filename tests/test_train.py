@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,16 +22,21 @@ from little_policy import little_policy_folder
 from transformers import AutoModelForCausalLM
 
 import evaluate
+import held_out
 import rewards
+import rollout
 import settings
 import train
+import variants
 from common.errors import UserError
 from data import columns_of
 from grpo import Group, GRPOConfig
+from held_out import HeldOut
 from models import memory_plan
 from partial_credit.atomic import atomic_reward, rarity
 from policy import build_tiny
 from rewards import RewardBreakdown, RewardConfig
+from rollout import Rollout
 from running.drawing import HALF_LIFE
 from scoring.verdicts import ExampleScore
 from settings import DEFAULTS_BEFORE
@@ -178,15 +184,15 @@ def test_resuming_a_finished_run_changes_nothing(small, small_run):
 @pytest.fixture
 def asked(monkeypatch):
     """(step, questions) of every evaluation of a run, which falls by a tenth a step."""
-    calls, measure = [], train.Trainer.measure
+    calls, measure = [], HeldOut.measure
 
-    def measured(self, questions):
-        calls.append((self.step, len(questions)))
-        found = measure(self, questions)
-        found["execution_accuracy"][self.s.run.match] = 0.5 - 0.1 * self.step
+    def measured(self, questions, step):
+        calls.append((step, len(questions)))
+        found = measure(self, questions, step)
+        found["execution_accuracy"][self.s.run.match] = 0.5 - 0.1 * step
         return found
 
-    monkeypatch.setattr(train.Trainer, "measure", measured)
+    monkeypatch.setattr(HeldOut, "measure", measured)
     return calls
 
 
@@ -206,14 +212,14 @@ def test_the_start_is_kept_where_no_later_policy_is_better_on_dev(small, tmp_pat
 
 def test_a_dev_that_could_not_be_read_wholly_chooses_no_policy(small, tmp_path, monkeypatch):
     """A step is asked fewer questions, all of them easy: it is no better for that, and no point of the curve."""
-    measure = train.Trainer.measure
+    measure = HeldOut.measure
 
-    def measured(self, questions):
-        found = measure(self, questions) | ({"unavailable": [{"id": "1"}]} if self.step == 1 else {})
-        found["execution_accuracy"][self.s.run.match] = (0.2, 1.0, 0.3)[self.step]
+    def measured(self, questions, step):
+        found = measure(self, questions, step) | ({"unavailable": [{"id": "1"}]} if step == 1 else {})
+        found["execution_accuracy"][self.s.run.match] = (0.2, 1.0, 0.3)[step]
         return found
 
-    monkeypatch.setattr(train.Trainer, "measure", measured)
+    monkeypatch.setattr(HeldOut, "measure", measured)
     run(*small, "--steps", 2, "--eval-every", 1, "--test-questions", 0, "--output", tmp_path / "run")
     assert (tmp_path / "run" / "best" / "step.txt").read_text() == "2\n"
     assert [one.get("dev_accuracy") for one in lines(tmp_path / "run/metrics.jsonl")] == [None, 0.3]
@@ -275,7 +281,7 @@ def test_an_interrupt_before_the_first_step_keeps_the_cold_start(small, tmp_path
     folder = tmp_path / "early"
     arguments = [*small, "--steps", "1", "--output", str(folder)]
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "evaluate", interrupted)
+        patch.setattr(train.Trainer, "evaluate_tests", interrupted)
         assert "go on from step 0 with --resume" in run(*arguments, check=130)
     output = run(*arguments)  # the same command goes on
     assert "resuming from" in output and "cold start:" not in output and "before GRPO" in output
@@ -306,9 +312,9 @@ def test_what_cannot_work_is_told_before_anything_is_trained_and_blocks_no_folde
 def test_the_length_penalty_has_dapos_values():
     config = GRPOConfig(max_completion_tokens=100, overlong="penalise", overlong_buffer=40)
     groups = [Group(torch.zeros(1), [torch.zeros(n) for n in lengths], [], []) for lengths in ((1, 60, 70), (80, 90, 100))]
-    torch.testing.assert_close(train.overlong_penalty(groups, config),
+    torch.testing.assert_close(variants.overlong_penalty(groups, config),
                                torch.tensor([[0.0, 0.0, -0.25], [-0.5, -0.75, -1.0]]))
-    fifth = train.overlong_penalty(groups, GRPOConfig(max_completion_tokens=100))
+    fifth = variants.overlong_penalty(groups, GRPOConfig(max_completion_tokens=100))
     torch.testing.assert_close(fifth, torch.tensor([[0.0, 0.0, 0.0], [0.0, -0.5, -1.0]]))
 
 
@@ -441,19 +447,22 @@ def test_a_group_that_is_left_out_moves_no_other():
     def row(*totals, status="ok"):
         return [RewardBreakdown(total=total, status=status) for total in totals]
 
-    config = RewardConfig(rewards="format,execution")
+    def advantages_of(rows, scale):
+        return rollout.advantages_of(rows, RewardConfig(rewards="format,execution"), GRPOConfig(advantage_scale=scale))
+
     for scale in ("group", "batch", "none"):
-        alone = train.advantages_of([row(1.0, 3.0), row(0.0, 1.0)], config, scale)
+        alone = advantages_of([row(1.0, 3.0), row(0.0, 1.0)], scale)
         rows = [row(1.0, 3.0), [*row(1.0), *row(0.0, status="unavailable")], row(0.0, 1.0)]
-        assert torch.equal(train.advantages_of(rows, config, scale)[[0, 2]], alone) and alone.any()
-        assert not train.advantages_of(rows, config, scale)[1].any()
-        assert not train.advantages_of(rows[1:2], config, scale).any()
-    groups = [SimpleNamespace(completions=[torch.ones(3), torch.ones(5)], truncated=[False, True], entropies=[torch.ones(3)] * 2)] * 2
-    found = train.step_metrics(1, groups, [row(1.0, 3.0), [*row(1.0), *row(0.0, status="unavailable")]], ["format"], {}, {"all": 1.0}, {})
+        assert torch.equal(advantages_of(rows, scale)[[0, 2]], alone) and alone.any()
+        assert not advantages_of(rows, scale)[1].any()
+        assert not advantages_of(rows[1:2], scale).any()
+    group = SimpleNamespace(completions=[torch.ones(3), torch.ones(5)], truncated=[False, True], entropies=[torch.ones(3)] * 2)
+    rollouts = [Rollout(None, group, row(1.0, 3.0)), Rollout(None, group, [*row(1.0), *row(0.0, status="unavailable")])]
+    found = train.step_metrics(1, rollouts, ["format"], {}, {"all": 1.0}, {})
     assert (found["reward"], found["reward_std"], found["execution_accuracy"]) == (2.0, pytest.approx(2 ** 0.5), 0.0)
     assert found["status/unavailable"] == 0.25 and found["truncated"] == 0.5
-    assert train.has_right_and_wrong([RewardBreakdown(correct=True), RewardBreakdown()])
-    assert not train.has_right_and_wrong([RewardBreakdown(correct=True), *row(0.0, status="unavailable")])
+    assert Rollout(None, group, [RewardBreakdown(correct=True), RewardBreakdown()]).mixed
+    assert not Rollout(None, group, [RewardBreakdown(correct=True), *row(0.0, status="unavailable")]).mixed
 
 
 def test_held_back_questions_whose_golds_all_fail_are_no_test(tmp_path, tiny_db, monkeypatch, capsys):
@@ -597,28 +606,25 @@ class Script:
 def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_reward(monkeypatch):
     right, wrong = Scored(True, 4.0), [Scored(False, 1.0 + i) for i in range(3)]
     rows = {0: [right, wrong[0]], 1: [wrong[0], wrong[1]], 2: [right, right], 3: [wrong[2], right], 4: [wrong[1], right]}
-    trainer = object.__new__(train.Trainer)
-    trainer.policy = type("Policy", (), {"device": "cpu", "model": None, "eos_ids": ()})
-    trainer.device, trainer.step, trainer.engine, trainer.sharded, trainer.bf16 = "cpu", 1, None, None, False
-    trainer.train_set = [(q, [q]) for q in rows]
-    trainer.score = lambda examples, groups: [(e, group, rows[e]) for e, group in zip(examples, groups, strict=True)]
-    monkeypatch.setattr(train, "sample_groups", lambda model, prompts, *_, **__: [f"group {int(p[0])}" for p in prompts])
+    policy = SimpleNamespace(model=None, eos_ids=())
+    monkeypatch.setattr(rollout, "sample_groups", lambda model, prompts, *_, **__: [f"group {int(p)}" for p in prompts])
 
     def rolled(extra, questions, B=2):
-        trainer.s = train.parse_settings(["--prompts-per-step", str(B), "--dynamic-sampling", str(extra), "--output", "x"])
-        trainer.drawing = Script(questions)
-        (examples, groups, breakdowns), sampled = trainer.rollout(train.Stopwatch())
-        asked = questions[:trainer.drawing.drawn]
-        assert trainer.drawing.learned == [(q, [b.correct for b in rows[q]]) for q in asked]
-        assert sampled == [(f"group {q}", rows[q]) for q in asked]  # what is logged tells the policy's accuracy
-        assert groups == [f"group {q}" for q in examples] and breakdowns == [rows[q] for q in examples]
-        return examples
+        s = train.parse_settings(["--prompts-per-step", str(B), "--dynamic-sampling", str(extra), "--output", "x"])
+        maker = rollout.RolloutMaker(s, policy, None, [rollout.Question(q, q) for q in rows], Script(questions), None, nullcontext)
+        maker.score = lambda examples, groups: [Rollout(e, group, rows[e]) for e, group in zip(examples, groups, strict=True)]
+        chosen, sampled = maker.make(train.StepRecord().timed)
+        asked = questions[:maker.drawing.drawn]
+        assert maker.drawing.learned == [(q, [b.correct for b in rows[q]]) for q in asked]
+        assert sampled == [Rollout(q, f"group {q}", rows[q]) for q in asked]  # what is logged tells the policy's accuracy
+        assert chosen == [Rollout(one.example, f"group {one.example}", rows[one.example]) for one in chosen]
+        return [one.example for one in chosen]
 
     assert rolled(0, [1, 2]) == [1, 2]  # off: whatever came
     assert rolled(5, [0, 1, 2, 3]) == [0, 3]  # all wrong but unequal in reward (1), all right (2): replaced
     assert rolled(5, [1, 2, 0, 3, 4, 4]) == [0, 3]  # no more rollouts than needed
     assert rolled(1, [1, 2, 0, 2]) == [0, 2]  # not enough: filled up, to be given advantage 0
-    assert [train.has_right_and_wrong(rows[q]) for q in rows] == [True, False, False, True, True]
+    assert [Rollout(q, None, rows[q]).mixed for q in rows] == [True, False, False, True, True]
 
 
 def test_a_run_in_bf16_resumes_bit_for_bit(small, tmp_path):
@@ -676,17 +682,17 @@ def test_a_resumed_run_notices_other_questions_and_keeps_what_it_began_with(smal
 
 
 def test_a_start_that_could_not_be_measured_gives_no_gain(small, tmp_path, monkeypatch):
-    database, measure = Path(small[small.index("--data") + 1]).with_name("music.sqlite"), train.Trainer.measure
+    database, measure = Path(small[small.index("--data") + 1]).with_name("music.sqlite"), HeldOut.measure
 
-    def locked(trainer, questions):
+    def locked(self, questions, step):
         writer = sqlite3.connect(database, isolation_level=None)
-        writer.execute("BEGIN" if trainer.step else "BEGIN EXCLUSIVE")
-        found = measure(trainer, questions)
+        writer.execute("BEGIN" if step else "BEGIN EXCLUSIVE")
+        found = measure(self, questions, step)
         writer.close()
         return found
 
-    monkeypatch.setattr(train.Trainer, "measure", locked)
-    monkeypatch.setattr(evaluate, "greedy_sqls", lambda policy, prompts, *_, **__: ["SELECT count(*) FROM singer"] * len(prompts))
+    monkeypatch.setattr(HeldOut, "measure", locked)
+    monkeypatch.setattr(held_out, "greedy_sqls", lambda policy, prompts, *_, **__: ["SELECT count(*) FROM singer"] * len(prompts))
     printed = run(*small, "--steps", 1, "--sql-timeout", 0.1, "--eval-every", 0, "--cold-start-steps", 0, "--output", tmp_path / "run")
     assert "no gain is known: the 0 questions read before are not these" in printed and (tmp_path / "run/report.html").is_file()
     result = json.loads((tmp_path / "run/result.json").read_text(), parse_constant=pytest.fail)
@@ -697,12 +703,12 @@ def test_a_start_that_could_not_be_measured_gives_no_gain(small, tmp_path, monke
 def test_the_table_has_intervals_over_databases():
     scores = [ExampleScore(str(i), f"db{i % 3}", "easy", "", "ok", "ok", "", {"bird": i % 2 == 0}, 0.0, twins=str(i)) for i in range(30)]
     part = evaluate.summarise(scores)
-    table = train.before_after_table({"test": part}, {"test": part}, "bird")
+    table = held_out.before_after_table({"test": part}, {"test": part}, "bird")
     low, high = part["interval_over_databases"]["bird"]
     assert "  over 3 databases" in table and table.count(f"[{100 * low:.1f}, {100 * high:.1f}]") == 2
     assert max(map(len, table.splitlines())) <= 80
     old = {name: value for name, value in part.items() if name != "interval_over_databases"}  # a run begun by an older version
-    assert "databases" not in train.before_after_table({"test": old}, {"test": part}, "bird")
+    assert "databases" not in held_out.before_after_table({"test": old}, {"test": part}, "bird")
 
 
 def test_no_gain_is_told_between_different_questions():
@@ -713,7 +719,7 @@ def test_no_gain_is_told_between_different_questions():
         return {"test": evaluate.summarise(scores) | {"questions": asked}}
 
     def table(before, after):
-        text = train.before_after_table(before, after, "bird")
+        text = held_out.before_after_table(before, after, "bird")
         assert max(map(len, text.splitlines())) <= 80 and "nan" not in text
         return text
 

@@ -90,10 +90,10 @@ def test_a_run_leaves_them_out_of_training_and_says_so(executor, capsys, name, k
     builder = SimpleNamespace(encode_all=lambda questions: ([(example, [1]) for example in questions], ()))
     trainer = SimpleNamespace(s=SimpleNamespace(run=run), executor=executor, builder=builder,
                               policy=SimpleNamespace(tokenizer=normalising(normalizers.NFC())))
-    trainer._unwritable = lambda *arguments: train.Trainer._unwritable(trainer, *arguments)
+    trainer.unwritable_among = lambda *arguments: train.Trainer.unwritable_among(trainer, *arguments)
     questions = [example for example in examples() if example.id != "5"] + [Example("x", "shop", "?", ("SELECT 1",))]
-    found = train.Trainer._usable(trainer, questions, name)
-    assert len(found) == kept and ("1" in {example.id for example, _ in found}) == (name == "dev")
+    found = train.Trainer.usable(trainer, questions, name)
+    assert len(found) == kept and ("1" in {question.example.id for question in found}) == (name == "dev")
     printed = capsys.readouterr().out
     assert f"changes the SQL of 1 of 6 {name} questions so that its result is another (1: " in printed
     assert ("left out" if name == "training" else "count as wrong") in printed

@@ -1,0 +1,89 @@
+"""Greedy execution accuracy on held-out questions while a policy is trained, and its table of before and after."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+from tqdm import tqdm
+
+import report
+from engine import distributed
+from evaluate import difficulty_levels, greedy_sqls, score_predictions, summarise
+from policy import Policy
+from rollout import Question, print_first_reasons
+from scoring.answers import questions_hash
+from settings import Settings, rollout_room
+from sql_exec import SQLExecutor
+
+
+class HeldOut:
+    """Measures a policy on held-out questions, by all processes together."""
+
+    def __init__(self, s: Settings, policy: Policy, executor: SQLExecutor, databases: Mapping,
+                 inside: Callable[[], AbstractContextManager]):
+        """inside: what the policy samples in, such as bf16 arithmetic."""
+        self.s, self.policy, self.executor, self.databases, self.inside = s, policy, executor, databases, inside
+
+    def announce(self, questions: Sequence[Question], name: str, step: int) -> dict:
+        """`measure`, which it announces and whose accuracy it prints."""
+        if not distributed.is_main():
+            return self.measure(questions, step)
+        print(f"step {step}: evaluating {len(questions)} questions of {name}", flush=True)
+        found = self.measure(questions, step)
+        accuracy = found["execution_accuracy"][self.s.run.match]
+        print(f"step {step}: {100 * accuracy:.1f} % of {name} right", flush=True)
+        return found
+
+    def measure(self, questions: Sequence[Question], step: int) -> dict:
+        """The accuracy of greedy answers, as `summarise` gives it, and a hash of the questions that it is of."""
+        examples, mine = [question.example for question in questions], distributed.share_of(len(questions))
+        with self.inside():
+            sqls = greedy_sqls(self.policy, [question.prompt.tolist() for question in questions[mine]],
+                               self.s.grpo.max_completion_tokens, lenient=self.s.rewards.lenient_format,
+                               answer_style=self.s.prompts.answer_style, progress=distributed.is_main(),
+                               room=rollout_room(self.s))  # so that --plan holds here as well
+        scores = score_predictions(examples[mine], sqls, self.executor, levels=difficulty_levels(examples)[mine])
+        scores = distributed.merge([score if sql or score.unavailable else replace(score, status="format")
+                                    for score, sql in zip(scores, sqls, strict=True)])
+        read = [example for example, score in zip(examples, scores, strict=True) if not score.unavailable]
+        found = summarise(scores) | {"questions": questions_hash(read)}
+        if unread := found["unavailable"]:
+            tqdm.write(f"warning, step {step}: {len(unread)} of {len(questions)} questions are left out of this "
+                       "evaluation, since their database could not be read")
+            print_first_reasons([(one["id"], "unavailable", one["error"], one["db_id"]) for one in unread],
+                                self.databases, tqdm.write)
+        return found
+
+
+def before_after_table(before: dict, after: dict, match: str) -> str:
+    """Held-out execution accuracy before and after GRPO, a line a tier, with 95 % intervals; 80 columns.
+
+    Questions of which the database could not be read are in neither figure, so the two may be of other questions.
+    """
+    lines = [f"{'held-out execution accuracy, %':<32}{'n':>5}{'before GRPO':>21}{'after GRPO':>21}"]
+
+    def bounds(interval) -> str:
+        low, high = interval
+        return f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+    def cell(part: dict | None) -> str:
+        if not part or not part["n"]:
+            return "-"
+        return f"{100 * part['execution_accuracy'][match]:.1f} {bounds(part['interval'][match])}"
+
+    for name, end in after.items():
+        start, tiers = before[name], list(end["by_difficulty"])
+        for tier in tiers if len(tiers) > 1 else []:
+            lines.append(f"{name + ': ' + tier:<32}{end['by_difficulty'][tier]['n']:>5}"
+                         f"{cell(start['by_difficulty'].get(tier)):>21}{cell(end['by_difficulty'][tier]):>21}")
+        lines.append(f"{name + ': all':<32}{end['n']:>5}{cell(start):>21}{cell(end):>21}")
+        shown = [bounds(part["interval_over_databases"][match]) if part.get("interval_over_databases") else "-"
+                 for part in (start, end)]
+        if shown[0] != "-":  # none in a run that an older version began
+            lines.append(f"{'  over ' + str(end['databases']) + ' databases':<37}{shown[0]:>21}{shown[1]:>21}")
+        if not report.of_the_same(start, end):
+            lines.append(f"  no gain is known: the {start['n']} questions read before are not these")
+            continue
+        gain = end["execution_accuracy"][match] - start["execution_accuracy"][match]
+        lines.append(f"{'':<32}{'':>5}{'gain':>21}{100 * gain:>+20.1f} ")
+    return "\n".join(lines)

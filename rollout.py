@@ -1,0 +1,156 @@
+"""A rollout: draw questions, sample a group of completions for each, score them.
+
+    questions = drawing.draw(B)  →  groups = sample_groups(…)  →  rewards = scorer.score(…)
+
+With --dynamic-sampling, questions whose completions are all right or all wrong give way to fresh ones. Several
+processes share each step's questions; what they find is gathered, so that all of them go on with the whole.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine import distributed
+from grpo import Engine, Group, GRPOConfig, group_advantages, sample_groups
+from policy import Policy
+from questions.example import Example
+from rewards import RewardBreakdown, RewardConfig, RewardError, RewardItem, RewardScorer, readable, rewards_apart
+from running.drawing import Drawing
+from scoring.verdicts import first_reasons
+from settings import Settings
+from variants import overlong_penalty
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that can be asked: its prompt fits."""
+
+    example: Example
+    prompt: Tensor  # [P]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A question with its completions and what they earned."""
+
+    example: Example
+    group: Group  # G completions
+    rewards: list[RewardBreakdown]  # G
+
+    @property
+    def readable(self) -> bool:
+        """Whether its completions have rewards: the database could be read."""
+        return readable(self.rewards)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some of its completions are right and some wrong."""
+        return self.readable and 0 < sum(b.correct for b in self.rewards) < len(self.rewards)
+
+
+class RolloutMaker:
+    """Makes the rollouts of a run's steps."""
+
+    def __init__(self, s: Settings, policy: Policy, engine: Engine, questions: Sequence[Question], drawing: Drawing,
+                 scorer: RewardScorer, inside: Callable[[], AbstractContextManager]):
+        """inside: what the policy samples in, such as bf16 arithmetic."""
+        self.s, self.policy, self.engine, self.questions = s, policy, engine, questions
+        self.drawing, self.scorer, self.inside = drawing, scorer, inside
+
+    def make(self, timed: Callable[[str], AbstractContextManager]) -> tuple[list[Rollout], list[Rollout]]:
+        """The B rollouts that a step learns from, and all that were sampled for it.
+
+        With --dynamic-sampling, more are sampled until B are mixed or no extra rollouts are left; the last of the
+        others fill the places that remain. Accuracy is that of all: those that were chosen by it would distort it.
+        """
+        B, extra = self.s.run.prompts_per_step, self.s.run.dynamic_sampling
+        sampled = self.sample_and_score(B, timed)
+        if not extra:
+            return sampled, sampled
+        while extra and sum(rollout.mixed for rollout in sampled) < B:
+            sampled, extra = sampled + self.sample_and_score(B, timed), extra - 1
+        mixed = [rollout for rollout in sampled if rollout.mixed]
+        others = [rollout for rollout in sampled if not rollout.mixed]
+        return mixed[:B] + others[len(others) - max(0, B - len(mixed)):], sampled
+
+    def sample_and_score(self, count: int, timed: Callable[[str], AbstractContextManager]) -> list[Rollout]:
+        """Rollouts of the next questions, by all processes together."""
+        turn, numbers = self.drawing.drawn, self.drawing.draw(count)
+        seeds = [self.s.run.seed * 1_000_003 + turn + i for i in range(count)]  # by a question's turn in the run
+        mine = distributed.share_of(count)
+        questions = [self.questions[number] for number in numbers[mine]]
+        with timed("rollout"):
+            groups = self.sample(questions, seeds[mine])
+        with timed("rewards"):  # the seconds of each component are in scorer.seconds
+            rollouts = self.score([question.example for question in questions], groups)
+        read = [(number, rollout) for number, rollout in zip(numbers, rollouts, strict=True) if rollout.readable]
+        correct = [[b.correct for b in rollout.rewards] for _, rollout in read]  # [B][G]
+        self.drawing.learn([number for number, _ in read], correct)
+        return rollouts
+
+    def sample(self, questions: Sequence[Question], seeds: Sequence[int]) -> list[Group]:
+        """A group of completions per question."""
+        with self.inside():
+            return sample_groups(self.policy.model, [question.prompt for question in questions], self.s.grpo,
+                                 eos_ids=self.policy.eos_ids, seeds=seeds, engine=self.engine)
+
+    def score(self, examples: Sequence[Example], groups: Sequence[Group]) -> list[Rollout]:
+        """The rollouts of all processes, each of which scores its own groups. The memory gains what is right."""
+        items = [RewardItem(example.db_id, example.gold_sqls, self.policy.decode(completion), example.question)
+                 for example, group in zip(examples, groups, strict=True) for completion in group.completions]
+        found = distributed.everywhere(lambda: self.scorer.score(items, remember=False), RewardError)
+        G = self.s.grpo.group_size
+        rewards = [found[i:i + G] for i in range(0, len(found), G)]  # [B][G]
+        if self.s.grpo.overlong == "penalise":  # half the margin, so that a correct one still outranks a wrong one
+            rewards = penalise(rewards, 0.5 * self.s.rewards.margin * overlong_penalty(groups, self.s.grpo))
+        rollouts = distributed.merge([Rollout(*parts) for parts in zip(examples, groups, rewards, strict=True)])
+        if self.scorer.memory is not None and distributed.size() > 1:
+            self.scorer.memory.exchange(((item.db_id, b.thought) for item, b in zip(items, found, strict=True)
+                                         if b.status != "format"), distributed.gather)
+        self.scorer.remember([(rollout.example.db_id, b.thought) for rollout in rollouts for b in rollout.rewards
+                              if b.correct])
+        return rollouts
+
+
+def advantages_of(rewards: Sequence[Sequence[RewardBreakdown]], weights: RewardConfig, config: GRPOConfig) -> Tensor:
+    """The advantages of completions with these rewards, eq. (1); 0 in groups whose database could not be read.
+    [B][G] -> [B, G]"""
+    read = [i for i, row in enumerate(rewards) if readable(row)]
+    advantages = torch.zeros(len(rewards), len(rewards[0]))
+    if not read:
+        return advantages
+    rows = [rewards[i] for i in read]
+    components = None
+    if config.advantage_scale == "gdpo":
+        apart, weights = rewards_apart(rows, weights)  # [K][B][G], [K]
+        components = torch.tensor(apart), weights
+    totals = torch.tensor([[b.total for b in row] for row in rows])  # [B, G]
+    advantages[read] = group_advantages(totals, config.advantage_scale, components)
+    return advantages
+
+
+def penalise(rewards: Sequence[Sequence[RewardBreakdown]], penalties: Tensor) -> list[list[RewardBreakdown]]:
+    """The rewards [B][G] with a penalty [B, G] in their totals, which is logged as `overlong`."""
+    return [[replace(b, total=b.total + penalty, overlong=penalty) for b, penalty in zip(row, values, strict=True)]
+            for row, values in zip(rewards, penalties.tolist(), strict=True)]
+
+
+def print_unreadable(rollouts: Iterable[Rollout], step: int, databases) -> None:
+    """Says which rollouts are left out of a step because their database could not be read."""
+    rollouts = list(rollouts)
+    unread = [(rollout.example, next(b for b in rollout.rewards if b.status == "unavailable"))
+              for rollout in rollouts if not rollout.readable]
+    if unread:
+        tqdm.write(f"warning, step {step}: {len(unread)} of {len(rollouts)} groups are left out, since their "
+                   "database could not be read")
+        print_first_reasons([(e.id, b.status, b.error, e.db_id) for e, b in unread], databases, tqdm.write)
+
+
+def print_first_reasons(failures: Sequence[tuple[str, str, str, str]], databases, write: Callable = print) -> None:
+    """The first (question, status, error, db_id) of each kind, a line each."""
+    for line in first_reasons([(*failure, str(databases[db_id])) for *failure, db_id in failures]):
+        write(f"  {line}")

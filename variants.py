@@ -1,0 +1,115 @@
+"""What others have made of GRPO's steps: losses, advantages and weights, one small function each.
+
+`GRPOConfig` names them, and grpo.py finds them in its tables when it is asked for one. A new loss is a surrogate (or an
+average) and a line in LOSSES; a new kind of advantages is a function and a line in ADVANTAGES (docs/extend.md).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grpo import (
+    ADVANTAGES,
+    LOSSES,
+    Group,
+    GRPOConfig,
+    clipped_surrogate,
+    flat_groups,
+    group_advantages,
+    sequence_mean,
+)
+
+# ---- surrogates: logp, log_ratio [N, T], A [N, 1] or [N, T], mask [N, T], config -> what is maximised for each token,
+# and the log-ratios that it is made of, [N, T] each
+
+
+def sequence_ratio(logp: Tensor, log_ratio: Tensor, A: Tensor, mask: Tensor, config: GRPOConfig):
+    """GSPO (arXiv 2507.18071): one ratio per sequence, the geometric mean of its tokens' ratios."""
+    lengths = mask.sum(-1).clamp(min=1)  # [N]
+    log_ratio = (log_ratio.sum(-1) / lengths)[:, None] * mask  # [N, T]
+    return clipped_surrogate(logp, log_ratio, A, mask, config)
+
+
+def clipped_weight(logp: Tensor, log_ratio: Tensor, A: Tensor, mask: Tensor, config: GRPOConfig):
+    """CISPO (arXiv 2506.13585): the clipped ratio is a constant weight, so that no token loses its gradient."""
+    weight = log_ratio.exp().clamp(1 - config.clip_low, 1 + config.clip_high)
+    return weight.detach() * A * logp, log_ratio
+
+
+def dual_clip(surrogate: Tensor, A: Tensor, config: GRPOConfig) -> Tensor:
+    """Bounded below where A < 0 (arXiv 1912.09729): a bad token that became far likelier has no larger gradient."""
+    return torch.where(A < 0, surrogate.maximum(config.dual_clip * A), surrogate)
+
+
+# ---- averages: mask [N, T] -> divisor of each row's sum [N], divisor of the sum of rows
+
+
+def token_mean(mask: Tensor, config: GRPOConfig) -> tuple[Tensor, float]:
+    """DAPO (arXiv 2503.14476): every token of the batch weighs the same."""
+    return torch.ones_like(mask[:, 0], dtype=torch.float32), mask.sum().item()
+
+
+def constant_length(mask: Tensor, config: GRPOConfig) -> tuple[Tensor, float]:
+    """Dr. GRPO (arXiv 2503.20783): every sequence is divided by the longest length allowed, not by its own."""
+    ones, sequences = torch.ones_like(mask[:, 0], dtype=torch.float32), sequence_mean(mask, config)[1]
+    return ones, sequences * config.max_completion_tokens
+
+
+LOSSES |= {
+    "dapo": (clipped_surrogate, token_mean),
+    "dr_grpo": (clipped_surrogate, constant_length),
+    "gspo": (sequence_ratio, sequence_mean),
+    "cispo": (clipped_weight, token_mean),
+}
+
+
+# ---- advantages: rewards [B, G], components -> [B, G], as `grpo.group_advantages` takes and returns them
+
+
+def over_batch_std(rewards: Tensor, components=None) -> Tensor:
+    """Centred in the group, over the standard deviation of the batch (REINFORCE++, arXiv 2501.03262)."""
+    centred = unscaled(rewards)
+    return centred if flat_groups(rewards).all() else centred / rewards.std()
+
+
+def unscaled(rewards: Tensor, components=None) -> Tensor:
+    """Centred in the group only (Dr. GRPO)."""
+    return (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(flat_groups(rewards)[:, None], 0.0)
+
+
+def gdpo(rewards: Tensor, components) -> Tensor:
+    """GDPO (arXiv 2601.05242): K rewards, each over its standard deviation in the group, are weighted, summed, and
+    divided by the batch's, so that no reward is drowned by one that varies more.
+
+    components: rewards [K, B, G] and their weights [K]."""
+    if components is None:
+        raise ValueError("gdpo needs the components of the rewards, which it scales one by one")
+    apart, weights = components
+    return over_batch_std(sum(w * group_advantages(R) for w, R in zip(weights, apart, strict=True)))
+
+
+ADVANTAGES |= {"batch": over_batch_std, "none": unscaled, "gdpo": gdpo}
+
+
+# ---- weights and penalties
+
+
+def sampler_weights(gap: Tensor, config: GRPOConfig) -> Tensor:
+    """The weight of each token's advantage, by gap = log π_old − log π_sampler, 0 but for rounding. [n, T] -> [n, T]
+
+    For a sampler whose arithmetic is not that of training: sampler_cap is truncated importance sampling
+    (fengyao.notion.site/off-policy-rl), sampler_veto leaves out completions that the sampler got quite wrong."""
+    weights = gap.exp().clamp(max=config.sampler_cap) if config.sampler_cap else torch.ones_like(gap)
+    return weights.masked_fill(gap.abs().amax(-1, keepdim=True) > (config.sampler_veto or math.inf), 0.0)
+
+
+def overlong_penalty(groups: Sequence[Group], config: GRPOConfig) -> Tensor:
+    """DAPO's soft punishment of length (arXiv 2503.14476, eq. 13), to be added to the rewards. -> [B, G]
+
+    0 up to `max_completion_tokens - overlong_buffer` tokens, then falling linearly to -1 at the limit."""
+    limit = config.max_completion_tokens
+    buffer = min(config.overlong_buffer or limit // 5 or 1, limit)
+    lengths = torch.tensor([[float(len(c)) for c in group.completions] for group in groups])  # [B, G]
+    return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
