@@ -10,7 +10,7 @@ Generated text stands between `<!-- NAME -->` and `<!-- /NAME -->`:
     recipe NAME             the settings of a recipe, their values and sources
     lengths                 what `train.py --plan` says of longer prompts and completions
     ablation NAME: a; Δ a   the measure a and its differences, from ablation-NAME.json, which ablate.py wrote
-Equation n is linked to the first line of grpo.py that says `# eq. (n)`.
+Equation n is linked to the first line of grpo.py that says `# eq. (n)`. notebook.py makes walkthrough.ipynb.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from unittest import mock
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
+import notebook  # noqa: E402
+
 import ablate  # noqa: E402
 import policy  # noqa: E402
 import settings  # noqa: E402
@@ -222,3 +224,4 @@ def up_to_date(text: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(up_to_date(page.read_text()))
+    notebook.write()
