@@ -71,7 +71,7 @@ class RewardConfig:
         "help": "rewards that are summed, with optional weights: format,execution=2,atomic=0.5,memory", "common": True})
     execution_runs: float = field(default=1.0, metadata={
         "help": "what SQL that runs and is wrong earns in the execution reward, where the gold result earns 2; see "
-                "docs/dense-rewards.md",
+                "docs/results/dense-rewards.md",
         "at_least": 0, "at_most": 1})
     atomic_when: str = field(default="wrong", metadata={
         "help": "which completions earn the atomic reward: all wrong ones, those that run, those that fail",

@@ -1,4 +1,4 @@
-"""Brings README.md and docs/*.md up to date: tables of flags and ablations, lines of equations, what a model needs.
+"""Brings README.md and the pages of docs/ up to date: flags, ablations, lines of equations, what a model needs.
 
     python docs/readme.py
 
@@ -9,7 +9,7 @@ Generated text stands between `<!-- NAME -->` and `<!-- /NAME -->`:
     needs                   what `train.py --plan` says of `--model qwen2.5-3b`
     recipe NAME             the settings of a recipe, their values and sources
     lengths                 what `train.py --plan` says of longer prompts and completions
-    ablation NAME: a; Δ a   the measure a and its differences, from ablation-NAME.json, which ablate.py wrote
+    ablation NAME: a; Δ a   the measure a and its differences, from results/ablation-NAME.json, which ablate.py wrote
 Equation n is linked to the first line of grpo.py that says `# eq. (n)`. notebook.py makes walkthrough.ipynb.
 """
 
@@ -24,7 +24,7 @@ from textwrap import fill
 from unittest import mock
 
 DOCS = Path(__file__).resolve().parent
-ROOT = DOCS.parent
+ROOT, RESULTS = DOCS.parent, DOCS / "results"
 sys.path.insert(0, str(ROOT))
 import notebook  # noqa: E402
 
@@ -35,7 +35,7 @@ from common import options  # noqa: E402
 from models import memory_plan  # noqa: E402
 from running import recipes  # noqa: E402
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(RESULTS.glob("*.md"))]
 COMMANDS = {  # module: how it is called
     "train": "python train.py", "evaluate": "python evaluate.py", "ask": "python ask.py",
     "sft": "python sft.py --mine FILE", "ablate": "python ablate.py", "report": "python report.py",
@@ -198,7 +198,7 @@ def equation_lines() -> dict[int, int]:
 
 def ablation_table(name: str, columns: str) -> str:
     """A row a cell of an ablation: the measures named in `a; b; Δ a`."""
-    summary = json.loads((DOCS / f"ablation-{name}.json").read_text())["summary"]
+    summary = json.loads((RESULTS / f"ablation-{name}.json").read_text())["summary"]
     names = columns.split("; ")
     differences = [name[2:] for name in names if name.startswith("Δ ")]
     return ablate.rows(summary, [name for name in names if not name.startswith("Δ ")], differences)

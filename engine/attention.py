@@ -4,7 +4,7 @@ transformers lets a model's attention be exchanged by name. `enable(model)` puts
 own `sdpa` until a call of the model carries `layout=`, an object that knows how the tokens of the call belong together:
 
     row_attention.RowLayout  a row that is a tree of prompts and completions, for the update; gradients flow through it
-    decoding.Grid            one new token for each completion under way, for sampling
+    grid.Grid                one new token for each completion under way, for sampling
 
 Both compute what separate rows would, and read a prompt once. Which models can be run so is found out on small ones.
 """

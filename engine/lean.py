@@ -17,7 +17,7 @@ WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 def forward(model, token: Tensor, position: Tensor, grid) -> Tensor:
     """The logits after a token. [R], [R] -> [R, V]
 
-    grid: attends, and keeps the keys and values; see `decoding.Grid.attend`.
+    grid: attends, and keeps the keys and values; see `grid.Grid.attend`.
     """
     causal = causal_lm(model)
     decoder = causal.model

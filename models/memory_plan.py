@@ -123,7 +123,7 @@ def phases(shape: Shape, work: Work) -> Phases:
     masters = 4 * trained if work.optimizer_on_cpu else 0
     always = {"parameters": (weights * stored + (4 * trained if work.lora_rank else 0)) / work.shards,
               "optimizer": (0 if offloaded else 8 * trained + masters) / work.shards,
-              "KV cache": keys_and_values(shape, work)}  # it stays where it is, see decoding.Grid
+              "KV cache": keys_and_values(shape, work)}  # it stays where it is, see engine/grid.py
     if work.bf16 and not (half and not work.lora_rank):
         always["bf16 weights"] = copy_to_sample_with(shape, work)
     copy = work.reference and not work.lora_rank

@@ -5,7 +5,7 @@
     tables singer concert ; columns id name age sid year ; clauses join where order by limit
 
 It depends on the SQL and the schema only: the same query, the same reasoning. A plan in sentences instead (which table
-gives what, joins, filters, order) taught less in as many steps, docs/pretrained.md.
+gives what, joins, filters, order) taught less in as many steps, docs/results/pretrained.md.
 """
 
 from collections.abc import Mapping, Sequence

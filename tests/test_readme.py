@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 import readme  # noqa: E402
 
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in readme.PAGES}
-README, WALKTHROUGH, ABLATIONS = PAGES["README.md"], PAGES["docs/walkthrough.md"], PAGES["docs/ablations.md"]
-DENSE = PAGES["docs/dense-rewards.md"]
+README, WALKTHROUGH = PAGES["README.md"], PAGES["docs/walkthrough.md"]
+ABLATIONS, DENSE = PAGES["docs/results/ablations.md"], PAGES["docs/results/dense-rewards.md"]
 REWARDS, EXTEND, PITFALLS = PAGES["docs/rewards.md"], PAGES["docs/extend.md"], PAGES["docs/pitfalls.md"]
 OWN_REWARD = re.search(r"```python\n(def reward\(.*?)```", REWARDS, re.DOTALL)[1]
 OWN_TEMPLATE = re.search(r"```\n(\{% set system.*?)```", PAGES["docs/prompts.md"], re.DOTALL)[1]
@@ -124,14 +124,14 @@ def test_every_setting_of_a_run_is_in_the_table_of_flags():
             assert ("` * |" in row) == bool(field.metadata.get("common")), row
 
 
-NOT_YET_RUN = {"ablation-dense": ("+ atomic", "+ memory")}  # as docs/dense-rewards.md says
+NOT_YET_RUN = {"ablation-dense": ("+ atomic", "+ memory")}  # as docs/results/dense-rewards.md says
 
 
 def test_ablations_are_those_of_the_commands_shown(tmp_path, monkeypatch):
     (tmp_path / "SPIDER").mkdir()
     (tmp_path / "SPIDER" / "dev_exclude.json").write_text("[]")
     monkeypatch.chdir(tmp_path)
-    files = sorted((ROOT / "docs").glob("ablation-*.json"))
+    files = sorted(readme.RESULTS.glob("ablation-*.json"))
     assert len(files) == 6
     for file in files:
         content = json.loads(file.read_text())
