@@ -20,9 +20,11 @@ from conftest import tiny_database
 from little_policy import LESSONS, little_policy_folder
 
 import ablate
+import grpo
 from common import options
 from common.errors import UserError
 from grpo import GRPOConfig, group_advantages, policy_loss
+from policy import load_policy
 from rewards import load_reward_module
 from settings import parse_settings
 from sql_exec import MATCHES, Execution, SQLExecutor
@@ -59,10 +61,38 @@ def commands():
 
 
 def test_the_readme_fits_one_sitting():
-    assert len((ROOT / "README.md").read_bytes()) <= 20_000
+    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 20_000
 
 
-@pytest.mark.parametrize("page, least", [("README.md", 12), ("docs/walkthrough.md", 20), ("docs/rewards.md", 12)])
+def test_each_reader_finds_a_door_on_the_first_screens():
+    start = "\n".join(README.splitlines()[:60])
+    for reader in ("Students", "Researchers", "Engineers"):
+        assert f"- **{reader}**" in start
+    assert "make demo" in start and "```python\n" in start and "docs/curves.png" in start
+
+
+def test_the_step_of_the_readme_trains(tmp_path):
+    """Completions that beat their group become more likely."""
+    policy = load_policy(str(little_policy_folder(tiny_database(tmp_path / "music.sqlite"))))
+    torch.manual_seed(0)
+    prompts = [torch.tensor(policy.tokenizer.encode(question)) for question, _, _ in LESSONS[:2]]
+    known = {name: getattr(grpo, name) for name in ("sample_groups", "group_advantages", "plain_logprobs", "policy_loss")}
+    known |= {"torch": torch, "pad_sequence": torch.nn.utils.rnn.pad_sequence, "model": policy.model,
+              "tokenizer": policy.tokenizer, "config": GRPOConfig(max_completion_tokens=8, kl_coef=0), "prompts": prompts,
+              "questions": LESSONS[:2], "reward": lambda question, tokens: float(tokens.sum() % 7),
+              "optimizer": torch.optim.SGD(policy.model.parameters(), lr=1e-3)}
+    exec(re.search(r"```python\n(groups = .*?)```", README, re.DOTALL)[1], known)
+
+    assert known["advantages"].any()
+    before = after = 0.0
+    for group, A in zip(known["groups"], known["advantages"], strict=True):
+        before += sum(a * logp.sum().item() for a, logp in zip(A.tolist(), group.logps, strict=True))
+        logp = grpo.plain_logprobs(policy.model, [group.prompt] * len(A), group.completions, 1.0)
+        after += (A[:, None] * logp).sum().item()
+    assert after > before
+
+
+@pytest.mark.parametrize("page, least", [("docs/walkthrough.md", 20), ("docs/rewards.md", 24)])
 def test_every_number_shown_is_computed_by_the_code(page, least, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # pages make a database
     result = doctest.testfile(str(ROOT / page), module_relative=False)
@@ -198,7 +228,7 @@ def test_every_command_runs(command, workplace, monkeypatch):
         assert_named_in_makefile(words)
         return
     script = next(word for word in words if word.endswith(".py") or word == "running.show")
-    if script.startswith(("bench/", "docs/")):
+    if script.startswith(("bench/", "docs/")) or script == "minimal.py":  # tests/test_minimal.py runs it
         assert (ROOT / script).is_file()
         return
     if "--help" in words or "--help-all" in words:  # tests of their own
@@ -297,13 +327,13 @@ def edited(section):
 
 
 def test_the_edits_that_change_the_loss_work():
-    grpo = edited("Change the loss")
+    changed = edited("Change the loss")
     torch.manual_seed(0)
     old, A, mask = torch.randn(4, 3), torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4, 3).bool()
 
     def gradient(logp, loss):
         logp = logp.clone().requires_grad_()
-        grpo.policy_loss(logp, old, None, A, mask, grpo.GRPOConfig(loss=loss))[0].backward()
+        changed.policy_loss(logp, old, None, A, mask, changed.GRPOConfig(loss=loss))[0].backward()
         return logp.grad
 
     torch.testing.assert_close(gradient(old, "sapo"), gradient(old, "grpo"))  # all ratios are 1
