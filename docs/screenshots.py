@@ -1,4 +1,4 @@
-"""Takes the README's pictures of a finished run, with a headless Chromium: docs/*.png
+"""Takes the pictures of README.md and docs/runs.md from a finished run, with a headless Chromium: docs/*.png
 
     python docs/screenshots.py runs/demo
 """
