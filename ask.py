@@ -32,10 +32,10 @@ from common.options import Parser, add_arguments, build, check, option
 from common.wording import plural
 from data import Example, PromptBuilder, PromptConfig, Schema, read_schema, schema_columns
 from history import as_its_run, lineage, run_config_of, training_questions
+from prompts.answer_format import AnswerFormat
 from prompts.builder import full_schema, prompt_config
 from questions import demo_world
-from scoring.answers import format_advice
-from scoring.voting import VOTES, Candidate, choose, rank_groups, sample_candidates
+from scoring.voting import VOTES, Candidate, Exam, choose, rank_groups, sample_candidates
 from sql_exec import Execution, SQLExecutor
 
 HISTORY = Path("~/.ask_history").expanduser()
@@ -76,6 +76,12 @@ class AskConfig:
         check(self)
         if not self.database:
             raise UserError("say which database to ask: --database FILE.sqlite")
+
+    def exam(self, answer_style: str) -> Exam:
+        """How the model answers here."""
+        temperature = self.temperature if self.samples > 1 else 0.0
+        return Exam(AnswerFormat(answer_style, bool(self.lenient_format)), self.max_completion_tokens, self.samples,
+                    temperature, seed=self.seed)
 
 
 # -------------------------------------------------------------------------------------------- answering
@@ -126,9 +132,8 @@ class Asker:
     """A model, a database, and the way from a question to a Reply."""
 
     def __init__(self, config: AskConfig, prompts: PromptConfig, policy=None):
-        self.config = config
+        self.config, self.exam = config, config.exam(prompts.answer_style)
         self.path = check_database(config.database)
-        self.lenient = bool(config.lenient_format)
         self.note = unknown_database(config.model, run_config_of(config.model) or {}, self.path)
         if policy is None:
             from policy import load_for_sampling  # here, so that --help does not wait for PyTorch
@@ -153,10 +158,7 @@ class Asker:
             raise UserError("the prompt for this database and question is longer than "
                             f"{self.builder.config.max_prompt_tokens} tokens: ask a shorter question, or "
                             "raise --max-prompt-tokens if the model reads more")
-        candidates, = sample_candidates(
-            self.policy, [prompt], config.samples, config.temperature if config.samples > 1 else 0.0,
-            config.max_completion_tokens, lenient=self.lenient, seed=config.seed,
-            answer_style=self.builder.config.answer_style)
+        candidates, = sample_candidates(self.policy, [prompt], self.exam)
         executions = self.executor.run_many([("database", candidate.sql) for candidate in candidates])
         if unread := next((one for one in executions if one.unread), None):  # a vote without them may be another
             raise UserError(f"{self.path} could not be read ({unread.error}), so the candidates cannot vote: ask again")
@@ -166,7 +168,7 @@ class Asker:
         failures = {status: count for status, count in statuses.most_common() if status != "ok"}
         winner = choose(candidates, executions, config.vote)
         votes = [(len(group), candidates[group[0]].sql, len(executions[group[0]].rows)) for group in groups]
-        advice = format_advice(statuses, self.lenient, self.builder.config.answer_style)
+        advice = self.exam.answer_format.advice(statuses)
         return Reply(candidates[winner], executions[winner], votes, failures, time.perf_counter() - began, advice)
 
     def run(self, sql: str) -> Execution:

@@ -2,7 +2,7 @@
 
 The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>` (or what --answer
 says, see prompts/answer_format.py), given the prompt. A trace is taught in the form that the reward reads: tags and
-fences in it are removed, and if `parse_completion` still could not read it back, it is left out and counted.
+fences in it are removed, and if `AnswerFormat.read` still could not read it back, it is left out and counted.
 
 No teacher is needed to write the traces. A template derives them from the gold SQL (partial_credit/traces.py), or
 sft.py mines them from a model.
@@ -29,15 +29,14 @@ from engine.fast import FAST
 from engine.packing import fill
 from grpo import Engine
 from partial_credit.traces import template_trace
-from prompts.answer_format import completion_text
+from prompts.answer_format import AnswerFormat
 from prompts.plain_text import encode_answers
 from questions.example import Example
-from rewards import parse_completion
 from running.guards import Heartbeat
 from scoring.verdicts import first_reasons
 
-__all__ = ["SFTConfig", "cold_start", "cold_start_notes", "completion_text", "supervised_pairs", "taught_text",
-           "teachable", "template_trace", "template_traces"]
+__all__ = ["SFTConfig", "cold_start", "cold_start_notes", "supervised_pairs", "taught_text", "teachable",
+           "template_trace", "template_traces"]
 
 PASS_TOKENS = 2**12  # of a forward pass of the cold start, where nothing else is said
 TOGETHER = 4  # questions on one database that a cold start teaches side by side, so that their schema is computed once
@@ -58,9 +57,9 @@ class SFTConfig:
                                      "from them", at_least=0)
 
 
-def taught_text(example, answer_style: str = "think-sql") -> str:
+def taught_text(example, answer_format: AnswerFormat) -> str:
     """The completion that an example with a trace teaches; the trace of a teacher nobody checked has SQL of its own."""
-    return completion_text(example.trace, example.trace_sql or example.gold_sqls[0], answer_style)
+    return answer_format.write(example.trace, example.trace_sql or example.gold_sqls[0])
 
 
 # ---------------------------------------------------------------------------------------------- which traces are taught
@@ -76,7 +75,7 @@ def template_traces(examples: Sequence[Example], schemas: Mapping) -> list[Examp
 
 
 def teachable(examples: Sequence[Example], executor, schemas: Mapping,
-              answer_style: str = "think-sql") -> tuple[list[Example], list[str]]:
+              answer_format: AnswerFormat) -> tuple[list[Example], list[str]]:
     """The traces that can be taught, without tags and fences, and a sentence a reason on those left out."""
     known = [example for example in examples if example.db_id in schemas]
     golds = executor.run_gold([(example.db_id, example.gold_sqls[0]) for example in known])
@@ -90,7 +89,7 @@ def teachable(examples: Sequence[Example], executor, schemas: Mapping,
         if gold.status != "ok":
             failed.append((example.id, gold.status, gold.error or "", str(executor.databases[example.db_id])))
             continue
-        clean, reason = without_tags(example, answer_style)
+        clean, reason = without_tags(example, answer_format)
         if reason:
             reasons[reason] += 1
         else:
@@ -102,15 +101,15 @@ def teachable(examples: Sequence[Example], executor, schemas: Mapping,
     return kept, notes
 
 
-def without_tags(example: Example, answer_style: str = "think-sql") -> tuple[Example, str]:
+def without_tags(example: Example, answer_format: AnswerFormat) -> tuple[Example, str]:
     """The example as it can be taught, so that it is read back as it is; and the reason where that cannot be."""
     trace, sql = bare_trace(example.trace), example.trace_sql or example.gold_sqls[0]
     if not trace:
         return example, "without tags and fences they hold no reasoning"
     if TAG.search(trace) or TAG.search(sql):
         return example, "they hold several <think> tags"
-    read = parse_completion(completion_text(trace, sql), lenient=True)  # takes a fence off the SQL of a teacher
-    if read is None or read != parse_completion(completion_text(*read, answer_style), style=answer_style):
+    read = AnswerFormat(lenient=True).read(AnswerFormat().write(trace, sql))  # takes a fence off the SQL of a teacher
+    if read is None or read != answer_format.read(answer_format.write(*read)):
         return example, "their SQL is not one statement that can be read back"
     return replace(example, trace=read[0], trace_sql=read[1] if example.trace_sql else ""), ""
 
@@ -135,8 +134,8 @@ def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder, tokeni
     if examples and not encoded:
         raise UserError(f"no trace can be taught: the prompts of all {len(examples)} are longer than "
                         f"--max-prompt-tokens {builder.config.max_prompt_tokens}, even shortened")
-    style = builder.config.answer_style
-    answers = encode_answers(tokenizer, [taught_text(example, style) for example, _ in encoded])
+    answer_format = AnswerFormat(builder.config.answer_style)
+    answers = encode_answers(tokenizer, [taught_text(example, answer_format) for example, _ in encoded])
     pairs = [(torch.tensor(ids), torch.tensor([*answer, end_id]))
              for (_, ids), answer in zip(encoded, answers, strict=True)]
     return pairs, [f"cold start: {note}" for note in notes]

@@ -54,11 +54,11 @@ from common.errors import UserError, as_json, check_folder, json_lines, run_main
 from common.options import HIGHEST_SEED, Parser, add_arguments, build, check, flag_of, option
 from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset
 from history import as_its_run, load_for_evaluation, run_config_of
+from prompts.answer_format import AnswerFormat
 from prompts.builder import prompt_config
 from questions.question_files import check_excluded, excluded
 from rewards import unwrap_fence
-from running.guards import Heartbeat
-from scoring.answers import Examination, Progress, fingerprint, format_advice, questions_hash, scores_of
+from scoring.answers import Examination, Progress, fingerprint, questions_hash, scores_of
 from scoring.compare import compare, print_comparison
 from scoring.predictions import load_predictions, save_predictions
 from scoring.verdicts import (
@@ -76,13 +76,12 @@ from scoring.verdicts import (
     suite_databases,
     summarise,
 )
-from scoring.voting import VOTES, pass_at_k, sample_candidates
+from scoring.voting import VOTES, Exam, pass_at_k
 from scoring.writable import unwritable, unwritable_note
 from sql_exec import MATCHES, SQLExecutor, r_ves_reward
 
 __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "compare", "difficulty_levels",
-           "greedy_sqls", "load_predictions", "print_comparison", "print_table", "score_predictions", "scores_as_json",
-           "summarise"]
+           "load_predictions", "print_comparison", "print_table", "score_predictions", "scores_as_json", "summarise"]
 
 
 # ------------------------------------------------------------------------------------------ configuration
@@ -172,34 +171,10 @@ class EvaluateConfig:
         """The way that counts; without a vote the greedy answer, or with --no-greedy the first sample."""
         return self.vote if self.vote in self.ways else self.ways[0]
 
-
-# ----------------------------------------------------------------------------------------- from a policy
-
-def greedy_sqls(policy, encoded_prompts: list[list[int]], max_completion_tokens: int, batch: int = 128,
-                lenient: bool = False, answer_style: str = "think-sql", progress: bool = False,
-                room: tuple[float, float] = (math.inf, math.inf)) -> list[str]:
-    """The SQL of the greedy completion for each prompt, in order; empty where the format is broken.
-
-    room: how many tokens of prompts, and of prompts and answers, may be decoded side by side; one prompt always is.
-    """
-    order = sorted(range(len(encoded_prompts)), key=lambda i: len(encoded_prompts[i]))  # like lengths side by side
-    sqls, heartbeat, start = {}, Heartbeat(), 0
-    bar = tqdm(total=len(order), desc="answering", unit="question", leave=False, disable=None if progress else True)
-    with bar:
-        while start < len(order):
-            part = order[start:start + batch]
-            while len(part) > 1 and not all(
-                    len(part) * (len(encoded_prompts[part[-1]]) + answer) <= tokens
-                    for answer, tokens in zip((0, max_completion_tokens), room, strict=True)):
-                part.pop()
-            start += len(part)
-            candidates = sample_candidates(policy, [encoded_prompts[i] for i in part], 1, 0.0, max_completion_tokens,
-                                           batch, lenient, answer_style=answer_style)
-            sqls |= {i: greedy.sql for i, (greedy,) in zip(part, candidates, strict=True)}
-            bar.update(len(part))
-            if progress:
-                heartbeat.beat(f"answered {len(sqls)} of {len(order)} questions")
-    return [sqls[i] for i in range(len(order))]
+    def exam(self, answer_style: str) -> Exam:
+        """How a model answers here."""
+        return Exam(AnswerFormat(answer_style, bool(self.lenient_format)), self.max_completion_tokens, self.samples,
+                    self.sampling_temperature, self.batch, self.seed)
 
 
 # ------------------------------------------------------------------------------------------- of a model
@@ -248,7 +223,8 @@ def print_model_table(summary: dict) -> None:
         print(f"groups of equal results: {summary['result_groups']:.2f} a question")
         print(fill(f"samples: {percentages(summary['sample_statuses'])}", 80))
     print(f"completions cut at the limit: {100 * summary['truncated']:.1f} %")
-    advice = format_advice(summary["sample_statuses"], summary["lenient_format"], summary["protocol"]["answer_style"])
+    answer_format = AnswerFormat(summary["protocol"]["answer_style"], summary["lenient_format"])
+    advice = answer_format.advice(summary["sample_statuses"])
     if advice:
         print(fill(advice, 80, break_on_hyphens=False))
     print(f"{'seconds a question':<24}{'median':>10}{'p95':>10}")
@@ -430,7 +406,9 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
         print(fill(unwritable_note(lost, examples, "golds", "no answer to these questions can be right, and they count "
                                    "as wrong"), 80, break_on_hyphens=False))
     try:
-        records = Examination(policy, builder, executor, config, suite).run(examples, progress)
+        records = Examination(policy, builder, executor, config.exam(prompts.answer_style), config.ways,
+                              matches=config.matches, keep_distinct=config.keep_distinct,
+                              suite=suite).run(examples, progress)
         report(config, examples, scores_of(records, config.answer), executor, suite, written, records,
                [examples[i].id for i in sorted(lost)])
     except KeyboardInterrupt:

@@ -8,11 +8,12 @@ from tqdm import tqdm
 
 import report
 from engine import distributed
-from evaluate import difficulty_levels, greedy_sqls, score_predictions, summarise
 from policy import Policy
 from rollout import Question, print_first_reasons
 from scoring.answers import questions_hash
-from settings import Settings, rollout_room
+from scoring.verdicts import difficulty_levels, score_predictions, summarise
+from scoring.voting import greedy_sqls
+from settings import Settings
 from sql_exec import SQLExecutor
 
 
@@ -38,10 +39,8 @@ class HeldOut:
         """The accuracy of greedy answers, as `summarise` gives it, and a hash of the questions that it is of."""
         examples, mine = [question.example for question in questions], distributed.share_of(len(questions))
         with self.inside():
-            sqls = greedy_sqls(self.policy, [question.prompt.tolist() for question in questions[mine]],
-                               self.s.grpo.max_completion_tokens, lenient=self.s.rewards.lenient_format,
-                               answer_style=self.s.prompts.answer_style, progress=distributed.is_main(),
-                               room=rollout_room(self.s))  # so that --plan holds here as well
+            sqls = greedy_sqls(self.policy, [question.prompt.tolist() for question in questions[mine]], self.s.exam,
+                               progress=distributed.is_main())
         scores = score_predictions(examples[mine], sqls, self.executor, levels=difficulty_levels(examples)[mine])
         scores = distributed.merge([score if sql or score.unavailable else replace(score, status="format")
                                     for score, sql in zip(scores, sqls, strict=True)])

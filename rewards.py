@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 from partial_credit.atomic import atomic_operations, atomic_reward, names_in, rarity, shape_atomic
 from partial_credit.memory import SCOPES, MemoryGate, Roles, TraceMemory, make_embedder
-from prompts.answer_format import ANSWER_STYLES, parse_completion, unwrap_fence
+from prompts.answer_format import AnswerFormat, unwrap_fence
 from sql_exec import Comparison, Execution, Results, soft_f1
 
 __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "RewardItem", "RewardScorer", "TraceMemory",
@@ -169,6 +169,11 @@ def parse_rewards(text: str, max_atomic: float = MAX_ATOMIC) -> dict[str, float]
 # ---- scoring
 
 
+def parse_completion(text: str, lenient: bool = False, style: str = "think-sql") -> tuple[str, str] | None:
+    """(thought, sql) of a completion, or None where its format is broken: `AnswerFormat.read`."""
+    return AnswerFormat(style, lenient).read(text)
+
+
 class RewardError(ValueError):
     """A reward module of the user's that cannot be used; the text is one sentence."""
 
@@ -264,7 +269,7 @@ class RewardScorer:
         match: when a result is right, one of sql_exec.MATCHES.
         user_reward: from `load_reward_module`.
         rarity: from `build_rarity`.
-        answer_style: how completions are read, one of prompts/answer_format.py.
+        answer_format: how completions are read; None: in think-sql, as `config.lenient_format` says.
 
     Raises:
         ValueError: a reward has a weight, but what it needs (memory, user_reward, rarity) was not given.
@@ -272,8 +277,9 @@ class RewardScorer:
 
     def __init__(self, config: RewardConfig, executor, schemas: Mapping, memory: TraceMemory | None = None, *,
                  match: Comparison, user_reward: Callable | None = None, rarity: Callable[[str], float] | None = None,
-                 answer_style: str = "think-sql"):
-        self.config, self.weights, self.answer_style = config, config.weights, answer_style
+                 answer_format: AnswerFormat | None = None):
+        self.config, self.weights = config, config.weights
+        self.answer_format = answer_format or AnswerFormat(lenient=config.lenient_format)
         self.executor, self.schemas, self.memory = executor, schemas, memory
         self.match, self.user_reward, self.rarity = match, user_reward, rarity
         self.seconds: dict[str, float] = {}  # of each component since `take_seconds`
@@ -292,7 +298,7 @@ class RewardScorer:
         Raises:
             RewardError: the user's reward fails, or returns no number between 0 and 1.
         """
-        read = [(item, parse_completion(item.text, self.config.lenient_format, self.answer_style)) for item in items]
+        read = [(item, self.answer_format.read(item.text)) for item in items]
         records = [Scored(item, *parts) if parts else None for item, parts in read]
         shaped = [record for record in records if record]  # the completions that have the format
         with ThreadPoolExecutor(1) as thread:
@@ -309,7 +315,7 @@ class RewardScorer:
 
     def _without_format(self, item: RewardItem) -> RewardBreakdown:
         """What a completion earns that is not in the format."""
-        return RewardBreakdown(text=item.text, error=f"not {ANSWER_STYLES[self.answer_style].format}")
+        return RewardBreakdown(text=item.text, error=f"not {self.answer_format.in_words}")
 
     def remember(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Shows the memory the (db_id, thought) of correct completions."""

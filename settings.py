@@ -24,10 +24,12 @@ from history import run_config_of
 from models import memory_plan
 from models.adapters import import_peft
 from policy import ADAPTERS, ALIASES, config_of, prefers_bf16
+from prompts.answer_format import AnswerFormat
 from prompts.builder import prompt_config
 from rewards import MemoryGate, RewardConfig
 from running.guards import GuardConfig
 from running.recipes import RECIPES, recipe_values
+from scoring.voting import Exam
 
 # The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
 TINY = {"steps": 140, "draw": "informative", "lr": 4e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32,
@@ -185,6 +187,16 @@ class Settings:
     def as_dict(self) -> dict:
         """Every setting by name, as written to config.json."""
         return {name: value for part in vars(self).values() for name, value in vars(part).items()}
+
+    @property
+    def answer_format(self) -> AnswerFormat:
+        """How completions are taught and read."""
+        return AnswerFormat(self.prompts.answer_style, self.rewards.lenient_format)
+
+    @property
+    def exam(self) -> Exam:
+        """How the run's evaluations ask: greedily, and within what `--plan` counts for a rollout."""
+        return Exam(self.answer_format, self.grpo.max_completion_tokens, room=rollout_room(self))
 
 
 def make_parser(description: str = "", show_all: bool = True) -> options.Parser:

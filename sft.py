@@ -31,12 +31,12 @@ from data import PromptBuilder, PromptConfig, columns_of, load_dataset
 from history import as_its_run, run_config_of
 from partial_credit.memory import MemoryGate, TraceMemory, gate_for
 from policy import load_for_sampling
-from prompts.answer_format import ANSWER_STYLES
+from prompts.answer_format import AnswerFormat
 from prompts.builder import prompt_config
 from questions.example import Example
 from rewards import RewardConfig, build_memory
 from scoring.answers import Examination, Progress, fingerprint
-from scoring.verdicts import MATCHES
+from scoring.voting import Exam
 from sql_exec import SQLExecutor
 
 # Settings on which the samples do not depend.
@@ -72,16 +72,15 @@ class MineConfig:
     workers: int = option(os.cpu_count() or 1, "SQL worker processes", at_least=1)
     timeout: float = option(5.0, "seconds a query may take", above=0, at_most=1e6)
 
-    matches, keep_distinct, ways = tuple(MATCHES), True, ("sample",)  # how `Examination` answers and judges here
-
     def __post_init__(self):
         if not self.mine or not self.model:
             raise UserError("give --mine FILE and --model NAME: the file to write traces to and the model to sample")
         check_folder(self.mine)
 
-    @property
-    def sampling_temperature(self) -> float:
-        return self.temperature
+    def exam(self, answer_style: str) -> Exam:
+        """How the model answers here."""
+        return Exam(AnswerFormat(answer_style, bool(self.lenient_format)), self.max_completion_tokens, self.samples,
+                    self.temperature, self.batch, self.seed)
 
 
 def main() -> None:
@@ -102,23 +101,24 @@ def main() -> None:
                               policy.model.get_decoder(), policy.tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from error
-    records = sample(config, PromptBuilder(dataset.databases, policy.tokenizer, prompts), policy, examples, progress)
-    write_traces(config, records, memory, progress, prompts.answer_style)
+    builder, exam = PromptBuilder(dataset.databases, policy.tokenizer, prompts), config.exam(prompts.answer_style)
+    with SQLExecutor(dataset.databases, config.workers, config.timeout) as executor:
+        examination = Examination(policy, builder, executor, exam, ("sample",), keep_distinct=True, traces=exam.samples)
+        records = sample(examination, examples, progress)
+    write_traces(config, records, memory, progress, exam.answer_format)
 
 
-def sample(config: MineConfig, builder: PromptBuilder, policy, examples: Sequence[Example],
-           progress: Progress) -> list[dict]:
+def sample(examination: Examination, examples: Sequence[Example], progress: Progress) -> list[dict]:
     """Lets the model answer; Ctrl-C says how to go on."""
-    with SQLExecutor(builder.databases, config.workers, config.timeout) as executor:
-        try:
-            return Examination(policy, builder, executor, config, traces=config.samples).run(examples, progress)
-        except KeyboardInterrupt:
-            print(f"\nwhat is done is kept in {progress.file}; the same command continues")
-            raise
+    try:
+        return examination.run(examples, progress)
+    except KeyboardInterrupt:
+        print(f"\nwhat is done is kept in {progress.file}; the same command continues")
+        raise
 
 
 def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemory, progress: Progress,
-                 answer_style: str = "think-sql") -> None:
+                 answer_format: AnswerFormat) -> None:
     """Chooses traces and writes the file. Raises UserError: there is none to write, and why."""
     verified = [(trace["db_id"], trace["trace"]) for record in records for trace in record["traces"]]
     memory.gate = gate_for(verified, memory.columns, memory.gate)
@@ -127,7 +127,7 @@ def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemor
     if not verified:
         progress.finish()  # of no use to a command that reads answers in another way
         raise UserError(f"no trace to write to {config.mine}: {summary}: "
-                        + why_none_verified(records, config, answer_style))
+                        + why_none_verified(records, answer_format))
     if not kept:
         raise UserError(f"no trace to write to {config.mine}: {summary}: the gate refused "
                         f"{memory.gate.explain(memory.rejections)}; what was sampled is kept in {progress.file}, so "
@@ -156,26 +156,17 @@ def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfi
     return configs
 
 
-def why_none_verified(records: Sequence[dict], config: MineConfig, answer_style: str = "think-sql") -> str:
+def why_none_verified(records: Sequence[dict], answer_format: AnswerFormat) -> str:
     """What to do when no completion is verified: whether it is the format, the length or the SQL."""
     fates = sum((Counter(record["samples"]["statuses"]) for record in records), Counter())
     unread = fates.pop("unavailable", 0)  # of these nothing is known, not even whether they met the format
     if unread and not fates:
         return "no database could be read; try again when they can"
-    total = fates.total() or 1
-    met = 1 - (fates["format"] + fates["truncated"] + fates["too_long"]) / total
-    if not fates.total():
+    if not fates:
         return "no prompt fits; raise --max-prompt-tokens"
-    if fates["truncated"] > total / 2:
-        return (f"{fates['truncated'] / total:.0%} of the completions were cut at --max-completion-tokens "
-                f"{config.max_completion_tokens}; raise it, or teach the model to stop (train.py --traces template)")
-    if met < 0.5:
-        can_be_lenient = answer_style == "think-sql" and not config.lenient_format
-        fence = " --lenient-format also takes SQL inside a code fence;" if can_be_lenient else ""
-        return (f"only {met:.0%} of the completions met the format, {ANSWER_STYLES[answer_style].format};{fence} "
-                "train.py --traces template teaches it in a cold start")
-    return (f"{met:.0%} of the completions met the format, but none returned the gold result; try a larger -n, another "
-            "--model or easier questions")
+    met = 1 - (fates["format"] + fates["truncated"]) / fates.total()
+    return answer_format.advice(fates) or (f"{met:.0%} of the completions met the format, but none returned the gold "
+                                           "result; try a larger -n, another --model or easier questions")
 
 
 def choose_traces(records: Sequence[dict], memory: TraceMemory, config: MineConfig) -> list[dict]:

@@ -468,7 +468,7 @@ class Trainer:
         traced = self.data.traced
         if self.s.run.traces == "template" or not traced and self.s.run.model == "tiny":
             traced = template_traces(self.data.train, self.schemas)
-        kept, notes = teachable(traced, self.executor, self.schemas, self.s.prompts.answer_style)
+        kept, notes = teachable(traced, self.executor, self.schemas, self.s.answer_format)
         for note in notes:
             print(note)
         return kept
@@ -510,7 +510,7 @@ class Trainer:
         if memory is not None:
             self.start_memory(memory)
         return RewardScorer(s.rewards, self.executor, self.schemas, memory, match=MATCHES[s.run.match],
-                            user_reward=self.user_reward, answer_style=s.prompts.answer_style,
+                            user_reward=self.user_reward, answer_format=s.answer_format,
                             rarity=build_rarity(s.rewards, self.data.train, self.schemas))
 
     def start_memory(self, memory: TraceMemory) -> None:
@@ -548,7 +548,7 @@ class Trainer:
         else:
             writer = PromptBuilder(self.data.databases, None, self.s.prompts)
             texts = [writer.text(e) for e in self.data.train]
-            texts += [taught_text(e, self.s.prompts.answer_style) for e in self.traced]
+            texts += [taught_text(e, self.s.answer_format) for e in self.traced]
             policy = build_tiny(texts, seed=run.seed)
             policy.model.to(self.device)
         if run.gradient_checkpointing:

@@ -40,6 +40,7 @@ from common import options  # noqa: E402
 from common.errors import UserError, run_main  # noqa: E402
 from data import columns_of  # noqa: E402
 from grpo import GRPOConfig  # noqa: E402
+from prompts.answer_format import AnswerFormat  # noqa: E402
 from rewards import (  # noqa: E402
     MemoryGate,
     RewardBreakdown,
@@ -68,8 +69,9 @@ class Scores:
     def of(self, rewards: RewardConfig) -> list[list[RewardBreakdown]]:
         """[B][G]"""
         memory = build_memory(rewards, options.build(MemoryGate, self.config), self.schemas)
+        answer_format = AnswerFormat(self.config["answer_style"], rewards.lenient_format)
         scorer = RewardScorer(rewards, self.executor, self.schemas, memory and dense.fill(memory, self.data.traced),
-                              match=MATCHES[self.config["match"]], answer_style=self.config["answer_style"],
+                              match=MATCHES[self.config["match"]], answer_format=answer_format,
                               rarity=build_rarity(rewards, self.data.train, self.schemas))
         found = scorer.score(self.items, remember=False)
         if unread := next((b for b in found if b.status == "unavailable"), None):

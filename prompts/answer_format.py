@@ -9,6 +9,7 @@ Each asks for exactly one SQL statement; a trailing semicolon is fine.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
@@ -45,39 +46,70 @@ ANSWER_STYLES = {
 }
 
 
-def completion_text(trace: str, sql: str, style: str = "think-sql") -> str:
-    """What a policy is taught to write."""
-    return ANSWER_STYLES[style].layout.format(trace=trace, sql=sql)
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How an answer is written and read."""
+    style: str = "think-sql"  # a name of ANSWER_STYLES
+    lenient: bool = False     # also read SQL inside a code fence, where the style has none
 
+    @property
+    def rules(self) -> str:
+        """What a prompt says of the answer."""
+        return ANSWER_STYLES[self.style].rules
 
-def parse_completion(text: str, lenient: bool = False, style: str = "think-sql") -> tuple[str, str] | None:
-    """(thought, sql) of a completion, or None where its format is broken.
+    @property
+    def in_words(self) -> str:
+        """The format in a few words, for messages."""
+        return ANSWER_STYLES[self.style].format
 
-    In the styles that think the format is one non-empty `<think> … </think>`, first, then exactly one SQL statement
-    and nothing else. In think-sql a fenced block around the SQL breaks it, unless `lenient`. Of a fence's answer the
-    thought is what stands before the last fence; it may be empty, and what follows that fence is not read.
-    """
-    parts = _last_fence(text) if style == "fence" else _after_thought(text, lenient, style)
-    if parts is None:
-        return None
-    thought, sql = parts[0].strip(), parts[1].strip()
-    bare = QUOTED.sub(" ", sql).strip().rstrip(";").strip()  # without strings and comments
-    if not (thought or style == "fence") or ";" in bare or "```" in sql or not STATEMENT.match(bare):
-        return None
-    return thought, sql
+    def write(self, thought: str, sql: str) -> str:
+        """The completion that a policy is taught."""
+        return ANSWER_STYLES[self.style].layout.format(trace=thought, sql=sql)
 
+    def read(self, text: str) -> tuple[str, str] | None:
+        """(thought, sql) of a completion, or None where its format is broken.
 
-def _after_thought(text, lenient, style) -> tuple[str, str] | None:
-    """The parts of `<think> … </think>` and the answer, without the marks around it."""
-    match = THINK.fullmatch(text)
-    if not match or text.count("<think>") != 1 or text.count("</think>") != 1:
-        return None
-    sql = match[2].strip()
-    if style == "think-answer":
-        if not sql.startswith("<answer>") or not sql.endswith("</answer>") or sql.count("answer>") != 2:
+        In the styles that think the format is one non-empty `<think> … </think>`, first, then exactly one SQL statement
+        and nothing else. In think-sql a fenced block around the SQL breaks it, unless `lenient`. Of a fence's answer
+        the thought is what stands before the last fence; it may be empty, and what follows that fence is not read.
+        """
+        parts = _last_fence(text) if self.style == "fence" else self._after_thought(text)
+        if parts is None:
             return None
-        sql = sql[len("<answer>"):-len("</answer>")]
-    return match[1], unwrap_fence(sql) if lenient or style == "think-answer" else sql
+        thought, sql = parts[0].strip(), parts[1].strip()
+        bare = QUOTED.sub(" ", sql).strip().rstrip(";").strip()  # without strings and comments
+        if not (thought or self.style == "fence") or ";" in bare or "```" in sql or not STATEMENT.match(bare):
+            return None
+        return thought, sql
+
+    def _after_thought(self, text) -> tuple[str, str] | None:
+        """The parts of `<think> … </think>` and the answer, without the marks around it."""
+        match = THINK.fullmatch(text)
+        if not match or text.count("<think>") != 1 or text.count("</think>") != 1:
+            return None
+        sql, with_tags = match[2].strip(), self.style == "think-answer"
+        if with_tags:
+            if not sql.startswith("<answer>") or not sql.endswith("</answer>") or sql.count("answer>") != 2:
+                return None
+            sql = sql[len("<answer>"):-len("</answer>")]
+        return match[1], unwrap_fence(sql) if self.lenient or with_tags else sql
+
+    def advice(self, statuses: Mapping[str, float]) -> str:
+        """What to do where most completions miss the format, in a sentence; empty where at least half of them meet it.
+
+        statuses: how many completions, or which share of them, have each status.
+        """
+        read = sum(count for status, count in statuses.items() if status != "too_long")
+        cut, missed = statuses.get("truncated", 0), statuses.get("truncated", 0) + statuses.get("format", 0)
+        if not read or missed / read <= 0.5:
+            return ""
+        can_be_lenient = self.style == "think-sql" and not self.lenient
+        remedies = ["--lenient-format also takes SQL in a code fence"] if can_be_lenient else []
+        remedies += ["a higher --max-completion-tokens lets answers end"] if 2 * cut > missed else []
+        remedies.append("a cold start teaches the format: train.py --traces template, or --traces FILE, which "
+                        "sft.py --mine writes with a model that meets it")
+        return (f"{100 * (1 - missed / read):.1f} % of the answers meet the format, {self.in_words}; "
+                f"{'; '.join(remedies)}")
 
 
 def _last_fence(text) -> tuple[str, str] | None:

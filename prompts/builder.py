@@ -38,7 +38,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.options import build, check, option
-from prompts.answer_format import ANSWER_STYLES
+from prompts.answer_format import ANSWER_STYLES, AnswerFormat
 from prompts.chat import chat_text
 from prompts.descriptions import described
 from prompts.plain_text import MARK, control_tokens, encode, guarded, guarded_inside
@@ -227,7 +227,7 @@ class PromptBuilder:
         answer = self.config.answer_style
         rendered = self._template.render(
             schema=self._schema_text(example, hints, level), hints=hints, evidence=example.evidence,
-            question=example.question, rules=Trusted(ANSWER_STYLES[answer].rules), answer=answer)
+            question=example.question, rules=Trusted(AnswerFormat(answer).rules), answer=answer)
         body = guarded_inside(rendered.body, self._control)
         if not rendered.chat:
             return body, False

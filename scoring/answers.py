@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,12 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError, as_json, parse_json, read_text, write_text, write_whole
-from prompts.answer_format import ANSWER_STYLES
 from prompts.builder import PromptBuilder
 from questions.example import Example
 from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge, without_verdict
-from scoring.voting import VOTES, Candidate, choose, group_results, sample_candidates
-from sql_exec import SQLExecutor
+from scoring.voting import VOTES, Candidate, Exam, choose, group_results, sample_candidates
+from sql_exec import MATCHES, SQLExecutor
 
 QUESTIONS_AT_ONCE = 64  # questions a model answers side by side; an interruption loses at most these
 JUDGED_AT_ONCE = 64  # candidates whose results are held in memory at once
@@ -35,14 +34,16 @@ class Examination:
     seconds   of the prompt, of generation (a batch's time shared evenly) and of the candidates' SQL
     """
 
-    def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, config, suite=None, traces: int = 1):
-        self.policy, self.builder, self.config, self.traces = policy, builder, config, traces
-        self.how_to_judge = (executor, comparisons_named(config.matches, config.keep_distinct), suite)
+    def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, exam: Exam, ways: Sequence[str], *,
+                 matches: Sequence[str] = tuple(MATCHES), keep_distinct: bool = False, suite=None, traces: int = 1):
+        self.policy, self.builder, self.exam, self.ways = policy, builder, exam, ways
+        self.matches, self.traces = matches, traces
+        self.how_to_judge = (executor, comparisons_named(matches, keep_distinct), suite)
 
     def run(self, examples: Sequence[Example], progress: "Progress") -> list[dict]:
         """The records of all questions, in order. A batch's candidates depend on the settings alone."""
         levels = difficulty_levels(examples)
-        size = min(QUESTIONS_AT_ONCE, self.config.batch)
+        size = min(QUESTIONS_AT_ONCE, self.exam.batch)
         with tqdm(total=len(examples), desc="answering", unit="question", dynamic_ncols=True) as bar:
             for start in range(0, len(examples), size):
                 part = slice(start, start + size)
@@ -61,7 +62,7 @@ class Examination:
         candidates = {i: ([], []) for i in range(len(examples))}
         candidates |= dict(zip(fitting, zip(greedy, samples, strict=True), strict=True))
         records = []
-        step = max(1, JUDGED_AT_ONCE // self.config.samples)
+        step = max(1, JUDGED_AT_ONCE // self.exam.samples)
         for start in range(0, len(examples), step):
             part = range(start, min(start + step, len(examples)))
             verdicts = self.verdicts([(examples[i], levels[i], *candidates[i]) for i in part])
@@ -72,16 +73,13 @@ class Examination:
 
     def complete(self, prompts, number: int) -> tuple[list, list, float]:
         """For each prompt its greedy candidate in a list (or none) and its n samples; seconds a prompt."""
-        config, seed = self.config, self.config.seed * 1_000_003 + number
-        rest = (config.max_completion_tokens, config.batch, config.lenient_format, seed,
-                self.builder.config.answer_style)
+        exam = replace(self.exam, seed=self.exam.seed * 1_000_003 + number)
         began, greedy = time.perf_counter(), [[] for _ in prompts]
-        if "greedy" in config.ways:
-            greedy = samples = sample_candidates(self.policy, prompts, 1, 0.0, *rest)
-        if config.sampling_temperature:
+        if "greedy" in self.ways:
+            greedy = samples = sample_candidates(self.policy, prompts, exam.greedy)
+        if exam.temperature:
             began = time.perf_counter()
-            samples = sample_candidates(self.policy, prompts, config.samples, config.sampling_temperature,
-                                        *rest)
+            samples = sample_candidates(self.policy, prompts, exam)
         return greedy, samples, (time.perf_counter() - began) / max(1, len(prompts))
 
     def verdicts(self, questions) -> list[dict]:
@@ -106,23 +104,22 @@ class Examination:
         return {
             "id": example.id,
             "answers": {way: asdict(score_of(candidate, verdicts))
-                        for way, candidate in self.ways(greedy, samples, executions).items()},
+                        for way, candidate in self.picks(greedy, samples, executions).items()},
             "samples": {
-                "correct": {name: sum(score.correct[name] for score in scores)
-                            for name in self.config.matches},
+                "correct": {name: sum(score.correct[name] for score in scores) for name in self.matches},
                 "statuses": dict(sorted(fates.items())), "groups": len(group_results(executions)),
                 "truncated": sum(candidate.truncated for candidate in samples),
                 "tokens": sum(candidate.tokens for candidate in samples)},
             "traces": verified_traces(example, greedy + samples, verdicts)[:self.traces],
             "seconds": seconds | {"sql": sum(distinct.values())}}
 
-    def ways(self, greedy, samples, executions) -> dict[str, Candidate]:
+    def picks(self, greedy, samples, executions) -> dict[str, Candidate]:
         """What each way of answering picks."""
         if not samples:
-            return dict.fromkeys(self.config.ways, NO_CANDIDATE)
+            return dict.fromkeys(self.ways, NO_CANDIDATE)
         picks = {"greedy": greedy[:1], "sample": samples[:1]}
         picks |= {vote: [samples[choose(samples, executions, vote)]] for vote in VOTES}
-        return {way: picks[way][0] for way in self.config.ways}
+        return {way: picks[way][0] for way in self.ways}
 
 
 def without_partial(verdicts: dict) -> dict:
@@ -163,24 +160,6 @@ def verified_traces(example: Example, candidates: Sequence[Candidate], verdicts:
     return [{"id": example.id, "db_id": example.db_id, "question": example.question, "sql": sql,
              "evidence": example.evidence, "difficulty": example.difficulty, "trace": thought, **ready_made}
             for thought, sql in answers]
-
-
-def format_advice(statuses: Mapping[str, float], lenient: bool, answer_style: str = "think-sql") -> str:
-    """What to do where most completions miss the format, in a sentence; empty where at least half of them meet it.
-
-    statuses: how many completions, or which share of them, became what.
-    """
-    read = sum(count for status, count in statuses.items() if status != "too_long")
-    cut, missed = statuses.get("truncated", 0), statuses.get("truncated", 0) + statuses.get("format", 0)
-    if not read or missed / read <= 0.5:
-        return ""
-    can_be_lenient = answer_style == "think-sql" and not lenient
-    remedies = ["--lenient-format also takes SQL in a code fence"] if can_be_lenient else []
-    remedies += ["a higher --max-completion-tokens lets answers end"] if 2 * cut > missed else []
-    remedies.append("a cold start teaches the format: train.py --traces FILE, and sft.py --mine writes such a file "
-                    "with a model that knows it")
-    return (f"{100 * (1 - missed / read):.1f} % of the answers meet the format, {ANSWER_STYLES[answer_style].format}; "
-            f"{'; '.join(remedies)}")
 
 
 class Progress:

@@ -1,6 +1,6 @@
 """From several completions to one answer: sample candidates, group them by what they return, vote.
 
-    sample    `sample_candidates`: n completions a question from one shared prefill, or the greedy one
+    sample    `sample_candidates`: n completions per question from one shared prefill, or the greedy one
     group     `group_results`: candidates that run and return the same set of rows, compared whole
     vote      `rank_groups`: `majority` puts the largest group first; `value-aware`, the FINER-SQL paper's
               vote, first asks that a result says something: it has rows, and not only zeros and NULLs
@@ -10,10 +10,13 @@ Ties go to the group with the higher mean log-probability a token, never to an o
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from rewards import parse_completion
+from tqdm import tqdm
+
+from prompts.answer_format import AnswerFormat
+from running.guards import Heartbeat
 from sql_exec import Execution, Rows, result_key
 
 VOTES = ("value-aware", "majority")
@@ -40,13 +43,34 @@ class Candidate:
         return "truncated" if self.truncated else "format"
 
 
-def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int = 1, temperature: float = 0.0,
-                      max_completion_tokens: int = 512, batch: int = 128, lenient: bool = False, seed: int = 0,
-                      answer_style: str = "think-sql") -> list[list[Candidate]]:
-    """n candidates a prompt, in prompt order; prompts of similar length are decoded side by side.
+@dataclass(frozen=True)
+class Exam:
+    """How a policy answers questions."""
 
-    temperature 0 is greedy; `batch` completions are decoded at once. The same arguments, the same candidates.
-    answer_style: how they are read, one of prompts/answer_format.py.
+    answer_format: AnswerFormat
+    max_completion_tokens: int
+    samples: int = 1          # completions per question
+    temperature: float = 0.0  # 0: greedy
+    batch: int = 128          # completions decoded side by side
+    seed: int = 0
+    room: tuple[float, float] = (math.inf, math.inf)  # tokens side by side: of prompts; of prompts and completions
+
+    @property
+    def greedy(self) -> "Exam":
+        """The same for the greedy answer alone."""
+        return replace(self, samples=1, temperature=0.0)
+
+
+def greedy_sqls(policy, prompts: Sequence[Sequence[int]], exam: Exam, progress: bool = False) -> list[str]:
+    """The SQL of the greedy completion for each prompt, in order; empty where the format is broken."""
+    return [greedy.sql for greedy, in sample_candidates(policy, prompts, exam.greedy, progress)]
+
+
+def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], exam: Exam,
+                      progress: bool = False) -> list[list[Candidate]]:
+    """`exam.samples` candidates per prompt, in prompt order. The same arguments give the same candidates.
+
+    progress: show how many questions are answered.
     Raises UserError: a prompt and its answer are longer than the model has positions.
     """
     import torch  # here, so that scoring a predictions file does not wait for it
@@ -55,27 +79,52 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], n: int =
     from grpo import GRPOConfig, sample_groups
     from policy import check_positions
 
-    check_positions(policy, max(map(len, encoded_prompts), default=0), max_completion_tokens)
-    order = sorted(range(len(encoded_prompts)), key=lambda i: len(encoded_prompts[i]))
-    prompts = [torch.tensor(encoded_prompts[i], dtype=torch.long) for i in order]
-    config = GRPOConfig(max_completion_tokens=max_completion_tokens, rollout_batch=batch)
-    groups = sample_groups(policy.model, prompts, config, eos_ids=policy.eos_ids, group_size=n,
-                           temperature=temperature, seeds=[seed * 1_000_003 + i for i in order], engine=FAST)
-    candidates = {i: read_group(policy, group, lenient, answer_style) for i, group in zip(order, groups, strict=True)}
-    return [candidates[i] for i in range(len(encoded_prompts))]
+    lengths = [len(prompt) for prompt in encoded_prompts]
+    check_positions(policy, max(lengths, default=0), exam.max_completion_tokens)
+    config = GRPOConfig(max_completion_tokens=exam.max_completion_tokens, rollout_batch=exam.batch)
+    candidates, heartbeat = {}, Heartbeat()
+    with tqdm(total=len(lengths), desc="answering", unit="question", leave=False,
+              disable=None if progress else True) as bar:
+        for part in side_by_side(lengths, exam):
+            groups = sample_groups(policy.model, [torch.tensor(encoded_prompts[i], dtype=torch.long) for i in part],
+                                   config, eos_ids=policy.eos_ids, group_size=exam.samples,
+                                   temperature=exam.temperature, seeds=[exam.seed * 1_000_003 + i for i in part],
+                                   engine=FAST)
+            candidates |= {i: read_group(policy, group, exam.answer_format)
+                           for i, group in zip(part, groups, strict=True)}
+            bar.update(len(part))
+            if progress:
+                heartbeat.beat(f"answered {len(candidates)} of {len(lengths)} questions")
+    return [candidates[i] for i in range(len(lengths))]
 
 
-def read_group(policy, group, lenient: bool = False, answer_style: str = "think-sql") -> list[Candidate]:
+def side_by_side(lengths: Sequence[int], exam: Exam) -> Iterator[list[int]]:
+    """Indices of the prompts that are decoded together, those of similar length; as many as `exam` allows, or one."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    while order:
+        count = min(len(order), max(1, exam.batch // exam.samples))
+        while count > 1 and not fits(count, lengths[order[count - 1]], exam):
+            count -= 1
+        yield order[:count]
+        order = order[count:]
+
+
+def fits(count: int, length: int, exam: Exam) -> bool:
+    """Whether there is room for so many prompts of up to so many tokens, and for their completions."""
+    prompts, whole = exam.room
+    completions = exam.samples * exam.max_completion_tokens
+    return count * length <= prompts and count * (length + completions) <= whole
+
+
+def read_group(policy, group, answer_format: AnswerFormat) -> list[Candidate]:
     """The completions of a `grpo.Group` as candidates."""
-    return [read_text(policy.decode(tokens), logps.double().mean().item(), len(tokens), truncated, lenient,
-                      answer_style)
+    return [read_text(policy.decode(tokens), logps.double().mean().item(), len(tokens), truncated, answer_format)
             for tokens, logps, truncated in zip(group.completions, group.logps, group.truncated, strict=True)]
 
 
-def read_text(text: str, logprob: float, tokens: int, truncated: bool, lenient: bool = False,
-              answer_style: str = "think-sql") -> Candidate:
+def read_text(text: str, logprob: float, tokens: int, truncated: bool, answer_format: AnswerFormat) -> Candidate:
     """A completion as a candidate, read as the reward reads it."""
-    thought, sql = parse_completion(text, lenient, answer_style) or ("", "")
+    thought, sql = answer_format.read(text) or ("", "")
     return Candidate(text, thought, sql, logprob, tokens, truncated)
 
 

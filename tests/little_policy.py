@@ -7,7 +7,7 @@ import torch
 
 from data import Example, PromptBuilder, PromptConfig
 from policy import build_tiny
-from prompts.answer_format import completion_text
+from prompts.answer_format import AnswerFormat
 
 LESSONS = [
     ("How many singers are there?", "SELECT COUNT(*) FROM singer", "count the rows of singer"),
@@ -34,7 +34,7 @@ def _train(database: Path) -> Path:
     torch.set_num_threads(1)
     databases, config = {"music": database}, PromptConfig(style="compact")
     examples = [Example(str(i), "music", question, (sql,)) for i, (question, sql, _) in enumerate(LESSONS)]
-    answers = [completion_text(trace, sql) for _, sql, trace in LESSONS]
+    answers = [AnswerFormat().write(trace, sql) for _, sql, trace in LESSONS]
     writer = PromptBuilder(databases, None, config)
     policy = build_tiny([writer.text(example) for example in examples] * 3 + answers * 3, seed=0,
                         vocab_size=500, width=64, layers=2)

@@ -27,6 +27,7 @@ from ask import AskConfig, Asker, Session, cell_text, print_reply, printable, ta
 from common.errors import UserError
 from data import PromptConfig
 from history import run_config_of
+from prompts.answer_format import AnswerFormat
 from questions import demo_world
 from running.ask_page import Server, serve
 from scoring.voting import Candidate
@@ -45,9 +46,9 @@ def candidates(script):
 @pytest.fixture
 def asker(tiny_db, monkeypatch):
     """An Asker whose model answers by the script; a test may put another script in `asker.script`."""
-    def sample(policy, prompts, n, *_, **__):
+    def sample(policy, prompts, exam):
         made.prompts += prompts
-        return [candidates(made.script)[:n]]
+        return [candidates(made.script)[:exam.samples]]
 
     def tokenizer(text, add_special_tokens=True):
         return {"input_ids": [ord(c) for c in text]}
@@ -170,7 +171,7 @@ def test_answers_are_read_as_in_training(tmp_path, tiny_db, asker, given, of_run
     flags = [] if given is None else ["--lenient-format" if given else "--no-lenient-format"]
     _, config, _ = ask.parse_arguments(["--model", model, "--database", str(tiny_db), "--workers", "1", *flags])
     with Asker(config, PromptConfig(), policy=asker.policy) as other:
-        assert other.lenient is lenient
+        assert other.exam.answer_format == AnswerFormat(lenient=lenient)
 
 
 def test_questions_are_asked_and_read_in_the_style_of_the_run(tmp_path, monkeypatch):

@@ -251,7 +251,8 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import copy
 import torch
 from test_grpo import make_model
-import grpo, cold_start
+import grpo
+import cold_start as teaching
 from engine import bf16, distributed
 from engine.fast import FAST
 from policy import Reference
@@ -271,7 +272,7 @@ def sampled(model, several=None, autocast=True):
 
 def teach(model, engine, steps=3, batch=5, pairs=PAIRS, **settings):
     config = SFTConfig(cold_start_steps=steps, cold_start_batch=batch, cold_start_lr=1e-2, **settings)
-    return cold_start.cold_start(model, pairs, config, seed=0, quiet=True, engine=engine, tokens_per_pass=20)
+    return teaching.cold_start(model, pairs, config, seed=0, quiet=True, engine=engine, tokens_per_pass=20)
 
 def bf16_copy():
     model = make_model().float()

@@ -30,9 +30,9 @@ from evaluate import (
     print_comparison,
     r_ves,
 )
-from prompts.answer_format import ANSWER_STYLES
+from prompts.answer_format import ANSWER_STYLES, AnswerFormat
 from scoring import answers, voting
-from scoring.answers import NO_CANDIDATE, Examination, Progress, format_advice, verified_traces
+from scoring.answers import NO_CANDIDATE, Examination, Progress, verified_traces
 from scoring.predictions import one_line, save_predictions
 from scoring.verdicts import ExampleScore, bootstrap_interval, score_predictions, suite_databases
 from scoring.voting import Candidate
@@ -162,8 +162,8 @@ def test_a_model_is_read_as_its_run_read_it(own_data, tmp_path, monkeypatch, cap
     run, out = tmp_path / "run", tmp_path / "a.json"
     shutil.copytree(own_data[1], run / "best")
     own_data[1] = run / "best"
-    monkeypatch.setattr(voting, "read_group", lambda policy, group, lenient, style: [
-        voting.read_text(text, -1.0, 5, False, lenient, style) for text in FENCES[:len(group.completions)]])
+    monkeypatch.setattr(voting, "read_group", lambda policy, group, answer_format: [
+        voting.read_text(text, -1.0, 5, False, answer_format) for text in FENCES[:len(group.completions)]])
     for settings, flags, accuracy in (({}, [], 0), ({"lenient_format": True}, [], 4 / 24),
                                       ({"lenient_format": True}, ["--no-lenient-format"], 0),
                                       ({"lenient_format": False}, ["--lenient-format"], 4 / 24)):
@@ -181,8 +181,8 @@ def test_a_model_answers_in_the_style_of_its_run(own_data, tmp_path, monkeypatch
     shutil.copytree(own_data[1], run / "best")
     own_data[1] = run / "best"
     text = "count them\n```sql\nSELECT COUNT(*) FROM singer\n```"
-    monkeypatch.setattr(voting, "read_group", lambda policy, group, lenient, style: [
-        voting.read_text(text, -1.0, 5, False, lenient, style) for _ in group.completions])
+    monkeypatch.setattr(voting, "read_group", lambda policy, group, answer_format: [
+        voting.read_text(text, -1.0, 5, False, answer_format) for _ in group.completions])
     for settings, flags, style in (({}, [], "think-sql"), ({"answer_style": "fence"}, [], "fence"),
                                    ({"answer_style": "fence"}, ["--answer", "think-answer"], "think-answer"),
                                    ({}, ["--answer", "fence"], "fence")):
@@ -194,34 +194,16 @@ def test_a_model_answers_in_the_style_of_its_run(own_data, tmp_path, monkeypatch
         assert ("the answers meet the format, " + ANSWER_STYLES[style].format[:20] in " ".join(printed.split())) == (style != "fence")
 
 
-def test_greedy_answers_can_be_read_leniently(monkeypatch):
-    candidates = [[voting.read_text(FENCES[1], -1.0, 5, False, lenient)] for lenient in (False, True)]
-    monkeypatch.setattr(evaluate, "sample_candidates",
-                        lambda policy, prompts, n, temperature, tokens, batch, lenient, answer_style: [candidates[lenient]])
-    assert evaluate.greedy_sqls(None, [[1]], 5) == [""]
-    assert evaluate.greedy_sqls(None, [[1]], 5, lenient=True) == ["SELECT COUNT(*) FROM singer"]
-
-
-@pytest.mark.parametrize("room, sizes", [((math.inf, math.inf), [4, 2]), ((8, math.inf), [3, 1, 1, 1]), ((math.inf, 24), [3, 2, 1]),
-                                         ((1, 1), [1] * 6)])
-def test_no_more_tokens_than_there_is_room_for_are_decoded_side_by_side(monkeypatch, room, sizes):
-    taken = []
-    monkeypatch.setattr(evaluate, "sample_candidates", lambda policy, prompts, *_, **__: taken.append(prompts) or [
-        [voting.Candidate("", "", f"SELECT {len(prompt)}", 0.0, 1, False)] for prompt in prompts])
-    lengths = [5, 1, 2, 2, 7, 9]
-    sqls = evaluate.greedy_sqls(None, [[0] * length for length in lengths], 5, batch=4, room=room)
-    assert sqls == [f"SELECT {length}" for length in lengths] and [len(prompts) for prompts in taken] == sizes
-
-
 @pytest.mark.parametrize("statuses, lenient, words, absent", [
     ({"format": 1.0}, False, ["0.0 %", "--lenient-format", "--traces", "sft.py --mine"], ["--max-completion-tokens"]),
     ({"format": 6, "ok": 1, "error": 3}, True, ["40.0 %", "--traces"], ["--lenient-format", "tokens"]),
     ({"truncated": 0.9, "format": 0.1}, False, ["0.0 %", "--max-completion-tokens"], []),
     ({"format": 3, "ok": 1, "too_long": 96}, False, ["25.0 %"], [])])
 def test_a_model_that_misses_the_format_is_told_what_to_do(statuses, lenient, words, absent):
-    advice = format_advice(statuses, lenient)
+    advice = AnswerFormat(lenient=lenient).advice(statuses)
     assert all(word in advice for word in words) and not any(word in advice for word in absent)
-    assert format_advice({"ok": 0.5, "format": 0.5}, lenient) == "" == format_advice({"too_long": 1.0}, lenient)
+    for fine in ({"ok": 0.5, "format": 0.5}, {"too_long": 1.0}):
+        assert AnswerFormat(lenient=lenient).advice(fine) == ""
 
 
 def test_of_data_without_splits_the_part_is_measured_that_the_run_held_back(own_data, tmp_path, monkeypatch, capsys):
@@ -307,6 +289,12 @@ def candidate(sql, logprob=-1.0, thought="think", truncated=False):
     return Candidate("text", thought, sql, logprob, 10, truncated)
 
 
+def examination_of(config, executor, traces=1):
+    """The examination of evaluate.py, without a policy."""
+    return Examination(None, None, executor, config.exam("think-sql"), config.ways, matches=config.matches,
+                       keep_distinct=config.keep_distinct, traces=traces)
+
+
 def test_a_record_by_hand(tiny_db):
     right, same = GOLD.gold_sqls[0], "SELECT name FROM singer WHERE age <= 30"  # Ana and Cy, both
     samples = [candidate("SELECT name FROM singer WHERE age > 99", -0.1)] * 3 + [
@@ -314,7 +302,7 @@ def test_a_record_by_hand(tiny_db):
         candidate("", truncated=True)]
     with SQLExecutor({"music": tiny_db}, workers=1) as executor:
         config = EvaluateConfig(model="m", samples=7)
-        examination = Examination(None, None, executor, config)
+        examination = examination_of(config, executor)
         greedy = [candidate("")]
         verdicts, = examination.verdicts([(GOLD, "easy", greedy, samples)])
         record = examination.record(GOLD, greedy, samples, verdicts, {"prompt": 1.0, "generation": 2.0})
@@ -328,7 +316,7 @@ def test_a_record_by_hand(tiny_db):
     assert json.loads(json.dumps(record)) == record and record["seconds"]["sql"] > 0
 
 
-def test_a_vote_on_a_locked_database_is_none(tiny_db, tmp_path):
+def test_a_vote_on_a_locked_database_is_none(tiny_db):
     """Whatever is known of a question, one answer that could not run leaves it out of every figure."""
     class Locked:
         databases = {"music": tiny_db}
@@ -342,7 +330,7 @@ def test_a_vote_on_a_locked_database_is_none(tiny_db, tmp_path):
     right = [candidate(GOLD.gold_sqls[0]), candidate("SELECT name FROM singer WHERE age > 98")]
     config, records = EvaluateConfig(model="m", samples=2), []
     with SQLExecutor({"music": tiny_db}, workers=1) as executor:
-        examination = Examination(None, None, Locked(), config)
+        examination = examination_of(config, Locked())
         for samples in (right, [right[0], candidate("SELECT name FROM singer WHERE age > 99")]):
             verdicts, = examination.verdicts([(GOLD, "easy", right[:1], samples)])
             records.append(examination.record(GOLD, right[:1], samples, verdicts, {"prompt": 1.0, "generation": 2.0}))
@@ -356,8 +344,7 @@ def test_a_vote_on_a_locked_database_is_none(tiny_db, tmp_path):
     assert evaluate.records_as_json(records, config)[1]["answers"]["greedy"] == {"bird": None, "spider": None}
     assert "1 questions left out, since their database could not be read" in sft.summary_of(
         records, [], SimpleNamespace(rejections=Counter()))
-    mining = sft.MineConfig(mine=str(tmp_path / "traces.jsonl"), model="m")
-    assert sft.why_none_verified([part], mining) == "no database could be read; try again when they can"
+    assert sft.why_none_verified([part], AnswerFormat()) == "no database could be read; try again when they can"
 
 
 def test_verified_traces_need_a_gold_with_rows(tiny_db):
@@ -383,7 +370,7 @@ def test_traces_keep_the_word_value(tiny_db):
     for keep_distinct in (False, True):
         config = EvaluateConfig(model="m", samples=3, greedy=False, keep_distinct=keep_distinct)
         with SQLExecutor({"music": tiny_db}, workers=1) as executor:
-            examination = Examination(None, None, executor, config, traces=9)
+            examination = examination_of(config, executor, traces=9)
             samples = [candidate(sql) for sql in sqls]
             verdicts, = examination.verdicts([(gold, "easy", [], samples)])
             record = examination.record(gold, [], samples, verdicts, {})
@@ -416,14 +403,15 @@ def test_a_full_disk_takes_no_answers_that_were_kept(tmp_path):
 
 
 def test_batches_draw_their_own_samples(monkeypatch):
-    seeds = []
-    monkeypatch.setattr(answers, "sample_candidates", lambda policy, prompts, *rest: seeds.append(rest) or [])
-    builder = evaluate.PromptBuilder({}, None, PromptConfig(answer_style="fence"))
-    examination = Examination(None, builder, None, EvaluateConfig(model="m", samples=4, seed=2))
+    exams = []
+    monkeypatch.setattr(answers, "sample_candidates", lambda policy, prompts, exam: exams.append(exam) or [])
+    config = EvaluateConfig(model="m", samples=4, seed=2)
+    examination = Examination(None, None, None, config.exam("fence"), config.ways)
     examination.complete([], 0)
     examination.complete([], 64)
-    assert [rest[:2] for rest in seeds] == [(1, 0.0), (4, 1.0)] * 2  # greedy, then samples
-    assert seeds[1][-2] != seeds[3][-2] and {rest[-1] for rest in seeds} == {"fence"}
+    assert [(exam.samples, exam.temperature) for exam in exams] == [(1, 0.0), (4, 1.0)] * 2  # greedy, then samples
+    assert [exam.seed for exam in exams] == [2_000_006, 2_000_006, 2_000_070, 2_000_070]
+    assert {exam.answer_format for exam in exams} == {AnswerFormat("fence")}
 
 
 def test_another_file_of_weights_is_another_model(tmp_path):

@@ -26,6 +26,7 @@ from grpo import PLAIN
 from models import model_files
 from models.adapters import merged_weights
 from policy import Policy, Reference, build_tiny, load_policy, load_weights
+from prompts.answer_format import AnswerFormat
 from scoring import voting
 
 TEXTS = ["table singer ; keep age > 350 ; count rows", "SELECT COUNT(*) FROM singer WHERE age > 350",
@@ -435,7 +436,7 @@ def test_prompts_longer_than_the_positions_of_a_model_are_told(tiny):
     with pytest.raises(UserError, match="prompts of 4000 tokens and completions of 97 are longer than the 4096 positions"):
         policies.check_positions(tiny, 4000, 97)
     with pytest.raises(UserError, match="prompts of 4000 tokens"):  # who samples from a model need not remember to ask
-        voting.sample_candidates(tiny, [[5], [5] * 4000], max_completion_tokens=97)
+        voting.sample_candidates(tiny, [[5], [5] * 4000], voting.Exam(AnswerFormat(), 97))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -19,7 +19,7 @@ import grpo
 import rewards
 import sql_exec
 from partial_credit.memory import HashEmbedder, MemoryGate, TraceMemory
-from prompts.answer_format import ANSWER_STYLES, completion_text, unwrap_fence
+from prompts.answer_format import ANSWER_STYLES, AnswerFormat, unwrap_fence
 from questions.example import Example
 from rewards import (
     RewardBreakdown,
@@ -110,13 +110,21 @@ def test_what_another_style_does_not_read(style, text):
 
 @pytest.mark.parametrize("style", ANSWER_STYLES)
 def test_what_is_taught_is_what_is_read_and_what_the_reward_takes(style, executor):
-    assert parse_completion(completion_text("a thought", GOLD, style), style=style) == ("a thought", GOLD)
+    assert AnswerFormat(style).read(AnswerFormat(style).write("a thought", GOLD)) == ("a thought", GOLD)
     score = RewardScorer(RewardConfig(rewards="format,execution"), executor, {"towns": SCHEMA}, match=MATCHES["bird"],
-                         answer_style=style).score
-    texts = {other: completion_text("a thought", GOLD, other) for other in ANSWER_STYLES}
+                         answer_format=AnswerFormat(style)).score
+    texts = {other: AnswerFormat(other).write("a thought", GOLD) for other in ANSWER_STYLES}
     scored = dict(zip(texts, score([RewardItem("towns", [GOLD], text) for text in texts.values()]), strict=True))
     assert {other: found.correct for other, found in scored.items()} == {other: other == style for other in texts}
     assert all(ANSWER_STYLES[style].format in found.error for other, found in scored.items() if other != style)
+
+
+def test_a_fence_is_scored_where_the_config_or_the_format_is_lenient(executor):
+    fenced = item(f"```sql\n{GOLD}\n```")
+    for lenient, answer_format, correct in ((False, None, False), (True, None, True), (False, AnswerFormat(lenient=True), True)):
+        config = RewardConfig(rewards="format,execution", lenient_format=lenient)
+        found, = RewardScorer(config, executor, {"towns": SCHEMA}, match=MATCHES["bird"], answer_format=answer_format).score([fenced])
+        assert found.correct is correct
 
 
 @pytest.mark.parametrize("fenced", [

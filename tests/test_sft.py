@@ -23,7 +23,8 @@ from common.options import check
 from data import Example, PromptBuilder, PromptConfig, columns_of, load_splits
 from partial_credit.memory import HashEmbedder, MemoryGate, TraceMemory, gate_for
 from policy import build_tiny
-from rewards import RewardConfig, build_memory, parse_completion
+from prompts.answer_format import AnswerFormat
+from rewards import RewardConfig, build_memory
 from scoring.answers import Examination
 from sql_exec import SQLExecutor
 
@@ -88,18 +89,19 @@ def test_template_traces_fill_what_is_empty_and_keep_what_is_there():
     ("look at ```sql SELECT name``` of singer", "look at  SELECT name of singer")])
 def test_tags_and_fences_of_a_trace_are_taken_off(tiny_db, trace, bare):
     with SQLExecutor({"music": tiny_db}, workers=1) as executor:
-        (kept,), notes = cold_start.teachable([taught(trace)], executor, SCHEMAS)
+        (kept,), notes = cold_start.teachable([taught(trace)], executor, SCHEMAS, AnswerFormat())
     assert kept.trace == bare and notes == []
-    assert parse_completion(cold_start.taught_text(kept)) == (bare, "SELECT 1")
+    assert AnswerFormat().read(cold_start.taught_text(kept, AnswerFormat())) == (bare, "SELECT 1")
 
 
 @pytest.mark.parametrize("style, text", [
     ("think-answer", "<think> look at singer </think> <answer> SELECT 1 </answer>"), ("fence", "look at singer\n```sql\nSELECT 1\n```")])
 def test_other_answers_are_taught_as_they_are_read(tiny_db, style, text):
+    answer_format = AnswerFormat(style)
     examples = [taught("<think>look at singer</think>", trace_sql="```sql\nSELECT 1\n```"), taught("it is <answer> 1")]
     with SQLExecutor({"music": tiny_db}, workers=1) as executor:
-        kept, notes = cold_start.teachable(examples, executor, SCHEMAS, style)
-    assert cold_start.taught_text(kept[0], style) == text and parse_completion(text, style=style) == ("look at singer", "SELECT 1")
+        kept, notes = cold_start.teachable(examples, executor, SCHEMAS, answer_format)
+    assert cold_start.taught_text(kept[0], answer_format) == text and answer_format.read(text) == ("look at singer", "SELECT 1")
     assert notes == []
     policy = build_tiny([text] * 3, seed=0, vocab_size=300, width=32, layers=1)
     builder = PromptBuilder({"music": tiny_db}, policy.tokenizer, PromptConfig(answer_style=style))
@@ -116,8 +118,8 @@ def test_traces_that_cannot_be_taught_are_left_out_and_counted_by_their_reason(t
         taught("<think>a<think>b</think></think>"), taught("look", "SELECT '<think>'"),
         taught("look", trace_sql="SELECT 1; SELECT 2"), taught("look", trace_sql="the SQL is SELECT 1")]
     with SQLExecutor({"music": tiny_db}, workers=1) as executor:
-        kept, notes = cold_start.teachable(examples, executor, SCHEMAS)
-        assert cold_start.teachable([], executor, SCHEMAS) == ([], [])
+        kept, notes = cold_start.teachable(examples, executor, SCHEMAS, AnswerFormat())
+        assert cold_start.teachable([], executor, SCHEMAS, AnswerFormat()) == ([], [])
     assert [(one.trace, one.trace_sql) for one in kept] == [("look", ""), ("fine", "SELECT 2"), ("fenced", "SELECT 3")]
     assert sorted(notes) == sorted([
         "left out 2 of 13 traces: their db_id is not among the databases of the data (the first: 'bar')",
@@ -321,21 +323,22 @@ def of_fates(**statuses):
     return [{"samples": {"statuses": statuses}, "traces": []}]
 
 
-@pytest.mark.parametrize("statuses, flags, words", [
-    ({"format": 88, "ok": 12}, {}, "only 12% of the completions met the format, <think> reasoning </think> and then one query "
-                                   "and nothing else; --lenient-format also takes SQL inside a code fence; train.py --traces template"),
-    ({"format": 100}, {"lenient_format": True}, "only 0% of the completions met the format, <think> reasoning </think> and then "
-                                                "one query and nothing else; train.py --traces template"),
-    ({"truncated": 60, "ok": 40}, {}, "60% of the completions were cut at --max-completion-tokens 512; raise it"),
-    ({"error": 70, "format": 10}, {}, "88% of the completions met the format, but none returned the gold result"),
-    ({"unavailable": 90, "format": 10}, {}, "only 0% of the completions met the format"),  # of those that could be run
-    ({}, {}, "no prompt fits; raise --max-prompt-tokens")])
-def test_nothing_verified_names_the_reason(statuses, flags, words):
-    assert words in sft.why_none_verified(of_fates(**statuses), sft.MineConfig(mine="x.jsonl", model="m", **flags))
+@pytest.mark.parametrize("statuses, lenient, words", [
+    ({"format": 88, "ok": 12}, False, "12.0 % of the answers meet the format, <think> reasoning </think> and then one query and "
+                                      "nothing else; --lenient-format also takes SQL in a code fence; a cold start teaches the "
+                                      "format: train.py --traces template"),
+    ({"format": 100}, True, "0.0 % of the answers meet the format, <think> reasoning </think> and then one query and nothing else; "
+                            "a cold start teaches the format: train.py --traces template"),
+    ({"truncated": 60, "ok": 40}, True, "and nothing else; a higher --max-completion-tokens lets answers end; a cold start teaches"),
+    ({"error": 70, "format": 10}, False, "88% of the completions met the format, but none returned the gold result"),
+    ({"unavailable": 90, "format": 10}, False, "0.0 % of the answers meet the format"),  # of those that could be run
+    ({}, False, "no prompt fits; raise --max-prompt-tokens")])
+def test_nothing_verified_names_the_reason(statuses, lenient, words):
+    assert words in sft.why_none_verified(of_fates(**statuses), AnswerFormat(lenient=lenient))
 
 
 def test_a_model_that_never_meets_the_format_is_told_so(own_data, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"0 different ones verified.*(met the format|were cut at)"):
+    with pytest.raises(UserError, match=r"0 different ones verified.*meet the format"):
         mine(monkeypatch, *own_data, "-n", 2, "--limit", 4, "--max-completion-tokens", 2)
     assert not (tmp_path / "mined.jsonl.progress").exists()  # which another way of reading could not continue
 

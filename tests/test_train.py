@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import held_out
-import rewards
 import rollout
 import settings
 import train
@@ -35,6 +34,7 @@ from held_out import HeldOut
 from models import memory_plan
 from partial_credit.atomic import atomic_reward, rarity
 from policy import build_tiny
+from prompts.answer_format import AnswerFormat
 from rewards import RewardBreakdown, RewardConfig
 from rollout import Rollout
 from running.drawing import HALF_LIFE
@@ -428,7 +428,7 @@ def test_groups_whose_database_is_locked_are_left_out_of_the_step(small, tmp_pat
     learned, learn = [], train.Drawing.learn
     monkeypatch.setattr(train.Drawing, "learn", lambda self, *seen: (learned.append(len(seen[0])), learn(self, *seen)))
     monkeypatch.setattr(train.Trainer, "take_step", take_step)
-    monkeypatch.setattr(rewards, "parse_completion", lambda *_: ("count ages", "SELECT COUNT(*) FROM singer"))
+    monkeypatch.setattr(AnswerFormat, "read", lambda *_: ("count ages", "SELECT COUNT(*) FROM singer"))
     printed = run(*small, "--steps", 3, "--sql-timeout", 0.1, "--eval-every", 0, "--test-questions", 0, "--cold-start-steps", 0,
                   "--output", tmp_path / "run")
     metrics = lines(tmp_path / "run/metrics.jsonl")

@@ -1,5 +1,7 @@
 """Grouping, voting, pass@k and sampling, against values worked out by hand."""
 
+import math
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -7,15 +9,19 @@ import pytest
 import torch
 
 from policy import build_tiny
+from prompts.answer_format import AnswerFormat
 from scoring.voting import (
     Candidate,
+    Exam,
     choose,
+    greedy_sqls,
     group_results,
     pass_at_k,
     rank_groups,
     read_group,
     sample_candidates,
     says_something,
+    side_by_side,
 )
 from sql_exec import Execution
 
@@ -101,7 +107,7 @@ def test_reading_a_group():
     policy = SimpleNamespace(decode=lambda tokens: texts[tokens[0]])
     group = SimpleNamespace(completions=[torch.tensor([i, 7]) for i in range(3)],
                             logps=[torch.tensor([-1.0, -3.0])] * 3, truncated=[False, False, True])
-    first, second, third = read_group(policy, group)
+    first, second, third = read_group(policy, group, AnswerFormat())
     assert (first.thought.strip(), first.sql, first.logprob, first.tokens) == ("a", "SELECT 1", -2.0, 2)
     assert [one.broken for one in (first, second, third)] == ["", "format", "truncated"]
     assert second.sql == "" and second.text == "SELECT 1"
@@ -117,17 +123,46 @@ PROMPTS = [[10, 11, 12], [20, 21, 22, 23, 24, 25], [30], [40, 41, 42, 43]]
 
 
 def test_candidates_come_in_prompt_order_whatever_the_batch(random_policy):
-    alone = [sample_candidates(random_policy, [prompt], max_completion_tokens=6)[0] for prompt in PROMPTS]
-    for batch in (1, 2, 128):
-        together = sample_candidates(random_policy, PROMPTS, max_completion_tokens=6, batch=batch)
+    exam = Exam(AnswerFormat(), max_completion_tokens=6)
+    alone = [sample_candidates(random_policy, [prompt], exam)[0] for prompt in PROMPTS]
+    for other in (*(replace(exam, batch=batch) for batch in (1, 2, 128)), replace(exam, room=(8, 40))):
+        together = sample_candidates(random_policy, PROMPTS, other)
         assert [[one.text for one in group] for group in together] == [[one.text for one in group]
                                                                        for group in alone]
-    assert sample_candidates(random_policy, []) == []
+    assert sample_candidates(random_policy, [], exam) == []
+
+
+@pytest.mark.parametrize("exam, parts", [
+    (Exam(AnswerFormat(), 5, batch=4), [[1, 2, 3, 0], [4, 5]]),  # shortest first, equal lengths in order
+    (Exam(AnswerFormat(), 5, batch=4, room=(8, math.inf)), [[1, 2, 3], [0], [4], [5]]),
+    (Exam(AnswerFormat(), 5, batch=4, room=(math.inf, 24)), [[1, 2, 3], [0, 4], [5]]),
+    (Exam(AnswerFormat(), 5, batch=4, room=(1, 1)), [[1], [2], [3], [0], [4], [5]]),  # one prompt always is decoded
+    (Exam(AnswerFormat(), 5, batch=4, samples=2), [[1, 2], [3, 0], [4, 5]]),
+    (Exam(AnswerFormat(), 5, batch=4, samples=2, room=(math.inf, 23)), [[1], [2], [3], [0], [4], [5]]),
+    (Exam(AnswerFormat(), 5, batch=4, samples=9), [[1], [2], [3], [0], [4], [5]])])
+def test_no_more_is_decoded_side_by_side_than_there_is_room_for(exam, parts):
+    assert list(side_by_side([5, 1, 2, 2, 7, 9], exam)) == parts
+
+
+def test_greedy_answers_are_read_in_the_format_of_the_exam(monkeypatch):
+    """In the order of the prompts, whatever was decoded together, with one greedy completion each."""
+    def greedy(model, prompts, config, *, group_size, temperature, **_):
+        assert (group_size, temperature, config.max_completion_tokens) == (1, 0.0, 5)
+        sizes.append(len(prompts))
+        return [SimpleNamespace(completions=[prompt], logps=[torch.zeros(1)], truncated=[False]) for prompt in prompts]
+
+    monkeypatch.setattr("grpo.sample_groups", greedy)
+    monkeypatch.setattr("policy.check_positions", lambda *_: None)
+    policy = SimpleNamespace(model=None, eos_ids=(), decode=lambda tokens: f"<think> a </think> ```sql SELECT {len(tokens)}```")
+    exam, lengths = Exam(AnswerFormat(lenient=True), 5, samples=3, temperature=1.0, batch=4), [5, 1, 2, 2, 7, 9]
+    prompts, sizes = [[0] * length for length in lengths], []
+    assert greedy_sqls(policy, prompts, exam) == [f"SELECT {length}" for length in lengths]
+    assert greedy_sqls(policy, prompts, replace(exam, answer_format=AnswerFormat())) == [""] * 6 and sizes == [4, 2] * 2
 
 
 def test_the_seed_decides(random_policy):
     def draw(seed):
-        groups = sample_candidates(random_policy, PROMPTS, 3, 1.0, 6, seed=seed)
+        groups = sample_candidates(random_policy, PROMPTS, Exam(AnswerFormat(), 6, 3, 1.0, seed=seed))
         assert [len(group) for group in groups] == [3] * 4
         return [one.text for group in groups for one in group]
 
