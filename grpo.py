@@ -248,7 +248,7 @@ def group_advantages(rewards: Tensor, scale: str = "group", components=None) -> 
 def over_group_std(rewards: Tensor, components=None) -> Tensor:
     """Over the group's standard deviation (divisor n − 1), eq. (1). [B, G] -> [B, G]"""
     flat = flat_groups(rewards)[:, None]  # [B, 1]
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)  # eq. (1)
     return (advantages / rewards.std(dim=1, keepdim=True).masked_fill(flat, 1.0)).masked_fill(flat, 0.0)
 
 

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-import report
 from engine import distributed
 from policy import Policy
 from rollout import Question, print_first_reasons
 from scoring.answers import questions_hash
-from scoring.verdicts import difficulty_levels, score_predictions, summarise
+from scoring.verdicts import difficulty_levels, of_the_same, score_predictions, summarise
 from scoring.voting import greedy_sqls
 from settings import Settings
 from sql_exec import SQLExecutor
@@ -80,7 +79,7 @@ def before_after_table(before: dict, after: dict, match: str) -> str:
                  for part in (start, end)]
         if shown[0] != "-":  # none in a run that an older version began
             lines.append(f"{'  over ' + str(end['databases']) + ' databases':<37}{shown[0]:>21}{shown[1]:>21}")
-        if not report.of_the_same(start, end):
+        if not of_the_same(start, end):
             lines.append(f"  no gain is known: the {start['n']} questions read before are not these")
             continue
         gain = end["execution_accuracy"][match] - start["execution_accuracy"][match]

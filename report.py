@@ -38,6 +38,7 @@ from history import training_questions
 from prompts.builder import full_schema
 from rewards import COMPONENTS, atomic_operations
 from running.run_folder import RolloutLog, parse_record
+from scoring.verdicts import of_the_same
 from sql_exec import SQLExecutor
 
 TEMPLATE = Path(__file__).parent / "running" / "report_template.html"
@@ -409,14 +410,6 @@ def accuracy(summary: dict | None, match: str) -> float:
     """Execution accuracy of a summary; not a number where there is none, or null because no question could be read."""
     value = (summary or {}).get("execution_accuracy", {}).get(match)
     return math.nan if value is None else value
-
-
-def of_the_same(before: dict | None, after: dict) -> bool:
-    """Whether two summaries are of the same questions, so that their difference says something."""
-    if not before or not before["n"] or before["n"] != after["n"]:
-        return False
-    asked = {part["questions"] for part in (before, after) if "questions" in part}  # an older version noted none
-    return len(asked) < 2
 
 
 # ----------------------------------------------------------------------------------------------- curves

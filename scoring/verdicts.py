@@ -373,3 +373,11 @@ def scores_as_json(scores: Sequence[ExampleScore], summary: dict) -> dict:
          "gold_status": score.gold_status,
          **{name: None if score.unavailable else int(correct) for name, correct in score.correct.items()}}
         for score in scores]}
+
+
+def of_the_same(before: dict | None, after: dict) -> bool:
+    """Whether two summaries are of the same questions, so that their difference says something."""
+    if not before or not before["n"] or before["n"] != after["n"]:
+        return False
+    asked = {part["questions"] for part in (before, after) if "questions" in part}  # an older version noted none
+    return len(asked) < 2
