@@ -57,6 +57,7 @@ from tqdm import tqdm
 from cold_start import SFTConfig
 from common.errors import UserError, as_json, parse_json, read_text, run_main, stored_settings, write_whole
 from common.options import Parser, add_arguments, build, check, flag_of, option, unknown_argument
+from common.run_layout import BEST, CHECKPOINTS, checkpoint_of, checkpoints_of, final_policy
 from common.wording import escape
 from data import PromptConfig
 from history import has_changed, reported_split
@@ -103,7 +104,6 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
     "runs": {f"{value} for running": {"execution_runs": value} for value in ("1", "0.5", "0")},
     "embedder": {name: {"rewards": BOTH, "embedder": name} for name in ("hash", "policy")},
 }
-STEP = re.compile(r"step-(\d+)")  # folders of other names are not ours
 # Flags of train.py that are set here, and by what.
 RESERVED = {"seed": "see --seeds", "output": "see --output", "test_questions": "see --questions",
             "resume": "the same command continues", "start": "one for all runs of a seed"}
@@ -153,17 +153,12 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        return (self.folder / "measures.json").exists() or (self.cell == "start" and bool(self.checkpoints()))
+        return (self.folder / "measures.json").exists() or (self.cell == "start" and self.has_begun)
 
-    def checkpoints(self) -> list[Path]:
-        """Oldest first."""
-        steps = {path: STEP.fullmatch(path.name) for path in self.folder.glob("checkpoints/step-*")}
-        return sorted((path for path, step in steps.items() if step), key=lambda path: int(steps[path][1]))
-
-    def policy(self) -> Path:
-        """What is measured: the best policy by dev, or the last where there is no dev."""
-        best = self.folder / "best"
-        return best if best.exists() else self.checkpoints()[-1]
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a checkpoint to continue from."""
+        return bool(checkpoints_of(self.folder))
 
 
 def cells_of(grid: str, vary: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -223,7 +218,7 @@ def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Ru
 
     starts = [make("start", seed, "start", steps="0", eval_every="0", **rewards_of_start(shared))
               for seed in range(given.seeds)]
-    runs = [make(cell, start.seed, folders[cell], start=str(start.folder / "checkpoints" / "step-0"), **flags_of[cell])
+    runs = [make(cell, start.seed, folders[cell], start=str(checkpoint_of(start.folder, 0)), **flags_of[cell])
             for start in starts for cell in cells]
     prompts = starts[0].settings.prompts  # those of all starts, which all that begins with them takes over
     runs = [replace(run, settings=replace(run.settings, prompts=prompts)) for run in runs]
@@ -332,12 +327,12 @@ def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
         if owner := owner_of_lock(run.folder):  # as by a run that outlived the ablate.py that began it
             raise UserError(f"{run.folder} is being trained by {owner}: let it end or stop it, then give the same "
                             "command again")
-        if not run.checkpoints():  # killed before its first checkpoint: nothing to continue
+        if not run.has_begun:  # killed before its first checkpoint: nothing to continue
             shutil.rmtree(run.folder, ignore_errors=True)
             golds = run.folder.parent / "start" / "gold_cache"  # results of the same questions
             if golds.exists():
                 shutil.copytree(golds, run.folder / "gold_cache")
-        workers.call("train.py", [*run.flags, *(["--resume"] if run.checkpoints() else [])], log)
+        workers.call("train.py", [*run.flags, *(["--resume"] if run.has_begun else [])], log)
     evaluation = run.folder / "evaluation.json"
     workers.call("evaluate.py", evaluation_flags(run, given, evaluation), log)
     found = json.loads(evaluation.read_text())
@@ -347,7 +342,7 @@ def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
     measures = measures_of(run, found)
     write_whole(file, as_json({"how": how, "measures": measures}, indent=1) + "\n")
     if not given.keep and run.cell != "start":
-        for folder in ("checkpoints", "gold_cache") if (run.folder / "best").exists() else ("gold_cache",):
+        for folder in (CHECKPOINTS, "gold_cache") if (run.folder / BEST).exists() else ("gold_cache",):
             shutil.rmtree(run.folder / folder, ignore_errors=True)
         (run.folder / "rollouts.jsonl").unlink(missing_ok=True)
     return measures
@@ -362,7 +357,7 @@ def evaluated_split(run: RunConfig) -> str:
 def evaluation_flags(run: Run, given: AblateConfig, evaluation: Path) -> list[str]:
     """evaluate.py's command line for a run: greedy answers count, and --samples at temperature 1 for the rest."""
     s = run.settings
-    values = {"model": run.policy(), "data": s.run.data, "split": evaluated_split(s.run),
+    values = {"model": final_policy(run.folder), "data": s.run.data, "split": evaluated_split(s.run),
               "world": s.run.world, "seed": s.run.seed, "match": s.run.match, "threads": s.run.threads, "vote": "none",
               "samples": given.samples, "temperature": 1.0, "limit": given.questions, "json": evaluation,
               "max_completion_tokens": s.grpo.max_completion_tokens, "workers": s.run.sql_workers,

@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from common.errors import UserError, stored_settings
+from common.run_layout import runs_of
 from data import Splits, load_dataset, load_splits
 from questions.holdout import not_shared
 from questions.question_files import (
@@ -25,13 +26,7 @@ def run_config_of(model: str) -> dict | None:
     """The config.json of the training run that made a policy's folder (or whose folder this is); None without one."""
     if not Path(model).is_dir():
         return None
-    folder = Path(model).resolve()
-    places = [folder, folder.parent] if folder.name == "best" else [folder]
-    if folder.name == "adapters" and folder.parent.name == "best":
-        places.append(folder.parents[1])
-    if folder.parent.name == "checkpoints":
-        places.append(folder.parents[1])
-    found = (stored_settings(place) for place in places)
+    found = map(stored_settings, runs_of(Path(model).resolve()))
     return next((config for config in found if config is not None), None)
 
 

@@ -22,6 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
+from common.run_layout import ADAPTERS
 from engine import distributed
 from engine.attention import causal_lm
 from engine.cores import share_cores
@@ -66,7 +67,6 @@ __all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activatio
 # What transformers and its readers of files raise for a checkpoint that is broken in one way or another.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
                   SafetensorError, StrictDataclassError, pickle.UnpicklingError)
-ADAPTERS = "adapters"  # subfolder of merged weights
 BASE = "base.txt"  # beside adapters, hash_of_base
 END, PAD = "<|endoftext|>", "<|pad|>"
 BF16_PARAMETERS = 20e6  # a smaller model computes in float32 on any CPU

@@ -48,6 +48,7 @@ import dense  # noqa: E402
 from ablate import joins_in  # noqa: E402
 from common import options  # noqa: E402
 from common.errors import UserError, run_main  # noqa: E402
+from common.run_layout import checkpoint_of  # noqa: E402
 from data import columns_of  # noqa: E402
 from partial_credit.atomic import atomic_reward, is_name, jaccard, names_in  # noqa: E402
 from partial_credit.memory import HashEmbedder, Roles  # noqa: E402
@@ -287,7 +288,7 @@ def main() -> None:
     folder = options_given.run
     config, records = dense.read_run(folder)
     data = dense.splits_of(config)
-    rewards = Rewards(config, data, folder / "checkpoints" / "step-0")
+    rewards = Rewards(config, data, checkpoint_of(folder, 0))
     blind = {name: rewards.of(name) for name in options_given.rewards.split(",")}
     groups = read_groups(records, data.databases, MATCHES[config["match"]])
     shaped = [answer for group in groups for answer in group]

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import UserError, parse_json, read_text
+from common.run_layout import CHECKPOINTS, final_policy
 from models.gguf_file import find_gguf, gguf_config, read_gguf
 from models.published import PUBLISHED
 
@@ -187,12 +188,11 @@ def _refuse_other_folders(path: Path) -> None:
     """Raises UserError: a path that exists is no model's folder, but perhaps a run's."""
     if not path.is_dir():
         raise UserError(f"{path} is a file, but neither a model folder nor a GGUF file")
-    run = next((folder for folder in (path, path.parent) if (folder / "checkpoints").is_dir()), None)
+    run = next((folder for folder in (path, path.parent) if (folder / CHECKPOINTS).is_dir()), None)
     config = path / "config.json"
-    if run and (path == run or path.name == "checkpoints"):
-        steps = sorted(run.glob("checkpoints/step-*"), key=lambda step: (len(step.name), step.name))
-        policies = [folder for folder in (run / "best", *reversed(steps)) if folder.is_dir()]
-        advice = f"use {policies[0]}" if policies else "it has saved no policy yet"
+    if run and (path == run or path.name == CHECKPOINTS):
+        policy = final_policy(run)
+        advice = f"use {policy}" if policy else "it has saved no policy yet"
         raise UserError(f"{path} is the folder of a run, not of a model: {advice}")
     if not config.is_file() and not (path / "adapter_config.json").is_file():
         raise UserError(f"{path} is not a model folder: it has no config.json")

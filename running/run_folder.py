@@ -27,6 +27,7 @@ from types import MappingProxyType
 import torch
 
 from common.errors import UserError, as_json, flush, is_config_of_run, stored_settings, write_whole
+from common.run_layout import BEST, CHECKPOINTS, checkpoint_of, checkpoints_of
 from common.wording import exact_text
 
 TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
@@ -37,7 +38,7 @@ NEW, OLD = ".new-", ".old-"  # before the names of what is being written, and of
 BEST_STEP = "step.txt"
 LOCK = ".lock"
 # What a run without a checkpoint may have left.
-BEFORE_THE_START = {"config.json", f"{NEW}config.json", "checkpoints", "gold_cache", LOCK}
+BEFORE_THE_START = {"config.json", f"{NEW}config.json", CHECKPOINTS, "gold_cache", LOCK}
 LOGS = re.compile(r"wandb|events\.out\.tfevents.*")  # of --log, likewise
 _locks: dict[Path, object] = {}  # open files; the system unlocks them when the process ends, however it ends
 
@@ -72,9 +73,9 @@ class RunFolder:
                             "another --output, or delete it")
         self.is_new, self.was_there = not self.resumes, self.path.exists()
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             self._lock()
-            for left in [*self.path.glob(".*-*"), *self.path.glob("checkpoints/.*-*")]:
+            for left in [*self.path.glob(".*-*"), *self.path.glob(f"{CHECKPOINTS}/.*-*")]:
                 if left.name.startswith((NEW, OLD)):
                     clean_up(left.with_name(left.name.removeprefix(NEW).removeprefix(OLD)))
             before = self.stored if self.resumes else {}
@@ -100,7 +101,7 @@ class RunFolder:
         others = {path.name for path in self.path.iterdir()} - BEFORE_THE_START
         ours = stored_settings(self.path) is not None and all(map(LOGS.fullmatch, others))
         return (ours or not others) and not any(
-            self.path.glob("checkpoints/[!.]*"))  # of ours or of somebody else: the folder may be deleted with it
+            self.path.glob(f"{CHECKPOINTS}/[!.]*"))  # of ours or of somebody else: the folder may be deleted with it
 
     def _lock(self) -> None:
         """Keeps other processes out of the folder until this one ends."""
@@ -140,12 +141,11 @@ class RunFolder:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every checkpoint, oldest first."""
-        found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in self.path.glob("checkpoints/step-*")]
-        return sorted((int(match[1]), path) for match, path in found if match)  # a step-10-backup is somebody else's
+        return checkpoints_of(self.path)
 
     def first_checkpoint(self) -> Path:
         """The policy of step 0, which is the reference. Raises UserError: it is gone or not as it was written."""
-        folder = self.path / "checkpoints" / "step-0"
+        folder = checkpoint_of(self.path, 0)
         problem = damage(folder) if folder.exists() else "it is gone"
         if problem:
             raise UserError(f"cannot resume: the run compares with its policy of step 0, {folder}, and {problem}; put "
@@ -164,7 +164,7 @@ class RunFolder:
             sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
             (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
-        replace_folder(self.path / "checkpoints" / f"step-{step}", fill)
+        replace_folder(checkpoint_of(self.path, step), fill)
         for old, folder in self.checkpoints()[:-keep]:
             if old:
                 shutil.rmtree(folder)
@@ -195,11 +195,11 @@ class RunFolder:
             policy.save_merged(folder)
             (folder / BEST_STEP).write_text(f"{step}\n")
 
-        replace_folder(self.path / "best", fill)
+        replace_folder(self.path / BEST, fill)
 
     def step_of_best(self) -> int:
         """The step of the policy in best/; -1 where there is none, or an older version wrote it."""
-        file = self.path / "best" / BEST_STEP
+        file = self.path / BEST / BEST_STEP
         return int(file.read_text()) if file.is_file() else -1
 
 

@@ -148,13 +148,6 @@ def test_the_command_is_kept_so_that_a_shell_takes_it():
     assert given.output == Path("runs/ablation-own")
 
 
-def test_checkpoints_are_folders_that_train_names(tmp_path):
-    for name in ("step-10", "step-2", "step-2-backup", "step-x", "damaged-step-4"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    run = ablate.Run("cell", 0, tmp_path, (), None)
-    assert [path.name for path in run.checkpoints()] == ["step-2", "step-10"]
-
-
 # ---- measures, by hand
 
 

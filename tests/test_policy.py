@@ -419,6 +419,7 @@ def test_the_folder_of_a_run_names_its_policy(tiny, tmp_path):
         load_policy(str(run))
     for step in (9, 10):
         tiny.save(run / "checkpoints" / f"step-{step}")
+    (run / "checkpoints" / "step-11-backup").mkdir()  # somebody else's
     for folder in (run, run / "checkpoints"):
         with pytest.raises(UserError, match=f"use {run}/checkpoints/step-10$"):
             load_policy(str(folder))

@@ -21,6 +21,7 @@ import sft
 import train
 from common import options
 from common.errors import UserError, write_whole
+from common.run_layout import checkpoint_of, checkpoints_of, final_policy, runs_of
 from running import run_folder as runs
 from running import show
 from running.run_folder import RunFolder, load_state, replace_folder
@@ -231,6 +232,19 @@ def test_only_what_we_name_is_a_checkpoint(tmp_path):
     for step in (0, 1, 2, 3):
         folder.save_checkpoint(step, Empty(), {}, keep=1)
     assert [step for step, _ in folder.checkpoints()] == [0, 3] and (tmp_path / "checkpoints" / "step-10-backup").exists()
+
+
+def test_the_policies_of_a_run(tmp_path):
+    assert final_policy(tmp_path) is None and checkpoints_of(tmp_path) == []
+    for name in ("step-10", "step-2", "step-2-backup", "step-x", "damaged-step-4"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for _, path in checkpoints_of(tmp_path)] == ["step-2", "step-10"]
+    assert final_policy(tmp_path) == checkpoint_of(tmp_path, 10)
+    (tmp_path / "best" / "adapters").mkdir(parents=True)
+    assert final_policy(tmp_path) == tmp_path / "best"
+    for policy in (tmp_path / "best", tmp_path / "best" / "adapters", checkpoint_of(tmp_path, 10)):
+        assert runs_of(policy) == [policy, tmp_path]
+    assert runs_of(tmp_path / "adapters") == [tmp_path / "adapters"]
 
 
 def test_the_policy_of_step_0_is_verified(tmp_path):
