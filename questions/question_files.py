@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError, parse_json, read_text
-from questions.example import Example
+from questions.example import Example, id_text, unique_ids
 from questions.schema import is_sqlite
 
 SPIDER_FILES = {"train": ("train_spider.json", "train_others.json"), "dev": ("dev.json",),
@@ -63,7 +63,7 @@ def load_official(name, data_dir, split) -> Dataset:
         raise UserError(f"dataset {name} needs --data-dir, the folder that holds its files")
     files, folder = (_spider_files if name == "spider" else _bird_files)(data_dir, split)
     read = [(record, file, number) for file in files for number, record in enumerate(read_records(file), 1)]
-    ids, notes = _identities([record for record, _, _ in read], ", ".join(map(str, files)))
+    ids, notes = _ids_of([record for record, _, _ in read], ", ".join(map(str, files)))
     examples = [_example(record, str(file), number, identity)
                 for (record, file, number), identity in zip(read, ids, strict=True)]
     places = {example.db_id: folder / example.db_id / f"{example.db_id}.sqlite" for example in examples}
@@ -119,7 +119,7 @@ def load_own(file, data_dir, split) -> Dataset:
     if not chosen:
         found = ", ".join(f"{label} {count}" for label, count in Counter(labels).items())
         raise NoSuchSplit(f"{file} has no record of split {split!r}, only {found}")
-    ids, notes = _identities([records[position] for position in chosen], file, chosen)
+    ids, notes = _ids_of([records[position] for position in chosen], file, chosen)
     if any(labels) and not all(labels):
         notes += (f"records of {file} without a field 'split', which belong to every split: {labels.count(None)}",)
     examples, databases = [], {}
@@ -209,41 +209,29 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _identities(records: list, source, positions=None) -> tuple[list[str], tuple[str, ...]]:
+def _ids_of(records: list, source, positions=None) -> tuple[list[str], tuple[str, ...]]:
     """An id for each record, no two alike, and a note on those that had to be numbered.
 
-    A record without one has its position in the file as its id. Of records with the same id the first keeps it, the
-    others get a number: 12, 12-2, 12-3.
+    A record without one has its position in the file as its id.
     """
-    given = [_identity(record) for record in records]
-    claimed = {identity for identity in given if identity is not None}  # ids that their first record will take
-    used, ids, changed, repeats = set(), [], [], Counter()
-    for position, identity in zip(positions or range(len(records)), given, strict=True):
-        wanted = chosen = str(position) if identity is None else identity
-        if identity is not None and wanted in claimed:
-            claimed.discard(wanted)
-        else:
-            while chosen in used or chosen in claimed:
-                repeats[wanted] += 1
-                chosen = f"{wanted}-{repeats[wanted] + 1}"
-        used.add(chosen)
-        ids.append(chosen)
-        if chosen != wanted:
-            why = f"repeats id {wanted!r}" if identity else f"has no id, and its position, {wanted!r}, is taken"
+    positions, given = positions or range(len(records)), [_given_id(record) for record in records]
+    ids, changed = unique_ids(given, positions), []
+    for position, name, chosen in zip(positions, given, ids, strict=True):
+        if chosen != (name or str(position)):
+            why = f"repeats id {name!r}" if name else f"has no id, and its position, '{position}', is taken"
             changed.append(f"record {position + 1} {why}, so it is called {chosen!r}")
     return ids, (f"{source}: {shortlist(changed, 3, '; ')}",) if changed else ()
 
 
-def _identity(record) -> str | None:
+def _given_id(record) -> str | None:
     """The id that a record brings."""
-    fields = [record.get(field) for field in ("id", "question_id")] if isinstance(record, dict) else []
-    fields = [int(value) if isinstance(value, float) and value.is_integer() else value for value in fields]  # 7.0 is 7
-    return next((str(value).strip() for value in fields if value is not None and str(value).strip()), None)
+    values = [record.get(field) for field in ("id", "question_id")] if isinstance(record, dict) else []
+    return next(filter(None, (id_text(value) for value in values if value is not None)), None)
 
 
 def examples_of(records, source) -> list[Example]:
     """One Example a record; where a record has no id, its position is its id."""
-    ids, _ = _identities(records, source)
+    ids, _ = _ids_of(records, source)
     return [_example(record, source, number, name)
             for number, (record, name) in enumerate(zip(records, ids, strict=True), 1)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from common.errors import UserError, parse_json, read_text, visible
-from scoring.predictions import numbered
+from questions.example import unique_ids
 from scoring.verdicts import bootstrap_interval, mean
 from sql_exec import MATCHES
 
@@ -57,7 +57,7 @@ def compare(file_a, file_b, anyway: bool = False) -> dict:
               if not (skip and any(side[key]["gold_status"] not in ("ok", "empty") for side in (in_a, in_b)))]
     if not shared:
         raise UserError(f"{file_a} and {file_b} have no question in common")
-    labels = dict(zip(shared, numbered([str(key[0]) for key in shared]), strict=True))
+    labels = dict(zip(shared, unique_ids([str(key[0]) for key in shared]), strict=True))
     known = {key: in_a[key].get("twins") or in_b[key].get("twins") for key in shared}
     databases, twins = [db_id for _, db_id, _ in shared], [(key[1], known[key] or key) for key in shared]
     matches = {}

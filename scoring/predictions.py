@@ -11,14 +11,13 @@ are numbered, 12, 12-2, 12-3, as in the data.
 
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError, json_lines, parse_json, read_text, sound, write_text
 from common.wording import plural
 from partial_credit.atomic import RESERVED, is_comment, lex
-from questions.example import Example
+from questions.example import Example, id_text, unique_ids
 
 BIRD_MARK = "\t----- bird -----\t"
 ID_FIELDS = ("id", "question_id", "qid", "example_id", "instance_id", "sample_id", "uid", "idx", "index")  # in any case
@@ -114,20 +113,15 @@ def _jsonl_predictions(text, file) -> tuple[dict[str, list[str]], list[str]]:
     if fields and not whole:
         raise UserError(f"{file}: some records have an id and some have none (field {fields[0]!r})")
     others = set.intersection(*map(set, records)) - {"sql", *ID_FIELDS} if records else ()
-    return ({name: [_id_text(record[name]) for record in records] for name in [*whole, *sorted(others)]},
+    return ({name: [id_text(record[name]) for record in records] for name in [*whole, *sorted(others)]},
             [record["sql"] for record in records])
-
-
-def _id_text(value) -> str:
-    """7, 7.0 and "7" are one id."""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def _pair(ids, texts, file, examples) -> tuple[list[str], str]:
     """By id when a field has the questions' ids, whatever its name; else by position, or by numbers from 0."""
-    wanted = numbered([example.id for example in examples])
+    wanted = unique_ids([example.id for example in examples])
     for names in ids.values():
-        by_id = dict(zip(numbered(names), texts, strict=True))
+        by_id = dict(zip(unique_ids(names), texts, strict=True))
         if by_id.keys() >= set(wanted):
             _check_repeats(names, wanted, file)
             extra = len(by_id) - len(wanted)
@@ -143,7 +137,7 @@ def _by_position(ids, texts, wanted, file) -> list[str]:
                 if sorted(names) == sorted(str(position) for position in range(len(texts)))]
     if ids and not counting:
         _check_repeats(ids[0], wanted, file)
-        missing = [name for name in wanted if name not in set(numbered(ids[0]))]
+        missing = [name for name in wanted if name not in set(unique_ids(ids[0]))]
         raise UserError(f"{file} has no prediction for {len(missing)} of {len(wanted)} questions, "
                         f"for example id {missing[0]!r}")
     if len(texts) != len(wanted):
@@ -156,23 +150,9 @@ def _by_position(ids, texts, wanted, file) -> list[str]:
 
 def _check_repeats(names: Sequence[str], wanted: Sequence[str], file) -> None:
     """Complains of a question with more predictions than the data have questions of its id."""
-    for name, own in zip(names, numbered(names), strict=True):
+    for name, own in zip(names, unique_ids(names), strict=True):
         if own != name and name in wanted and own not in wanted:
             raise UserError(f"{file} has the same id twice: {name!r}")
-
-
-def numbered(names: Sequence[str]) -> list[str]:
-    """The names, no two alike: the first 12 keeps its name, the next ones are 12-2 and 12-3."""
-    taken, turns, unique = set(names), Counter(), []
-    for name in names:
-        turns[name] += 1
-        own = name if turns[name] == 1 else f"{name}-{turns[name]}"
-        while turns[name] > 1 and own in taken:
-            turns[name] += 1
-            own = f"{name}-{turns[name]}"
-        taken.add(own)
-        unique.append(own)
-    return unique
 
 
 # ----------------------------------------------------------------------------------------------- writing
@@ -183,7 +163,7 @@ def save_predictions(file, examples: Sequence[Example], sqls: Sequence[str]) -> 
     Returns a sentence on the queries that no line of a file can hold as they are; mostly there is none.
     """
     file, changed = Path(file), []
-    ids, pairs = numbered([example.id for example in examples]), list(zip(examples, sqls, strict=True))
+    ids, pairs = unique_ids([example.id for example in examples]), list(zip(examples, sqls, strict=True))
     if file.suffix.lower() == ".json":
         content = {name: f"{sql}{BIRD_MARK}{example.db_id}" for name, (example, sql) in zip(ids, pairs, strict=True)}
         text = json.dumps(content, indent=1) + "\n"
