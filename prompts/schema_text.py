@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from questions.schema import RESERVED, Column, Hint, Schema, Table, quote_identifier, quote_value
+from questions.schema import Column, Hint, Schema, Table, quote_identifier, quote_value
 
 
 class SchemaText:
@@ -121,25 +121,18 @@ def omnisql_schema(schema: Schema, sample_values: int, hints: Iterable[Hint]) ->
 
 def _omnisql_table(table: Table, sample_values: int, hints: Sequence[Hint]) -> str:
     """One CREATE TABLE statement; the comma stands before a comment, and behind the last column where one follows."""
-    lines, keys = [], [_backticked(column.name) for column in table.columns if column.primary_key]
+    lines, keys = [], [quote_identifier(column.name, '`') for column in table.columns if column.primary_key]
     for column in table.columns:
         values = _values(table, column, sample_values, hints)[:6]
         comment = ", ".join(filter(None, (column.description, f"example: {values}" if values else "")))
-        definition = " ".join(filter(None, (_backticked(column.name), column.type)))
+        definition = " ".join(filter(None, (quote_identifier(column.name, '`'), column.type)))
         lines.append(f"    {definition}," + (f" -- {comment}" if comment else ""))
     if keys:
         lines.append(f"    PRIMARY KEY ({', '.join(keys)}),")
     for column in table.columns:
         for target, target_column in column.references:
             constraint = "_".join(f"fk {table.name} {column.name}".lower().split())
-            lines.append(f"    CONSTRAINT {constraint} FOREIGN KEY ({_backticked(column.name)}) REFERENCES "
-                         f"{_backticked(target)} ({_backticked(target_column)}),")
+            lines.append(f"    CONSTRAINT {constraint} FOREIGN KEY ({quote_identifier(column.name, '`')}) REFERENCES "
+                         f"{quote_identifier(target, '`')} ({quote_identifier(target_column, '`')}),")
     body = "\n".join(lines).removesuffix(",")
-    return f"CREATE TABLE {_backticked(table.name)} (\n{body}\n);"
-
-
-def _backticked(name: str) -> str:
-    """A name, in backticks where it needs quotes."""
-    if re.fullmatch(r"[A-Za-z_]\w*", name) and name.lower() not in RESERVED:
-        return name
-    return "`" + name.replace("`", "``") + "`"
+    return f"CREATE TABLE {quote_identifier(table.name, '`')} (\n{body}\n);"

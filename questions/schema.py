@@ -165,11 +165,16 @@ def read_cells(connection, table: str, columns: Sequence[str], wanted: str, rows
         connection.set_progress_handler(None, 0)
 
 
-def quote_identifier(name: str) -> str:
-    """A table or column name as it must be written in SQL: bare when it can be, else in double quotes."""
+def quote_identifier(name: str, mark: str = '"') -> str:
+    """A table or column name as it must be written in SQL: bare when it can be, else between marks, `"` or `` ` ``."""
     if re.fullmatch(r"[A-Za-z_]\w*", name) and name.lower() not in RESERVED:
         return name
-    return '"' + name.replace('"', '""') + '"'
+    return quote_always(name, mark)
+
+
+def quote_always(name: str, mark: str = '"') -> str:
+    """A name between marks, as our own queries write it."""
+    return mark + name.replace(mark, 2 * mark) + mark
 
 
 def quote_value(value) -> str:
@@ -310,11 +315,6 @@ def _samples_of(connection, table: str, column: str, wanted: str) -> tuple:
         if is_passing(error):
             raise
         return ()
-
-
-def quote_always(name: str) -> str:
-    """A name in double quotes, for our own queries."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 # ----------------------------------------------------------------------------------------- value hints

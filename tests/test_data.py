@@ -43,7 +43,7 @@ from prompts.builder import needed_columns, space_out
 from prompts.schema_text import full_schema
 from questions import demo_world, schema
 from questions.holdout import groups_of, normalised_sql
-from questions.schema import Hint, ValueIndex, quote_identifier
+from questions.schema import Hint, ValueIndex, quote_always, quote_identifier
 from sql_exec import SQLExecutor
 
 CHAT = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -894,13 +894,15 @@ def test_damaged_database_is_a_user_error(tmp_path):
 
 
 @pytest.mark.parametrize("name, quoted", [("age", "age"), ("Home Town", '"Home Town"'), ("order", '"order"'),
-                                          ("2nd", '"2nd"'), ('a"b', '"a""b"'), ("année", "année")])
+                                          ("2nd", '"2nd"'), ('a"b', '"a""b"'), ("année", "année"),
+                                          ('"`', '"""`"')])
 def test_quote_identifier_is_what_sqlite_accepts(name, quoted):
     assert quote_identifier(name) == quoted
-    connection = sqlite3.connect(":memory:")
-    connection.execute(f"CREATE TABLE t ({quoted} INT)")
-    assert connection.execute(f"SELECT {quoted} FROM t").description[0][0] == name
-    connection.close()
+    for written in (quoted, quote_identifier(name, "`"), quote_always(name), quote_always(name, "`")):
+        connection = sqlite3.connect(":memory:")
+        connection.execute(f"CREATE TABLE t ({written} INT)")
+        assert connection.execute(f"SELECT {written} FROM t").description[0][0] == name
+        connection.close()
 
 
 # ----------------------------------------------------------------------------------------- value hints
