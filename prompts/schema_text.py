@@ -1,7 +1,8 @@
 """A schema as text, in the ways that prompts write it."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from questions.schema import Column, Hint, Schema, Table, quote_identifier, quote_value
@@ -31,38 +32,74 @@ class SchemaText:
 
     def omnisql(self, hints: Iterable[Hint]) -> str:
         """CREATE TABLE statements as OmniSQL writes them."""
-        return omnisql_schema(self._schema, min(2, self._sample_values), hints)
+        return full_schema(self._schema, min(2, self._sample_values), hints, OMNISQL)
 
 
-# ------------------------------------------------------------------------------------------------ full
+# ------------------------------------------------------------------------------------ CREATE TABLE statements
 
-def full_schema(schema: Schema, sample_values: int, hints: Iterable[Hint] = ()) -> str:
+@dataclass(frozen=True)
+class Layout:
+    """How CREATE TABLE statements are written."""
+    comment: Callable[[str, list], str]  # of a column's description and its cells; empty for none
+    quote: str            # around names that need it
+    indent: str
+    key_in_line: bool     # a primary key of one column stands in the column's line
+    comma_stays: bool     # the last line keeps its comma if it has a comment, as OmniSQL's does
+    names_keys: bool      # a foreign key has a name
+    between_tables: str
+
+
+def _full_comment(description: str, cells: list) -> str:
+    """`  -- description: 'a', 'b'`; a cell of several lines would end the comment."""
+    values = [value for value in map(quote_value, cells) if "".join(value.splitlines()) == value]
+    text = ": ".join(filter(None, (description, ", ".join(values))))
+    return text and f"  -- {text}"
+
+
+def _omnisql_comment(description: str, cells: list) -> str:
+    """` -- description, example: ['a', 'b']`."""
+    text = ", ".join(filter(None, (description, f"example: {cells[:6]}" if cells else "")))
+    return text and f" -- {text}"
+
+
+FULL = Layout(_full_comment, '"', "  ", key_in_line=True, comma_stays=False, names_keys=False, between_tables="\n")
+# OmniSQL's layout (arXiv 2503.02240): a column a line, its description and a list of examples as a comment, then keys
+OMNISQL = Layout(_omnisql_comment, "`", "    ", key_in_line=False, comma_stays=True, names_keys=True,
+                 between_tables="\n\n")
+
+
+def full_schema(schema: Schema, sample_values: int, hints: Iterable[Hint] = (), layout: Layout = FULL) -> str:
     """CREATE TABLE statements; as comments the description and sample values, after the cells of `hints`."""
     hints = list(hints)
-    return "\n".join(_create_table(table, sample_values, hints) for table in schema.tables)
+    return layout.between_tables.join(_create_table(table, sample_values, hints, layout) for table in schema.tables)
 
 
-def _create_table(table: Table, sample_values: int, hints: Sequence[Hint]) -> str:
+def _create_table(table: Table, sample_values: int, hints: Sequence[Hint], layout: Layout) -> str:
     """One CREATE TABLE statement."""
-    keys = [column for column in table.columns if column.primary_key]
-    lines = []
+    def quoted(name: str) -> str:
+        return quote_identifier(name, layout.quote)
+
+    keys, lines = [column for column in table.columns if column.primary_key], []  # lines: (definition, comment)
+    key_in_line = layout.key_in_line and len(keys) == 1
     for column in table.columns:
-        definition = " ".join(filter(None, (quote_identifier(column.name), column.type)))
-        if [column] == keys:
-            definition += " PRIMARY KEY"
-        values = [quote_value(value) for value in _values(table, column, sample_values, hints)]
-        values = [value for value in values if "".join(value.splitlines()) == value]  # another line is no comment
-        comment = ": ".join(filter(None, (column.description, ", ".join(values))))
-        lines.append((definition, f"  -- {comment}" if comment else ""))
-    if len(keys) > 1:
-        lines.append((f"PRIMARY KEY ({', '.join(quote_identifier(column.name) for column in keys)})", ""))
+        key = "PRIMARY KEY" if key_in_line and column.primary_key else ""
+        lines.append((" ".join(filter(None, (quoted(column.name), column.type, key))),
+                      layout.comment(column.description, _values(table, column, sample_values, hints))))
+    if keys and not key_in_line:
+        lines.append((f"PRIMARY KEY ({', '.join(quoted(column.name) for column in keys)})", ""))
     for column in table.columns:
-        for target, target_column in column.references:
-            lines.append((f"FOREIGN KEY ({quote_identifier(column.name)}) REFERENCES "
-                          f"{quote_identifier(target)} ({quote_identifier(target_column)})", ""))
-    body = "\n".join(f"  {definition}{',' if number < len(lines) else ''}{comment}"
+        foreign = f"CONSTRAINT {_constraint(table, column)} " if layout.names_keys else ""
+        foreign += f"FOREIGN KEY ({quoted(column.name)}) REFERENCES"
+        lines += [(f"{foreign} {quoted(target)} ({quoted(known)})", "") for target, known in column.references]
+    body = "\n".join(layout.indent + definition
+                     + ("," if number < len(lines) or comment and layout.comma_stays else "") + comment
                      for number, (definition, comment) in enumerate(lines, 1))
-    return f"CREATE TABLE {quote_identifier(table.name)} (\n{body}\n);"
+    return f"CREATE TABLE {quoted(table.name)} (\n{body}\n);"
+
+
+def _constraint(table: Table, column: Column) -> str:
+    """The name of a foreign key."""
+    return "_".join(f"fk {table.name} {column.name}".lower().split())
 
 
 def _values(table: Table, column: Column, sample_values: int, hints: Sequence[Hint]) -> list:
@@ -108,31 +145,3 @@ def space_out(text: str) -> str:
     text = re.sub(r'["“”‘]|(?<!\w)[\'’]|[\'’](?!\w)', r" \g<0> ", text)
     text = re.sub(r"\s*([?.!]+)\s*$", r" \1", text)
     return " ".join(text.split())
-
-
-# --------------------------------------------------------------------------------------------- OmniSQL
-
-def omnisql_schema(schema: Schema, sample_values: int, hints: Iterable[Hint]) -> str:
-    """CREATE TABLE statements in OmniSQL's layout (arXiv 2503.02240): a column a line, its description and a list of
-    examples as a comment, then the keys; names in backticks where they need quotes."""
-    hints = list(hints)
-    return "\n\n".join(_omnisql_table(table, sample_values, hints) for table in schema.tables)
-
-
-def _omnisql_table(table: Table, sample_values: int, hints: Sequence[Hint]) -> str:
-    """One CREATE TABLE statement; the comma stands before a comment, and behind the last column where one follows."""
-    lines, keys = [], [quote_identifier(column.name, '`') for column in table.columns if column.primary_key]
-    for column in table.columns:
-        values = _values(table, column, sample_values, hints)[:6]
-        comment = ", ".join(filter(None, (column.description, f"example: {values}" if values else "")))
-        definition = " ".join(filter(None, (quote_identifier(column.name, '`'), column.type)))
-        lines.append(f"    {definition}," + (f" -- {comment}" if comment else ""))
-    if keys:
-        lines.append(f"    PRIMARY KEY ({', '.join(keys)}),")
-    for column in table.columns:
-        for target, target_column in column.references:
-            constraint = "_".join(f"fk {table.name} {column.name}".lower().split())
-            lines.append(f"    CONSTRAINT {constraint} FOREIGN KEY ({quote_identifier(column.name, '`')}) REFERENCES "
-                         f"{quote_identifier(target, '`')} ({quote_identifier(target_column, '`')}),")
-    body = "\n".join(lines).removesuffix(",")
-    return f"CREATE TABLE {quote_identifier(table.name, '`')} (\n{body}\n);"

@@ -18,7 +18,7 @@ from prompts.builder import prompt_config
 from prompts.descriptions import described, natural_names
 from prompts.plain_text import control_tokens
 from prompts.prompt_template import STYLES, VARIABLES
-from prompts.schema_text import omnisql_schema
+from prompts.schema_text import OMNISQL, full_schema
 from questions.schema import Hint, read_schema, value_index
 from scoring.answers import verified_traces
 from scoring.verdicts import ExampleScore
@@ -190,7 +190,7 @@ def test_omnisqls_tables(tmp_path):
     schema = described(read_schema(path), path, "off")
     columns = [replace(column, description="a note") for column in schema.tables[0].columns]
     schema = replace(schema, tables=(replace(schema.tables[0], columns=tuple(columns)), schema.tables[1]))
-    assert omnisql_schema(schema, 2, [Hint("a", "two words", "z")]) == (
+    assert full_schema(schema, 2, [Hint("a", "two words", "z")], OMNISQL) == (
         "CREATE TABLE a (\n    `two words` TEXT, -- a note, example: ['z', 'x', 'y']\n    k INT, -- a note, example: [1, 2]\n"
         "    PRIMARY KEY (k),\n    CONSTRAINT fk_a_k FOREIGN KEY (k) REFERENCES b (id)\n);\n\n"
         "CREATE TABLE b (\n    id INT,\n    plain REAL,\n    PRIMARY KEY (id)\n);")
