@@ -64,6 +64,7 @@ from history import has_changed, reported_split
 from partial_credit.atomic import split_tokens
 from questions.question_files import check_excluded, excluded
 from running.guards import step_seconds
+from running.plot import Plot, svg_points
 from running.run_folder import check_settings, lock, owner_of_lock
 from scoring.verdicts import student_quantile, widened
 from settings import DEFAULTS_BEFORE, MAY_CHANGE_ON_RESUME, RunConfig, Settings, make_parser, parse_settings
@@ -542,7 +543,8 @@ def in_words(name: str, value: dict | None, sign: str = "") -> str:
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # safe for colour-blind eyes
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 48, 190, 16, 40
+WIDTH, HEIGHT = 760, 400
+LEFT, RIGHT, TOP, BOTTOM = 48, 570, 16, 360  # the plot inside it
 
 
 def draw_curves(summary: dict) -> str:
@@ -555,39 +557,26 @@ def draw_curves(summary: dict) -> str:
     last = max(step for step, _, _ in points)
     low = max(0.0, math.floor(10 * min(low for _, low, _ in points)) / 10)
     high = min(1.0, math.ceil(10 * max(high for _, _, high in points)) / 10)
-
-    def x(step: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * step / last, 1)
-
-    def y(share: float) -> float:
-        return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - min(max(share, low), high)) / ((high - low) or 1), 1)
-
+    plot = Plot(LEFT, RIGHT, TOP, BOTTOM, (0, last), (low, high), label_drop=4, label_below=18)
     drawn = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
              f'font-size="12"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
-    for tick in range(round(10 * low), round(10 * high) + 1):
-        drawn.append(f'<path d="M{LEFT},{y(tick / 10)}H{WIDTH - RIGHT}" stroke="#ddd"/><text x="{LEFT - 6}" '
-                     f'y="{y(tick / 10) + 4}" text-anchor="end">{10 * tick} %</text>')
-    for step in sorted({0, *(step for step, _, _ in points)}):
-        drawn.append(f'<text x="{x(step)}" y="{HEIGHT - 22}" text-anchor="middle">{step}</text>')
-    drawn.append(f'<text x="{x(last / 2)}" y="{HEIGHT - 4}" text-anchor="middle">GRPO step; accuracy on dev, mean and '
-                 '95 % interval over seeds</text>')
+    drawn += [plot.grid_line(tick / 10, f"{10 * tick} %", 'stroke="#ddd"')
+              for tick in range(round(10 * low), round(10 * high) + 1)]
+    drawn += [plot.x_label(step) for step in sorted({0, *(step for step, _, _ in points)})]
+    drawn.append(f'<text x="{plot.x(last / 2):.1f}" y="{HEIGHT - 4}" text-anchor="middle">GRPO step; accuracy on dev, '
+                 'mean and 95 % interval over seeds</text>')
     for number, (cell, curve) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
         dashes = f' stroke-dasharray="{6 * (number // len(COLOURS))},3"' if number >= len(COLOURS) else ""
-        band = [(x(step), y(value["interval"][side])) for side, order in ((0, curve), (1, curve[::-1]))
+        band = [(plot.x(step), plot.y(value["interval"][side])) for side, order in ((0, curve), (1, curve[::-1]))
                 for step, value in order if value["interval"]]
-        line = [(x(step), y(value["mean"])) for step, value in curve]
+        line = [(plot.x(step), plot.y(value["mean"])) for step, value in curve]
         if band:
             drawn.append(f'<polygon points="{svg_points(band)}" fill="{colour}" opacity="0.12"/>')
         drawn.append(f'<polyline points="{svg_points(line)}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
-        drawn.append(f'<path d="M{WIDTH - RIGHT + 12},{TOP + 10 + 20 * number}h24" stroke="{colour}" stroke-width="2"'
-                     f'{dashes}/><text x="{WIDTH - RIGHT + 42}" y="{TOP + 14 + 20 * number}">{escape(cell)}</text>')
+        drawn.append(f'<path d="M{RIGHT + 12},{TOP + 10 + 20 * number}h24" stroke="{colour}" stroke-width="2"'
+                     f'{dashes}/><text x="{RIGHT + 42}" y="{TOP + 14 + 20 * number}">{escape(cell)}</text>')
     return "\n".join([*drawn, "</svg>", ""])
-
-
-def svg_points(points: Sequence[tuple[float, float]]) -> str:
-    """Points as SVG writes them."""
-    return " ".join(f"{x},{y}" for x, y in points)
 
 
 def write_results(given: AblateConfig, results: Mapping[str, Mapping[int, dict]], baseline: str) -> str:

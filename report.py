@@ -4,8 +4,7 @@
 
 The page is a single file that loads nothing from anywhere. From top to bottom:
   (1) settings, and held-out accuracy before and after where result.json has it;
-  (2) curves of metrics.jsonl: plain SVG written here, because it needs nothing installed and follows the
-      reader's light or dark colours, which a matplotlib picture would not;
+  (2) curves of metrics.jsonl, as SVG that follows the reader's light or dark colours (running/plot.py);
   (3) the group inspector over rollouts.jsonl: question, schema and gold beside the completions, each with
       its rewards, advantage, SQL, result or error, the atomic operations it matched, missed or added, the
       nearest traces in memory, and in one group a step by how much the update changed each token.
@@ -37,6 +36,7 @@ from data import read_schema, schema_columns
 from history import training_questions
 from prompts.builder import full_schema
 from rewards import COMPONENTS, atomic_operations
+from running.plot import Plot, nice_ticks, svg_points
 from running.run_folder import RolloutLog, parse_record
 from scoring.verdicts import of_the_same
 from sql_exec import SQLExecutor
@@ -525,21 +525,26 @@ def figure(chart: Chart, curves: list[Curve], metrics: list[dict]) -> str:
             f'<line class="guide" y1="{TOP}" y2="{BOTTOM}" x1="-9" x2="-9"/></svg></figure>')
 
 
+def plot_of(steps: Sequence[int], low: float, high: float) -> Plot:
+    """A plot over these steps."""
+    return Plot(LEFT, RIGHT, TOP, BOTTOM, (steps[0], steps[-1]), (low, high), label_drop=3.5, label_below=15)
+
+
 def line_plot(steps: Sequence[int], curves: list[Curve], share: bool) -> str:
     """Each step as a faint line, the running mean as a strong one; values of few steps as joined dots."""
     known = [value for curve in curves for value in curve.values if value is not None]
-    bottom, top = min(0.0, *known), max(known)
-    drawn = [axes(steps, bottom, top, share)]
+    plot = plot_of(steps, min(0.0, *known), max(known))
+    drawn = [axes(plot, steps, share)]
     for curve in curves:
-        points = points_of(steps, curve.values, bottom, top)
+        points = plot.points(steps, curve.values)
         window = len(steps) // 40
         if len(points) < len(steps) / 2 or len(points) == 1:
             dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in points)
-            drawn.append(f'<g class="{curve.style}"><path class="line" d="{svg_path(points)}"/>{dots}</g>')
+            drawn.append(f'<g class="{curve.style}"><polyline class="line" points="{svg_points(points)}"/>{dots}</g>')
         else:
-            faint = f'<path class="faint" d="{svg_path(points)}"/>' if window > 1 else ""
-            strong = svg_path(points_of(steps, running_mean(curve.values, window), bottom, top))
-            drawn.append(f'<g class="{curve.style}">{faint}<path class="line" d="{strong}"/></g>')
+            faint = f'<polyline class="faint" points="{svg_points(points)}"/>' if window > 1 else ""
+            strong = svg_points(plot.points(steps, running_mean(curve.values, window)))
+            drawn.append(f'<g class="{curve.style}">{faint}<polyline class="line" points="{strong}"/></g>')
     return "".join(drawn)
 
 
@@ -547,49 +552,27 @@ def stacked_areas(steps: Sequence[int], curves: list[Curve], share: bool) -> str
     """Areas on top of each other, lightly smoothed."""
     window = len(steps) // 40
     layers = [running_mean(curve.values, window) for curve in curves]
-    top = 1.0 if share else max(sum(values) for values in zip(*layers, strict=True))
+    plot = plot_of(steps, 0.0, 1.0 if share else max(sum(values) for values in zip(*layers, strict=True)))
     floor, drawn = [0.0] * len(steps), []
     for curve, layer in zip(curves, layers, strict=True):
         ceiling = [low + value for low, value in zip(floor, layer, strict=True)]
-        outline = points_of(steps, ceiling, 0.0, top) + points_of(steps, floor, 0.0, top)[::-1]
+        outline = plot.points(steps, ceiling) + plot.points(steps, floor)[::-1]
         if len(steps) == 1:  # one step is a bar, not a line without width
             outline = [(x, outline[i][1]) for i, x in ((0, LEFT), (0, RIGHT), (1, RIGHT), (1, LEFT))]
-        drawn.append(f'<g class="{curve.style}"><path class="area" d="{svg_path(outline)}Z"/></g>')
+        drawn.append(f'<g class="{curve.style}"><polygon class="area" points="{svg_points(outline)}"/></g>')
         floor = ceiling
-    return "".join(drawn) + axes(steps, 0.0, top, share)
+    return "".join(drawn) + axes(plot, steps, share)
 
 
-def axes(steps: Sequence[int], bottom: float, top: float, share: bool) -> str:
+def axes(plot: Plot, steps: Sequence[int], share: bool) -> str:
     """Grid lines with their values, and step numbers below."""
-    drawn = []
-    for value in nice_ticks(bottom, top, 4):
-        (_, y), = points_of([0], [value], bottom, top)
-        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short_number(value, share)}</text>')
+    drawn = [plot.grid_line(value, short_number(value, share), 'class="grid"')
+             for value in nice_ticks(*plot.y_range, 4)]
     for step in sorted({steps[0], *map(int, nice_ticks(steps[0], steps[-1], 4)), steps[-1]}):
         near = min((abs(step - end) for end in (steps[0], steps[-1]) if step != end), default=0)
         if step in (steps[0], steps[-1]) or near > (steps[-1] - steps[0]) / 12:
-            anchor = "middle" if step != steps[-1] or len(steps) == 1 else "end"
-            x = x_of(step, steps)
-            drawn.append(f'<text x="{x:.1f}" y="{BOTTOM + 15}" text-anchor="{anchor}">{step}</text>')
+            drawn.append(plot.x_label(step, "middle" if step != steps[-1] or len(steps) == 1 else "end"))
     return "".join(drawn)
-
-
-def x_of(step: float, steps: Sequence[int]) -> float:
-    """Where a step lies from left to right."""
-    return LEFT + (RIGHT - LEFT) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
-
-
-def points_of(steps: Sequence[int], values: Sequence, bottom: float, top: float) -> list[tuple[float, float]]:
-    """Points (x, y) of the values that are there."""
-    height = top - bottom or 1.0
-    return [(x_of(step, steps), BOTTOM - (BOTTOM - TOP) * (value - bottom) / height)
-            for step, value in zip(steps, values, strict=True) if value is not None]
-
-
-def svg_path(points: list[tuple[float, float]]) -> str:
-    """An SVG path through the points."""
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
 def downsample(steps: list[int], curves: list[Curve]) -> tuple[list[int], list[Curve]]:
@@ -608,17 +591,6 @@ def running_mean(values: Sequence, window: int) -> list:
     """The mean of each value with up to `window` neighbours on both sides; None stays None."""
     return [None if value is None else mean_of_known(values[max(0, i - window):i + window + 1])
             for i, value in enumerate(values)]
-
-
-def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers between low and high."""
-    if high <= low:
-        return [low]
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
-    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    return [number * step for number in numbers]
 
 
 # ------------------------------------------------------------------------------------------- logged numbers

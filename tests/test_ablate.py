@@ -297,8 +297,7 @@ def test_the_plot_is_one_picture_with_a_line_and_a_band_a_cell():
     tags = [element.tag.rpartition("}")[2] for element in picture]
     assert tags.count("polyline") == 10 and tags.count("polygon") == 9
     points = [tuple(map(float, p.split(","))) for e in picture if "points" in e.attrib for p in e.get("points").split()]
-    assert all(ablate.LEFT <= x <= ablate.WIDTH - ablate.RIGHT and ablate.TOP <= y <= ablate.HEIGHT - ablate.BOTTOM
-               for x, y in points)
+    assert all(ablate.LEFT <= x <= ablate.RIGHT and ablate.TOP <= y <= ablate.BOTTOM for x, y in points)
     assert ablate.draw_curves({"start": {"curve": []}}) == ""
 
 

@@ -23,6 +23,7 @@ from common import wording
 from common.errors import UserError, run_main
 from questions.example import Example
 from rewards import RewardBreakdown
+from running.plot import nice_ticks
 from running.run_folder import RunFolder, rollout_records
 from sql_exec import SQLExecutor
 
@@ -384,10 +385,10 @@ def test_rollouts_are_read_a_step_at_a_time(run):
 # ------------------------------------------------------------------------------------------------- curves
 
 def test_ticks_are_round():
-    assert report.nice_ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1]
-    assert report.nice_ticks(1, 300, 4) == [100, 200, 300]
-    assert report.nice_ticks(-3, 4, 4) == [-2, 0, 2, 4]
-    assert report.nice_ticks(5, 5, 4) == [5]
+    assert nice_ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1]
+    assert nice_ticks(1, 300, 4) == [100, 200, 300]
+    assert nice_ticks(-3, 4, 4) == [-2, 0, 2, 4]
+    assert nice_ticks(5, 5, 4) == [5]
 
 
 @pytest.mark.parametrize("value, share, text", [
@@ -408,8 +409,11 @@ def test_running_mean_and_thinning_keep_gaps_and_ends():
 
 
 def test_points_lie_where_they_should():
-    points = report.points_of([10, 15, 20], [0.0, None, 2.0], 0.0, 2.0)
-    assert points == [(report.LEFT, report.BOTTOM), (report.RIGHT, report.TOP)]
+    plot = report.plot_of([10, 15, 20], 0.0, 2.0)
+    corners = [(report.LEFT, report.BOTTOM), (report.RIGHT, report.TOP)]
+    assert plot.points([10, 15, 20], [0.0, None, 2.0]) == corners
+    assert plot.points([10, 20], [-1.0, 3.0]) == corners  # not beyond the edge
+    assert report.plot_of([10], 1.0, 1.0).points([10], [1.0]) == [(report.LEFT, report.BOTTOM)]
 
 
 def test_seconds_of_a_part_are_not_counted_twice():
