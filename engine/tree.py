@@ -7,9 +7,9 @@ once, so a token is seen from its own place up to the end of what is below its n
 so copies of a prompt are one prompt.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -42,29 +42,47 @@ class Tree:
         self.order = sorted(range(len(rows)), key=self.rows.__getitem__)
         self.nodes: list[Node] = []
         self.size, self.placed = 0, 0  # placed: what the size was when the newest row ended
-        self.added, self.places = [0] * len(rows), [torch.empty(0)] * len(rows)
-        if self.rows:
-            self._grow(self.order, 0, 0, [])
+        self.added, self.places = [0] * len(rows), [torch.empty(0, dtype=torch.long)] * len(rows)
+        self._grow()
 
-    def _grow(self, rows: Sequence[int], alike: int, done: int, above: list[range]) -> None:
-        """Adds rows, sorted, that begin with `alike` tokens in common, of which `done` are in the runs `above`."""
-        first, last, node = self.rows[rows[0]], self.rows[rows[-1]], None
-        while alike < min(len(first), len(last)) and first[alike] == last[alike]:
-            alike += 1
-        same = alike == len(last)  # all of the rows, to their ends
-        if alike > done and (same or (alike - done) * (len(rows) - 1) >= self.least):
-            node = Node(self.size, self.size + alike - done, 0, done)
-            self.nodes.append(node)
-            above, self.size, done = [*above, range(node.start, node.stop)], node.stop, alike
-        for token, branch in groupby(rows, key=lambda i: self.rows[i][alike:alike + 1]):
-            if token or done < alike:
-                self._grow(list(branch), alike, done, above)
+    def _grow(self) -> None:
+        """Adds all rows. By a stack, not by recursion: thousands of rows may each extend the one before.
+
+        The stack holds (begin, end, alike, above), rows order[begin:end] that begin with `alike` tokens in common, of
+        which the first have the places `above`; and nodes, whose `end` is known once what is above them on the stack
+        is done.
+        """
+        stack = [(0, len(self.order), 0, torch.empty(0, dtype=torch.long))] if self.order else []
+        while stack:
+            task = stack.pop()
+            if isinstance(task, Node):
+                task.end = self.size
                 continue
-            for i in branch:  # they end here
-                self.places[i] = torch.cat([torch.arange(run.start, run.stop) for run in above])
-                self.added[i], self.placed = self.size - self.placed, self.size
-        if node:
-            node.end = self.size
+            begin, end, alike, above = task
+            first, last = self.rows[self.order[begin]], self.rows[self.order[end - 1]]
+            while alike < min(len(first), len(last)) and first[alike] == last[alike]:
+                alike += 1
+            fresh, same = alike - len(above), alike == len(last)  # same: all of the rows, to their ends
+            if fresh and (same or fresh * (end - begin - 1) >= self.least):
+                node = Node(self.size, self.size + fresh, 0, len(above))
+                self.nodes.append(node)
+                stack.append(node)
+                above, self.size = torch.cat([above, torch.arange(node.start, node.stop)]), node.stop
+            while len(above) == alike and begin < end and len(self.rows[self.order[begin]]) == alike:  # ends here
+                self.places[self.order[begin]] = above
+                self.added[self.order[begin]], self.placed = self.size - self.placed, self.size
+                begin += 1
+            stack += [(*branch, alike, above) for branch in reversed(self._branches(begin, end, alike))]
+
+    def _branches(self, begin: int, end: int, alike: int) -> list[tuple[int, int]]:
+        """The parts of rows order[begin:end] that go on alike after so many tokens in common."""
+        found = []
+        while begin < end:
+            token = self.rows[self.order[begin]][alike:alike + 1]
+            stop = bisect_right(self.order, token, begin, end, key=lambda i: self.rows[i][alike:alike + 1])
+            found.append((begin, stop))
+            begin = stop
+        return found
 
     def ids(self, rows: Sequence[Tensor]) -> Tensor:
         """The tokens of the rows as they stand in the tree. N times [len(row)] -> [1, L]"""

@@ -822,6 +822,15 @@ def test_a_tree_holds_what_rows_begin_with_once_and_each_token_sees_its_own_row(
         assert [node.stop for node in found.nodes] == [node.start for node in found.nodes[1:]] + [found.size]
 
 
+def test_rows_that_extend_each_other_thousands_deep():
+    rows = [torch.ones(i + 1, dtype=torch.long) for i in range(3000)]  # a recursion would run out of stack
+    found = tree.Tree(rows, least=0)
+    assert found.size == len(found.nodes) == 3000 and found.added == [1] * 3000
+    assert all(torch.equal(places, torch.arange(len(row))) for row, places in zip(rows, found.places, strict=True))
+    assert {node.end for node in found.nodes} == {3000}
+    assert sum(map(len, packing.fill([[row] for row in rows], 1000))) == 3000
+
+
 NESTED = tree.Tree([torch.cat(pair) for pair in zip(*nested_rows(), strict=True)], least=0)
 GROUPS = [packing.pack_group(torch.arange(P), [torch.arange(n) for n in lengths]).nodes
           for P, lengths in ((6, (3, 1, 5)), (5, (7,)), (150, (100, 70, 1)))]
