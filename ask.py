@@ -13,6 +13,7 @@ read in the same way.
 """
 
 import argparse
+import cmd
 import contextlib
 import csv
 import io
@@ -302,61 +303,73 @@ def print_reply(reply: Reply, config: AskConfig, think: bool) -> None:
 
 # ------------------------------------------------------------------------------------- again and again
 
-class Session:
-    """The prompt at which one asks again and again."""
+class Session(cmd.Cmd):
+    """The prompt at which one asks again and again: a line is a question, or a command that begins with a dot."""
+    prompt = "ask> "
 
     def __init__(self, asker: Asker):
+        super().__init__()
         self.asker, self.think = asker, asker.config.think
         self.reply: Reply | None = None
         self.sql, self.execution = "", None  # the last query, and what it returned
-        self.commands = {".help": self.help, ".schema": self.schema, ".sql": self.rerun, ".votes": self.votes,
-                         ".think": self.toggle_think, ".export": self.export}
+        self.intro = (f"{asker.path.name}: {plural(len(read_schema(asker.path).tables), 'table')}. "
+                      "Ask a question, or type .help")
 
     def loop(self) -> None:
         """Ask until .quit or the end of input."""
-        print(f"{self.asker.path.name}: {plural(len(read_schema(self.asker.path).tables), 'table')}. "
-              "Ask a question, or type .help")
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")  # what was typed need not be valid UTF-8
         with history():
             while True:
                 try:
-                    line = input("ask> ").strip()
-                    if line in (".quit", ".exit"):
-                        return
-                    if line:
-                        self.handle(line)
-                except EOFError:
-                    print()
-                    return
+                    return self.cmdloop()
                 except KeyboardInterrupt:  # gives up this question, not the session
                     print("\ninterrupted (.quit leaves)")
                 except UserError as error:
                     print(f"error: {error}")
+                self.intro = None  # which cmdloop prints first
 
-    def handle(self, line: str) -> None:
-        """A command or a question."""
-        if not line.startswith("."):
-            self.reply = self.asker.ask(line)
-            self.sql, self.execution = self.reply.answer.sql, self.reply.execution
-            print_reply(self.reply, self.asker.config, self.think)
-            return
+    def parseline(self, line: str) -> tuple[str, str, str]:
+        """(command without its dot, what follows it, the line); of a question the command is empty."""
+        line = line.strip()
         command, _, rest = line.partition(" ")
-        if command not in self.commands:
-            raise UserError(f"there is no command {command}; .help lists them")
-        self.commands[command](rest.strip())
+        return command[1:] if command.startswith(".") else "", rest.strip(), line
 
-    def help(self, _) -> None:
+    def completenames(self, text: str, *_) -> list[str]:
+        """The commands that begin so."""
+        return [f".{name}" for name in super().completenames(text[1:])] if text.startswith(".") else []
+
+    def emptyline(self) -> None:
+        """Nothing, where cmd would repeat the last line."""
+
+    def default(self, line: str) -> bool:
+        """A question, or no known command, or the end of input, which cmd calls EOF."""
+        if line == "EOF":
+            print()
+            return True
+        if line.startswith("."):
+            raise UserError(f"there is no command {line.partition(' ')[0]}; .help lists them")
+        self.reply = self.asker.ask(line)
+        self.sql, self.execution = self.reply.answer.sql, self.reply.execution
+        print_reply(self.reply, self.asker.config, self.think)
+        return False
+
+    def do_help(self, _) -> None:
         print(HELP)
 
-    def schema(self, table: str) -> None:
+    def do_quit(self, _) -> bool:
+        return True
+
+    do_exit = do_quit
+
+    def do_schema(self, table: str) -> None:
         print(printable(self.asker.schema(table), keep="\n"))
 
-    def toggle_think(self, _) -> None:
+    def do_think(self, _) -> None:
         self.think = not self.think
         print(f"the reasoning is {'shown' if self.think else 'hidden'}")
 
-    def votes(self, _) -> None:
+    def do_votes(self, _) -> None:
         if self.reply is None:
             raise UserError("nothing was asked yet")
         for votes, sql, rows in self.reply.groups:
@@ -364,14 +377,14 @@ class Session:
         for status, count in self.reply.failures.items():
             print(f"{count:>4} x  {status}")
 
-    def rerun(self, sql: str) -> None:
+    def do_sql(self, sql: str) -> None:
         """Run a query: the one given, or the last one after the user edited it."""
         sql = sql or edit(self.sql)
         if sql:
             self.sql, self.execution = sql, self.asker.run(sql)
             print_result(self.execution, self.asker.config)
 
-    def export(self, file: str) -> None:
+    def do_export(self, file: str) -> None:
         """Write the last result as CSV; NULL is an empty field, a blob is hexadecimal."""
         if self.execution is None or self.execution.status != "ok":
             raise UserError("there is no result to export yet")
@@ -403,6 +416,9 @@ def edit(sql: str) -> str:
     readline.set_startup_hook(lambda: readline.insert_text(" ".join(sql.split("\n"))))
     try:
         return input("sql> ").strip()
+    except EOFError:  # leaves it as it was
+        print()
+        return ""
     finally:
         readline.set_startup_hook()
 

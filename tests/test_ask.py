@@ -244,6 +244,20 @@ def test_session(asker, monkeypatch, capsys, tmp_path):
     assert file.read_text() == "name,HomeTown\nAna,Lyon\nBo,Lima\nCy,\n"
 
 
+def test_the_end_of_input_leaves_a_query_as_it_was(asker, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(ask, "HISTORY", tmp_path / "history")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    printed = converse(asker, monkeypatch, capsys, ".sql SELECT 7", ".sql", EOFError(), ".export /nowhere/r.csv", ".exit", "no")
+    assert printed.count("7\n(1 row)\n") == 1 and "cannot write /nowhere/r.csv" in printed
+
+
+def test_tab_completes_commands(asker):
+    session = Session(asker)
+    assert session.completenames(".s") == [".schema", ".sql"] and ".votes" in session.completenames(".")
+    assert session.completenames("") == session.completenames("s") == []
+    assert session.parseline("which .sql is it? ") == ("", ".sql is it?", "which .sql is it?")
+
+
 def test_session_survives_hostile_input(asker, monkeypatch, capsys, tiny_db):
     before = tiny_db.read_bytes()
     attacks = ["DROP TABLE singer", "DELETE FROM singer", "ATTACH 'x.db' AS x", "PRAGMA user_version = 7",
