@@ -212,10 +212,15 @@ class RewardBreakdown:
     row_count: int = 0  # of the whole result
     neighbours: tuple = ()  # nearest traces of a wrong completion: dicts of db_id, thought, similarity
 
+    @property
+    def unavailable(self) -> bool:
+        """Whether the database could not be read, so that the rewards mean nothing."""
+        return self.status == "unavailable"
+
 
 def readable(row: Sequence[RewardBreakdown]) -> bool:
     """Whether all completions of a group have a reward, since their database could be read."""
-    return all(breakdown.status != "unavailable" for breakdown in row)
+    return not any(breakdown.unavailable for breakdown in row)
 
 
 def rewards_apart(rows: Sequence[Sequence[RewardBreakdown]], config: RewardConfig) -> tuple[list, list[float]]:

@@ -142,7 +142,7 @@ def penalise(rewards: Sequence[Sequence[RewardBreakdown]], penalties: Tensor) ->
 def print_unreadable(rollouts: Iterable[Rollout], step: int, databases) -> None:
     """Says which rollouts are left out of a step because their database could not be read."""
     rollouts = list(rollouts)
-    unread = [(rollout.example, next(b for b in rollout.rewards if b.status == "unavailable"))
+    unread = [(rollout.example, next(b for b in rollout.rewards if b.unavailable))
               for rollout in rollouts if not rollout.readable]
     if unread:
         tqdm.write(f"warning, step {step}: {len(unread)} of {len(rollouts)} groups are left out, since their "

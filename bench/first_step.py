@@ -74,7 +74,7 @@ class Scores:
                               match=MATCHES[self.config["match"]], answer_format=answer_format,
                               rarity=build_rarity(rewards, self.data.train, self.schemas))
         found = scorer.score(self.items, remember=False)
-        if unread := next((b for b in found if b.status == "unavailable"), None):
+        if unread := next((b for b in found if b.unavailable), None):
             raise UserError(f"an answer has no verdict, since its database could not be read ({unread.error}): measure "
                             "again when it can")
         return [found[i:i + self.size] for i in range(0, len(found), self.size)]

@@ -552,6 +552,7 @@ def test_a_completion_of_which_the_database_says_nothing_has_no_reward(executor,
     subject = scorer(Locked(executor, ", 1"), memory=memory, match=match)
     right, unread, wrong = subject.score([item(GOLD), item(sql, golds=(gold,)), item("SELECT 5")])
     assert (unread.status, unread.error, unread.correct, unread.sql) == ("unavailable", "database is locked", False, sql)
+    assert [b.unavailable for b in (right, wrong, unread)] == [False, False, True]
     assert rewards.readable([right, wrong]) and not rewards.readable([right, unread])
     assert right.correct and len(memory) == 1
 
