@@ -58,7 +58,7 @@ from cold_start import SFTConfig
 from common.errors import UserError, as_json, parse_json, read_text, run_main, stored_settings, write_whole
 from common.options import Parser, add_arguments, build, check, flag_of, option, unknown_argument
 from common.run_layout import BEST, CHECKPOINTS, checkpoint_of, checkpoints_of, final_policy
-from common.wording import escape
+from common.wording import html_text
 from data import PromptConfig
 from history import has_changed, reported_split
 from partial_credit.atomic import split_tokens
@@ -106,7 +106,7 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
     "embedder": {name: {"rewards": BOTH, "embedder": name} for name in ("hash", "policy")},
 }
 # Flags of train.py that are set here, and by what.
-RESERVED = {"seed": "see --seeds", "output": "see --output", "test_questions": "see --questions",
+SET_HERE = {"seed": "see --seeds", "output": "see --output", "test_questions": "see --questions",
             "resume": "the same command continues", "start": "one for all runs of a seed"}
 # The best policy, by which a run is measured, is chosen as often in all runs of a table.
 MAY_CHANGE = tuple(name for name in MAY_CHANGE_ON_RESUME if name not in ("eval_every", "steps"))
@@ -118,7 +118,7 @@ OF_THE_START = {"model", "lora_rank", "recipe", "data", "data_dir", "split", "wo
 SHOWN = ("accuracy", "area", "flat groups", "all wrong", "reward spread", "does not run", "greedy does not run",
          "joins", "result groups", "collapse", "seconds")
 APART = ("curve", "right")  # of a run, but no measures of their own
-PLAIN = ("reward spread", "joins", "result groups", "seconds")  # not shares, so not shown in per cent
+NOT_SHARES = ("reward spread", "joins", "result groups", "seconds")  # not shares, so not shown in per cent
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -173,8 +173,8 @@ def cells_of(grid: str, vary: Sequence[str]) -> dict[str, dict[str, str]]:
         split = [value.strip() for value in values.split(";" if ";" in values else ",") if value.strip()]
         if not name or not split:
             raise UserError(f"--vary {text!r} is not of the form flag=a,b,c")
-        if name in RESERVED:
-            raise UserError(f"--vary {name} cannot be: ablate.py sets it for each run ({RESERVED[name]})")
+        if name in SET_HERE:
+            raise UserError(f"--vary {name} cannot be: ablate.py sets it for each run ({SET_HERE[name]})")
         if name in OF_THE_START:
             raise UserError(f"--vary {name} cannot be: the runs of a seed share their start, and {name} belongs to it")
         dimensions.append({f"{name}={value}": {name: value} for value in split})
@@ -196,7 +196,7 @@ def as_flags(values: Mapping[str, str]) -> list[str]:
     return flags
 
 
-def plan(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Run]]:
+def make_runs(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Run]]:
     """The starts and the runs, seed by seed; what is wrong with their flags is said here, before any work."""
     excluded(given.exclude)  # raises what is wrong with it
     cells = cells_of(given.grid, given.vary)
@@ -513,7 +513,7 @@ def table(summary: dict, baseline: str) -> str:
 
 def rows(summary: dict, means: Sequence[str], differences: Sequence[str]) -> str:
     """Markdown: a row a cell, with the means of some measures and the differences to the baseline of some."""
-    units = {name: name if name in PLAIN else f"{name}, %" for name in (*means, *differences)}
+    units = {name: name if name in NOT_SHARES else f"{name}, %" for name in (*means, *differences)}
     shown = [units[name] for name in means] + [("Δ " if means else "") + units[name] for name in differences]
     lines = [f"| | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(shown)}"]
     for cell, found in summary.items():
@@ -532,7 +532,7 @@ def in_words(name: str, value: dict | None, sign: str = "") -> str:
     """A mean and its interval; a measure that is a share in per cent."""
     if not value:
         return ""
-    scale, digits = (1, 0 if name == "seconds" else 2) if name in PLAIN else (100, 1)
+    scale, digits = (1, 0 if name == "seconds" else 2) if name in NOT_SHARES else (100, 1)
     text = f"{scale * value['mean']:{sign}.{digits}f}"
     if name == "collapse":  # a count of few runs has no t-interval
         return text
@@ -542,7 +542,7 @@ def in_words(name: str, value: dict | None, sign: str = "") -> str:
     return text
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # safe for colour-blind eyes
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # safe for colour-blind eyes
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 48, 570, 16, 360  # the plot inside it
 
@@ -566,8 +566,8 @@ def draw_curves(summary: dict) -> str:
     drawn.append(f'<text x="{plot.x(last / 2):.1f}" y="{HEIGHT - 4}" text-anchor="middle">GRPO step; accuracy on dev, '
                  'mean and 95 % interval over seeds</text>')
     for number, (cell, curve) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        dashes = f' stroke-dasharray="{6 * (number // len(COLOURS))},3"' if number >= len(COLOURS) else ""
+        colour = PALETTE[number % len(PALETTE)]
+        dashes = f' stroke-dasharray="{6 * (number // len(PALETTE))},3"' if number >= len(PALETTE) else ""
         band = [(plot.x(step), plot.y(value["interval"][side])) for side, order in ((0, curve), (1, curve[::-1]))
                 for step, value in order if value["interval"]]
         line = [(plot.x(step), plot.y(value["mean"])) for step, value in curve]
@@ -575,7 +575,7 @@ def draw_curves(summary: dict) -> str:
             drawn.append(f'<polygon points="{svg_points(band)}" fill="{colour}" opacity="0.12"/>')
         drawn.append(f'<polyline points="{svg_points(line)}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
         drawn.append(f'<path d="M{RIGHT + 12},{TOP + 10 + 20 * number}h24" stroke="{colour}" stroke-width="2"'
-                     f'{dashes}/><text x="{RIGHT + 42}" y="{TOP + 14 + 20 * number}">{escape(cell)}</text>')
+                     f'{dashes}/><text x="{RIGHT + 42}" y="{TOP + 14 + 20 * number}">{html_text(cell)}</text>')
     return "\n".join([*drawn, "</svg>", ""])
 
 
@@ -615,8 +615,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[AblateConfig, list[str]]:
         if flag.startswith("-") and not flag[1:2].isdigit() and flag.partition("=")[0] not in known:
             raise UserError(unknown_argument(flag, known))
         name = flag.split("=")[0].removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name in RESERVED:
-            raise UserError(f"{flag} is set by ablate.py for each run ({RESERVED[name]})")
+        if flag.startswith("--") and name in SET_HERE:
+            raise UserError(f"{flag} is set by ablate.py for each run ({SET_HERE[name]})")
     output = Path("runs") / f"ablation-{getattr(given, 'grid', '') or 'own'}"
     values = {"output": output, "command": shlex.join(["ablate.py", *arguments])} | vars(given)
     try:
@@ -628,7 +628,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[AblateConfig, list[str]]:
 def main() -> int:
     """Run the grid."""
     given, common = parse_arguments(sys.argv[1:])
-    starts, runs = plan(given, common)
+    starts, runs = make_runs(given, common)
     run = starts[0].settings.run
     if run.data != "demo":
         check_excluded(given.exclude, run.data, run.data_dir, evaluated_split(run))

@@ -382,7 +382,7 @@ def evaluate_predictions(config: EvaluateConfig, dataset, executor: SQLExecutor,
     examples = [dataset.examples[i] for i in kept]
     scores = score_predictions(examples, [sqls[i] for i in kept], executor, config.matches,
                                config.keep_distinct, progress=True, suite=suite)
-    report(config, examples, scores, executor, suite, {})
+    report_scores(config, examples, scores, executor, suite, {})
 
 
 def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, executor: SQLExecutor,
@@ -409,7 +409,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
         records = Examination(policy, builder, executor, config.exam(prompts.answer_style), config.ways,
                               matches=config.matches, keep_distinct=config.keep_distinct,
                               suite=suite).run(examples, progress)
-        report(config, examples, scores_of(records, config.answer), executor, suite, written, records,
+        report_scores(config, examples, scores_of(records, config.answer), executor, suite, written, records,
                [examples[i].id for i in sorted(lost)])
     except KeyboardInterrupt:
         if progress.file:
@@ -418,7 +418,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
     progress.finish()
 
 
-def report(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suite, written: dict,
+def report_scores(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suite, written: dict,
            records=None, unwritable_ids: Sequence[str] = ()) -> None:
     """Write the files, then print the tables: a closed terminal costs nothing, nor does a file that cannot be written.
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from common.errors import UserError, run_main, visible
 from common.options import Parser
-from common.wording import duration, escape, exact_text, percent, plural, short_number, signed
+from common.wording import duration, exact_text, html_text, percent, plural, short_number, signed
 from data import read_schema, schema_columns
 from history import training_questions
 from prompts.builder import full_schema
@@ -70,12 +70,12 @@ def write_report(folder: Path) -> Path:
     blocks["metrics"] = pack({"step": column(metrics, "step")} | {
         curve.key: curve.values for chart in CHARTS for curve in curves_of(chart, metrics)})
     page = fill_template({
-        "title": escape(folder.resolve().name),
+        "title": html_text(folder.resolve().name),
         "tiles": tiles(config, metrics, result),
         "settings": settings_list(config),
         "result": result_tables(result, str(config.get("match", "bird"))),
         "charts": charts(metrics),
-        "note": escape(note),
+        "note": html_text(note),
         "blocks": "\n".join(f'<script type="application/octet-stream" id="{name}">{data}</script>'
                             for name, data in blocks.items()),
     })
@@ -321,14 +321,14 @@ def tiles(config: dict, metrics: list[dict], result: dict) -> str:
     phases = matching("seconds/*", metrics)
     seconds = sum(filter(None, (value for key in phases for value in column(metrics, key))))
     shown.append(("time in steps", duration(seconds), f"{seconds / len(metrics):.2f} s a step"))
-    return "".join(f'<div class="tile"><dt>{escape(label)}</dt><dd>{escape(value)}'
-                   f"<small>{escape(more)}</small></dd></div>" for label, value, more in shown)
+    return "".join(f'<div class="tile"><dt>{html_text(label)}</dt><dd>{html_text(value)}'
+                   f"<small>{html_text(more)}</small></dd></div>" for label, value, more in shown)
 
 
 def settings_list(config: dict) -> str:
     """The telling settings in a line, all of them behind it."""
     def pairs(names):
-        return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(config[name])}</dd></div>" for name in names)
+        return "".join(f"<div><dt>{html_text(name)}</dt><dd>{html_text(config[name])}</dd></div>" for name in names)
 
     if not config:
         return "<p>There is no readable config.json.</p>"
@@ -345,7 +345,7 @@ def result_tables(result: dict, match: str) -> str:
     matches = sorted({name for summary in after.values() for name in summary.get("execution_accuracy", {})},
                      key=lambda name: name != match)
     tables = [f"<details{' open' if name == match else ''}><summary>Held-out execution accuracy by the "
-              f"{escape(name)} comparison</summary>{result_table(result, name)}</details>"
+              f"{html_text(name)} comparison</summary>{result_table(result, name)}</details>"
               for name in matches]
     return f'<section aria-label="Held-out accuracy">{"".join(tables)}</section>' if tables else ""
 
@@ -375,7 +375,7 @@ def result_line(label: str, kind: str, before: dict | None, after: dict, match: 
     """One line of the table; the picture has a hollow dot before and a full one after."""
     gain = signed(100 * (accuracy(after, match) - accuracy(before, match))) if of_the_same(before, after) else "–"
     cells = [after["n"], interval_cell(before, match), interval_cell(after, match), gain]
-    return (f'<tr class="{kind}"><th scope="row">{escape(label)}</th>'
+    return (f'<tr class="{kind}"><th scope="row">{html_text(label)}</th>'
             f"{''.join(f'<td>{cell}</td>' for cell in cells)}"
             f'<td class="wide">{dumbbell(before, after, match)}</td></tr>')
 
@@ -436,18 +436,18 @@ class Curve:
     @property
     def style(self) -> str:
         """The class that sets its colour."""
-        return f"s{self.colour % COLOURS}"
+        return f"s{self.colour % COLOUR_CLASSES}"
 
 
-COLOURS = 8  # of the template: classes s0 to s7
-STATUSES = ("ok", "error", "format", "timeout", "refused", "too_large", "unavailable")
+COLOUR_CLASSES = 8  # of the template: classes s0 to s7
+SQL_FATES = ("ok", "error", "format", "timeout", "refused", "too_large", "unavailable")
 CHARTS = (
     Chart("Reward", ("reward", "reward_std"), ("mean", "spread within a group")),
     Chart("Reward components", ("reward/*",), known=COMPONENTS),
     Chart("Execution accuracy", ("execution_accuracy", "dev_accuracy"), ("samples", "dev, greedy"), share=True),
     Chart("Uniform groups", ("flat_groups", "all_wrong_groups", "all_right_groups"),
           ("flat: no gradient", "all wrong", "all right"), share=True),
-    Chart("What became of the SQL", ("status/*",), share=True, stacked=True, known=STATUSES),
+    Chart("What became of the SQL", ("status/*",), share=True, stacked=True, known=SQL_FATES),
     Chart("KL to the reference", ("kl",), ("nats a token",)),
     Chart("Entropy", ("entropy",), ("nats a token",)),
     Chart("Clip fractions", ("clip_fraction_low", "clip_fraction_high"), ("low", "high"), share=True),
@@ -502,25 +502,25 @@ def charts(metrics: list[dict]) -> str:
             shown.append(figure(chart, curves, metrics))
         elif any(key in record for record in metrics for key in chart.keys):
             silent.append(chart.title.lower())
-    note = f"<p>At zero in every step: {escape(', '.join(silent))}.</p>" if silent else ""
+    note = f"<p>At zero in every step: {html_text(', '.join(silent))}.</p>" if silent else ""
     return f'<div class="charts">{"".join(shown)}</div>{note}'
 
 
 def figure(chart: Chart, curves: list[Curve], metrics: list[dict]) -> str:
     """A chart with title and legend, into which the page's script writes the values under the cursor."""
     first, last = metrics[0]["step"], metrics[-1]["step"]
-    legend = "".join(f'<li class="{curve.style}"><i></i>{escape(curve.label)} '
-                     f'<output data-key="{escape(curve.key)}"></output></li>' for curve in curves)
+    legend = "".join(f'<li class="{curve.style}"><i></i>{html_text(curve.label)} '
+                     f'<output data-key="{html_text(curve.key)}"></output></li>' for curve in curves)
     ends = [(curve.label, [value for value in curve.values if value is not None]) for curve in curves]
     spoken = "; ".join(f"{label} from {short_number(values[0], chart.share)} to {short_number(values[-1], chart.share)}"
                        for label, values in ends)
     steps, curves = downsample([record["step"] for record in metrics], curves)
     draw = stacked_areas if chart.stacked else line_plot
     return (f'<figure tabindex="0" data-share="{int(chart.share)}">'
-            f'<figcaption>{escape(chart.title)}</figcaption><ul class="legend">{legend}</ul>'
+            f'<figcaption>{html_text(chart.title)}</figcaption><ul class="legend">{legend}</ul>'
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-first="{first}" data-last="{last}" '
             f'data-left="{LEFT}" data-right="{RIGHT}" '
-            f'aria-label="{escape(f"{chart.title}, steps {first} to {last}: {spoken}")}">'
+            f'aria-label="{html_text(f"{chart.title}, steps {first} to {last}: {spoken}")}">'
             f'{draw(steps, curves, chart.share)}'
             f'<line class="guide" y1="{TOP}" y2="{BOTTOM}" x1="-9" x2="-9"/></svg></figure>')
 

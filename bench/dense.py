@@ -91,7 +91,7 @@ def memory_ranks(records: list[dict], config: dict) -> list[tuple[float, float]]
     return pairs
 
 
-def report(config: dict, records: list[dict]) -> list[str]:
+def report_lines(config: dict, records: list[dict]) -> list[str]:
     """The lines that are printed; a figure of which there is nothing to compute is left out."""
     weights = options.build(RewardConfig, config).weights
     groups = [record["completions"] for record in records]
@@ -119,7 +119,7 @@ def main() -> None:
     config, records = read_run(folder)
     if config["embedder"] == "policy":
         raise UserError(f"{folder / 'config.json'}: the embedder is the run's own policy, which is not loaded here")
-    print(*report(config, records), sep="\n")
+    print(*report_lines(config, records), sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 from common.errors import visible
 
 
-def escape(value) -> str:
+def html_text(value) -> str:
     """A value as HTML text."""
     return html.escape(visible(str(value)))
 

@@ -64,8 +64,8 @@ def no_mask(device) -> Tensor:
 TOLERANCE = 2e-5  # of a log-probability, between two ways that are the same but for the rounding of float32
 _warned: "weakref.WeakSet" = weakref.WeakSet()  # models; one warning each
 _verdicts: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> {name of a way: bool}
-SMALL = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "pad_token_id": None, "bos_token_id": None,
-         "eos_token_id": None, "initializer_range": 0.2}  # weights large enough that a difference shows
+SMALL_MODEL = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "pad_token_id": None, "bos_token_id": None,
+               "eos_token_id": None, "initializer_range": 0.2}  # weights large enough that a difference shows
 WINDOWS = ("sliding_window", "attention_chunk_size")  # made so short that the check sees what they do
 
 
@@ -97,7 +97,7 @@ def small_copy(causal):
     config = copy.deepcopy(causal.config)
     heads = getattr(config, "num_attention_heads", 1)
     shared = getattr(config, "num_key_value_heads", None) or heads
-    sizes = SMALL | {"num_attention_heads": 2 if shared < heads else 1, "num_key_value_heads": 1}
+    sizes = SMALL_MODEL | {"num_attention_heads": 2 if shared < heads else 1, "num_key_value_heads": 1}
     for name, value in sizes.items():
         if hasattr(config, name):
             setattr(config, name, value)

@@ -188,14 +188,15 @@ def merge_stats(stats: dict[str, float]) -> dict[str, float]:
     parts = gather(stats)
     tokens, trained = (sum(part[name] for part in parts) for name in ("tokens", "trained_tokens"))
 
-    def mean(name: str, weight: str, total: float) -> float:
+    def weighted_mean(name: str, weight: str, total: float) -> float:
         return sum(part.get(name, 0.0) * part[weight] for part in parts) / max(1, total)
 
-    merged = {name: mean(name, "tokens", tokens) for name in dict.fromkeys(name for part in parts for name in part)}
+    merged = {name: weighted_mean(name, "tokens", tokens)
+              for name in dict.fromkeys(name for part in parts for name in part)}
     return merged | {"loss": sum(part["loss"] for part in parts), "grad_norm": stats["grad_norm"],
                      "skipped_updates": stats["skipped_updates"], "tokens": tokens, "trained_tokens": trained,
                      "ratio_max": max(part["ratio_max"] for part in parts),
-                     "sampler_gap": mean("sampler_gap", "trained_tokens", trained)}
+                     "sampler_gap": weighted_mean("sampler_gap", "trained_tokens", trained)}
 
 
 def sum_gradients(model) -> None:

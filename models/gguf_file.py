@@ -22,7 +22,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # types of values
 STRING, ARRAY = 8, 9
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+TENSOR_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
                "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
                "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
@@ -30,11 +30,11 @@ LAYER_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layer
 ROTARY = "rope_freqs.weight"  # by what Llama 3.1 and later divide their rotary frequencies
 
 # How a vocabulary cuts text before its merges apply; {} is the greatest run of digits that stays together.
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")
-QWEN, LLAMA3 = WORDS.replace("{}", ""), WORDS.replace("{}", "{1,3}")
-SPLITS = {"smollm": "digits", "gpt-2": "", "qwen2": QWEN, "deepseek-r1-qwen": QWEN, "llama-bpe": LLAMA3,
-          "llama3": LLAMA3}
+WORD_RULE = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+             r"|\s+(?!\S)|\s+")
+QWEN, LLAMA3 = WORD_RULE.replace("{}", ""), WORD_RULE.replace("{}", "{1,3}")
+CUTS = {"smollm": "digits", "gpt-2": "", "qwen2": QWEN, "deepseek-r1-qwen": QWEN, "llama-bpe": LLAMA3,
+        "llama3": LLAMA3}
 
 
 @dataclass
@@ -172,8 +172,8 @@ def _refuse_unknown(file: GGUFFile) -> None:
         raise UserError(f"{file.path} is a GGUF file of architecture {kind}; {', '.join(ARCHITECTURES)} can be read: "
                         "take this model's Hugging Face folder instead")
     vocabulary, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if vocabulary != "gpt2" or split not in SPLITS:
-        raise UserError(f"{file.path} has a vocabulary of kind {vocabulary}/{split}; gpt2 with {', '.join(SPLITS)} can "
+    if vocabulary != "gpt2" or split not in CUTS:
+        raise UserError(f"{file.path} has a vocabulary of kind {vocabulary}/{split}; gpt2 with {', '.join(CUTS)} can "
                         "be read: take this model's Hugging Face folder instead")
     scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
     for what, present in ((f"{scaling} scaling of its rotary angles", scaling != "none"),
@@ -252,8 +252,8 @@ def gguf_weights(file: GGUFFile, dtype: torch.dtype = torch.float32) -> dict[str
         whole = re.fullmatch(r"(\w+)\.(weight|bias)", name)
         if layer and layer[2] in LAYER_NAMES:
             place = f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
-        elif whole and whole[1] in NAMES:
-            place = f"{NAMES[whole[1]]}.{whole[2]}"
+        elif whole and whole[1] in TENSOR_NAMES:
+            place = f"{TENSOR_NAMES[whole[1]]}.{whole[2]}"
         else:
             raise UserError(f"{file.path} holds a tensor that the model has no place for: {name}")
         tensor = _tensor(file, name)
@@ -279,9 +279,9 @@ def gguf_tokenizer(file: GGUFFile):
     merges = [tuple(merge.split(" ")) for merge in values.get("ggml.merges", [])]
     inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges,
                                  ignore_merges=split.startswith("llama")))
-    if SPLITS[split] == QWEN:
+    if CUTS[split] == QWEN:
         inner.normalizer = normalizers.NFC()
-    inner.pre_tokenizer, inner.decoder = _pre_tokenizer(SPLITS[split]), decoders.ByteLevel()
+    inner.pre_tokenizer, inner.decoder = _pre_tokenizer(CUTS[split]), decoders.ByteLevel()
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     named = {role: tokens[values[f"ggml.{name}_token_id"]] for role, name in roles.items()
              if f"ggml.{name}_token_id" in values}

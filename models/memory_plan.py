@@ -25,7 +25,7 @@ SHARE = 0.95  # of a card or machine that may be planned for
 ERROR = 0.1  # of the plan, at most: it was 0.93 to 1.09 times what bench/planned_memory.py measured on a CPU
 
 
-KINDS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")  # model types that can be planned
+MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")  # model types that can be planned
 TINY = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1402,
         "tie_word_embeddings": True}  # of policy.build_tiny, at most
@@ -49,8 +49,8 @@ class Shape:
     def of(cls, config: Mapping) -> "Shape":
         """From a config.json. Raises ValueError: another architecture, or a size is missing."""
         kind = config.get("model_type")
-        if kind not in KINDS:
-            raise ValueError(f"its model_type is {kind}; only {', '.join(KINDS)} can be planned")
+        if kind not in MODEL_TYPES:
+            raise ValueError(f"its model_type is {kind}; only {', '.join(MODEL_TYPES)} can be planned")
         try:
             D, inner, H = (config[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads"))
             V, layers = config["vocab_size"], config["num_hidden_layers"]

@@ -49,14 +49,14 @@ SET_OPERATIONS = ("union", "intersect", "except")
 CLAUSES = ("from", "where", "group", "having", "window")
 AFTER_CORE = (*SET_OPERATIONS, "order", "limit", ")", ";", "")
 JOIN_WORDS = ("natural", "left", "right", "full", "inner", "cross", "join")
-RESERVED = frozenset((  # words that SQLite or we cannot take for a name or an alias
+KEYWORDS = frozenset((  # words that SQLite or we cannot take for a name or an alias
     "and", "as", "between", "by", "case", "collate", "cross", "distinct", "else", "escape", "except",
     "exists", "from", "full", "group", "having", "in", "inner", "intersect", "is", "isnull", "join", "left",
     "like", "limit", "natural", "not", "notnull", "on", "or", "order", "right", "select", "set", "then",
     "union", "using", "values", "when", "where"))
 
 # How tightly the operators bind, https://sqlite.org/lang_expr.html#operators_and_parse_affecting_attributes
-LEVELS = {"or": 1, "and": 2, **dict.fromkeys(
+PRECEDENCE = {"or": 1, "and": 2, **dict.fromkeys(
     ("=", "==", "<>", "!=", "is", "in", "like", "glob", "match", "regexp", "between", "isnull", "notnull",
      "not"), 4),
     **dict.fromkeys(("<", "<=", ">", ">="), 5), **dict.fromkeys(("&", "|", "<<", ">>"), 6), "+": 7, "-": 7,
@@ -147,7 +147,7 @@ def operations_of(sql: str, schema: tuple | None) -> frozenset[str]:
 @lru_cache(maxsize=16_384)  # a gold is scored against many predictions but parsed once
 def cached_operations(sql: str, schema: tuple | None) -> frozenset[str]:
     try:
-        query = Parser(split_tokens(sql), known_columns(schema)).statement()
+        query = QueryParser(split_tokens(sql), known_columns(schema)).statement()
     except (Unparsable, RecursionError):
         return frozenset()
     return frozenset(query.own | query.parts)
@@ -226,7 +226,7 @@ def match_parentheses(words: list[str]) -> dict[int, int]:
 
 
 def is_name(word: str) -> bool:
-    return word[:1] in ('"', "`") or (word[:1].isalpha() or word[:1] == "_") and word not in RESERVED
+    return word[:1] in ('"', "`") or (word[:1].isalpha() or word[:1] == "_") and word not in KEYWORDS
 
 
 def plain_name(word: str) -> str:
@@ -240,7 +240,7 @@ class Terms(str):
     """`a and b`, `a or b`: knows its word and terms, to flatten nested ones and take WHERE apart."""
 
 
-class Comparison(str):
+class Predicate(str):
     """`a < b`: knows its `sides` and `operator`, so that NOT can turn it round."""
 
 
@@ -266,7 +266,7 @@ def negate(text: str) -> str:
     """NOT, moved inwards: NOT (a < 1 AND b = 2) is a >= 1 OR b <> 2, NULL or not."""
     if isinstance(text, Terms):
         return combine("or" if text.word == "and" else "and", [negate(term) for term in text.terms])
-    if isinstance(text, Comparison) and text.operator in OPPOSITE:
+    if isinstance(text, Predicate) and text.operator in OPPOSITE:
         return compare(text.sides[0], OPPOSITE[text.operator], text.sides[1])
     return text[4:] if text.startswith("not ") else "not " + text
 
@@ -293,7 +293,7 @@ def compare(left: str, operator: str, right: str) -> str:
     left, right = settle(left, right)
     if (is_constant(left), left) > (is_constant(right), right):
         left, right, operator = right, left, MIRRORED.get(operator, operator)
-    result = Comparison(f"{left} {operator} {right}")
+    result = Predicate(f"{left} {operator} {right}")
     result.sides, result.operator = (left, right), operator
     return result
 
@@ -418,7 +418,7 @@ class Scope:
 # ----------------------------------------------------------------------------------------
 # The parser.
 
-class Parser:
+class QueryParser:
     """Recursive descent over the words; each method reads its piece and returns its canonical text."""
 
     def __init__(self, words: list[str], schema: dict[str, dict[str, str]]):
@@ -860,7 +860,7 @@ class Parser:
         """Operands and the operators that bind at least as tightly as `level`."""
         self.deeper()
         left = self.operand()
-        while (strength := LEVELS.get(self.words[self.i], -1)) >= level:
+        while (strength := PRECEDENCE.get(self.words[self.i], -1)) >= level:
             word = self.words[self.i]
             if strength < NOT:
                 terms = [left]
@@ -883,7 +883,7 @@ class Parser:
     def arithmetic(self, left: str, strength: int) -> str:
         """A chain of operators of one strength; + and * in any order."""
         items, operators = [left], []
-        while LEVELS.get(word := self.words[self.i]) == strength:
+        while PRECEDENCE.get(word := self.words[self.i]) == strength:
             self.i += 1
             operators.append(word)
             items.append(self.expression(strength + 1))

@@ -32,7 +32,7 @@ BLOCK = 256  # queries a matrix product, which bounds its memory
 
 
 # The paper's thresholds of what depends on how long traces are and how they name columns.
-PAPER = {"memory_min_words": 30, "memory_max_words": 2000, "memory_min_columns": 2, "memory_min_density": 0.05}
+PAPER_GATE = {"memory_min_words": 30, "memory_max_words": 2000, "memory_min_columns": 2, "memory_min_density": 0.05}
 CHOSEN = "chosen from the traces unless given"
 
 
@@ -64,7 +64,7 @@ class MemoryGate:
 
     def threshold(self, name: str) -> float:
         """The threshold of that name; the paper's where none was given or chosen."""
-        return PAPER[name] if getattr(self, name) is None else getattr(self, name)
+        return PAPER_GATE[name] if getattr(self, name) is None else getattr(self, name)
 
     def rejection(self, thought: str, columns: Iterable[str] | None) -> str | None:
         """Why a thought does not enter, or None; without `columns` (lower case) their rules do not apply."""
@@ -112,10 +112,10 @@ def gate_for(traces: Sequence[tuple[str, str]], columns: Mapping[str, Iterable[s
     mentions = [count_mentions(thought, known.get(db_id, ())) for db_id, thought in traces]
     usual = float(np.median(words))
     fitting = {
-        "memory_min_words": min(PAPER["memory_min_words"], int(usual / 2)),
-        "memory_max_words": max(PAPER["memory_max_words"], int(2 * usual)),
-        "memory_min_columns": min(PAPER["memory_min_columns"], int(np.median([len(one) for one in mentions]) / 2)),
-        "memory_min_density": min(PAPER["memory_min_density"], float(np.median(
+        "memory_min_words": min(PAPER_GATE["memory_min_words"], int(usual / 2)),
+        "memory_max_words": max(PAPER_GATE["memory_max_words"], int(2 * usual)),
+        "memory_min_columns": min(PAPER_GATE["memory_min_columns"], int(np.median([len(one) for one in mentions]) / 2)),
+        "memory_min_density": min(PAPER_GATE["memory_min_density"], float(np.median(
             [one.total() / max(count, 1) for one, count in zip(mentions, words, strict=True)]) / 2))}
     given = {name: value for name, value in vars(gate).items() if value is not None}
     fitting["memory_min_words"] = min(fitting["memory_min_words"], given.get("memory_max_words", math.inf))

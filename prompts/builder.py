@@ -60,7 +60,7 @@ from questions.schema import (
 __all__ = ["PromptBuilder", "PromptConfig", "full_schema", "mentioned_tables", "needed_columns", "needed_tables",
            "only_tables", "prompt_config", "space_out"]
 
-LEVELS = range(6)  # of shortening: 0 is the whole prompt
+SHORTENINGS = range(6)  # how far a prompt is shortened: 0 is the whole prompt
 OF_A_STYLE = {"omnisql": "fence"}  # how the answers to a shipped style are written, where not as think-sql
 
 
@@ -193,7 +193,7 @@ class PromptBuilder:
         if example.messages or example.prompt:
             return self._ready_made(example)
         hints, text = self.hints(example), None
-        for level in LEVELS:
+        for level in SHORTENINGS:
             shorter, templated = self._written(example, hints, level)
             if shorter == text:
                 continue  # nothing of this kind was left to go

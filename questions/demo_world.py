@@ -111,18 +111,18 @@ OTHER_WORDS = {
 
 
 @dataclass(frozen=True)
-class Table:
+class DemoTable:
     name: str
     key: str
     texts: tuple[str, ...]  # text columns, the naming one first
     numbers: tuple[str, ...]
     pools: dict  # text column -> tuple of values; number column -> (low, high)
-    parent: "Table | None" = None
+    parent: "DemoTable | None" = None
 
 
-def parse_tables(line: str) -> list[Table]:
+def parse_tables(line: str) -> list[DemoTable]:
     """Reads one line of SEEN or UNSEEN into its tables, the parent first."""
-    tables: list[Table] = []
+    tables: list[DemoTable] = []
     for part in line.split("/"):
         name, *columns = part.split()
         pools = {}
@@ -133,14 +133,14 @@ def parse_tables(line: str) -> list[Table]:
         texts = tuple(field for field, pool in pools.items() if isinstance(pool[0], str))
         numbers = tuple(field for field in pools if field not in texts)
         parent = tables[0] if tables else None
-        tables.append(Table(name, f"{name}_id", texts, numbers, pools, parent))
+        tables.append(DemoTable(name, f"{name}_id", texts, numbers, pools, parent))
     return tables
 
 
 # ---------------------------------------------------------------------------------------------- databases
 
 
-def build_database(path: Path, tables: list[Table], rng: random.Random) -> None:
+def build_database(path: Path, tables: list[DemoTable], rng: random.Random) -> None:
     """Creates the SQLite file of one database: 24 parents and 60 rows of each child table."""
     with sqlite3.connect(path) as connection:
         for table in tables:
@@ -155,7 +155,7 @@ def build_database(path: Path, tables: list[Table], rng: random.Random) -> None:
     connection.close()
 
 
-def _rows(table: Table, rng: random.Random) -> list[tuple]:
+def _rows(table: DemoTable, rng: random.Random) -> list[tuple]:
     count = 60 if table.parent else 24
     columns = []
     for column, pool in table.pools.items():
@@ -184,7 +184,7 @@ class Condition:
 class Phrasing:
     """Draws columns, conditions and wordings for one database; `plain` keeps to the plain words."""
 
-    def __init__(self, tables: list[Table], connection: sqlite3.Connection, rng: random.Random, plain: bool):
+    def __init__(self, tables: list[DemoTable], connection: sqlite3.Connection, rng: random.Random, plain: bool):
         self.tables, self.connection, self.rng, self.plain = tables, connection, rng, plain
 
     def say(self, word: str) -> str:
@@ -198,34 +198,34 @@ class Phrasing:
         """One of two ways to start a question; both occur in every split."""
         return self.rng.choice([one, other])
 
-    def many(self, table: Table) -> str:
+    def many(self, table: DemoTable) -> str:
         """The rows of a table, `cities`."""
         return self.say(table.name[:-1] + "ies" if table.name.endswith("y") else table.name + "s")
 
-    def value(self, table: Table, column: str):
+    def value(self, table: DemoTable, column: str):
         rows = self.connection.execute(f"SELECT {column} FROM {table.name}").fetchall()
         return self.rng.choice(rows)[0]
 
-    def equals(self, table: Table) -> Condition:
+    def equals(self, table: DemoTable) -> Condition:
         column = self.rng.choice(table.texts)
         value = self.value(table, column)
         return Condition(f"whose {self.say(column)} is {value}", column, f"{column} = '{value}'")
 
-    def compares(self, table: Table, operators: str = "><") -> Condition:
+    def compares(self, table: DemoTable, operators: str = "><") -> Condition:
         column, operator = self.rng.choice(table.numbers), self.rng.choice(operators)
         bound, word = self.bound(table, column), self.say("above" if operator == ">" else "below")
         return Condition(f"whose {self.say(column)} is {word} {bound}", column, f"{column} {operator} {bound}")
 
-    def bound(self, table: Table, column: str) -> int:
+    def bound(self, table: DemoTable, column: str) -> int:
         """A number to compare with: a cell of the column, rounded as people do (to 10, 5 or not at all)."""
         low, high = table.pools[column]
         step = 10 if high - low > 100 else 5 if high - low > 40 else 1
         return round(self.value(table, column) / step) * step
 
-    def condition(self, table: Table) -> Condition:
+    def condition(self, table: DemoTable) -> Condition:
         return self.rng.choice([self.equals, self.compares])(table)
 
-    def aggregate(self, table: Table) -> tuple[str, str]:
+    def aggregate(self, table: DemoTable) -> tuple[str, str]:
         column = self.rng.choice(table.numbers)
         function, word = self.rng.choice([("AVG", "average"), ("MAX", "highest"), ("MIN", "lowest"), ("SUM", "total")])
         return f"{self.say(word)} {self.say(column)}", f"{function}( {column} )"
@@ -552,7 +552,7 @@ def load(split: str = "train", data_dir: str | Path | None = None, seed: int = 0
             connection.close()
 
 
-def _ensure_database(root: Path, db_id: str, tables: list[Table], seed: int) -> Path:
+def _ensure_database(root: Path, db_id: str, tables: list[DemoTable], seed: int) -> Path:
     path = root / db_id / f"{db_id}.sqlite"
     if not path.exists():  # built aside and renamed, so that a killed first run leaves no half database
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from common.errors import UserError
-from common.wording import escape
+from common.wording import html_text
 
 LARGEST_REQUEST = 20_000  # bytes
 
@@ -129,8 +129,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         nonce = secrets.token_urlsafe(16)
         asker = self.server.asker
-        note = f'<p class="error">{escape(asker.note)}</p>' if asker.note else ""
-        values = {"NONCE": nonce, "NAME": escape(asker.path.name), "NOTE": note}
+        note = f'<p class="error">{html_text(asker.note)}</p>' if asker.note else ""
+        values = {"NONCE": nonce, "NAME": html_text(asker.path.name), "NOTE": note}
         page = re.sub("@(NONCE|NAME|NOTE)@", lambda name: values[name[1]], PAGE)  # at once: a name may hold @NOTE@
         self.send(200, "text/html", page, nonce)
 

@@ -18,7 +18,7 @@ from common.options import Parser
 from running.run_folder import RolloutLog
 
 WIDTH = 80
-COLOURS = {"good": "32", "bad": "31", "soft": "2", "strong": "1"}
+ANSI_CODES = {"good": "32", "bad": "31", "soft": "2", "strong": "1"}
 
 
 # ---------------------------------------------------------------------------------------- a group in the terminal
@@ -63,7 +63,7 @@ def one_line(text: str) -> str:
 
 def painter(colour: bool):
     """A function (tone, text) -> text, which colours or does not."""
-    return (lambda tone, text: f"\033[{COLOURS[tone]}m{text}\033[0m") if colour else (lambda tone, text: text)
+    return (lambda tone, text: f"\033[{ANSI_CODES[tone]}m{text}\033[0m") if colour else (lambda tone, text: text)
 
 
 def wants_colour(stream) -> bool:

@@ -15,12 +15,11 @@ Written on the flat tokens of atomic.py, so a query that the official parser rej
 
 from sqlparse import tokens as T
 
-from partial_credit.atomic import is_comment, lex
+from partial_credit.atomic import SET_OPERATIONS, is_comment, lex
 
 LEVELS = ("easy", "medium", "hard", "extra")
 AGGREGATES = ("max", "min", "count", "sum", "avg")
 CLAUSES = ("select", "from", "where", "group", "having", "order", "limit")
-SET_OPERATIONS = ("union", "intersect", "except")
 
 
 def hardness(sql: str) -> str:

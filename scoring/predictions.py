@@ -16,14 +16,14 @@ from pathlib import Path
 
 from common.errors import UserError, json_lines, parse_json, read_text, sound, write_text
 from common.wording import plural
-from partial_credit.atomic import RESERVED, is_comment, lex
+from partial_credit.atomic import KEYWORDS, is_comment, lex
 from questions.example import Example, id_text, unique_ids
 
 BIRD_MARK = "\t----- bird -----\t"
 ID_FIELDS = ("id", "question_id", "qid", "example_id", "instance_id", "sample_id", "uid", "idx", "index")  # in any case
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|[-+]?inf", re.IGNORECASE)
 LAST_WORD = re.compile(r"(?:\w+|[^\w\s])\Z")
-UNFINISHED = RESERVED - {"isnull", "notnull"} | {"all", "limit", "offset", "glob", "match", "regexp"}  # end no query
+UNFINISHED = KEYWORDS - {"isnull", "notnull"} | {"all", "limit", "offset", "glob", "match", "regexp"}  # end no query
 BREAKS = re.compile(r"([\t\r\n]+)")  # what ends a field or a line
 
 

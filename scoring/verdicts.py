@@ -233,6 +233,7 @@ def twins_of(scores: Sequence[ExampleScore]) -> list[tuple]:
 
 
 def mean(values) -> float:
+    """The mean; NaN of no values."""
     return sum(values) / len(values) if values else math.nan
 
 

@@ -61,7 +61,7 @@ def test_bad_command_lines_are_refused_before_any_work(arguments, words, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, "perform", None)
     with pytest.raises(UserError, match=words):
-        ablate.plan(*ablate.parse_arguments(arguments))
+        ablate.make_runs(*ablate.parse_arguments(arguments))
     assert not list(tmp_path.iterdir())
 
 
@@ -71,7 +71,7 @@ def test_runs_are_measured_with_the_prompts_of_their_start(tmp_path):
     (tmp_path / "best" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "config.json").write_text(json.dumps({"data": "demo", "style": "compact", "max_prompt_tokens": 77}))
     given = ["--grid", "kl", "--model", str(tmp_path / "best"), "--output", str(tmp_path / "out")]
-    starts, runs = ablate.plan(*ablate.parse_arguments(given))
+    starts, runs = ablate.make_runs(*ablate.parse_arguments(given))
     assert {(run.settings.prompts.style, run.settings.prompts.max_prompt_tokens) for run in starts + runs} == {("compact", 77)}
 
 
@@ -97,12 +97,12 @@ def test_excluding_questions_of_other_data_is_refused_before_any_work(tmp_path, 
 @pytest.mark.parametrize("arguments", [["--grid", "kl", "--see", "7"], ["--vary", "see=7,8"]])
 def test_a_flag_that_is_cut_short_is_none(arguments):
     with pytest.raises(UserError, match="there is no flag --see; did you mean --seed"):
-        ablate.plan(*ablate.parse_arguments(arguments))
+        ablate.make_runs(*ablate.parse_arguments(arguments))
 
 
 def modules_of(*arguments):
     """{cell: its reward module} of a grid, the start among them; and the rewards of the start."""
-    starts, runs = ablate.plan(*ablate.parse_arguments(["--seeds", "1", *arguments]))
+    starts, runs = ablate.make_runs(*ablate.parse_arguments(["--seeds", "1", *arguments]))
     rewards = starts[0].settings.rewards
     return {run.cell: run.settings.rewards.reward_module for run in starts + runs}, rewards.rewards
 
@@ -126,7 +126,7 @@ def test_a_reward_of_ones_own_goes_to_the_cells_that_name_it(tmp_path, monkeypat
 def test_runs_side_by_side_share_the_cores(given, cores, threads, told, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablate, "free_cores", lambda: cores)
     arguments = ["--grid", "kl", "--seeds", "1", "--output", str(tmp_path), *given]
-    starts, runs = ablate.plan(*ablate.parse_arguments(arguments))
+    starts, runs = ablate.make_runs(*ablate.parse_arguments(arguments))
     assert {run.settings.run.threads for run in starts + runs} == {threads}
     used = []
 
@@ -420,10 +420,10 @@ def test_what_is_measured_was_held_out(small, tmp_path, monkeypatch):
 def test_the_part_that_is_measured(tmp_path, flags, questions, split):
     given, common = ablate.parse_arguments(["--grid", "kl", "--seeds", "1", "--output", str(tmp_path), *flags])
     with pytest.raises(UserError, match="cannot read left_out.json"):  # before any work
-        ablate.plan(replace(given, exclude="left_out.json"), common)
+        ablate.make_runs(replace(given, exclude="left_out.json"), common)
     (tmp_path / "left_out.json").write_text("[3]")
     given = replace(given, exclude=str(tmp_path / "left_out.json"))
-    starts, runs = ablate.plan(given, common)
+    starts, runs = ablate.make_runs(given, common)
     assert {run.settings.run.test_questions for run in starts + runs} == {questions}
     (runs[0].folder / "best").mkdir(parents=True)
     words = ablate.evaluation_flags(runs[0], given, tmp_path / "evaluation.json")

@@ -29,7 +29,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 TEXTS = ["SELECT COUNT(*)  FROM singer WHERE age >= 350", "How many  singers  are older than 42 ?\n\n 7"]
 CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-BACK = {place: name for name, place in (gguf_file.NAMES | gguf_file.LAYER_NAMES).items()}
+BACK = {place: name for name, place in (gguf_file.TENSOR_NAMES | gguf_file.LAYER_NAMES).items()}
 
 
 @pytest.fixture(scope="module")

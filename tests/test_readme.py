@@ -162,7 +162,7 @@ def test_ablations_are_those_of_the_commands_shown(tmp_path, monkeypatch):
     for file in files:
         content = json.loads(file.read_text())
         assert f"python {content['command']}\n" in ABLATIONS + DENSE, f"{file.name} was made by {content['command']}"
-        starts, runs = ablate.plan(*ablate.parse_arguments(content["command"].split()[1:]))
+        starts, runs = ablate.make_runs(*ablate.parse_arguments(content["command"].split()[1:]))
         runs = [run for run in runs if run.cell not in NOT_YET_RUN.get(file.stem, ())]
         cells_now = list(dict.fromkeys(run.cell for run in starts + runs))  # k1 was a loss when this was measured
         assert cells_now == [cell for cell in content["runs"] if "k1" not in cell.split()]
@@ -231,7 +231,7 @@ def test_every_command_runs(command, workplace, monkeypatch):
         return
     monkeypatch.chdir(folder)
     if script == "ablate.py":
-        ablate.plan(*ablate.parse_arguments(words[2:]))  # tests/test_ablate.py runs it on a small grid
+        ablate.make_runs(*ablate.parse_arguments(words[2:]))  # tests/test_ablate.py runs it on a small grid
         return
     arguments = words[words.index(script) + 1:]
     if "--resume" in arguments:  # the run decides the rest

@@ -478,8 +478,8 @@ def test_a_name_has_one_colour_in_every_run():
 def test_the_statuses_are_those_that_occur():
     source = (ROOT / "sql_exec.py").read_text()
     styles = re.findall(r"\.s\d(?= \{ --c)", report.TEMPLATE.read_text())
-    assert len(styles) == report.COLOURS
-    assert all(f'"{name}"' in source for name in report.STATUSES if name != "format")
+    assert len(styles) == report.COLOUR_CLASSES
+    assert all(f'"{name}"' in source for name in report.SQL_FATES if name != "format")
 
 
 @pytest.mark.parametrize("count", [1, 2])
