@@ -23,6 +23,7 @@ from common import wording
 from common.errors import UserError, run_main
 from questions.example import Example
 from rewards import RewardBreakdown
+from rollout import Rollout
 from running.plot import nice_ticks
 from running.run_folder import RunFolder, rollout_records
 from sql_exec import SQLExecutor
@@ -249,7 +250,7 @@ def test_cells_that_differ_are_shown_differently_and_equal_ones_alike(tmp_path):
     for number, breakdown in enumerate(scored):
         example = Example(str(number), "cells", "q", (golds[number],))
         sampled = SimpleNamespace(completions=[[1]], truncated=[False])
-        folder.log("rollouts", rollout_records(1, [example], [sampled], [[breakdown]], (), torch.zeros(1, 1), {}))
+        folder.log("rollouts", rollout_records(1, [Rollout(example, sampled, [breakdown])], (), torch.zeros(1, 1), {}))
     folder.log("metrics", [metrics_of(1, kl=math.inf, grad_norm=math.nan)])
     for file in ("rollouts.jsonl", "metrics.jsonl"):
         for line in (run / file).read_text().splitlines():
