@@ -117,7 +117,7 @@ def test_what_the_dense_rewards_of_a_run_say(tmp_path):
               (3, other, [completion("a", False, atomic=0.5, memory=0.2, result=0.9),
                           completion("b", False, atomic=0.1, memory=0.2, result=0.3)])]
     config = parse_settings(["--rewards", "format,execution,atomic=0.5,memory=0.5,result=0.5", "--data-dir", str(tmp_path)])
-    said = dense.report(config.as_dict(), [{"step": step, "db_id": record["db_id"], "completions": completions}
+    said = dense.report_lines(config.as_dict(), [{"step": step, "db_id": record["db_id"], "completions": completions}
                                            for step, record, completions in groups])
     assert said == ["3 groups: 1 all wrong, 2 mixed",
                     "(1) spread, all wrong  format 0.000  execution 0.000  atomic 0.141  memory 0.000  result 0.212",
