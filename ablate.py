@@ -138,8 +138,7 @@ class AblateConfig:
     vary: tuple[str, ...] = ()  # FLAG=A,B,C, each a dimension of the grid
     command: str = ""           # as it was given, for ablation.json
 
-    def __post_init__(self):
-        check(self)
+    __post_init__ = check
 
 
 @dataclass(frozen=True)
@@ -619,10 +618,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[AblateConfig, list[str]]:
             raise UserError(f"{flag} is set by ablate.py for each run ({SET_HERE[name]})")
     output = Path("runs") / f"ablation-{getattr(given, 'grid', '') or 'own'}"
     values = {"output": output, "command": shlex.join(["ablate.py", *arguments])} | vars(given)
-    try:
-        return build(AblateConfig, values | {"vary": tuple(given.vary)}), common
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return build(AblateConfig, values | {"vary": tuple(given.vary)}), common
 
 
 def main() -> int:

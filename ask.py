@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError, run_main, sound
-from common.options import Parser, add_arguments, build, check, option
+from common.options import Parser, add_arguments, build, check, option, shared
 from common.wording import plural
 from data import Example, PromptBuilder, PromptConfig, Schema, read_schema, schema_columns
 from history import as_its_run, lineage, run_config_of, training_questions
@@ -58,19 +58,17 @@ class AskConfig:
     model: str = option("runs/demo/best", "an alias, a Hugging Face id or a local folder")
     database: str = option("", "the SQLite file to ask")
     samples: int = option(10, "candidates that vote; 1 is the greedy answer", at_least=1)  # also -n
-    temperature: float = option(1.0, "of sampling", above=0)
+    temperature: float = shared("temperature")
     vote: str = option("value-aware", "how the candidates vote", choices=VOTES)
     evidence: str = option("", "what the model should know besides the database, in your words")
     think: bool = option(False, "show the model's reasoning")
     rows: int = option(20, "rows of a result that are shown", at_least=1)
-    max_completion_tokens: int = option(512, "an answer is cut at this many tokens; of a policy trained here by "
-                                            "default as in its run", at_least=1)
-    lenient_format: bool | None = option(None, "also take SQL inside a code fence (default: as the run that made the "
-                                               "model)")
-    seed: int = option(0, "seed of sampling: the same question gets the same answer", at_least=0, at_most=2**32)
-    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
-    workers: int = option(2, "SQL worker processes", at_least=1)
-    timeout: float = option(10.0, "seconds a query may take", above=0, at_most=1e6)
+    max_completion_tokens: int = shared("max_completion_tokens")
+    lenient_format: bool | None = shared("lenient_format", " (default: as the run that made the model)")
+    seed: int = shared("seed", ": the same question gets the same answer", at_most=2**32)
+    threads: int = shared("threads")
+    workers: int = shared("workers", default=2)
+    timeout: float = shared("timeout", default=10.0)
     max_rows: int = option(10_000, "a longer result is refused as too large", at_least=1)
 
     def __post_init__(self):
@@ -456,11 +454,8 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, AskConfig, Prom
     add_arguments(parser, AskConfig)
     add_arguments(parser, PromptConfig)
     given = parser.parse_args(arguments)
-    try:
-        run = run_config_of(getattr(given, "model", AskConfig.model))
-        return given, build(AskConfig, as_its_run(vars(given), run)), prompt_config(vars(given), run)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    run = run_config_of(getattr(given, "model", AskConfig.model))
+    return given, build(AskConfig, as_its_run(vars(given), run)), prompt_config(vars(given), run)
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.options import option
+from common.options import check, option
 from data import PromptBuilder
 from engine import distributed
 from engine.fast import FAST
@@ -55,6 +55,8 @@ class SFTConfig:
     cold_start_lr: float = option(1e-5, "peak learning rate of the cold start", above=0)
     prompt_loss: float = option(0.0, "weight of the loss on prompt tokens; a policy from random weights learns to copy "
                                      "from them", at_least=0)
+
+    __post_init__ = check
 
 
 def taught_text(example, answer_format: AnswerFormat) -> str:

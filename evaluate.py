@@ -40,10 +40,9 @@ widened for few groups, as Student's intervals are; where all groups agree, they
 
 import argparse
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from textwrap import fill
 
@@ -51,7 +50,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError, as_json, check_folder, json_lines, run_main, write_text
-from common.options import HIGHEST_SEED, Parser, add_arguments, build, check, flag_of, option
+from common.options import Parser, add_arguments, build, check, flag_of, option, shared
 from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset
 from history import as_its_run, load_for_evaluation, run_config_of
 from prompts.answer_format import AnswerFormat
@@ -98,25 +97,23 @@ class EvaluateConfig:
     """What to evaluate and how."""
     model: str = option("", "a model to evaluate: an alias, a Hugging Face id or a local folder")
     predictions: str = option("", "or predicted SQL: Spider's lines, BIRD's .json, or a .jsonl")
-    data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl")
-    data_dir: str | None = option(None, "folder of the data and its databases")
+    data: str = shared("data")
+    data_dir: str | None = shared("data_dir")
     split: str = option("dev", "the split to evaluate on")
-    world: str = option("default", "world of the demo: default, or hard, where most traces above the simple tier "
-                                   "are wrong")
+    world: str = shared("world")
     limit: int = option(0, "only this many questions, the first; 0: all", at_least=0)
     exclude: str | None = option(None, "file with a JSON list of question ids to leave out")
-    samples: int = field(default=1, metadata={"at_least": 1})  # -n
+    samples: int = option(1, at_least=1)  # -n
     temperature: float | None = option(None, "of sampling; 0 is greedy (default: 1 with -n above 1, else 0)",
                                        at_least=0)
     vote: str = option("value-aware", "which answer counts; none: the greedy one", choices=(*VOTES, "none"))
     greedy: bool = option(True, "also give the greedy answer, beside the samples")
-    max_completion_tokens: int = option(512, "a completion is cut at this many tokens; of a policy trained here by "
-                                            "default as in its run", at_least=1)
-    batch: int = option(256, "completions decoded side by side", at_least=1)
-    lenient_format: bool | None = option(None, "also take SQL inside a code fence (default: as the run that made the "
-                                                "model; in --predictions no)")
-    seed: int = option(0, "seed of sampling, and of the demo world", at_least=0, at_most=HIGHEST_SEED)
-    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
+    max_completion_tokens: int = shared("max_completion_tokens")
+    batch: int = shared("batch")
+    lenient_format: bool | None = shared("lenient_format", " (default: as the run that made the model; in "
+                                                           "--predictions no)")
+    seed: int = shared("seed", ", and of the demo world")
+    threads: int = shared("threads")
     match: str = option(",".join(MATCHES), "comparisons, separated by commas")
     keep_distinct: bool = option(False, "let Spider's comparison keep DISTINCT")
     test_suite: bool = option(False, "compare on every .sqlite in a database's folder")
@@ -126,20 +123,17 @@ class EvaluateConfig:
     progress: str | None = option(None, "where to keep the work done so far (default: beside --json)")
     predictions_out: str | None = option(None, "write the answers: .sql as Spider, .json as BIRD, .jsonl")
     save_traces: str | None = option(None, "write correct answers with their reasoning, for train's --traces")
-    workers: int = option(os.cpu_count() or 1, "SQL worker processes", at_least=1)
-    timeout: float = option(30.0, "seconds a query may take", above=0, at_most=1e6)
+    workers: int = shared("workers")
+    timeout: float = shared("timeout", default=30.0)
     max_rows: int = option(1_000_000, "a longer result counts as too_large", at_least=1)
     memory_limit_mb: int = option(2048, "memory a SQL worker may take", at_least=16)
     gold_cache: str | None = option(None, "keep results of gold queries in this folder")
 
     def __post_init__(self):
+        check(self)
         if bool(self.predictions) == bool(self.model):
             raise UserError("give --predictions FILE or --model NAME, " + ("not both" if self.model else
                             "for there is nothing to evaluate"))
-        try:
-            check(self)
-        except ValueError as error:
-            raise UserError(str(error)) from error
         if self.samples > 1 and self.sampling_temperature < 1e-6:
             raise UserError(f"--temperature {self.temperature:g} cannot give {self.samples} sample(s)")
         if not self.matches or not set(self.matches) <= set(MATCHES):

@@ -57,44 +57,44 @@ def find(table: dict, name: str, what: str):
     return table[name]
 
 
-def _setting(default, text: str, **metadata):
-    return field(default=default, metadata={"help": text} | metadata)
+def option(default, help: str, **metadata):  # as in common/options.py: a field, its help text, its range or choices
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
     """The algorithm."""  # ValueError, naming the field, for a value that makes no sense
-    group_size: int = _setting(8, "completions sampled per question (G)", at_least=2, common=True)
-    temperature: float = _setting(1.0, "of sampling and of the log-probabilities", at_least=1e-6, common=True)
-    max_completion_tokens: int = _setting(512, "completions are truncated at this length", at_least=1, common=True)
-    clip_low: float = _setting(0.2, "the ratio is clipped below at 1 - clip_low", at_least=0)
-    clip_high: float = _setting(0.2, "the ratio is clipped above at 1 + clip_high (DAPO: 0.28)", at_least=0)
-    dual_clip: float = _setting(0.0, "where A < 0 the ratio is clipped above at this (usually 3); 0: not", at_least=0)
-    kl_coef: float = _setting(0.04, "weight of the KL to the reference; 0 needs no reference", at_least=0, common=True)
-    kl_estimator: str = _setting("k3", "per-token estimator of the KL in the loss", choices=("k2", "k3"))
-    loss: str = _setting("grpo", "how token losses are averaged; gspo: one ratio a completion; cispo: the ratio is a "
-                         "weight", choices=LOSSES, common=True)
-    advantage_scale: str = _setting("group", "whose std divides advantages; gdpo: each reward's in its group, then the "
-                                    "batch's", choices=ADVANTAGES)
-    sampler_cap: float = _setting(0.0, "a token weighs min(π / sampler's π, this) (TRL: 2); 0: it weighs 1", at_least=0)
-    sampler_veto: float = _setting(0.0, "drop completions with a larger |log(π / sampler's π)|; 0: none", at_least=0)
-    updates_per_rollout: int = _setting(1, "optimizer steps on each batch of rollouts", at_least=1)
-    micro_batch: int = _setting(0, "completions per forward pass of the update; 0: whole groups", at_least=0)
-    rollout_batch: int = _setting(256, "completions decoded side by side", at_least=1)
-    max_grad_norm: float = _setting(1.0, "gradients are clipped to this global norm; 0: they are not", at_least=0)
-    overlong: str = _setting("keep", "truncated completions: keep, mask in the loss, or penalise long ones (DAPO)",
-                             choices=("keep", "mask", "penalise"))
-    overlong_buffer: int = _setting(0, "tokens before the limit in which the penalty grows; 0: a fifth", at_least=0)
+    group_size: int = option(8, "completions sampled per question (G)", at_least=2, common=True)
+    temperature: float = option(1.0, "of sampling and of the log-probabilities", at_least=1e-6, common=True)
+    max_completion_tokens: int = option(512, "completions are truncated at this length", at_least=1, common=True)
+    clip_low: float = option(0.2, "the ratio is clipped below at 1 - clip_low", at_least=0)
+    clip_high: float = option(0.2, "the ratio is clipped above at 1 + clip_high (DAPO: 0.28)", at_least=0)
+    dual_clip: float = option(0.0, "where A < 0 the ratio is clipped above at this (usually 3); 0: not", at_least=0)
+    kl_coef: float = option(0.04, "weight of the KL to the reference; 0 needs no reference", at_least=0, common=True)
+    kl_estimator: str = option("k3", "per-token estimator of the KL in the loss", choices=("k2", "k3"))
+    loss: str = option("grpo", "how token losses are averaged; gspo: one ratio a completion; cispo: the ratio is a "
+                               "weight", choices=LOSSES, common=True)
+    advantage_scale: str = option("group", "whose std divides advantages; gdpo: each reward's in its group, then the "
+                                           "batch's", choices=ADVANTAGES)
+    sampler_cap: float = option(0.0, "a token weighs min(π / sampler's π, this) (TRL: 2); 0: it weighs 1", at_least=0)
+    sampler_veto: float = option(0.0, "drop completions with a larger |log(π / sampler's π)|; 0: none", at_least=0)
+    updates_per_rollout: int = option(1, "optimizer steps on each batch of rollouts", at_least=1)
+    micro_batch: int = option(0, "completions per forward pass of the update; 0: whole groups", at_least=0)
+    rollout_batch: int = option(256, "completions decoded side by side", at_least=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this global norm; 0: they are not", at_least=0)
+    overlong: str = option("keep", "truncated completions: keep, mask in the loss, or penalise long ones (DAPO)",
+                           choices=("keep", "mask", "penalise"))
+    overlong_buffer: int = option(0, "tokens before the limit in which the penalty grows; 0: a fifth", at_least=0)
 
     def __post_init__(self):
-        for setting in fields(self):
-            value, meta = getattr(self, setting.name), setting.metadata
+        for one in fields(self):
+            value, meta = getattr(self, one.name), one.metadata
             if isinstance(meta.get("choices"), dict):
-                find(meta["choices"], value, setting.name)
+                find(meta["choices"], value, one.name)
             elif "choices" in meta and value not in meta["choices"]:
-                raise ValueError(f"{setting.name} is '{value}'; choose one of {', '.join(meta['choices'])}")
+                raise ValueError(f"{one.name} is '{value}'; choose one of {', '.join(meta['choices'])}")
             if "at_least" in meta and not meta["at_least"] <= value < math.inf:
-                raise ValueError(f"{setting.name} is {value}; it must be a number, at least {meta['at_least']}")
+                raise ValueError(f"{one.name} is {value}; it must be a number, at least {meta['at_least']}")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from partial_credit.atomic import atomic_operations, atomic_reward, names_in, rarity, shape_atomic
-from partial_credit.memory import SCOPES, MemoryGate, Roles, TraceMemory, make_embedder
+from partial_credit.memory import SCOPES, MemoryGate, Roles, TraceMemory, check, make_embedder, option
 from prompts.answer_format import AnswerFormat, unwrap_fence
 from sql_exec import Comparison, Execution, Results, soft_f1
 
@@ -49,9 +49,6 @@ __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "Rewa
            "parse_completion", "parse_rewards", "readable", "rewards_apart", "shape_atomic", "soft_f1", "unwrap_fence"]
 
 COMPONENTS = ("format", "execution", "atomic", "memory", "result", "schema", "user")
-ATOMIC_WHEN = ("wrong", "runs", "fails")
-ATOMIC_WEIGHTS = ("equal", "rare")
-MEMORY_NAMES = ("written", "roles")
 MAX_ATOMIC = shape_atomic(1.0)  # φ(1) of the paper's shaping: the most that a wrong completion's SQL earns
 NEIGHBOURS = 2  # nearest traces that are kept of a wrong completion, for people to read
 MARGIN = 1e-6  # of the sum of all weights; by less, float32 could not tell correct from wrong
@@ -67,50 +64,33 @@ SIGNATURE = f"reward({', '.join(ARGUMENTS)})"
 class RewardConfig:
     """The rewards."""  # ValueError for weights or names that make no sense
 
-    rewards: str = field(default="format,execution,atomic,memory", metadata={
-        "help": "rewards that are summed, with optional weights: format,execution=2,atomic=0.5,memory", "common": True})
-    execution_runs: float = field(default=1.0, metadata={
-        "help": "what SQL that runs and is wrong earns in the execution reward, where the gold result earns 2; see "
-                "docs/results/dense-rewards.md",
-        "at_least": 0, "at_most": 1})
-    atomic_when: str = field(default="wrong", metadata={
-        "help": "which completions earn the atomic reward: all wrong ones, those that run, those that fail",
-        "choices": ATOMIC_WHEN})
-    atomic_weights: str = field(default="equal", metadata={
-        "help": "what an operation counts in the atomic reward: all alike, or the more the rarer it is in the training "
-                "questions", "choices": ATOMIC_WEIGHTS})
-    atomic_lambda: float = field(default=0.05, metadata={
-        "help": "lambda in the atomic reward for an overlap j, lambda j + (1 - lambda) beta j^gamma",
-        "at_least": 0, "at_most": 1})
-    atomic_beta: float = field(default=0.79, metadata={
-        "help": "beta in the atomic reward: what its power term adds at full overlap", "at_least": 0, "at_most": 1})
-    atomic_gamma: float = field(default=0.20, metadata={
-        "help": "gamma in the atomic reward: the smaller, the steeper it rises near 0", "at_least": 0, "at_most": 1})
-    lenient_format: bool = field(default=False, metadata={
-        "help": "also take SQL inside a code fence (--answer think-sql)", "common": True})
-    embedder: str = field(default="hash", metadata={
-        "help": "embeds reasoning: hash (no model), policy (that of step 0), or a Hugging Face encoder"})
-    memory_top_k: int = field(default=20, metadata={
-        "help": "this many of the nearest verified traces form the centroid", "at_least": 1})
-    memory_scope: str = field(default="other", metadata={
-        "help": "compare with traces of other databases, the same, or any", "choices": SCOPES})
-    memory_names: str = field(default="written", metadata={
-        "help": "names, numbers and quoted values in compared reasoning: as written, or replaced by their roles "
-                "(table, column, value)",
-        "choices": MEMORY_NAMES})
-    reward_module: str | None = field(default=None, metadata={
-        "help": "a Python file with a function reward(...), see docs/rewards.md; user=W in --rewards weighs it"})
+    rewards: str = option("format,execution,atomic,memory", "rewards that are summed, with optional weights: "
+                          "format,execution=2,atomic=0.5,memory", common=True)
+    execution_runs: float = option(1.0, "what SQL that runs and is wrong earns in the execution reward, where the gold "
+                                        "result earns 2; see docs/results/dense-rewards.md", at_least=0, at_most=1)
+    atomic_when: str = option("wrong", "which completions earn the atomic reward: all wrong ones, those that run, "
+                                       "those that fail", choices=("wrong", "runs", "fails"))
+    atomic_weights: str = option("equal", "what an operation counts in the atomic reward: all alike, or the more the "
+                                          "rarer it is in the training questions", choices=("equal", "rare"))
+    atomic_lambda: float = option(0.05, "lambda in the atomic reward for an overlap j, lambda j + (1 - lambda) beta "
+                                        "j^gamma", at_least=0, at_most=1)
+    atomic_beta: float = option(0.79, "beta in the atomic reward: what its power term adds at full overlap",
+                                at_least=0, at_most=1)
+    atomic_gamma: float = option(0.20, "gamma in the atomic reward: the smaller, the steeper it rises near 0",
+                                 at_least=0, at_most=1)
+    lenient_format: bool = option(False, "also take SQL inside a code fence (--answer think-sql)", common=True)
+    embedder: str = option("hash", "embeds reasoning: hash (no model), policy (that of step 0), or a Hugging Face "
+                                   "encoder")
+    memory_top_k: int = option(20, "this many of the nearest verified traces form the centroid", at_least=1)
+    memory_scope: str = option("other", "compare with traces of other databases, the same, or any", choices=SCOPES)
+    memory_names: str = option("written", "names, numbers and quoted values in compared reasoning: as written, or "
+                                          "replaced by their roles (table, column, value)",
+                               choices=("written", "roles"))
+    reward_module: str | None = option(None, "a Python file with a function reward(...), see docs/rewards.md; user=W "
+                                             "in --rewards weighs it")
 
     def __post_init__(self):
-        for name, choices in (("atomic_when", ATOMIC_WHEN), ("atomic_weights", ATOMIC_WEIGHTS),
-                              ("memory_scope", SCOPES), ("memory_names", MEMORY_NAMES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is '{getattr(self, name)}'; choose one of {', '.join(choices)}")
-        for name in ("execution_runs", "atomic_lambda", "atomic_beta", "atomic_gamma"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
-        if self.memory_top_k < 1:
-            raise ValueError(f"memory_top_k is {self.memory_top_k}; it must be at least 1")
+        check(self)
         failing, running = self.weights["atomic"] * self.shape(1.0), self.execution_runs * self.weights["execution"]
         if self.atomic_when == "fails" and failing > running:
             raise ValueError(f"with --atomic-when fails, wrong SQL can earn {failing:.2f} when it fails and only "

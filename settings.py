@@ -17,7 +17,7 @@ import variants  # noqa: F401 (all losses and advantages that flags can name)
 from cold_start import SFTConfig
 from common import options
 from common.errors import UserError, stored_settings
-from common.options import HIGHEST_SEED, option
+from common.options import HIGHEST_SEED, check, option, shared
 from data import PromptConfig
 from grpo import GRPOConfig
 from history import run_config_of
@@ -115,11 +115,10 @@ class RunConfig:
                                               "holds bf16 weights only", choices=("policy", "cpu"))
     plan: float | str | None = option(None, "print what memory the run will need and stop; with a number: on a card of "
                                             "this many GB", alone="here", above=0, common=True)
-    data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl", common=True)
-    data_dir: str | None = option(None, "folder of the data and its databases", common=True)
+    data: str = shared("data")
+    data_dir: str | None = shared("data_dir")
     split: str = option("train", "the split to train on")
-    world: str = option("default", "world of the demo: default, or hard, where most traces above the simple tier "
-                                   "are wrong")
+    world: str = shared("world")
     start: str | None = option(None, "begin with this checkpoint of an earlier run of --model, without a cold start; "
                                      "prompts are written as in that run")
     traces: str | None = option(None, "a .json or .jsonl whose records have a `trace`, for cold start and memory; "
@@ -148,8 +147,8 @@ class RunConfig:
     match: str = option("bird", "how results are compared with the gold result", choices=("bird", "spider"))
     empty_gold: str = option("keep", "training questions whose gold result has no rows", choices=("keep", "drop"))
     sql_workers: int = option(2, "processes that run SQL", at_least=1)
-    sql_timeout: float = option(5.0, "seconds a query may take", above=0, at_most=1e6)
-    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0, common=True)
+    sql_timeout: float = shared("timeout")
+    threads: int = shared("threads")
     verbose: int = option(0, "steps between printed groups, in colour; 0: none, without a number: 10", alone=10,
                          at_least=0)
     log: str = option("", "also send metrics to these trackers: tensorboard,wandb,trackio, whose packages it needs")
@@ -159,6 +158,8 @@ class RunConfig:
     sharding: str = option("auto", "spread parameters, gradients and optimizer state over processes (FSDP2); auto: on "
                                     "GPUs, without --lora-rank", choices=("auto", "on", "off"))
     resume: bool = option(False, "continue the run in the output folder from its newest checkpoint", common=True)
+
+    __post_init__ = check
 
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
@@ -231,14 +232,9 @@ def parse_settings(arguments: list[str], description: str = "", auto_rank: int =
     earlier = run_config_of(source) if source and not given.get("resume") else None
     if "template" in given:  # not what a resumed run kept of its own
         values["template_text"] = ""
-    try:
-        if earlier:  # its policy was taught with these prompts
-            values |= vars(prompt_config(given, earlier))
-        settings = Settings(*(options.build(config, values) for config in CONFIGS))
-        for part in vars(settings).values():
-            options.check(part)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if earlier:  # its policy was taught with these prompts
+        values |= vars(prompt_config(given, earlier))
+    settings = Settings(*(options.build(config, values) for config in CONFIGS))
     check_together(settings)
     check_source(settings.run, earlier)
     return settings

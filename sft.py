@@ -17,16 +17,15 @@ A trace is kept when
 """
 
 import argparse
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from common.errors import UserError, check_folder, json_lines, run_main, write_whole
-from common.options import HIGHEST_SEED, Parser, add_arguments, build, check, option
+from common.options import Parser, add_arguments, build, check, option, shared
 from data import PromptBuilder, PromptConfig, columns_of, load_dataset
 from history import as_its_run, run_config_of
 from partial_credit.memory import MemoryGate, TraceMemory, gate_for
@@ -49,30 +48,28 @@ class MineConfig:
 
     mine: str = option("", "write verified traces to this .jsonl file")
     model: str = option("", "the model to sample: an alias, a Hugging Face id or a folder")
-    data: str = option("demo", "demo, spider, bird, or your own .json or .jsonl")
-    data_dir: str | None = option(None, "folder of the data and its databases")
+    data: str = shared("data")
+    data_dir: str | None = shared("data_dir")
     split: str = option("train", "the split to mine")
-    world: str = option("default", "world of the demo: default, or hard, where most traces above the simple tier "
-                                   "are wrong")
+    world: str = shared("world")
     limit: int = option(0, "only this many questions, drawn by the seed; 0: all", at_least=0)
-    samples: int = field(default=8, metadata={"at_least": 1})  # -n
-    temperature: float = option(1.0, "of sampling", above=0)
-    max_completion_tokens: int = option(512, "a completion is cut at this many tokens; of a policy trained here by "
-                                            "default as in its run", at_least=1)
-    batch: int = option(256, "completions decoded side by side", at_least=1)
-    lenient_format: bool = option(False, "also take SQL inside a code fence; of a policy trained here by default as in "
-                                         "its run")
+    samples: int = option(8, at_least=1)  # -n
+    temperature: float = shared("temperature")
+    max_completion_tokens: int = shared("max_completion_tokens")
+    batch: int = shared("batch")
+    lenient_format: bool = shared("lenient_format", "; of a policy trained here by default as in its run",
+                                  default=False)
     max_per_question: int = option(2, "at most this many traces of a question", at_least=1)
     max_per_cell: int = option(20, "at most this many traces per database and difficulty", at_least=1)
     embedder: str = option("hash", "compares traces: hash (no model), policy (--model), or a Hugging Face "
                                    "encoder")
-    seed: int = option(0, "seed of sampling and choosing, and of the demo world", at_least=0,
-                       at_most=HIGHEST_SEED)
-    threads: int = option(0, "CPU threads of PyTorch; 0: PyTorch's choice", at_least=0)
-    workers: int = option(os.cpu_count() or 1, "SQL worker processes", at_least=1)
-    timeout: float = option(5.0, "seconds a query may take", above=0, at_most=1e6)
+    seed: int = shared("seed", " and choosing, and of the demo world")
+    threads: int = shared("threads")
+    workers: int = shared("workers")
+    timeout: float = shared("timeout")
 
     def __post_init__(self):
+        check(self)
         if not self.mine or not self.model:
             raise UserError("give --mine FILE and --model NAME: the file to write traces to and the model to sample")
         check_folder(self.mine)
@@ -146,14 +143,8 @@ def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfi
     for kind in kinds:
         add_arguments(parser, kind)
     given = vars(parser.parse_args(arguments))
-    try:
-        run = run_config_of(given["model"]) if given.get("model") else None
-        configs = (build(MineConfig, as_its_run(given, run)), build(MemoryGate, given), prompt_config(given, run))
-        for config in configs:
-            check(config)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return configs
+    run = run_config_of(given["model"]) if given.get("model") else None
+    return build(MineConfig, as_its_run(given, run)), build(MemoryGate, given), prompt_config(given, run)
 
 
 def why_none_verified(records: Sequence[dict], answer_format: AnswerFormat) -> str:

@@ -1,7 +1,9 @@
 """From frozen dataclasses to command-line flags and back, so that help text, documentation and code are one.
 
-A field `group_size: int = option(8, "completions a question", at_least=2)` becomes `--group-size N`. Files that import
-nothing of the project write the same metadata by hand: `field(default=8, metadata={"help": …, "at_least": 2})`.
+A field `group_size: int = option(8, "completions per question", at_least=2)` becomes `--group-size N`. A dataclass of
+settings calls `check` in its `__post_init__`, so that no value out of range ever exists; `build` makes it from flags.
+grpo.py and partial_credit/memory.py import nothing of the project, so each has few-line versions of `option` and
+`check`, by the same rules (rewards.py uses those of memory.py).
 
     help                      the text of `--help` and of the table of flags; a field without one is no flag
     choices                   the values it may have
@@ -33,11 +35,32 @@ OTHER_NAMES = {  # of our flags in other tools
     "--model-name-or-path": "--model", "--checkpoint": "--model", "--db": "--database", "--dataset-name": "--data",
     "--resume-from-checkpoint": "--resume", "--report-to": "--log", "--num-return-sequences": "--samples"}
 HIGHEST_SEED = 1_000_000  # seeds of samples are made of a seed and two numbers more, in 64 bits
+RANGE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
+SHARED = {  # settings that several commands have
+    "data": {"default": "demo", "help": "demo, spider, bird, or your own .json or .jsonl", "common": True},
+    "data_dir": {"default": None, "help": "folder of the data and its databases", "common": True},
+    "world": {"default": "default", "help": "world of the demo: default, or hard, where most traces above the simple "
+                                            "tier are wrong"},
+    "temperature": {"default": 1.0, "help": "of sampling", "above": 0},
+    "max_completion_tokens": {"default": 512, "help": "a completion is cut at this many tokens; of a policy trained "
+                                                      "here by default as in its run", "at_least": 1},
+    "lenient_format": {"default": None, "help": "also take SQL inside a code fence"},
+    "batch": {"default": 256, "help": "completions decoded side by side", "at_least": 1},
+    "seed": {"default": 0, "help": "seed of sampling", "at_least": 0, "at_most": HIGHEST_SEED},
+    "threads": {"default": 0, "help": "CPU threads of PyTorch; 0: PyTorch's choice", "at_least": 0, "common": True},
+    "workers": {"default": os.cpu_count() or 1, "help": "SQL worker processes", "at_least": 1},
+    "timeout": {"default": 5.0, "help": "seconds a query may take", "above": 0, "at_most": 1e6},
+}
 
 
-def option(default, help: str, **metadata):
+def option(default, help: str = "", **metadata):
     """A field of a settings dataclass: its default, its help text, and the metadata above."""
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata=metadata | ({"help": help} if help else {}))
+
+
+def shared(name: str, more: str = "", **other):
+    """The field of SHARED with that name; `more` ends its help text, `other` replaces its default or metadata."""
+    return option(**SHARED[name] | {"help": SHARED[name]["help"] + more} | other)
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,17 +90,21 @@ def unknown_argument(argument: str, flags: Iterable[str]) -> str:
     return f"there is no flag {name}" + (f"; did you mean {close[0]}?" if close else ": see --help")
 
 
-def check(config) -> None:
-    """Raises ValueError, naming the flag, for a value that is not among its choices or not in its range."""
-    for field in dataclasses.fields(config):
-        value, meta = getattr(config, field.name), field.metadata
+def check(config, values: typing.Mapping | None = None) -> None:
+    """Raises ValueError, naming the flag, for a value that is not among its choices or not in its range.
+
+    values: {field: value} to make a config of, where `config` is its class; else they are those of the config.
+    """
+    values = vars(config) if values is None else values
+    for field in (field for field in dataclasses.fields(config) if field.name in values):
+        value, meta = values[field.name], field.metadata
         if meta.get("choices") and value not in meta["choices"]:
             raise ValueError(f"{flag_of(field)} is '{value}'; choose one of {', '.join(map(str, meta['choices']))}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):
             raise ValueError(f"{flag_of(field)} is {value}; it must be a finite number")
-        for bound, holds in (("at_least", operator.ge), ("above", operator.gt), ("at_most", operator.le)):
+        for bound, holds in RANGE.items():
             if bound in meta and not holds(value, meta[bound]):
                 raise ValueError(f"{flag_of(field)} is {value}; it must be {bound.replace('_', ' ')} {meta[bound]}")
 
@@ -131,9 +158,14 @@ def help_of(field: dataclasses.Field) -> str:
 
 
 def build(config: type, values: dict):
-    """Makes a config from those of `values` that are its fields."""
+    """Makes a config from those of `values` that are its fields. Raises UserError, naming the flag, for a wrong one."""
     names = {field.name for field in dataclasses.fields(config)}
-    return config(**{name: value for name, value in values.items() if name in names})
+    own = {name: value for name, value in values.items() if name in names}
+    try:
+        check(config, own)  # before the config names a field
+        return config(**own)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _plain_type(annotation) -> type:

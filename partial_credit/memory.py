@@ -13,12 +13,13 @@ Importing this file needs numpy only; torch and transformers are imported by the
 
 import json
 import math
+import operator
 import re
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,26 @@ BLOCK = 256  # queries a matrix product, which bounds its memory
 # The paper's thresholds of what depends on how long traces are and how they name columns.
 PAPER_GATE = {"memory_min_words": 30, "memory_max_words": 2000, "memory_min_columns": 2, "memory_min_density": 0.05}
 CHOSEN = "chosen from the traces unless given"
+RANGE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
+
+
+# ---- settings, by the rules of common/options.py, which does not come along where this file is lifted
+
+
+def option(default, help: str, **metadata):
+    """A field of a settings dataclass: its default, its help text, its range or choices."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def check(config) -> None:
+    """Raises ValueError, naming the field, for a value that is not among its choices or not in its range."""
+    for one in fields(config):
+        value, meta = getattr(config, one.name), one.metadata
+        if "choices" in meta and value not in meta["choices"]:
+            raise ValueError(f"{one.name} is '{value}'; choose one of {', '.join(meta['choices'])}")
+        for bound, holds in RANGE.items():
+            if bound in meta and value is not None and not (math.isfinite(value) and holds(value, meta[bound])):
+                raise ValueError(f"{one.name} is {value}; it must be {bound.replace('_', ' ')} {meta[bound]}")
 
 
 @dataclass(frozen=True)
@@ -43,20 +64,20 @@ class MemoryGate:
     A threshold that is None is the paper's; `gate_for` first replaces it by one that fits the traces.
     """
 
-    memory_min_words: int | None = field(default=None, metadata={
-        "help": f"a stored thought has at least this many words; {CHOSEN}, at most 30", "at_least": 0})
-    memory_max_words: int | None = field(default=None, metadata={
-        "help": f"a stored thought has at most this many words; {CHOSEN}, at least 2000", "at_least": 1})
-    memory_min_columns: int | None = field(default=None, metadata={
-        "help": f"it mentions at least this many columns of the schema; {CHOSEN}, at most 2", "at_least": 0})
-    memory_min_density: float | None = field(default=None, metadata={
-        "help": f"it has at least this many column mentions a word; {CHOSEN}, at most 0.05", "at_least": 0})
-    memory_min_bigrams: float = field(default=0.6, metadata={
-        "help": "at least this share of its word pairs are different", "at_least": 0, "at_most": 1})
-    memory_max_cosine: float = field(default=0.9, metadata={
-        "help": "its nearest stored trace is less similar than this", "above": 0})
+    memory_min_words: int | None = option(None, "a stored thought has at least this many words; "
+                                                f"{CHOSEN}, at most 30", at_least=0)
+    memory_max_words: int | None = option(None, "a stored thought has at most this many words; "
+                                                f"{CHOSEN}, at least 2000", at_least=1)
+    memory_min_columns: int | None = option(None, "it mentions at least this many columns of the schema; "
+                                                  f"{CHOSEN}, at most 2", at_least=0)
+    memory_min_density: float | None = option(None, "it has at least this many column mentions a word; "
+                                                    f"{CHOSEN}, at most 0.05", at_least=0)
+    memory_min_bigrams: float = option(0.6, "at least this share of its word pairs are different",
+                                       at_least=0, at_most=1)
+    memory_max_cosine: float = option(0.9, "its nearest stored trace is less similar than this", above=0)
 
     def __post_init__(self):
+        check(self)
         least, most = self.memory_min_words, self.memory_max_words
         if least is not None and most is not None and least > most:
             raise ValueError(f"no thought has at least {least} words (--memory-min-words) and at most {most} "

@@ -83,10 +83,7 @@ class PromptConfig:
     template_text: str = ""  # what the file of `template` says, so that a run keeps it
 
     def __post_init__(self):
-        try:
-            check(self)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check(self)
         # A run writes down what holds, not `auto`; a frozen dataclass can be completed in no other way.
         if self.answer_style == "auto":
             answer = "think-sql" if self.template else OF_A_STYLE.get(self.style, "think-sql")

@@ -6,25 +6,24 @@ after `--max-skipped` in a row. Each sign that a policy no longer learns gives o
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from common.options import check, option
 
 
 @dataclass(frozen=True)
 class GuardConfig:
     """Guards."""
 
-    max_skipped: int = field(default=3, metadata={"help": "stop after this many steps without a finite gradient"})
-    warn_flat_steps: int = field(default=10, metadata={"help": "warn when all groups are flat for this many steps"})
-    warn_format_steps: int = field(default=3, metadata={"help": "warn when this many steps have no valid completion"})
-    warn_kl: float = field(default=1.0, metadata={"help": "warn when the KL to the reference is above this"})
-    warn_truncated: float = field(default=0.5, metadata={"help": "warn when this share of completions is truncated"})
-    warn_sampler_gap: float = field(default=0.1, metadata={
-        "help": "warn when a token's log-probabilities in sampling and in training differ by more, on average"})
+    max_skipped: int = option(3, "stop after this many steps without a finite gradient", above=0)
+    warn_flat_steps: int = option(10, "warn when all groups are flat for this many steps", above=0)
+    warn_format_steps: int = option(3, "warn when this many steps have no valid completion", above=0)
+    warn_kl: float = option(1.0, "warn when the KL to the reference is above this", above=0)
+    warn_truncated: float = option(0.5, "warn when this share of completions is truncated", above=0)
+    warn_sampler_gap: float = option(0.1, "warn when a token's log-probabilities in sampling and in training differ by "
+                                          "more, on average", above=0)
 
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above zero")
+    __post_init__ = check
 
 
 class Guards:

@@ -45,7 +45,7 @@ def test_combinations():
     (["--vary", "cold_start_steps=1,2"], "belongs to it"), (["--vary", "world=default,hard"], "belongs to it"),
     (["--grid", "kl", "--seeds", "0"], "--seeds is 0; it must be at least 1"), (["--grid", "kl", "--seed", "1"], "is set by"),
     (["--grid", "kl", "--output", "x", "--resume"], "is set by"), (["--vary", "data=a,b"], "belongs to it"),
-    (["--grid", "kl", "--group-size", "1"], "group_size is 1"), (["--vary", "rewards=format;exec"], "no reward 'exec'"),
+    (["--grid", "kl", "--group-size", "1"], "--group-size is 1; it must be at least 2"), (["--vary", "rewards=format;exec"], "no reward 'exec'"),
     (["--vary", "rewards=format,execution;format-execution"], "share a folder"),
     (["--grid", "nope"], "there is no grid nope"), (["--grid", "kl", "--jobs", "0"], "--jobs is 0"),
     (["--grid", "kl", "--samples", "1"], "--samples is 1"), (["--grid", "kl", "--questions", "-1"], "--questions is -1"),

@@ -51,7 +51,7 @@ def test_flat_steps_count_in_a_row():
 
 @pytest.mark.parametrize("name", ["max_skipped", "warn_flat_steps", "warn_kl", "warn_truncated", "warn_sampler_gap"])
 def test_a_guard_of_zero_is_refused(name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is 0; it must be above 0"):
         GuardConfig(**{name: 0})
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from common.options import check
 from partial_credit.memory import (
     HashEmbedder,
     MemoryGate,
@@ -182,11 +181,10 @@ def test_every_number_of_the_gate_states_its_range():
            "memory_min_bigrams": 1.5, "memory_max_cosine": 0.0}
     assert set(bad) == {one.name for one in fields(MemoryGate)}
     for name, value in bad.items():
-        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {value}; it must be"):
-            check(MemoryGate(**{"memory_min_words": 0, name: value}))
-        with pytest.raises(ValueError, match="finite|no thought has"):
-            check(MemoryGate(**{"memory_min_words": 0, name: float("nan")}))
-    check(MemoryGate())
+        for wrong in (value, float("nan")):
+            with pytest.raises(ValueError, match=f"{name} is {wrong}; it must be"):
+                MemoryGate(**{"memory_min_words": 0, name: wrong})
+    MemoryGate()
 
 
 def test_the_memory_needs_nothing_of_the_project(tmp_path):

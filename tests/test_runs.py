@@ -3,11 +3,12 @@
 import argparse
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from common.run_layout import checkpoint_of, checkpoints_of, final_policy, runs_
 from running import run_folder as runs
 from running import show
 from running.run_folder import RunFolder, load_state, replace_folder
-from settings import MAY_CHANGE_ON_RESUME, parse_settings
+from settings import CONFIGS, MAY_CHANGE_ON_RESUME, parse_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -285,6 +286,25 @@ def test_a_number_out_of_its_range_is_told_by_its_flag(values, told):
     Ranges()
     with pytest.raises(ValueError, match=told):
         Ranges(**values)
+
+
+@pytest.mark.parametrize("config, needed", [
+    *((config, {}) for config in CONFIGS), (evaluate.EvaluateConfig, {"model": "m"}), (ablate.AblateConfig, {}),
+    (ask.AskConfig, {"database": "d.sqlite"}), (sft.MineConfig, {"mine": "x.jsonl", "model": "m"})])
+def test_every_config_refuses_what_its_fields_rule_out(config, needed, tmp_path, monkeypatch):
+    """Whichever of the three versions of `check` it has: see common/options.py."""
+    monkeypatch.chdir(tmp_path)
+    config(**needed)
+    for one in (one for one in fields(config) if one.name not in needed):
+        meta = one.metadata
+        wrong = {"at_least": -1, "above": 0, "at_most": 1}  # added to the bound
+        values = [meta[bound] + step for bound, step in wrong.items() if bound in meta]
+        values += [math.nan, math.inf] if values else ["not this"] if "choices" in meta else []
+        for value in values:
+            with pytest.raises(ValueError, match=f"^({one.name}|{options.flag_of(one)}) is '?{value}'?; "):
+                config(**needed, **{one.name: value})
+            with pytest.raises(UserError, match=f"^{options.flag_of(one)} is '?{value}'?; "):
+                options.build(config, needed | {one.name: value})
 
 
 # ------------------------------------------------------------------------------- kills, full disks, odd places

@@ -124,7 +124,7 @@ def test_a_template_that_cannot_be_used_is_told_with_its_file(tiny_db, tmp_path,
 def test_a_template_that_is_not_there_is_told():
     with pytest.raises(UserError, match="gone.jinja"):
         PromptConfig(template="gone.jinja")
-    with pytest.raises(UserError, match="--prompt-style is 'long'; choose one of auto, full, compact, finer-sql, omnisql"):
+    with pytest.raises(ValueError, match="--prompt-style is 'long'; choose one of auto, full, compact, finer-sql, omnisql"):
         PromptConfig(style="long")
 
 

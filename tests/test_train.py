@@ -526,7 +526,7 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, small, small_run):
     new = ("--output", tmp_path / "new")
     done = subprocess.run([sys.executable, "train.py", "--group-size", "1", *new], cwd=ROOT, capture_output=True, text=True,
                           timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: group_size is 1") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("error: --group-size is 1") and done.stderr.count("\n") == 1
     assert "hf download Qwen/Qwen2.5-3B-Instruct" in sentence("--model", "qwen2.5-3b", *new)
     assert str(tmp_path / "none") in sentence("--data", "spider", "--data-dir", tmp_path / "none", *new)
     assert "needs --data-dir" in sentence("--data", "bird", *new)
