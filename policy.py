@@ -205,6 +205,11 @@ def prefers_bf16(parameters: int, gpu: bool) -> bool:
     return knows and parameters > BF16_PARAMETERS
 
 
+def computes_in_bf16(precision: str, parameters: float, gpu: bool) -> bool:
+    """What --precision means for a model of so many parameters."""
+    return precision == "bf16" or precision == "auto" and prefers_bf16(parameters, gpu)
+
+
 def load_for_sampling(name: str, threads: int = 0) -> Policy:
     """A policy on the GPU where there is one; threads 0 is PyTorch's choice.
 
@@ -219,11 +224,11 @@ def load_for_sampling(name: str, threads: int = 0) -> Policy:
     precision = (run_config_of(name) or {}).get("precision", "auto")
     name = unmerged(name)
     if torch.cuda.is_available():
-        rounded = precision == "bf16" or precision == "auto" and prefers_bf16(0, gpu=True)
+        rounded = computes_in_bf16(precision, 0, gpu=True)
         return load_policy(name, device="cuda", dtype=torch.bfloat16 if rounded else torch.float32)
     policy = load_policy(name)
     parameters = sum(weight.numel() for weight in policy.model.parameters())
-    rounded = precision == "bf16" or precision == "auto" and prefers_bf16(parameters, gpu=False)
+    rounded = computes_in_bf16(precision, parameters, gpu=False)
     for weight in policy.model.parameters() if rounded else ():  # not buffers: rotary positions stay exact
         weight.data = weight.data.bfloat16()
     return policy

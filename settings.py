@@ -23,7 +23,7 @@ from grpo import GRPOConfig
 from history import run_config_of
 from models import memory_plan
 from models.adapters import import_peft
-from policy import ADAPTERS, ALIASES, config_of, prefers_bf16
+from policy import ADAPTERS, ALIASES, computes_in_bf16, config_of
 from prompts.answer_format import AnswerFormat
 from prompts.builder import prompt_config
 from rewards import MemoryGate, RewardConfig
@@ -370,11 +370,6 @@ def rollout_room(s: Settings) -> tuple[int, int]:
     G, P = s.grpo.group_size, s.prompts.max_prompt_tokens
     together = memory_plan.side_by_side(s.run.prompts_per_step, G, s.grpo.rollout_batch)
     return together * P, together * (P + G * s.grpo.max_completion_tokens)
-
-
-def computes_in_bf16(precision: str, parameters: float, gpu: bool) -> bool:
-    """What --precision means for a model of so many parameters."""
-    return precision == "bf16" or precision == "auto" and prefers_bf16(parameters, gpu)
 
 
 def memory_planned_for(run: RunConfig) -> float:

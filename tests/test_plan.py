@@ -329,7 +329,7 @@ def test_the_copy_of_a_sharded_model_has_float32_embeddings_of_its_own(tied):
 
 
 def test_adapters_on_a_cpu_have_a_float32_base_unless_bf16_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setattr(settings, "prefers_bf16", lambda parameters, gpu: gpu or parameters > 20e6)  # as with AMX
+    monkeypatch.setattr(policies, "prefers_bf16", lambda parameters, gpu: gpu or parameters > 20e6)  # as with AMX
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for more, base, copied in (([], 4, 2), (["--precision", "bf16"], 2, 0), (["--plan", "24"], 2, 0)):
         shape, work = settings.planned(train.parse_settings(["--model", "qwen2.5-3b", "--lora-rank", "16", *more]))
