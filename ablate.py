@@ -45,7 +45,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -211,17 +211,16 @@ def make_runs(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], li
     common = ["--threads", str(max(1, free_cores() // given.jobs)), "--lora-rank", "0", "--draw", "epochs", *common]
     common += ["--test-questions", str(questions_held_back(parse_settings(common).run, given))]
 
-    def make(cell: str, seed: int, folder: str, **values: str) -> Run:
+    def make(cell: str, seed: int, folder: str, made_by: Run | None = None, **values: str) -> Run:
         path = given.output / f"seed-{seed}" / folder
         flags = [*common, "--seed", str(seed), "--output", str(path), *as_flags(values)]
-        return Run(cell, seed, path, tuple(flags), parse_settings(flags))
+        return Run(cell, seed, path, tuple(flags),
+                   parse_settings(flags, made_by=made_by and made_by.settings.as_dict()))
 
     starts = [make("start", seed, "start", steps="0", eval_every="0", **rewards_of_start(shared))
               for seed in range(given.seeds)]
-    runs = [make(cell, start.seed, folders[cell], start=str(checkpoint_of(start.folder, 0)), **flags_of[cell])
-            for start in starts for cell in cells]
-    prompts = starts[0].settings.prompts  # those of all starts, which all that begins with them takes over
-    runs = [replace(run, settings=replace(run.settings, prompts=prompts)) for run in runs]
+    runs = [make(cell, start.seed, folders[cell], start, start=str(start.folder / "checkpoints" / "step-0"),
+                 **flags_of[cell]) for start in starts for cell in cells]
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
             check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE, DEFAULTS_BEFORE)  # unlocked
@@ -355,19 +354,19 @@ def evaluated_split(run: RunConfig) -> str:
 
 
 def evaluation_flags(run: Run, given: AblateConfig, evaluation: Path) -> list[str]:
-    """evaluate.py's command line for a run: greedy answers count, and --samples at temperature 1 for the rest."""
+    """evaluate.py's command line for a run: greedy answers count, and --samples at temperature 1 for the rest.
+
+    evaluate.py itself asks a policy as in its run, except for --tables.
+    """
     s = run.settings
     values = {"model": final_policy(run.folder), "data": s.run.data, "split": evaluated_split(s.run),
               "world": s.run.world, "seed": s.run.seed, "match": s.run.match, "threads": s.run.threads, "vote": "none",
               "samples": given.samples, "temperature": 1.0, "limit": given.questions, "json": evaluation,
-              "max_completion_tokens": s.grpo.max_completion_tokens, "workers": s.run.sql_workers,
-              "timeout": s.run.sql_timeout, "gold_cache": given.output / "gold_cache"}
+              "tables": s.prompts.tables, "workers": s.run.sql_workers, "timeout": s.run.sql_timeout,
+              "gold_cache": given.output / "gold_cache"}
     flags = as_flags({name: str(value) for name, value in values.items()})
-    for field in (field for field in fields(s.prompts) if "help" in field.metadata):
-        flags += [flag_of(field), str(getattr(s.prompts, field.name))]
     flags += ["--data-dir", s.run.data_dir] if s.run.data_dir else []
-    flags += ["--exclude", given.exclude] if given.exclude else []
-    return flags + (["--lenient-format"] if s.rewards.lenient_format else [])
+    return flags + (["--exclude", given.exclude] if given.exclude else [])
 
 
 # ----------------------------------------------------------------------------------------------- measures

@@ -32,10 +32,11 @@ from common.errors import UserError, run_main, sound
 from common.options import Parser, add_arguments, build, check, option, shared
 from common.wording import plural
 from data import Example, PromptBuilder, PromptConfig, Schema, read_schema, schema_columns
-from history import as_its_run, lineage, run_config_of, training_questions
+from history import lineage, run_config_of, training_questions
 from prompts.answer_format import AnswerFormat
-from prompts.builder import full_schema, prompt_config
+from prompts.builder import full_schema
 from questions import demo_world
+from running.layers import fold, handed_on
 from scoring.voting import VOTES, Candidate, Exam, choose, rank_groups, sample_candidates
 from sql_exec import Execution, SQLExecutor
 
@@ -454,8 +455,8 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, AskConfig, Prom
     add_arguments(parser, AskConfig)
     add_arguments(parser, PromptConfig)
     given = parser.parse_args(arguments)
-    run = run_config_of(getattr(given, "model", AskConfig.model))
-    return given, build(AskConfig, as_its_run(vars(given), run)), prompt_config(vars(given), run)
+    values = fold(made_by=handed_on(run_config_of(getattr(given, "model", AskConfig.model))), flags=vars(given))
+    return given, build(AskConfig, values), build(PromptConfig, values)
 
 
 def main() -> int:

@@ -52,11 +52,11 @@ from tqdm import tqdm
 from common.errors import UserError, as_json, check_folder, json_lines, run_main, write_text
 from common.options import Parser, add_arguments, build, check, flag_of, option, shared
 from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset
-from history import as_its_run, load_for_evaluation, run_config_of
+from history import load_for_evaluation, run_config_of
 from prompts.answer_format import AnswerFormat
-from prompts.builder import prompt_config
 from questions.question_files import check_excluded, excluded
 from rewards import unwrap_fence
+from running.layers import fold, handed_on
 from scoring.answers import Examination, Progress, fingerprint, questions_hash, scores_of
 from scoring.compare import compare, print_comparison
 from scoring.predictions import load_predictions, save_predictions
@@ -301,7 +301,8 @@ def parse_arguments(arguments=None):
     if given.compare:
         return given, None, None
     run = run_config_of(given.model) if getattr(given, "model", None) else None
-    return given, build(EvaluateConfig, as_its_run(vars(given), run)), prompt_config(vars(given), run)
+    values = fold(made_by=handed_on(run), flags=vars(given))
+    return given, build(EvaluateConfig, values), build(PromptConfig, values)
 
 
 def refuse_idle_flags(given: argparse.Namespace) -> None:

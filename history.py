@@ -5,7 +5,7 @@ evaluated on questions that trained it or chose it, unless a note says so.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import astuple, replace
 from hashlib import sha256
 from pathlib import Path
@@ -28,13 +28,6 @@ def run_config_of(model: str) -> dict | None:
         return None
     found = map(stored_settings, runs_of(Path(model).resolve()))
     return next((config for config in found if config is not None), None)
-
-
-def as_its_run(given: Mapping, run: Mapping | None) -> dict:
-    """The given settings; where they are silent, completions are as long as in the run that made the model, and are
-    read as there."""
-    kinds, run = {"max_completion_tokens": int, "lenient_format": bool}, run or {}
-    return {name: run[name] for name, kind in kinds.items() if isinstance(run.get(name), kind)} | dict(given)
 
 
 def reported_split(name: str) -> str:

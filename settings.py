@@ -1,9 +1,8 @@
 """The settings of a run: every flag of train.py, what flags that are left out mean, and what of them is planned with.
 
-Flags that are given always win. What is left out comes from the run that is resumed, or from four layers: the
-dataclasses, the kind of model (KINDS), bf16 arithmetic (IN_BF16), and a recipe; how prompts are written, from the run
-that made the policy. The values for pretrained models are where others' runs usually start (LoRA takes about ten times
-the learning rate of full fine-tuning); none was tuned here.
+Flags that are given always win. What is left out comes from layers of defaults (running/layers.py), of which the kind
+of model (TINY, KINDS) and bf16 arithmetic (IN_BF16) stand here. The values for pretrained models are where others' runs
+usually start (LoRA takes about ten times the learning rate of full fine-tuning); none was tuned here.
 """
 
 import argparse
@@ -25,9 +24,9 @@ from models import memory_plan
 from models.adapters import import_peft
 from policy import ADAPTERS, ALIASES, computes_in_bf16, config_of
 from prompts.answer_format import AnswerFormat
-from prompts.builder import prompt_config
 from rewards import MemoryGate, RewardConfig
 from running.guards import GuardConfig
+from running.layers import PROMPTS, fold, handed_on
 from running.recipes import RECIPES, recipe_values
 from scoring.voting import Exam
 
@@ -211,42 +210,48 @@ def make_parser(description: str = "", show_all: bool = True) -> options.Parser:
     return parser
 
 
-def parse_settings(arguments: list[str], description: str = "", auto_rank: int = 0) -> Settings:
-    """Command line to settings; flags left out take the defaults above. Raises UserError.
+def parse_settings(arguments: list[str], description: str = "", auto_rank: int = 0,
+                   made_by: dict | None = None) -> Settings:
+    """Command line to settings; flags left out take the defaults of the layers. Raises UserError.
 
     auto_rank: what `--lora-rank auto` means for a pretrained model; `fit` chooses it.
+    made_by: the settings of the run that --start comes from, where it has not begun; else they are read there.
     """
     parsed = make_parser(description, show_all="--help-all" in arguments).parse_args(arguments)
     given = {name: value for name, value in vars(parsed).items() if value is not None}
     given = {"output": f"runs/{Path(given.get('data', 'demo')).stem}"} | given
-    defaults = settings_of_run(given["output"]) if given.get("resume") else {}
-    if not defaults:
-        model = given.get("model", "tiny")
-        config = None if model == "tiny" else config_of(model)
-        rank = given.get("lora_rank", auto_rank if config else 0)
-        kind = defaults_of_kind(config, lora=rank > 0, traces=bool(given.get("traces")))
-        bf16 = computes_in_bf16(given.get("precision", "auto"), parameters_of(config), torch.cuda.is_available())
-        recipe = recipe_values(given.get("recipe", "none"), parameters_of(config))
-        defaults = {"lora_rank": rank} | kind | (IN_BF16 if bf16 else {}) | recipe
-    values, source = defaults | given, str(given.get("start") or given.get("model", ""))
-    earlier = run_config_of(source) if source and not given.get("resume") else None
-    if "template" in given:  # not what a resumed run kept of its own
-        values["template_text"] = ""
-    if earlier:  # its policy was taught with these prompts
-        values |= vars(prompt_config(given, earlier))
+    source = str(given.get("start") or given.get("model", ""))
+    if not made_by and source and not given.get("resume"):
+        made_by = run_config_of(source)
+    values = fold(**layers_of(given, auto_rank, made_by))
     settings = Settings(*(options.build(config, values) for config in CONFIGS))
     check_together(settings)
-    check_source(settings.run, earlier)
+    check_source(settings.run, made_by)
     return settings
 
 
-def check_source(run: RunConfig, earlier: dict | None) -> None:
+def layers_of(given: dict, auto_rank: int, made_by: dict | None) -> dict[str, dict]:
+    """The layers of a training run's settings, for `fold`; arguments as of `parse_settings`, the flags read."""
+    resumed = settings_of_run(given["output"]) if given.get("resume") else {}
+    if resumed:
+        return {"resumed": resumed, "flags": given}
+    model = given.get("model", "tiny")
+    config = None if model == "tiny" else config_of(model)
+    parameters, rank = parameters_of(config), given.get("lora_rank", auto_rank if config else 0)
+    kind = defaults_of_kind(config, lora=rank > 0, traces=bool(given.get("traces")))
+    bf16 = computes_in_bf16(given.get("precision", "auto"), parameters, torch.cuda.is_available())
+    return {"kind": {"lora_rank": rank} | kind, "bf16": IN_BF16 if bf16 else {},
+            "recipe": recipe_values(given.get("recipe", "none"), parameters),
+            "made_by": handed_on(made_by, PROMPTS), "flags": given}  # it taught the policy these prompts
+
+
+def check_source(run: RunConfig, made_by: dict | None) -> None:
     """Raises UserError where the policy that a run begins with is not what its other settings are meant for.
 
-    earlier: the settings of the run that made this policy, if any.
+    made_by: the settings of the run that made this policy, if any.
     """
     source = run.start or run.model
-    before = (earlier or {}).get("model", run.model)
+    before = (made_by or {}).get("model", run.model)
     if run.start and (before == "tiny") != (run.model == "tiny"):
         raise UserError(f"--start {run.start} was trained from --model {before}, but this run has the defaults of "
                         f"--model {run.model}: give --model {before}")

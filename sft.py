@@ -27,13 +27,13 @@ from pathlib import Path
 from common.errors import UserError, check_folder, json_lines, run_main, write_whole
 from common.options import Parser, add_arguments, build, check, option, shared
 from data import PromptBuilder, PromptConfig, columns_of, load_dataset
-from history import as_its_run, run_config_of
+from history import run_config_of
 from partial_credit.memory import MemoryGate, TraceMemory, gate_for
 from policy import load_for_sampling
 from prompts.answer_format import AnswerFormat
-from prompts.builder import prompt_config
 from questions.example import Example
 from rewards import RewardConfig, build_memory
+from running.layers import fold, handed_on
 from scoring.answers import Examination, Progress, fingerprint
 from scoring.voting import Exam
 from sql_exec import SQLExecutor
@@ -144,7 +144,8 @@ def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfi
         add_arguments(parser, kind)
     given = vars(parser.parse_args(arguments))
     run = run_config_of(given["model"]) if given.get("model") else None
-    return build(MineConfig, as_its_run(given, run)), build(MemoryGate, given), prompt_config(given, run)
+    values = fold(made_by=handed_on(run), flags=given)
+    return tuple(build(kind, values) for kind in kinds)
 
 
 def why_none_verified(records: Sequence[dict], answer_format: AnswerFormat) -> str:

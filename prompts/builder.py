@@ -37,7 +37,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from common.errors import UserError
-from common.options import build, check, option
+from common.options import check, option
 from prompts.answer_format import ANSWER_STYLES, AnswerFormat
 from prompts.chat import chat_text
 from prompts.descriptions import described
@@ -58,7 +58,7 @@ from questions.schema import (
 )
 
 __all__ = ["PromptBuilder", "PromptConfig", "full_schema", "mentioned_tables", "needed_columns", "needed_tables",
-           "only_tables", "prompt_config", "space_out"]
+           "only_tables", "space_out"]
 
 SHORTENINGS = range(6)  # how far a prompt is shortened: 0 is the whole prompt
 OF_A_STYLE = {"omnisql": "fence"}  # how the answers to a shipped style are written, where not as think-sql
@@ -96,17 +96,6 @@ class PromptConfig:
         """The names of `tables`; one with a comma in it stands in double quotes."""
         names = next(csv.reader([self.tables], skipinitialspace=True), [])
         return [name.strip() for name in names if name.strip()]
-
-
-def prompt_config(given: Mapping, run: Mapping | None = None) -> PromptConfig:
-    """The given settings; where they are silent, those of the run that made the model (but for its tables)."""
-    earlier = {}
-    if run:
-        earlier = {"descriptions": "off"}  # of runs older than the setting
-        earlier |= {name: run[name] for name in vars(PromptConfig()) if name in run and name != "tables"}
-        if "style" in given or "template" in given:
-            earlier = {name: value for name, value in earlier.items() if name not in ("template", "template_text")}
-    return build(PromptConfig, earlier | dict(given))
 
 
 class PromptBuilder:

@@ -75,6 +75,19 @@ def test_runs_are_measured_with_the_prompts_of_their_start(tmp_path):
     assert {(run.settings.prompts.style, run.settings.prompts.max_prompt_tokens) for run in starts + runs} == {("compact", 77)}
 
 
+def test_runs_are_measured_as_they_were_trained(tmp_path):
+    (tmp_path / "own.jinja").write_text("{{ question }}")
+    given, common = ablate.parse_arguments([
+        "--grid", "kl", "--seeds", "1", "--output", str(tmp_path), "--prompt-template", str(tmp_path / "own.jinja"),
+        "--answer", "fence", "--tables", 'a,"b, c"', "--max-completion-tokens", "77", "--lenient-format"])
+    run = ablate.plan(given, common)[1][1]
+    (run.folder / "checkpoints" / "step-3").mkdir(parents=True)
+    (run.folder / "config.json").write_text(json.dumps(run.settings.as_dict()))
+    _, config, prompts = evaluate.parse_arguments(ablate.evaluation_flags(run, given, tmp_path / "evaluation.json"))
+    assert prompts == run.settings.prompts and prompts.template_text == "{{ question }}"
+    assert (config.max_completion_tokens, config.lenient_format, config.vote) == (77, True, "none")
+
+
 @pytest.mark.parametrize("output, why", [(__file__, "File exists"), (f"{__file__}/sub", "Not a directory")])
 def test_an_output_that_cannot_be_is_refused_before_any_work(output, why, monkeypatch):
     monkeypatch.setattr(ablate, "perform", None)

@@ -31,7 +31,7 @@ from engine import bf16, packing
 from engine.fast import checkpointed
 from engine.offload import CPUAdamW
 from models import adapters, memory_plan, model_files, published
-from running import recipes
+from running import layers, recipes
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -439,6 +439,40 @@ def test_the_recipe_of_the_paper(model, name):
     assert set(s.rewards.weights.values()) <= {0.0, 1.0} and s.as_dict()["recipe"] == name
     given = train.parse_settings(["--model", model, "--recipe", name, "--group-size", "4", "--kl-coef", "0"])
     assert (given.grpo.group_size, given.grpo.kl_coef, given.run.lr) == (4, 0.0, 8e-6)
+
+
+def test_each_layer_of_defaults_wins_over_those_before_it(tmp_path):
+    made_by = parse_settings_as_json(["--prompt-style", "finer-sql", "--sample-values", "1", "--tables", "a", "--lr", "1"])
+    flags = ["--model", "qwen2.5-0.5b", "--precision", "bf16", "--output", str(tmp_path)]
+
+    def values(*more, made_by=None):
+        s = settings.parse_settings([*flags, *more], made_by=made_by)
+        return s.run.lr, s.grpo.sampler_cap, s.prompts.style, s.prompts.max_prompt_tokens, s.prompts.sample_values, s.prompts.tables
+
+    by_kind = values()
+    assert by_kind == (2e-6, 2.0, "auto", 2048, 3, "")  # dataclass < kind < bf16
+    assert values("--recipe", "laptop") == (2e-5, 2.0, "compact", 512, 3, "")
+    handed_on = values("--recipe", "laptop", made_by=made_by | {"max_prompt_tokens": 99})  # its prompts alone, for any table
+    assert handed_on == (2e-5, 2.0, "finer-sql", 99, 1, "")
+    given = values("--recipe", "laptop", "--prompt-style", "full", "--lr", "3e-5", made_by=made_by)
+    assert given == (3e-5, 2.0, "full", 2048, 1, "")
+    resumed = {"data": "demo", "lr": 0.5, "style": "omnisql"}  # all others as they were before they were settings
+    (tmp_path / "config.json").write_text(json.dumps(resumed))
+    assert values("--recipe", "laptop", "--resume", "--sample-values", "2") == (0.5, 0.0, "omnisql", 2048, 2, "")
+    assert list(layers.fold(flags={"a": 3}, kind={"a": 1, "b": 1}, recipe={"b": 2}).items()) == [("a", 3), ("b", 2)]
+
+
+def test_a_prompt_style_replaces_the_template_of_the_layers_before_it():
+    below = {"style": "auto", "template": "p.jinja", "template_text": "x"}
+    for flags, wanted in (({"seed": 1}, below | {"seed": 1}), ({"style": "full"}, {"style": "full"}),
+                          ({"template": "q.jinja"}, {"style": "auto", "template": "q.jinja"})):
+        for name in ("made_by", "resumed"):
+            assert layers.fold(**{name: below}, flags=flags) == wanted
+
+
+def parse_settings_as_json(flags):
+    """The settings of a run as another reads them in its config.json."""
+    return json.loads(json.dumps(settings.parse_settings(flags).as_dict()))
 
 
 def test_resuming_needs_no_flag_but_the_folder(tmp_path):

@@ -12,14 +12,15 @@ from test_data import CHAT, word_tokenizer
 from test_prompts import HOSTILE, chat_tokenizer, database
 
 from common.errors import UserError
+from common.options import build
 from data import Example, PromptBuilder, PromptConfig, load_dataset
 from prompts.answer_format import ANSWER_STYLES
-from prompts.builder import prompt_config
 from prompts.descriptions import described, natural_names
 from prompts.plain_text import control_tokens
 from prompts.prompt_template import STYLES, VARIABLES
 from prompts.schema_text import OMNISQL, full_schema
 from questions.schema import Hint, read_schema, value_index
+from running.layers import fold, handed_on
 from scoring.answers import verified_traces
 from scoring.verdicts import ExampleScore
 from scoring.voting import Candidate
@@ -351,6 +352,10 @@ def test_a_model_is_prompted_as_its_run_prompted_it(tiny_db, tmp_path):
     run = parse_settings(["--prompt-template", file, "--answer", "think-answer", "--tables", "singer", "--sample-values", "2"]).as_dict()
     run = json.loads(json.dumps(run))
     Path(file).write_text("{{ question }} of another day")
+
+    def prompt_config(given, run=None):
+        return build(PromptConfig, fold(made_by=handed_on(run), flags=given))
+
     config = prompt_config({}, run)
     assert (config.answer_style, config.sample_values, config.tables) == ("think-answer", 2, "")
     assert builder(tiny_db, template=config.template, template_text=config.template_text).template_text.endswith("of the run")
