@@ -219,7 +219,7 @@ def make_runs(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], li
 
     starts = [make("start", seed, "start", steps="0", eval_every="0", **rewards_of_start(shared))
               for seed in range(given.seeds)]
-    runs = [make(cell, start.seed, folders[cell], start, start=str(start.folder / "checkpoints" / "step-0"),
+    runs = [make(cell, start.seed, folders[cell], start, start=str(checkpoint_of(start.folder, 0)),
                  **flags_of[cell]) for start in starts for cell in cells]
     for run in starts + runs:
         if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
