@@ -133,6 +133,17 @@ def advantages_of(rewards: Sequence[Sequence[RewardBreakdown]], weights: RewardC
     return advantages
 
 
+def step_advantages(rollouts: Sequence[Rollout], s: Settings) -> Tensor:
+    """The advantages of a step's rollouts. -> [B, G]
+
+    With --dynamic-sampling those of groups that are not mixed are 0: it goes by execution accuracy, not by the shaped
+    reward, which differs among wrong completions."""
+    advantages = advantages_of([rollout.rewards for rollout in rollouts], s.rewards, s.grpo)
+    if s.run.dynamic_sampling:
+        advantages[[not rollout.mixed for rollout in rollouts]] = 0.0
+    return advantages
+
+
 def penalise(rewards: Sequence[Sequence[RewardBreakdown]], penalties: Tensor) -> list[list[RewardBreakdown]]:
     """The rewards [B][G] with a penalty [B, G] in their totals, which is logged as `overlong`."""
     return [[replace(b, total=b.total + penalty, overlong=penalty) for b, penalty in zip(row, values, strict=True)]

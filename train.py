@@ -68,7 +68,7 @@ from rewards import (
     build_rarity,
     load_reward_module,
 )
-from rollout import Question, Rollout, RolloutMaker, advantages_of, print_first_reasons, print_unreadable
+from rollout import Question, Rollout, RolloutMaker, print_first_reasons, print_unreadable, step_advantages
 from running import show
 from running.drawing import Drawing
 from running.guards import Guards, Heartbeat, describe_step
@@ -286,23 +286,18 @@ class Trainer:
         """One GRPO step: sample → score → advantages → update."""
         s, record = self.s, StepRecord()
         record.rollouts, record.sampled = self.rollout_maker.make(record.timed)  # B questions, G completions each
-        advantages = advantages_of([rollout.rewards for rollout in record.rollouts], s.rewards, s.grpo)  # [B, G]
-        if s.run.dynamic_sampling:  # by execution accuracy, not by the shaped reward, which differs among wrong ones
-            advantages[[not rollout.mixed for rollout in record.rollouts]] = 0.0
-        batches = self.passes([rollout.group for rollout in record.rollouts], advantages)
-        with record.timed("reference"), self.autocast(cache=False):
-            if self.reference:
-                with self.reference.active(self.device) as model:
-                    reference_logprobs(model, batches, s.grpo, ENGINES[s.run.engine])  # never sharded
+        record.advantages = step_advantages(record.rollouts, s)  # [B, G]
+        batches = self.passes(record)
+        with record.timed("reference"):
+            self.compute_reference(batches)
         with record.timed("update"):
             self.set_learning_rate()
-            watched = self.watch_tokens(record.rollouts, advantages)
+            watched = self.watch_tokens(record)
             with self.autocast(cache=False):
                 record.stats = distributed.policy_update(self.policy.model, self.optimizer, batches, s.grpo,
                                                          self.engine)
-            self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
+            self.optimizer.zero_grad(set_to_none=True)  # sampling needs the gradients' memory
             record.token_ratios = {number: watch.ratios() for number, watch in watched.items()}
-        record.advantages = advantages
         return record
 
     def log(self, record: StepRecord) -> dict:
@@ -354,21 +349,28 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- a step's verbs
 
-    def passes(self, groups: list, advantages: torch.Tensor) -> list[MicroBatch]:
+    def passes(self, record: StepRecord) -> list[MicroBatch]:
         """What goes through the model together in the update: some completions of a group with --micro-batch, else as
         many whole groups as --tokens-per-pass allows and leave every process something to do; this process's part."""
-        s, batches = self.s, micro_batches(groups, advantages, self.s.grpo)
+        s, groups = self.s, [rollout.group for rollout in record.rollouts]
+        batches = micro_batches(groups, record.advantages, s.grpo)
         if not s.grpo.micro_batch and s.run.engine != "plain":
             batches = join(batches, s.grpo, self.pass_tokens, distributed.size())
         return distributed.divide(batches, s.grpo)
 
-    def watch_tokens(self, rollouts: list[Rollout], advantages: torch.Tensor) -> dict[int, TokenWatch]:
+    def compute_reference(self, batches: list[MicroBatch]) -> None:
+        """Gives the micro-batches the reference's log-probabilities, where there is a reference."""
+        if self.reference:
+            with self.autocast(cache=False), self.reference.active(self.device) as model:
+                reference_logprobs(model, batches, self.s.grpo, ENGINES[self.s.run.engine])  # never sharded
+
+    def watch_tokens(self, record: StepRecord) -> dict[int, TokenWatch]:
         """{number: watch} of the rollout whose tokens' ratios rollouts.jsonl gets; of none in most steps."""
         run = self.s.run
         if not run.token_ratios_every or self.step % run.token_ratios_every and self.step != run.steps:
             return {}
-        widest = widest_group(advantages)
-        return {widest: TokenWatch(self.policy, rollouts[widest].group, self.s.grpo, self.engine,
+        widest = widest_group(record.advantages)
+        return {widest: TokenWatch(self.policy, record.rollouts[widest].group, self.s.grpo, self.engine,
                                    partial(self.autocast, cache=False))}
 
     def learning_rate(self, steps: int | None = None) -> float:
