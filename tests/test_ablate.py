@@ -80,7 +80,7 @@ def test_runs_are_measured_as_they_were_trained(tmp_path):
     given, common = ablate.parse_arguments([
         "--grid", "kl", "--seeds", "1", "--output", str(tmp_path), "--prompt-template", str(tmp_path / "own.jinja"),
         "--answer", "fence", "--tables", 'a,"b, c"', "--max-completion-tokens", "77", "--lenient-format"])
-    run = ablate.plan(given, common)[1][1]
+    run = ablate.make_runs(given, common)[1][1]
     (run.folder / "checkpoints" / "step-3").mkdir(parents=True)
     (run.folder / "config.json").write_text(json.dumps(run.settings.as_dict()))
     _, config, prompts = evaluate.parse_arguments(ablate.evaluation_flags(run, given, tmp_path / "evaluation.json"))
