@@ -39,7 +39,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(RESULTS.glob("*
 COMMANDS = {  # module: how it is called
     "train": "python train.py", "evaluate": "python evaluate.py", "ask": "python ask.py",
     "sft": "python sft.py --mine FILE", "ablate": "python ablate.py", "report": "python report.py",
-    "running.show": "python -m running.show"}
+    "running.show": "python -m running.show", "questions.text2sql_data": "python -m questions.text2sql_data"}
 CORES = {("evaluate", "workers"), ("sft", "workers")}  # defaults that are the number of CPU cores
 EXAMPLE = ["--model", "qwen2.5-3b", "--data", "bird", "--plan", "80"]  # of `needs`; a number makes it a card's plan
 SIZES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")  # of `lengths`

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import tiny_database
 from little_policy import LESSONS, little_policy_folder
+from test_text2sql_data import tiny_clone
 
 import ablate
 import grpo
@@ -46,7 +47,7 @@ SMALLER = {  # appended to a command, so that it takes a second or two
                 "--max-completion-tokens 12 --test-questions 0 --save-every 0 --threads 1 --sql-workers 1",
     "evaluate.py": "--workers 1", "ask.py": "-n 100 --max-completion-tokens 24 --workers 1",
     "sft.py": "--max-completion-tokens 24 --workers 1 --memory-min-words 2 --memory-min-columns 0 --memory-min-density 0",
-    "report.py": "", "running.show": "--step 1"}
+    "report.py": "", "running.show": "--step 1", "questions.text2sql_data": ""}
 
 
 def commands():
@@ -180,7 +181,8 @@ def test_ablations_are_those_of_the_commands_shown(tmp_path, monkeypatch):
 
 
 def test_commands_of_every_program_are_found():
-    assert {"train.py", "evaluate.py", "ask.py", "sft.py", "ablate.py", "report.py", "running.show"} <= {
+    assert {"train.py", "evaluate.py", "ask.py", "sft.py", "ablate.py", "report.py", "running.show",
+            "questions.text2sql_data"} <= {
         word for command in commands() for word in command.split()}
     assert commands()[:2] == ["make demo", "make test"]
 
@@ -201,6 +203,7 @@ def workplace(tmp_path_factory):
     (folder / "FILE").write_text("".join(f"{record['query']}\n" for record in records))
     (folder / "my_rewards.py").write_text(OWN_REWARD)
     (folder / "my.jinja").write_text(OWN_TEMPLATE)
+    tiny_clone(folder / "text2sql-data")
     scores = {"examples": [{"id": "1", "db_id": "music", "gold_status": "ok", "bird": 1}]}
     for name in ("A.json", "B.json"):
         (folder / name).write_text(json.dumps(scores))
@@ -223,7 +226,7 @@ def test_every_command_runs(command, workplace, monkeypatch):
     if words[0] in ("make", "pip"):
         assert_named_in_makefile(words)
         return
-    script = next(word for word in words if word.endswith(".py") or word == "running.show")
+    script = next(word for word in words if word.endswith(".py") or word in SMALLER)
     if script.startswith(("bench/", "docs/")) or script == "minimal.py":  # tests/test_minimal.py runs it
         assert (ROOT / script).is_file()
         return
