@@ -16,7 +16,8 @@ from conftest import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import UserError, parse_json, write_whole
+from common.errors import UserError
+from common.options import build, parse_json, write_whole
 from data import (
     Dataset,
     Example,
@@ -1018,10 +1019,13 @@ def test_style_follows_the_tokenizer_unless_told(tiny_db):
     assert builder(tiny_db, style="full").text(example()).endswith("Answer:\n")
 
 
-@pytest.mark.parametrize("config", [{"style": "long"}, {"sample_values": 6}, {"max_prompt_tokens": 0}])
-def test_bad_prompt_settings(config):
-    with pytest.raises(UserError):
+@pytest.mark.parametrize("config, flag", [({"style": "long"}, "--prompt-style is 'long'"), ({"sample_values": 6}, "--sample-values is 6"),
+                                          ({"max_prompt_tokens": 0}, "--max-prompt-tokens is 0")])
+def test_bad_prompt_settings(config, flag):
+    with pytest.raises(ValueError, match=flag):
         PromptConfig(**config)
+    with pytest.raises(UserError, match=flag):
+        build(PromptConfig, config)
 
 
 def test_gold_never_influences_a_prompt(tiny_db):
