@@ -1,4 +1,4 @@
-"""What a user did wrong, in one sentence, and readers of text files that report faults in this way.
+"""Errors of the user, each reported in one sentence, and readers and writers of files that raise them.
 
 A script's `main` runs in `run_main`, which turns a `UserError` into one line on stderr and exit status 2.
 """
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # Python joins the pairs that mean a character
-ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes a half of such a pair
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")  # Python joins the pairs that encode a character
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of such a pair, as JSON escapes it
 
 
 class UserError(Exception):
@@ -26,7 +26,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     write_any_text()
     try:
         status = main()
-        if sys.stdout:  # None where the shell closed it
+        if sys.stdout:  # None if the shell closed it
             sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -35,20 +35,20 @@ def run_main(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
-        sys.exit(141)  # as a shell says of a program that the pipe's signal ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards what is left in the buffer
+        sys.exit(141)  # a shell's status for a program that SIGPIPE ended
     sys.exit(status or 0)
 
 
 def write_any_text() -> None:
-    """Lets stdout and stderr escape what their encoding lacks, so that no output ends a run."""
+    """Makes stdout and stderr escape characters that their encoding lacks, so that no output ends a run."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's or a test's stream takes any text
             stream.reconfigure(errors="backslashreplace")
 
 
 def sound(text: str) -> str:
-    """The text with lone surrogates replaced by U+FFFD: no file, tokenizer or database takes them.
+    """The text with lone surrogates replaced by U+FFFD, because no file, tokenizer or database accepts them.
 
     They come from JSON ("\\ud800") and from command-line arguments that are not UTF-8.
     """
@@ -56,7 +56,7 @@ def sound(text: str) -> str:
 
 
 def read_text(file: Path) -> str:
-    """A text file; whatever hinders reading it is a UserError."""
+    """The text of a file. Raises UserError if it cannot be read."""
     try:
         return Path(file).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -66,7 +66,7 @@ def read_text(file: Path) -> str:
 
 
 def parse_json(text: str, file, line: int | None = None):
-    """The JSON value of a file, or of one line of it, with sound texts; an error names the line."""
+    """The JSON value of a file, or of one line of it, with every string `sound`. Raises UserError, naming the line."""
     try:
         value = json.loads(text)
         return _sound_value(value) if ESCAPED_SURROGATE.search(text) else value
@@ -79,7 +79,7 @@ def parse_json(text: str, file, line: int | None = None):
 
 
 def _sound_value(value):
-    """The same JSON value, each text in it sound."""
+    """The same JSON value with every string `sound`."""
     if isinstance(value, str):
         return sound(value)
     if isinstance(value, list):
@@ -90,7 +90,7 @@ def _sound_value(value):
 
 
 def as_json(value, **how) -> str:
-    """A value as JSON that every reader takes: null for Infinity and NaN, which Python would write bare."""
+    """A value as JSON that every parser accepts: null in place of Infinity and NaN."""
     try:
         return json.dumps(value, allow_nan=False, **how)
     except ValueError:
@@ -98,7 +98,7 @@ def as_json(value, **how) -> str:
 
 
 def _finite(value):
-    """The same value with null for each number that JSON cannot say."""
+    """The same value with None for every number that JSON cannot represent."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -107,12 +107,12 @@ def _finite(value):
 
 
 def json_lines(records: Iterable[dict]) -> str:
-    """One JSON record a line."""
+    """One JSON record per line."""
     return "".join(as_json(record) + "\n" for record in records)
 
 
 def write_text(file, text: str) -> None:
-    """Write a file; what hinders it is a UserError."""
+    """Writes a file. Raises UserError if it cannot be written."""
     try:
         Path(file).write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
@@ -120,7 +120,7 @@ def write_text(file, text: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new one, never a part; what hinders it is a UserError."""
+    """Writes a file so that a reader sees the old text or the new one. Raises UserError if it cannot be written."""
     scratch = path.with_name(f".new-{path.name}")
     try:
         with open(scratch, "w", encoding="utf-8", errors="replace") as file:
@@ -135,7 +135,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Forces a file's or folder's content onto the disk."""
+    """Flushes the content of a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -144,15 +144,15 @@ def flush(path: Path) -> None:
 
 
 def check_folder(file) -> None:
-    """A file that cannot be written is said before the work, not after: it is opened, and left as it was."""
-    path = Path(file).resolve()  # of a link, what it names
+    """Raises UserError if a file cannot be written, to report it before the work; the file stays unchanged."""
+    path = Path(file).resolve()  # the target of a link
     try:
         if not path.parent.is_dir():
             raise UserError(f"cannot write {file}: its folder does not exist")
         if path.is_dir():
             raise UserError(f"cannot write {file}: it is a folder; name a file in it")
         is_new = not path.exists()
-        if is_new or path.is_file():  # a pipe would wait for its reader
+        if is_new or path.is_file():  # opening a pipe would wait for its reader
             open(path, "ab").close()
         if is_new:
             path.unlink()
@@ -161,19 +161,19 @@ def check_folder(file) -> None:
 
 
 def visible(text: str) -> str:
-    """The text with every character that would not show itself written out: NUL becomes ‹U+0000›."""
+    """The text with unprintable characters written out: NUL becomes ‹U+0000›."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else f"‹U+{ord(c):04X}›" for c in text)
 
 
 def is_config_of_run(config) -> bool:
-    """Whether the content of a config.json is a training run's; a model's folder has a file of that name, too."""
+    """Whether the content of a config.json is that of a training run; the folder of a model also has such a file."""
     return isinstance(config, dict) and isinstance(config.get("data"), str) and "model_type" not in config
 
 
 def stored_settings(folder: Path) -> dict | None:
-    """The settings of the training run in a folder; None where there is none, or its config.json cannot be read."""
+    """The settings of the training run in a folder; None if there is none, or its config.json is unreadable."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

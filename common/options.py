@@ -1,16 +1,16 @@
-"""From frozen dataclasses to command-line flags and back, so that help text, documentation and code are one.
+"""From frozen dataclasses to command-line flags and back, so that help text, documentation and code agree.
 
 A field `group_size: int = option(8, "completions per question", at_least=2)` becomes `--group-size N`. A dataclass of
 settings calls `check` in its `__post_init__`, so that no value out of range ever exists; `build` makes it from flags.
-grpo.py and partial_credit/memory.py import nothing of the project, so each has few-line versions of `option` and
-`check`, by the same rules (rewards.py uses those of memory.py).
+grpo.py and partial_credit/memory.py import nothing from the project, so each has short versions of `option` and
+`check` with the same rules (rewards.py uses those of memory.py).
 
-    help                      the text of `--help` and of the table of flags; a field without one is no flag
-    choices                   the values it may have
+    help                      the text of `--help` and of the table of flags; a field without it is not a flag
+    choices                   the allowed values
     at_least, above, at_most  the range of a number; every number must be finite
     common                    shown by `--help`; the others by `--help-all`
-    flag, alone               a flag with another name than the field's; the value of the flag without one
-    unset                     the word for None, where that is the default: what is decided later
+    flag, alone               the name of the flag, if not the field's; its value if the flag is given without one
+    unset                     the word for None, if that is the default and the value is decided later
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from common.errors import UserError
 
-OTHER_NAMES = {  # of our flags in other tools
+OTHER_NAMES = {  # names of our flags in other tools
     "--learning-rate": "--lr", "--num-generations": "--group-size", "--beta": "--kl-coef", "--epsilon": "--clip-low",
     "--epsilon-high": "--clip-high", "--batch-size": "--prompts-per-step", "--epochs": "--steps",
     "--num-train-epochs": "--steps", "--max-steps": "--steps", "--warmup-steps": "--lr-warmup",
@@ -34,9 +34,9 @@ OTHER_NAMES = {  # of our flags in other tools
     "--max-new-tokens": "--max-completion-tokens", "--max-tokens": "--max-completion-tokens",
     "--model-name-or-path": "--model", "--checkpoint": "--model", "--db": "--database", "--dataset-name": "--data",
     "--resume-from-checkpoint": "--resume", "--report-to": "--log", "--num-return-sequences": "--samples"}
-HIGHEST_SEED = 1_000_000  # seeds of samples are made of a seed and two numbers more, in 64 bits
+HIGHEST_SEED = 1_000_000  # a sample's seed is this one and two more numbers, in 64 bits
 RANGE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
-SHARED = {  # settings that several commands have
+SHARED = {  # settings that several commands share
     "data": {"default": "demo", "help": "demo, spider, bird, or your own .json or .jsonl", "common": True},
     "data_dir": {"default": None, "help": "folder of the data and its databases", "common": True},
     "world": {"default": "default", "help": "world of the demo: default, or hard, where most traces above the simple "
@@ -59,12 +59,12 @@ def option(default, help: str = "", **metadata):
 
 
 def shared(name: str, more: str = "", **other):
-    """The field of SHARED with that name; `more` ends its help text, `other` replaces its default or metadata."""
+    """The field of SHARED with that name; `more` ends its help text; `other` replaces its default or metadata."""
     return option(**SHARED[name] | {"help": SHARED[name]["help"] + more} | other)
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads a command line; what is wrong with it is a UserError, one sentence in place of the lines of usage."""
+    """Parses a command line. An error raises a UserError of one sentence, without the usage text."""
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         given, unknown = self.parse_known_args(args, namespace)
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def unknown_argument(argument: str, flags: Iterable[str]) -> str:
-    """In words, that there is no such argument, and the flag that was probably meant."""
+    """The message for an unknown argument, with the flag that was probably meant."""
     name = argument.partition("=")[0].replace("_", "-").lower()
     if not name.startswith("-"):
         return f"{argument!r} belongs to no flag: see --help"
@@ -93,7 +93,7 @@ def unknown_argument(argument: str, flags: Iterable[str]) -> str:
 def check(config, values: typing.Mapping | None = None) -> None:
     """Raises ValueError, naming the flag, for a value that is not among its choices or not in its range.
 
-    values: {field: value} to make a config of, where `config` is its class; else they are those of the config.
+    values: {field: value}, if `config` is a class; by default the values of the instance `config`.
     """
     values = vars(config) if values is None else values
     for field in (field for field in dataclasses.fields(config) if field.name in values):
@@ -115,14 +115,14 @@ def flag_of(field: dataclasses.Field) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser, config: type, show_all: bool = True) -> None:
-    """Adds a flag for every field of a dataclass that has a help text; unless `show_all`, help shows common ones."""
+    """Adds a flag for each field of a dataclass with a help text; unless `show_all`, help shows only common ones."""
     group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
     types_of = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         if "help" not in field.metadata:
             continue
         shown = help_of(field) if show_all or field.metadata.get("common") else argparse.SUPPRESS
-        # Defaults are left out of the namespace: what is absent was not given, so other defaults may apply.
+        # The namespace contains no defaults: an absent flag was not given, so the defaults of the layers apply.
         shared = {"dest": field.name, "default": argparse.SUPPRESS, "help": shown}
         kind = _plain_type(types_of[field.name])
         if kind is bool:
@@ -136,9 +136,9 @@ def add_arguments(parser: argparse.ArgumentParser, config: type, show_all: bool 
 
 
 def reader_of(kind: type, meta: typing.Mapping) -> Callable:
-    """Makes a value of a flag's text, or of one of its words.
+    """A function that converts a flag's text, or one of its words, to the value.
 
-    A shell leaves the ~ of `--output=~/x` as it is, so it becomes the home folder here.
+    It expands ~, because a shell does not in `--output=~/x`.
     """
     words = {meta.get("unset"): None, meta.get("alone"): meta.get("alone")}
 
@@ -146,23 +146,23 @@ def reader_of(kind: type, meta: typing.Mapping) -> Callable:
         if text in words:
             return words[text]
         return kind(os.path.expanduser(text) if kind in (str, Path) else text)
-    read.__name__ = kind.__name__  # which argparse names in its messages
+    read.__name__ = kind.__name__  # shown in argparse's messages
     return read
 
 
 def help_of(field: dataclasses.Field) -> str:
-    """Help text and default, with % safe for argparse."""
+    """Help text and default, with % escaped for argparse."""
     default = field.metadata.get("unset") if field.default is None else field.default
     shown = "" if default is None or default == "" else f" (default: {default})"
     return (field.metadata["help"] + shown).replace("%", "%%")
 
 
 def build(config: type, values: dict):
-    """Makes a config from those of `values` that are its fields. Raises UserError, naming the flag, for a wrong one."""
+    """Makes a config from the `values` that are its fields. Raises UserError, naming the flag, for an invalid one."""
     names = {field.name for field in dataclasses.fields(config)}
     own = {name: value for name, value in values.items() if name in names}
     try:
-        check(config, own)  # before the config names a field
+        check(config, own)  # first, so that the message names the flag, not the field
         return config(**own)
     except ValueError as error:
         raise UserError(str(error)) from error

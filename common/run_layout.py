@@ -1,7 +1,7 @@
-"""Where the folder of a run keeps its policies; running/run_folder.py writes them.
+"""The places of policies in the folder of a run; running/run_folder.py writes them.
 
-    runs/NAME/checkpoints/step-N/    of a step
-    runs/NAME/best/                  the best by dev; of adapters merged with a loss also best/adapters/
+    runs/NAME/checkpoints/step-N/    the policy of a step
+    runs/NAME/best/                  the best policy on dev; also best/adapters/ if merging the adapters lost precision
 """
 
 import re
@@ -23,13 +23,13 @@ def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
 
 
 def final_policy(run: Path) -> Path | None:
-    """The best policy, or the newest where a run has no dev questions; None before the first is saved."""
+    """The best policy, or the newest if a run has no dev questions; None before the first is saved."""
     policies = [run / BEST, *(folder for _, folder in reversed(checkpoints_of(run)))]
     return next((folder for folder in policies if folder.is_dir()), None)
 
 
 def runs_of(policy: Path) -> list[Path]:
-    """The folders that may be of the run which made a policy, by the name of the policy's folder: itself first."""
+    """The folders that may be the run which made a policy, by the policy's path; its own folder comes first."""
     runs = [policy]
     if policy.name == BEST:
         runs.append(policy.parent)

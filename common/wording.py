@@ -1,4 +1,4 @@
-"""Numbers and texts as people read them, in the terminal and on pages."""
+"""Numbers and text formatted for people, in the terminal and on pages."""
 
 import html
 import math
