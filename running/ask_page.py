@@ -1,8 +1,8 @@
 """The page of `ask.py --serve`: type a question, see the SQL, the rows and the vote.
 
-A server of the standard library, for one user on one machine. It listens on 127.0.0.1 only. A foreign web
-page cannot use it: requests must name this host (so no other name can be rebound to it), questions must be
-JSON from the page itself, and the page shows every value as text, never as HTML.
+A standard-library server for one user on one machine. It listens only on 127.0.0.1. A foreign web page cannot use it:
+requests must name this host (which prevents DNS rebinding), questions must be JSON from the page itself, and the page
+shows every value as text, never as HTML.
 """
 
 import json
@@ -82,7 +82,7 @@ if (location.hash.length > 1) { field.value = questionOf(location.hash.slice(1))
 
 
 def serve(asker, port: int) -> None:
-    """Answer until Ctrl-C. `asker` is an `ask.Asker`."""
+    """Answers questions until Ctrl-C. `asker` is an `ask.Asker`."""
     try:
         server = Server(asker, port)
     except (OSError, OverflowError) as error:
@@ -94,7 +94,7 @@ def serve(asker, port: int) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """On 127.0.0.1, port 0 for any free one; it answers from one Asker, a question at a time."""
+    """Serves one Asker on 127.0.0.1, one question at a time; port 0 means any free port."""
 
     daemon_threads = True
 
@@ -104,18 +104,18 @@ class Server(ThreadingHTTPServer):
 
     @property
     def names(self) -> list[str]:
-        """What a browser calls this server; it leaves the port out where it is the usual one of http."""
+        """The hosts by which a browser addresses this server; a browser omits port 80."""
         ends = [f":{self.server_port}", *([""] if self.server_port == 80 else [])]
         return [host + end for host in ("127.0.0.1", "localhost") for end in ends]
 
     def handle_error(self, request, client_address) -> None:
-        """A client that leaves before its answer is no error; all else is shown with its traceback."""
+        """Ignores a client that leaves before its answer; shows every other error with its traceback."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page, POST /ask takes {"question": ...}; nothing else is answered."""
+    """GET / is the page, POST /ask takes {"question": ...}; everything else is refused."""
 
     timeout = 30  # seconds for a request to arrive
     server_version, sys_version = "ask", ""
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         asker = self.server.asker
         note = f'<p class="error">{html_text(asker.note)}</p>' if asker.note else ""
         values = {"NONCE": nonce, "NAME": html_text(asker.path.name), "NOTE": note}
-        page = re.sub("@(NONCE|NAME|NOTE)@", lambda name: values[name[1]], PAGE)  # at once: a name may hold @NOTE@
+        page = re.sub("@(NONCE|NAME|NOTE)@", lambda name: values[name[1]], PAGE)  # one pass: a name may contain @NOTE@
         self.send(200, "text/html", page, nonce)
 
     def do_POST(self) -> None:
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, "application/json", json.dumps(content))
 
     def is_ours(self) -> bool:
-        """Only requests to this machine by its own name, and from no other origin."""
+        """Whether a request addresses this machine and comes from no other origin; refuses it if not."""
         host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
         if host in self.server.names and (origin is None or origin in [f"http://{name}" for name in self.server.names]):
             return True
@@ -174,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
         return question, ""
 
     def send(self, status: int, kind: str, text: str, nonce: str = "") -> None:
-        """A response that no other page may frame, guess the type of, or run scripts in."""
+        """Sends a response that no other page can frame, sniff or run scripts in."""
         body = text.encode()
         policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         if nonce:

@@ -1,7 +1,7 @@
-"""Guards: what notices that something has gone wrong in a run that is left alone overnight.
+"""Guards: notice when something goes wrong in a run that is left alone overnight.
 
-Updates whose gradients are not finite are skipped by `grpo.policy_update`; here they are counted, and the run stops
-after `--max-skipped` in a row. Each sign that a policy no longer learns gives one warning, which says what to try.
+`grpo.policy_update` skips updates whose gradients are not finite. The guards count them, and the run stops after
+`--max-skipped` in a row. Each sign that a policy no longer learns gives one warning with advice.
 """
 
 import sys
@@ -35,7 +35,7 @@ class Guards:
         self.warned: set[str] = set()
 
     def watch(self, metrics: dict) -> list[str]:
-        """Takes a step's line of metrics.jsonl; the warnings to print now, each kind once a run."""
+        """The warnings to print after a step with these metrics, each kind only once."""
         config, gap = self.config, metrics.get("sampler_gap", 0.0)
         self.skipped = self.skipped + 1 if metrics.get("skipped_updates") else 0
         self.flat = self.flat + 1 if metrics.get("flat_groups") == 1 else 0
@@ -59,7 +59,7 @@ class Guards:
             and f"a token's log-probabilities in sampling and in training differ by {gap:.2f} nats on "
                 "average, where rounding to bf16 makes about 0.03: try a run with --precision float32, and if that is "
                 "no better, --engine plain; --sampler-veto leaves out the completions that differ most"}
-        if signs["format"]:  # which explains the others
+        if signs["format"]:  # it explains the others
             signs |= {"flat": False, "truncated": False}
         new = {kind: text for kind, text in signs.items() if text and kind not in self.warned}
         self.warned |= new.keys()
@@ -72,14 +72,14 @@ class Guards:
 
 
 class Heartbeat:
-    """A line a minute where no terminal shows the progress bar."""
+    """Prints one line per minute where no terminal shows the progress bar."""
 
     def __init__(self, seconds: float = 60.0, stream=None):
         self.seconds, self.stream = seconds, stream or sys.stdout
         self.last = time.monotonic()
 
     def beat(self, line: str) -> None:
-        """Prints where the run is, when the last line is long enough ago."""
+        """Prints the line if the last one is old enough."""
         if self.stream.isatty() or time.monotonic() - self.last < self.seconds:
             return
         self.last = time.monotonic()
@@ -87,7 +87,7 @@ class Heartbeat:
 
 
 def describe_step(metrics: dict, steps: int) -> str:
-    """A heartbeat's line on a step of so many."""
+    """The heartbeat's line for a step of `steps`."""
     if "reward" not in metrics:  # no database could be read
         return f"step {metrics['step']} of {steps}: no reward is known, {step_seconds(metrics):.1f} s a step"
     return (f"step {metrics['step']} of {steps}: reward {metrics['reward']:.2f}, accuracy of the samples "
@@ -95,5 +95,5 @@ def describe_step(metrics: dict, steps: int) -> str:
 
 
 def step_seconds(metrics: dict) -> float:
-    """Seconds of a step's phases, without evaluations; `seconds/rewards/atomic` and the like are parts of a phase."""
+    """Seconds of a step's phases, without evaluations; `seconds/rewards/atomic` and the like are part of a phase."""
     return sum(value for name, value in metrics.items() if name.startswith("seconds/") and name.count("/") == 1)

@@ -1,6 +1,6 @@
-"""Plots as SVG: text that needs nothing installed, and that a page can colour, unlike a picture of matplotlib's.
+"""Plots as SVG, which needs no library and which, unlike a picture by matplotlib, a page can colour.
 
-Coordinates of an SVG grow to the right and downwards.
+SVG coordinates grow to the right and downwards.
 """
 
 import math
@@ -18,36 +18,36 @@ class Plot:
     x_range: tuple[float, float]
     y_range: tuple[float, float]
     label_drop: float   # from a grid line down to the baseline of its label
-    label_below: float  # from the bottom down to the baseline of a label of x
+    label_below: float  # from the bottom down to the baseline of an x label
 
     def x(self, value: float) -> float:
-        """The place of a value from left to right."""
+        """The x coordinate of a value."""
         low, high = self.x_range
         return self.left + (self.right - self.left) * (value - low) / ((high - low) or 1)
 
     def y(self, value: float) -> float:
-        """The place of a value from top to bottom; one beyond the range lies at the edge."""
+        """The y coordinate of a value; one beyond the range is moved to the edge."""
         low, high = self.y_range
         return self.bottom - (self.bottom - self.top) * (min(max(value, low), high) - low) / ((high - low) or 1)
 
     def points(self, xs: Sequence[float], ys: Sequence[float | None]) -> list[tuple[float, float]]:
-        """The places of the values that are there."""
+        """The coordinates of the values that are not None."""
         return [(self.x(x), self.y(y)) for x, y in zip(xs, ys, strict=True) if y is not None]
 
     def grid_line(self, value: float, label: str, look: str) -> str:
-        """A line across, with its value; `look` is an attribute of it."""
+        """A horizontal line with its label; `look` is an attribute of the line."""
         y = self.y(value)
         return (f'<path d="M{self.left},{y:.1f}H{self.right}" {look}/><text x="{self.left - 6}" '
                 f'y="{y + self.label_drop:.1f}" text-anchor="end">{label}</text>')
 
     def x_label(self, value: float, anchor: str = "middle") -> str:
-        """A value below the plot."""
+        """The label of a value, below the plot."""
         y = self.bottom + self.label_below
         return f'<text x="{self.x(value):.1f}" y="{y}" text-anchor="{anchor}">{value}</text>'
 
 
 def svg_points(points: Sequence[tuple[float, float]]) -> str:
-    """Points as a <polyline> or <polygon> has them."""
+    """Points in the format of <polyline> and <polygon>."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 

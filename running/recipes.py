@@ -1,7 +1,7 @@
-"""Recipes: defaults that somebody else trains with, each value with its source.
+"""Recipes: named sets of defaults, each value with its source.
 
-`RECIPES[name]` is {setting: (value, source)}; `SMALL[name]` holds what differs for models of up to a billion
-parameters. docs/recipes.md shows both. What a recipe does not name keeps its default.
+`RECIPES[name]` is {setting: (value, source)}; `SMALL[name]` contains the differences for models of up to a billion
+parameters. docs/recipes.md shows both. Settings that are not in a recipe keep their defaults.
 
     paper    arXiv 2605.03465
     scripts  github.com/thanhdath/finer-sql at commit d7a9999: scripts/train_3b.sh and train_0.5b.sh, which call
@@ -92,7 +92,7 @@ LAPTOP = {
     "save_every": (15, "with each evaluation"),
 }
 RECIPES = {"finer-sql-paper": PAPER, "finer-sql-code": CODE, "grpo-2026": MODERN, "laptop": LAPTOP,
-           "finer-sql": PAPER}  # the last: the name of the paper's before the code's was added
+           "finer-sql": PAPER}  # the last: an older name of the paper's
 SMALL = {"finer-sql-code": {
     "steps": (1500, "train_0.5b.sh"),
     "group_size": (32, "train_0.5b.sh"),
@@ -101,6 +101,6 @@ SMALL = {"finer-sql-code": {
 
 
 def recipe_values(name: str, parameters: float = float("inf")) -> dict:
-    """{setting: value} of a recipe for a model of so many parameters; of no recipe: nothing."""
+    """{setting: value} of a recipe for a model with this many parameters; empty for `none`."""
     small = SMALL.get(name, {}) if parameters <= 1e9 else {}
     return {setting: value for setting, (value, _) in (RECIPES.get(name, {}) | small).items()}

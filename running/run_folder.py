@@ -1,10 +1,10 @@
-"""A run's folder: its configuration, its logs, and checkpoints that are whole or not there at all.
+"""A run's folder: its configuration, its logs, and checkpoints, which are complete or absent.
 
     runs/NAME/config.json  metrics.jsonl  rollouts.jsonl  checkpoints/step-N/  best/  report.html
 
 A checkpoint is written into a temporary folder, flushed to disk and renamed, so a kill at any instant leaves the
-last good one. checksums.json in it names every file's SHA-256; resuming skips a checkpoint that does not match. Logs
-are appended a line at a time; resuming cuts them back to the step of the checkpoint.
+last good one. Its checksums.json contains the SHA-256 of every file; resuming skips a checkpoint that does not match.
+Logs are appended line by line; resuming truncates them to the step of the checkpoint.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 
 
 CHECKSUMS = "checksums.json"
-NEW, OLD = ".new-", ".old-"  # before the names of what is being written, and of what it is about to replace
+NEW, OLD = ".new-", ".old-"  # prefixes: of what is being written, and of what it replaces
 BEST_STEP = "step.txt"
 LOCK = ".lock"
-# What a run without a checkpoint may have left.
+# What a run without a checkpoint may leave behind.
 BEFORE_THE_START = {"config.json", f"{NEW}config.json", CHECKPOINTS, "gold_cache", LOCK}
-LOGS = re.compile(r"wandb|events\.out\.tfevents.*")  # of --log, likewise
+LOGS = re.compile(r"wandb|events\.out\.tfevents.*")  # likewise, with --log
 _locks: dict[Path, object] = {}  # open files; the system unlocks them when the process ends, however it ends
 
 
@@ -55,7 +55,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, settings: dict, *, resume: bool, may_change: tuple[str, ...] = (),
                  defaults: Mapping = MappingProxyType({}), made_of: Mapping = MappingProxyType({})):
-        """made_of: what else config.json keeps; of it `questions`, {part: hash}, must be the same when resumed."""
+        """made_of: further entries of config.json; its `questions`, {part: hash}, must be the same on resume."""
         self.path = Path(path)
         self.stored = stored_settings(self.path) or {}  # of the run that is resumed
         config, known = self.path / "config.json", (may_change, defaults, made_of.get("questions"))
@@ -80,14 +80,14 @@ class RunFolder:
                     clean_up(left.with_name(left.name.removeprefix(NEW).removeprefix(OLD)))
             before = self.stored if self.resumes else {}
             kept = {name: before[name] for name in settings if name in before and name not in may_change}
-            # cwd: what relative paths among the settings are relative to
+            # cwd: the folder to which paths in the settings are relative
             written = settings | kept | {"cwd": before.get("cwd") or str(Path.cwd())} | made_of
             write_whole(config, json.dumps(written, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
 
     def _has_only_begun(self, settings: dict, *known) -> bool:
-        """Whether the same command was stopped before its first step: it goes on from its cold start."""
+        """Whether the same command was stopped before its first step; then it continues from its cold start."""
         if [step for step, _ in self.checkpoints()] != [0] or (self.path / "metrics.jsonl").exists():
             return False
         try:
@@ -101,7 +101,7 @@ class RunFolder:
         others = {path.name for path in self.path.iterdir()} - BEFORE_THE_START
         ours = stored_settings(self.path) is not None and all(map(LOGS.fullmatch, others))
         return (ours or not others) and not any(
-            self.path.glob(f"{CHECKPOINTS}/[!.]*"))  # of ours or of somebody else: the folder may be deleted with it
+            self.path.glob(f"{CHECKPOINTS}/[!.]*"))  # anybody's: `discard_new` may delete them
 
     def _lock(self) -> None:
         """Keeps other processes out of the folder until this one ends."""
@@ -109,7 +109,7 @@ class RunFolder:
             raise UserError(f"{self.path} is being trained by {owner}: let it end or stop it, then --resume")
 
     def discard_new(self) -> None:
-        """Removes what a run that could not start has made, so that the same command can be given again."""
+        """Removes what a run that could not start has written, so that the same command can be given again."""
         if not self.is_new or self.checkpoints():
             return
         try:
@@ -132,7 +132,7 @@ class RunFolder:
                             "and --resume") from error
 
     def cut_logs(self, step: int) -> None:
-        """Drops what was logged after `step`, half-written last lines included."""
+        """Drops records after `step`, and half-written last lines."""
         for name in ("metrics", "rollouts"):
             path = self.path / f"{name}.jsonl"
             if path.exists():
@@ -144,7 +144,7 @@ class RunFolder:
         return checkpoints_of(self.path)
 
     def first_checkpoint(self) -> Path:
-        """The policy of step 0, which is the reference. Raises UserError: it is gone or not as it was written."""
+        """The policy of step 0, which is the reference. Raises UserError if it is missing or damaged."""
         folder = checkpoint_of(self.path, 0)
         problem = damage(folder) if folder.exists() else "it is gone"
         if problem:
@@ -153,7 +153,7 @@ class RunFolder:
         return folder
 
     def save_checkpoint(self, step: int, policy, state: dict, memory=None, keep: int = 2) -> None:
-        """Writes checkpoints/step-N; older ones but the start (step 0) and the newest `keep` are deleted."""
+        """Writes checkpoints/step-N and deletes others, except the start (step 0) and the newest `keep`."""
 
         def fill(folder: Path) -> None:
             policy.save(folder)
@@ -170,10 +170,10 @@ class RunFolder:
                 shutil.rmtree(folder)
 
     def newest_whole(self) -> tuple[int, Path] | None:
-        """(step, folder) of the newest checkpoint that is whole; None where there is none at all.
+        """(step, folder) of the newest undamaged checkpoint; None if there is no checkpoint.
 
-        Damaged newer ones are renamed to damaged-step-N, so that nothing is lost and their place is free.
-        Raises UserError: there are checkpoints, but none is whole.
+        Damaged newer ones are renamed to damaged-step-N, so that nothing is lost and their names are free.
+        Raises UserError if all checkpoints are damaged.
         """
         found = self.checkpoints()
         for step, folder in reversed(found):
@@ -189,7 +189,7 @@ class RunFolder:
         return None
 
     def save_best(self, policy, step: int) -> None:
-        """Replaces best/ by this policy of a step."""
+        """Replaces best/ with this policy, and records its step there."""
 
         def fill(folder: Path) -> None:
             policy.save_merged(folder)
@@ -198,13 +198,13 @@ class RunFolder:
         replace_folder(self.path / BEST, fill)
 
     def step_of_best(self) -> int:
-        """The step of the policy in best/; -1 where there is none, or an older version wrote it."""
+        """The step of the policy in best/; -1 if there is none, or if an older version wrote it."""
         file = self.path / BEST / BEST_STEP
         return int(file.read_text()) if file.is_file() else -1
 
 
 def lock(folder: Path) -> str:
-    """Keeps other processes out of a folder until this one ends. Returns who has locked it, empty where it is ours."""
+    """Locks a folder until this process ends. Returns the other owner of the lock, empty if it is ours."""
     path = folder.resolve() / LOCK
     if path in _locks and path.exists():
         return ""
@@ -247,10 +247,10 @@ def checksum(path: Path) -> str:
 
 def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...], defaults: Mapping,
                    questions: Mapping | None = None) -> None:
-    """Raises UserError when the folder holds no run, or one with other settings or other questions.
+    """Raises UserError if the folder contains no run, or one with other settings or other questions.
 
-    defaults: of settings that a run from before there was such a choice does not name.
-    questions: {part: hash}; None where they are not known.
+    defaults: values of settings that older runs do not contain.
+    questions: {part: hash}; None if they are unknown.
     """
     config = folder / "config.json"
     if not config.is_file():
@@ -274,7 +274,7 @@ def check_settings(folder: Path, settings: dict, may_change: tuple[str, ...], de
 
 
 def _same(stored, value, place: str) -> bool:
-    """Whether a stored setting has this value, or is the same path, relative to the place where the run was started."""
+    """Whether a stored setting equals this value, or is the same path, relative to the folder `place`."""
     if isinstance(stored, str) and isinstance(value, str) and os.path.abspath(value) == os.path.abspath(
             os.path.join(place, stored)):
         return True
@@ -282,7 +282,7 @@ def _same(stored, value, place: str) -> bool:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, by its checksums; None when it is whole."""
+    """What is wrong with a checkpoint, by its checksums; None if it is undamaged."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
         wrong = [name for name, known in sums.items() if checksum(folder / name) != known]
@@ -294,9 +294,9 @@ def damage(folder: Path) -> str | None:
 
 
 def load_state(folder: Path, lazily: bool = False) -> dict:
-    """The trainer's state of a checkpoint; lazily: tensors are read from its file when they are used.
+    """The trainer's state of a checkpoint; lazily: read each tensor from the file when it is used.
 
-    Raises UserError when it cannot be read.
+    Raises UserError if it cannot be read.
     """
     try:
         return torch.load(folder / "trainer.pt", weights_only=True, mmap=lazily)
@@ -313,10 +313,10 @@ def _step_of(line: str) -> float:
 
 
 def replace_folder(target: Path, fill) -> None:
-    """Fills a new folder, flushes it to disk and puts it in the place of `target`.
+    """Fills a new folder, flushes it to disk and replaces `target` with it.
 
     Raises:
-        UserError: the disk is full or not writable; what stood at `target` is untouched then.
+        UserError: the disk is full or not writable; `target` is then unchanged.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -338,9 +338,9 @@ def replace_folder(target: Path, fill) -> None:
 
 
 def clean_up(target: Path) -> tuple[Path, Path]:
-    """Removes what a kill left while `target` was being written; a target that was only moved out of the way returns.
+    """Removes what a kill left while `target` was being written; restores a target that was only moved aside.
 
-    Returns where the next one is written, and where the present one is moved to then.
+    Returns the path at which to write the next one, and the path to which to move the present one.
     """
     scratch, old = target.with_name(f"{NEW}{target.name}"), target.with_name(f"{OLD}{target.name}")
     if old.exists() and not target.exists():  # killed between the two renames of `replace_folder`
@@ -351,7 +351,7 @@ def clean_up(target: Path) -> tuple[Path, Path]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a link or a folder with all that is in it, if it is there."""
+    """Deletes a file, a link or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -361,7 +361,7 @@ def remove(path: Path) -> None:
 # ------------------------------------------------------------------------------------------ reading a run's logs
 
 class RolloutLog:
-    """Where each step's groups lie in rollouts.jsonl, so that a step can be read without the others."""
+    """An index of rollouts.jsonl by step, so that a step can be read without the others."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -377,7 +377,7 @@ class RolloutLog:
 
     @staticmethod
     def _step_of(line: bytes) -> int | None:
-        """The line's step; the usual line is not parsed for it."""
+        """The line's step; an ordinary line is matched, not parsed."""
         if (start := re.match(rb'\{"step": (\d+), ', line)) and line.endswith(b"}\n"):
             return int(start[1])
         record = parse_record(line)
@@ -394,7 +394,7 @@ class RolloutLog:
 
 
 def parse_record(line: bytes) -> dict | None:
-    """The record of one line of a log, None when it is broken."""
+    """The record of one line of a log, None if it is broken."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -409,9 +409,12 @@ def step_metrics(step: int, rollouts, components, stats: dict, seconds: dict, ex
     """The line of metrics.jsonl for one step.
 
     Args:
-        rollouts: all that were sampled; components: names of the rewards, whose metrics leave out the rollouts whose
-        database could not be read (if none could, they are missing); stats: of `policy_update`; seconds: of each
-        phase; extra: whatever else belongs to the step.
+        rollouts: all that were sampled. Reward metrics leave out rollouts whose database could not be read; if none
+            could, they are missing.
+        components: names of the rewards.
+        stats: from `policy_update`.
+        seconds: of each phase.
+        extra: other metrics of the step.
     """
     flat = [b for rollout in rollouts for b in rollout.rewards]
     read = [rollout.rewards for rollout in rollouts if rollout.readable]
@@ -430,7 +433,7 @@ def step_metrics(step: int, rollouts, components, stats: dict, seconds: dict, ex
 
 
 def reward_metrics(breakdowns, components) -> dict[str, float]:
-    """The metrics of rewards and accuracy of B lists of G RewardBreakdowns."""
+    """The metrics of rewards and accuracy, from B lists of G RewardBreakdowns."""
     totals = torch.tensor([[b.total for b in row] for row in breakdowns])  # [B, G]
     correct = torch.tensor([[float(b.correct) for b in row] for row in breakdowns])
     return {"reward": totals.mean().item(), "reward_std": totals.std(dim=1).mean().item(),
@@ -465,10 +468,10 @@ def rollout_records(step: int, rollouts, components, advantages, watched: dict) 
 
 
 def peak_memory_mb() -> float:
-    """The most memory held so far: of the GPU where there is one, else of the process."""
+    """Peak memory so far in MiB: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")  # on Linux, where ru_maxrss also counts what the process that started it held
+    status = Path("/proc/self/status")  # on Linux, where ru_maxrss includes the memory of the parent process
     if status.is_file():
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,11 +1,11 @@
-"""Shows a group in the terminal: what was asked, and what each completion earned.
+"""Shows a group in the terminal: its question, and the rewards of each completion.
 
-    python -m running.show runs/demo                  # the newest group in which some are right and some wrong
+    python -m running.show runs/demo                  # of the newest step, a group with right and wrong answers
     python -m running.show runs/demo --step 40 --question 3
-    python train.py --verbose 10                      # the same every 10 steps while a run goes on
+    python train.py --verbose 10                      # the same every 10 steps during a run
 
-Colours go to terminals only, and nowhere when NO_COLOR is set. Completions are untrusted: characters that do not print,
-such as those that steer a terminal, are written out as ‹U+001B›.
+Only terminals get colours, unless NO_COLOR is set. Completions are untrusted: unprintable characters, such as those
+that control a terminal, are written out as ‹U+001B›.
 """
 
 import os
@@ -43,7 +43,7 @@ def group_text(group: dict, *, colour: bool, thoughts: bool = False) -> str:
 
 
 def completion_lines(completion: dict, count: int, names: list[str], paint, thoughts: bool) -> str:
-    """Rewards and advantage in one line, below it the SQL and why it earned no more."""
+    """Rewards, advantage and verdict in one line; below it the SQL and its error."""
     advantage, rewards = completion["advantage"], completion["rewards"]
     tone = "good" if advantage > 0 else "bad" if advantage < 0 else "soft"
     times = f"{count}×" if count > 1 else ""
@@ -57,12 +57,12 @@ def completion_lines(completion: dict, count: int, names: list[str], paint, thou
 
 
 def one_line(text: str) -> str:
-    """Untrusted text as one line that cannot steer a terminal."""
+    """Untrusted text as one line that cannot control a terminal."""
     return visible(" ".join(str(text).split()))
 
 
 def painter(colour: bool):
-    """A function (tone, text) -> text, which colours or does not."""
+    """A function (tone, text) -> text, which adds colour if `colour`."""
     return (lambda tone, text: f"\033[{ANSI_CODES[tone]}m{text}\033[0m") if colour else (lambda tone, text: text)
 
 
@@ -74,7 +74,7 @@ def wants_colour(stream) -> bool:
 # ------------------------------------------------------------------------------------------------------------ main
 
 def find_group(folder: Path, step: int | None, question: int | None) -> dict:
-    """A logged group; by default of the newest step, the first with right and wrong completions, or just the first."""
+    """A logged group; by default, of the newest step, the first with right and wrong completions, else the first."""
     log = RolloutLog(folder / "rollouts.jsonl")
     if not log.steps:
         raise UserError(f"{folder} has no rollouts.jsonl with a finished step")

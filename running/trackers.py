@@ -1,7 +1,7 @@
 """Where the metrics of a run are sent besides its folder: TensorBoard, Weights & Biases, trackio.
 
-Each is an optional package, imported only where `--log` names it. Only the run's name is set here: whether wandb goes
-online is for WANDB_MODE (offline, disabled) to say, where trackio keeps its files for TRACKIO_DIR.
+Each is an optional package, imported only if `--log` names it. Only the run's name is set here: WANDB_MODE (offline,
+disabled) decides whether wandb goes online, TRACKIO_DIR where trackio stores its files.
 """
 
 from importlib import import_module
@@ -27,13 +27,13 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of wandb, or of trackio, which has the same three functions. A run that is resumed is a new one there."""
+    """A run of wandb, or of trackio, which has the same three functions. A resumed run is a new one there."""
 
     def __init__(self, package: str, folder: Path, settings: dict):
         module, options = import_module(package), {"dir": str(folder)} if package == "wandb" else {}
         try:
             self.run = module.init(project="text2sql-grpo", name=folder.name, config=settings, **options)
-        except (OSError, getattr(module, "Error", OSError)) as error:  # wandb's, where it has no key
+        except (OSError, getattr(module, "Error", OSError)) as error:  # wandb's, if it has no key
             raise UserError(f"--log {package} cannot start: {error} (WANDB_MODE=offline needs no account)") from error
 
     def log(self, metrics: dict, step: int) -> None:
@@ -47,7 +47,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def check_trackers(names: str) -> list[str]:
-    """The trackers that `--log a,b` names. Raises UserError: there is none of that name, or its package is missing."""
+    """The trackers that `--log a,b` names. Raises UserError for an unknown name or a missing package."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in TRACKERS:
@@ -59,6 +59,6 @@ def check_trackers(names: str) -> list[str]:
 
 
 def open_trackers(names: str, folder: Path, settings: dict) -> list[TensorBoard | Wandb]:
-    """Opens them; each has log(metrics, step) and close()."""
+    """Opens the trackers; each has log(metrics, step) and close()."""
     return [TensorBoard(folder, settings) if name == "tensorboard" else Wandb(name, folder, settings)
             for name in check_trackers(names)]
