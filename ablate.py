@@ -1,35 +1,35 @@
 """Ablations: the same training with one thing changed at a time, over several seeds.
 
     python ablate.py --grid rewards --seeds 5                          # five sets of rewards, 25 runs
-    python ablate.py --grid loss --seeds 3 --world hard --steps 60     # any flag of train.py holds for all runs
+    python ablate.py --grid loss --seeds 3 --world hard --steps 60     # flags of train.py apply to all runs
     python ablate.py --vary group_size=4,8 --vary loss=grpo,dapo       # your own grid: every combination
     python ablate.py --vary "rewards=format,execution;format,execution=2" --jobs 2
 
-  (1) start     one cold start a seed, the same for all runs of that seed, so that runs can be compared in pairs
+  (1) start     one cold start per seed, shared by all runs of that seed, so that runs can be compared in pairs
   (2) train     every cell of the grid from there, at most --jobs runs at once
   (3) measure   the best policy of each run answers held-out questions, once greedily and --samples times by sampling
-  (4) compare   mean over seeds, and the mean difference to the baseline (the first cell) on the same seed, both with
-                95 % t-intervals over seeds; where all seeds are asked the same questions, the difference in accuracy
-                also with 95 % bootstrap intervals: over twins (questions of one database that share their gold query)
-                and seeds, both drawn anew, and over databases and seeds where there are several databases
+  (4) compare   mean over seeds, and the mean difference from the baseline (the first cell) on the same seed, both with
+                95 % t-intervals over seeds; if all seeds answer the same questions, the difference in accuracy also
+                with 95 % bootstrap intervals: over twins (questions on one database that share their gold query) and
+                seeds, both resampled, and with several databases over databases and seeds
 
-Written to --output: ablation.json (everything measured), table.md, curves.svg, and a run's folder for each run, whose
-checkpoints and rollouts are deleted once it is measured (--keep keeps them). The same command given again skips what
-is finished and continues what is not.
+The output folder contains ablation.json (everything measured), table.md, curves.svg, and a folder per run, whose
+checkpoints and rollouts are deleted once it is measured (unless --keep). The same command given again skips finished
+runs and continues the others.
 
 Measures of a run
-  accuracy        greedy execution accuracy of its best policy on held-out questions, those that the run was neither
-                  trained on nor chosen by; also by difficulty
-  area            area under the curve of its accuracy on dev, divided by its length; the start is no part of it
-  flat groups     share of groups that taught nothing, as all earned the same, over the run; all wrong: none was correct
-  reward spread   standard deviation of the rewards of a group, mean over the run
-  does not run    share of sampled answers without SQL that runs; greedy does not run: of the greedy ones
-  pass@N          whether one of the N = --samples answers to a question is right
-  joins           JOINs in a greedy answer that has SQL: fewer than at the start mean that queries grow simpler
-  result groups   different results among the --samples answers to a question
-  collapse        1 when the last accuracy on dev is more than 5 points below its best, that of the start included
-  seconds         of its steps, evaluations not counted
-  In ablation.json only: best on dev, last on dev; voted accuracy, of the value-aware vote among the --samples answers
+  accuracy        greedy execution accuracy of its best policy on held-out questions, which served neither to
+                  train it nor to choose it; also by difficulty
+  area            area under the curve of its accuracy on dev, divided by the length; the start is not included
+  flat groups     share of groups whose rewards are all equal, over the run; all wrong: without a correct completion
+  reward spread   standard deviation of the rewards in a group, mean over the run
+  does not run    share of sampled answers without SQL that runs; greedy does not run: of greedy ones
+  pass@N          whether any of the N = --samples answers to a question is right
+  joins           JOINs per greedy answer with SQL: fewer than at the start means that queries have become simpler
+  result groups   number of different results among the --samples answers to a question
+  collapse        1 if the last accuracy on dev is more than 5 points below the best, including the start's
+  seconds         of its steps, without evaluations
+  In ablation.json only: best on dev, last on dev; voted accuracy, by the value-aware vote of the --samples answers
 """
 
 import argparse
@@ -90,7 +90,7 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
     "kl": {f"kl {weight}": {"kl_coef": weight} for weight in ("0", "0.01", "0.04", "0.1")},
     "group-size": {f"{B} x {G}": {"prompts_per_step": B, "group_size": G}  # the same number of completions
                    for B, G in (("32", "8"), ("128", "2"), ("64", "4"), ("16", "16"), ("8", "32"))},
-    "variants": {  # two updates a rollout where the first alone would be the same
+    "variants": {  # two updates per rollout where the first alone would be the same
         "default": {}, "gdpo": {"advantage_scale": "gdpo"},
         "dapo, 2 updates": {"loss": "dapo", "updates_per_rollout": "2"},
         "cispo, 2 updates": {"loss": "cispo", "updates_per_rollout": "2", "clip_low": "1", "clip_high": "4"}},
@@ -108,16 +108,16 @@ GRIDS = {  # name -> cells: name -> flags of train.py; the first cell is the bas
 # Flags of train.py that are set here, and by what.
 SET_HERE = {"seed": "see --seeds", "output": "see --output", "test_questions": "see --questions",
             "resume": "the same command continues", "start": "one for all runs of a seed"}
-# The best policy, by which a run is measured, is chosen as often in all runs of a table.
+# All runs of a table choose their best policy, which is measured, equally often: these two must not change.
 MAY_CHANGE = tuple(name for name in MAY_CHANGE_ON_RESUME if name not in ("eval_every", "steps"))
-# Flags that shape the cold start cannot differ between runs that share it; eval_questions are held back from it, and
-# `match` is what the start is measured by.
+# Flags of the cold start, which cannot differ between runs that share it: eval_questions are held out from it, and
+# `match` measures it.
 OF_THE_START = {"model", "lora_rank", "recipe", "data", "data_dir", "split", "world", "traces", "eval_questions",
                 "match", *(flag_of(field).removeprefix("--").replace("-", "_") for config in (SFTConfig, PromptConfig)
                   for field in fields(config))}
 SHOWN = ("accuracy", "area", "flat groups", "all wrong", "reward spread", "does not run", "greedy does not run",
          "joins", "result groups", "collapse", "seconds")
-APART = ("curve", "right")  # of a run, but no measures of their own
+APART = ("curve", "right")  # stored per run, but not measures
 NOT_SHARES = ("reward spread", "joins", "result groups", "seconds")  # not shares, so not shown in per cent
 
 
@@ -125,7 +125,7 @@ NOT_SHARES = ("reward spread", "joins", "result groups", "seconds")  # not share
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """The ablation."""  # ValueError for values that make no sense
+    """The ablation."""  # ValueError for invalid values
 
     grid: str = option("", f"a named grid: {', '.join(GRIDS)}")
     seeds: int = option(5, "seeds 0, 1, ...", at_least=1)
@@ -136,7 +136,7 @@ class AblateConfig:
     keep: bool = option(False, "keep the checkpoints and rollouts of finished runs")
     output: Path | None = option(None, "folder of the ablation (default: runs/ablation-GRID)")
     vary: tuple[str, ...] = ()  # FLAG=A,B,C, each a dimension of the grid
-    command: str = ""           # as it was given, for ablation.json
+    command: str = ""           # as given, for ablation.json
 
     __post_init__ = check
 
@@ -196,8 +196,8 @@ def as_flags(values: Mapping[str, str]) -> list[str]:
 
 
 def make_runs(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], list[Run]]:
-    """The starts and the runs, seed by seed; what is wrong with their flags is said here, before any work."""
-    excluded(given.exclude)  # raises what is wrong with it
+    """The starts and the runs, seed by seed. Raises UserError for invalid flags, before any work."""
+    excluded(given.exclude)  # raises UserError if it is invalid
     cells = cells_of(given.grid, given.vary)
     folders = {name: re.sub(r"[^\w.=+-]+", "-", name).strip("-") for name in cells}
     if len(set(folders.values())) < len(cells):
@@ -207,7 +207,7 @@ def make_runs(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], li
     if "reward_module" in shared and not any("reward_module" in flags for flags in flags_of.values()):
         raise UserError(f"no cell uses --reward-module {shared['reward_module']}: name user=W in --rewards, or in "
                         "--vary \"rewards=...;...\"")
-    # all weights, for what --lora-rank auto finds free differs from run to run; the same questions in every cell
+    # All weights, because --lora-rank auto depends on the free memory; the same questions in every cell.
     common = ["--threads", str(max(1, free_cores() // given.jobs)), "--lora-rank", "0", "--draw", "epochs", *common]
     common += ["--test-questions", str(questions_held_back(parse_settings(common).run, given))]
 
@@ -222,8 +222,8 @@ def make_runs(given: AblateConfig, common: Sequence[str]) -> tuple[list[Run], li
     runs = [make(cell, start.seed, folders[cell], start, start=str(checkpoint_of(start.folder, 0)),
                  **flags_of[cell]) for start in starts for cell in cells]
     for run in starts + runs:
-        if (run.folder / "config.json").exists():  # of an earlier call: it must have been the same run
-            check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE, DEFAULTS_BEFORE)  # unlocked
+        if (run.folder / "config.json").exists():  # from an earlier call: it must be the same run
+            check_settings(run.folder, run.settings.as_dict(), MAY_CHANGE, DEFAULTS_BEFORE)  # without a lock
             if has_changed(stored_settings(run.folder)):
                 raise UserError(f"{run.settings.run.data} has changed since {run.folder} was trained on it: put it "
                                 "back as it was, or give another --output")
@@ -236,7 +236,7 @@ def free_cores() -> int:
 
 
 def questions_held_back(run: RunConfig, given: AblateConfig) -> int:
-    """--test-questions of a run: none where the data have a test of their own, which is measured here, not there."""
+    """--test-questions of a run: 0 if the data have their own test split, because ablate.py measures on that."""
     if run.data == "demo" or (run.data in ("spider", "bird") and run.split == "train"):
         return 0
     return given.questions or RunConfig.test_questions
@@ -252,7 +252,7 @@ def split_rewards(common: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def rewards_of(cell: str, flags: Mapping[str, str], shared: Mapping[str, str]) -> dict[str, str]:
-    """Its own flags of rewards, else those of all runs; the user's module only where `user` is among the rewards."""
+    """The reward flags of a cell, else those of all runs; the user's module only if `user` is among the rewards."""
     values = {name: value for name, value in (shared | flags).items() if name in ("rewards", "reward_module")}
     if "user" not in reward_names(values.get("rewards", "")):
         return {name: value for name, value in values.items() if name == "rewards" or name in flags}
@@ -262,7 +262,7 @@ def rewards_of(cell: str, flags: Mapping[str, str], shared: Mapping[str, str]) -
 
 
 def rewards_of_start(shared: Mapping[str, str]) -> dict[str, str]:
-    """A start scores nothing, so it needs no reward of the user's own."""
+    """The reward flags of a start, without the user's own reward, because a start scores nothing."""
     if "rewards" not in shared:
         return {}
     return {"rewards": ",".join(part for part in shared["rewards"].split(",") if reward_names(part) != ["user"])}
@@ -280,22 +280,22 @@ class Stopped(Exception):
 
 
 class Workers:
-    """Runs the project's scripts as processes that `stop` can end in good order, each on so many cores."""
+    """Runs the project's scripts as processes that `stop` can end cleanly, each on `threads` cores."""
 
     def __init__(self, threads: int = 1):
         self.processes, self.lock, self.stopping = set(), threading.Lock(), False
-        # PyTorch is given --threads; numpy takes all cores unless its library is limited.
+        # --threads limits only PyTorch; numpy uses all cores unless its library is limited.
         self.environment = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads),
                             "TQDM_MININTERVAL": "30"} | os.environ
 
     def call(self, script: str, arguments: Sequence[str], log: Path) -> None:
-        """Runs a script, its output appended to `log`. Raises UserError when it fails."""
+        """Runs a script and appends its output to `log`. Raises UserError if it fails."""
         with open(log, "a", encoding="utf-8") as file, self.lock:
             if self.stopping:
                 raise Stopped
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / script), *arguments], stdout=file, stderr=subprocess.STDOUT,
-                env=self.environment, start_new_session=True)  # Ctrl-C is passed on by `stop`
+                env=self.environment, start_new_session=True)  # `stop` passes Ctrl-C on
             self.processes.add(process)
         status = process.wait()
         self.processes.discard(process)
@@ -314,7 +314,7 @@ class Workers:
 
 
 def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
-    """Trains and measures a run, or what is left of it to do; returns its measures."""
+    """Trains and measures a run, skipping what is done; returns its measures."""
     file, how = run.folder / "measures.json", [given.samples, given.questions, sorted(excluded(given.exclude))]
     if file.exists():
         stored = parse_json(read_text(file), file)
@@ -323,7 +323,7 @@ def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
     log = run.folder.parent / f"{run.folder.name}.log"
     if not run.trained:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
-        if owner := owner_of_lock(run.folder):  # as by a run that outlived the ablate.py that began it
+        if owner := owner_of_lock(run.folder):  # such as a run that outlived its ablate.py
             raise UserError(f"{run.folder} is being trained by {owner}: let it end or stop it, then give the same "
                             "command again")
         if not run.has_begun:  # killed before its first checkpoint: nothing to continue
@@ -349,14 +349,14 @@ def perform(run: Run, given: AblateConfig, workers: Workers) -> dict:
 
 def evaluated_split(run: RunConfig) -> str:
     """The split that a run is measured on."""
-    own_part = run.data in ("spider", "bird") and run.split != "train"  # of which a part was held back
+    own_part = run.data in ("spider", "bird") and run.split != "train"  # a part of it was held out
     return run.split if own_part else reported_split(run.data)
 
 
 def evaluation_flags(run: Run, given: AblateConfig, evaluation: Path) -> list[str]:
-    """evaluate.py's command line for a run: greedy answers count, and --samples at temperature 1 for the rest.
+    """evaluate.py's command line for a run: greedy answers count, and --samples at temperature 1 give the rest.
 
-    evaluate.py itself asks a policy as in its run, except for --tables.
+    By itself evaluate.py asks a policy as in its run, except for --tables.
     """
     s = run.settings
     values = {"model": final_policy(run.folder), "data": s.run.data, "split": evaluated_split(s.run),
@@ -392,12 +392,12 @@ def measures_of(run: Run, evaluation: dict) -> dict:
 
 
 def joins_in(sql: str) -> int:
-    """How many JOINs a query has; the word in texts, names and comments is none."""
+    """The number of JOINs in a query; the word in strings, names and comments does not count."""
     return split_tokens(sql).count("join")
 
 
 def marks_of(examples: Sequence[dict], match: str) -> dict[str, str]:
-    """{db_id: "1 00 101"}: a digit a question, 1 where it is right, and a word for each group of twins."""
+    """{db_id: "1 00 101"}: a digit per question, 1 if it is right, and a word per group of twins."""
     words = {}
     for number, item in enumerate(examples):
         twins = words.setdefault(item["db_id"], {})
@@ -407,14 +407,14 @@ def marks_of(examples: Sequence[dict], match: str) -> dict[str, str]:
 
 
 def training_measures(steps: Sequence[dict]) -> dict:
-    """What the lines of metrics.jsonl say about a run."""
+    """The measures of a run from the lines of its metrics.jsonl."""
     names = {"flat groups": "flat_groups", "all wrong": "all_wrong_groups", "reward spread": "reward_std"}
     measures = {name: fmean(step[key] for step in steps if key in step) for name, key in names.items()
-                if any(key in step for step in steps)}  # absent where no database could be read
+                if any(key in step for step in steps)}  # absent if no database could be read
     measures["seconds"] = sum(map(step_seconds, steps))
     curve = [[step["step"], step["dev_accuracy"]] for step in steps if "dev_accuracy" in step]
     if curve:
-        start = [step["start_dev_accuracy"] for step in steps if "start_dev_accuracy" in step]  # it may be the best
+        start = [step["start_dev_accuracy"] for step in steps if "start_dev_accuracy" in step]  # the start may be best
         best, last = max([*start, *(accuracy for _, accuracy in curve)]), curve[-1][1]
         measures |= {"area": area_under(curve), "best on dev": best, "last on dev": last,
                      "collapse": float(best - last > 0.05 + 1e-9), "curve": curve}
@@ -422,7 +422,7 @@ def training_measures(steps: Sequence[dict]) -> dict:
 
 
 def area_under(curve: Sequence[Sequence[float]]) -> float:
-    """The area under [(x, y), ...], joined by straight lines, divided by the width; of one point its y."""
+    """The area under [(x, y), ...], joined by straight lines, divided by the width; for a single point, its y."""
     width = curve[-1][0] - curve[0][0]
     if not width:
         return curve[0][1]
@@ -430,8 +430,7 @@ def area_under(curve: Sequence[Sequence[float]]) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> dict:
-    """The mean and its 95 % t-interval; None for that of a single value, or of equal ones, for how seeds differ is not
-    known then."""
+    """The mean and its 95 % t-interval, which is None for one value or equal values, because the spread is unknown."""
     mean, n = fmean(values), len(values)
     if len(set(values)) < 2:
         return {"mean": mean, "interval": None}
@@ -440,9 +439,9 @@ def mean_interval(values: Sequence[float]) -> dict:
 
 
 def drawn_intervals(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict[str, list[float]]:
-    """Intervals of the difference in accuracy over twins, and over databases where there are several.
+    """Intervals of the difference in accuracy over twins, and over databases if there are several.
 
-    Empty where seeds differ in their questions, or where an older version measured them and noted no twins.
+    Empty if seeds differ in their questions, or if an older version, which recorded no twins, measured them.
     """
     seeds = [seed for seed in runs if seed in base]
     rights = [measures[seed].get("right", {}) for measures in (runs, base) for seed in seeds]
@@ -453,7 +452,7 @@ def drawn_intervals(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict[
     right = np.array([[word.count("1") for word in row] for row in words])  # [2 S, K]
     changes, sizes = right[:len(seeds)] - right[len(seeds):], np.array([len(word) for word in words[0]])  # [S, K], [K]
     found = {"over twins": crossed_interval(changes, sizes)}
-    first = np.cumsum([0, *(len(text.split()) for text in rights[0]["marks"].values())])[:-1]  # twins of a database
+    first = np.cumsum([0, *(len(text.split()) for text in rights[0]["marks"].values())])[:-1]  # first of each database
     if len(first) > 1:
         found["over databases"] = crossed_interval(np.add.reduceat(changes, first, axis=1),
                                                    np.add.reduceat(sizes, first))
@@ -461,10 +460,10 @@ def drawn_intervals(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict[
 
 
 def crossed_interval(changes: np.ndarray, sizes: np.ndarray, draws: int = 2000) -> list[float]:
-    """A 95 % bootstrap interval of the mean change per question. Each draw takes as many seeds and as many groups of
-    questions as there are, with replacement; `sizes` are the groups'. [S, K], [K] -> [low, high]
+    """A 95 % bootstrap interval of the mean change per question. Each draw takes S seeds and K groups of questions,
+    with replacement. sizes: questions per group. [S, K], [K] -> [low, high]
 
-    Few seeds say little of how seeds differ: with three, that part counts 2.6 times less than in Student's interval,
+    Few seeds underestimate the spread between seeds: with three, it counts 2.6 times less than in Student's interval,
     and with one not at all.
     """
     (S, K), rng = changes.shape, np.random.default_rng(0)
@@ -476,7 +475,7 @@ def crossed_interval(changes: np.ndarray, sizes: np.ndarray, draws: int = 2000) 
 
 
 def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
-    """For each cell every measure over its seeds, and its paired difference to the baseline on the same seeds."""
+    """Per cell, every measure over its seeds, and its paired difference from the baseline on the same seeds."""
     summary = {}
     for cell, runs in results.items():
         base, intervals = results.get(baseline, {}), {}
@@ -498,7 +497,7 @@ def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
 # ------------------------------------------------------------------------------------------------- output
 
 def table(summary: dict, baseline: str) -> str:
-    """Markdown: the measures of every cell, then its differences to the baseline."""
+    """Markdown: the measures of every cell, then its differences from the baseline."""
     names = list(dict.fromkeys(name for found in summary.values() for name in found["measures"]))
     tiers, passes = [name for name in names if ", " in name], [name for name in names if name.startswith("pass@")]
     shown = (*SHOWN, *passes)
@@ -510,7 +509,7 @@ def table(summary: dict, baseline: str) -> str:
 
 
 def rows(summary: dict, means: Sequence[str], differences: Sequence[str]) -> str:
-    """Markdown: a row a cell, with the means of some measures and the differences to the baseline of some."""
+    """Markdown: a row per cell, with the means of the measures `means` and the differences of `differences`."""
     units = {name: name if name in NOT_SHARES else f"{name}, %" for name in (*means, *differences)}
     shown = [units[name] for name in means] + [("Δ " if means else "") + units[name] for name in differences]
     lines = [f"| | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(shown)}"]
@@ -519,7 +518,7 @@ def rows(summary: dict, means: Sequence[str], differences: Sequence[str]) -> str
         texts = [in_words(name, measures.get(name)) for name in means]
         texts += [in_words(name, measures.get(name, {}).get("difference"), "+") for name in differences]
         seeds = found["seeds"]
-        if not means:  # of differences those that the baseline has, too
+        if not means:  # for differences, only seeds that the baseline has too
             pairs = [value["difference"] for value in measures.values() if "difference" in value]
             seeds = max((pair.get("seeds", seeds) for pair in pairs), default=0)
         lines.append(f"| {cell} | {seeds} | {' | '.join(texts)} |")
@@ -527,7 +526,7 @@ def rows(summary: dict, means: Sequence[str], differences: Sequence[str]) -> str
 
 
 def in_words(name: str, value: dict | None, sign: str = "") -> str:
-    """A mean and its interval; a measure that is a share in per cent."""
+    """A mean and its interval; shares are in per cent."""
     if not value:
         return ""
     scale, digits = (1, 0 if name == "seconds" else 2) if name in NOT_SHARES else (100, 1)
@@ -535,18 +534,18 @@ def in_words(name: str, value: dict | None, sign: str = "") -> str:
     if name == "collapse":  # a count of few runs has no t-interval
         return text
     intervals = [value["interval"], *(value[over] for over in ("over twins", "over databases") if over in value)]
-    for bounds in intervals if any(intervals) else ():  # each in its place: the first is over seeds
+    for bounds in intervals if any(intervals) else ():  # in fixed order, the first over seeds
         text += f" [{', '.join(f'{scale * bound:.{digits}f}' for bound in bounds)}]" if bounds else " [–]"
     return text
 
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # safe for colour-blind eyes
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # safe for colour-blind readers
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 48, 570, 16, 360  # the plot inside it
 
 
 def draw_curves(summary: dict) -> str:
-    """SVG: accuracy on dev over the steps, a line a cell, the band its 95 % interval over seeds."""
+    """SVG: accuracy on dev over the steps, a line per cell with a band for its 95 % interval over seeds."""
     curves = {cell: found["curve"] for cell, found in summary.items() if found["curve"]}
     points = [(step, *(value["interval"] or (value["mean"],) * 2))
               for curve in curves.values() for step, value in curve]
@@ -578,7 +577,7 @@ def draw_curves(summary: dict) -> str:
 
 
 def write_results(given: AblateConfig, results: Mapping[str, Mapping[int, dict]], baseline: str) -> str:
-    """ablation.json, table.md and curves.svg of what is finished so far; returns the table."""
+    """Writes ablation.json, table.md and curves.svg for the runs finished so far; returns the table."""
     given.output.mkdir(parents=True, exist_ok=True)
     summary = summarise(results, baseline)
     content = {"command": given.command, "baseline": baseline, "summary": summary, "runs": results}
@@ -590,7 +589,7 @@ def write_results(given: AblateConfig, results: Mapping[str, Mapping[int, dict]]
 
 
 def rounded(value):
-    """JSON with its numbers rounded to five decimals, far below what seeds differ by."""
+    """JSON with its numbers rounded to five decimals, far below the differences between seeds."""
     if isinstance(value, Mapping):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -635,7 +634,7 @@ def main() -> int:
         print(f"note: {given.jobs} runs at once with {threads} threads each share {free_cores()} cores: "
               "leave out --threads, and each gets its part of them, or give fewer --jobs")
     workers = Workers(threads)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts us in the background has SIGINT ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell lets background processes ignore SIGINT
         signal.signal(number, signal.default_int_handler)
     with ThreadPoolExecutor(given.jobs) as pool, tqdm(total=len(starts + runs), desc="ablation", unit="run") as bar:
         try:
@@ -662,7 +661,7 @@ def main() -> int:
 
 
 def claim(folder: Path) -> None:
-    """Keeps other ablations out of the folder. Raises UserError: one is at work there, or nothing can be written."""
+    """Keeps other ablations out of the folder. Raises UserError if one is running there, or if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -674,7 +673,7 @@ def claim(folder: Path) -> None:
 
 
 def progress_line(run: Run, error: BaseException | None, measures: dict) -> str:
-    """What became of a run, on one line."""
+    """The outcome of a run, in one line."""
     head = f"seed {run.seed}  {run.cell:<20}"
     if isinstance(error, UserError):
         return f"{head}  {error}"

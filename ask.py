@@ -4,12 +4,12 @@
     python ask.py --model runs/demo/best --database shop.sqlite            # a prompt for questions; .help
     python ask.py --model runs/demo/best --database shop.sqlite --serve    # on a page, http://127.0.0.1:8000
 
-The model answers -n times. Candidates that return the same rows vote together and the winner is shown, with
-its SQL and how many agreed. The database is opened read-only by a process of its own (see sql_exec.py):
-whatever the model writes, it cannot change the database.
+The model answers -n times. Candidates that return the same rows vote together. The winner is shown, with its SQL
+and how many agreed. A separate process opens the database read-only (see sql_exec.py): whatever the model writes,
+it cannot change the database.
 
-Where no flag says otherwise, a policy trained here is asked as in its run: prompts and answers are written, limited and
-read in the same way.
+By default, a policy trained here is asked as in its run: prompts and answers are written, limited and parsed in the
+same way.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from scoring.voting import VOTES, Candidate, Exam, choose, rank_groups, sample_c
 from sql_exec import Execution, SQLExecutor
 
 HISTORY = Path("~/.ask_history").expanduser()
-WIDEST_CELL = 40  # characters of a cell that a terminal shows
+WIDEST_CELL = 40  # characters of a cell shown in a terminal
 ROWS_ON_PAGE = 200
 HELP = """\
 Type a question, or one of
@@ -55,7 +55,7 @@ Type a question, or one of
 
 @dataclass(frozen=True)
 class AskConfig:
-    """What to ask, and how."""  # ValueError for values that make no sense
+    """What to ask, and how."""  # ValueError for invalid values
     model: str = option("runs/demo/best", "an alias, a Hugging Face id or a local folder")
     database: str = option("", "the SQLite file to ask")
     samples: int = option(10, "candidates that vote; 1 is the greedy answer", at_least=1)  # also -n
@@ -88,13 +88,13 @@ class AskConfig:
 
 @dataclass(frozen=True)
 class Reply:
-    """The winning candidate with what it returned, and what became of the others."""
+    """The winning candidate with its result, and the outcomes of the others."""
     answer: Candidate
     execution: Execution
     groups: list[tuple[int, str, int]]  # (votes, SQL, rows) of each group of equal results, the winner first
     failures: dict[str, int]            # how many candidates did not run, by status
     seconds: float
-    advice: str = ""                    # where most answers missed the format
+    advice: str = ""                    # if most answers missed the format
 
     @property
     def count(self) -> int:
@@ -129,7 +129,7 @@ class Reply:
 
 
 class Asker:
-    """A model, a database, and the way from a question to a Reply."""
+    """A model and a database; turns a question into a Reply."""
 
     def __init__(self, config: AskConfig, prompts: PromptConfig, policy=None):
         self.config, self.exam = config, config.exam(prompts.answer_style)
@@ -160,7 +160,7 @@ class Asker:
                             "raise --max-prompt-tokens if the model reads more")
         candidates, = sample_candidates(self.policy, [prompt], self.exam)
         executions = self.executor.run_many([("database", candidate.sql) for candidate in candidates])
-        if unread := next((one for one in executions if one.unread), None):  # a vote without them may be another
+        if unread := next((one for one in executions if one.unread), None):  # without them the vote could differ
             raise UserError(f"{self.path} could not be read ({unread.error}), so the candidates cannot vote: ask again")
         groups = rank_groups(executions, [candidate.logprob for candidate in candidates], config.vote)
         statuses = Counter(candidate.broken or execution.status
@@ -172,7 +172,7 @@ class Asker:
         return Reply(candidates[winner], executions[winner], votes, failures, time.perf_counter() - began, advice)
 
     def run(self, sql: str) -> Execution:
-        """Run a query of the user's own, as read-only as the model's."""
+        """Run the user's own query, read-only like the model's."""
         return self.executor.run("database", sound(sql))
 
     def schema(self, table: str = "") -> str:
@@ -184,7 +184,7 @@ class Asker:
 
 
 def check_database(file) -> Path:
-    """The path of a database that has something to ask about."""
+    """The path of a database. Raises UserError if it has no tables."""
     path = Path(file)
     if path.is_file() and not path.stat().st_size:
         raise UserError(f"{path} is an empty file: there is no table to ask about")
@@ -194,13 +194,13 @@ def check_database(file) -> Path:
 
 
 def unknown_database(model: str, run: dict, path: Path) -> str:
-    """A warning if the model's runs began with random weights and none had such a database in its data; else empty."""
+    """A warning if the model was trained from random weights and never on such a database; else empty."""
     runs = list(lineage(run))
     if not runs or runs[-1].get("model") != "tiny":
         return ""
     try:
         known = [tables for one in runs for tables in databases_of(one)]
-    except UserError:  # its data have moved away
+    except UserError:  # the data have been moved
         return ""
     if columns_by_table(schema_columns(read_schema(path))) in known:
         return ""
@@ -212,7 +212,7 @@ def unknown_database(model: str, run: dict, path: Path) -> str:
 
 
 def databases_of(run: dict) -> list[dict[str, set]]:
-    """The tables of every database that a run was trained on, as `columns_by_table` gives them."""
+    """The tables of every database that a run was trained on, in the form of `columns_by_table`."""
     if run["data"] == "demo":
         lines = map(demo_world.parse_tables, demo_world.SEEN.values())
         return [columns_by_table({table.name: [table.key, *([table.parent.key] if table.parent else []), *table.pools]
@@ -229,12 +229,12 @@ def columns_by_table(tables: Mapping[str, Iterable[str]]) -> dict[str, set]:
 # --------------------------------------------------------------------------------------------- printing
 
 def printable(text: str, keep: str = "") -> str:
-    """Text that cannot steer a terminal: control characters are escaped, but for those in `keep`."""
+    """Text that cannot control a terminal: control characters are escaped, except those in `keep`."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def cell_text(value) -> str:
-    """A cell as it is shown."""
+    """A cell as displayed text."""
     if value is None:
         return "NULL"
     if isinstance(value, bytes):
@@ -248,7 +248,7 @@ def text_width(text: str) -> int:
 
 
 def table_lines(columns: list[str], rows: list[tuple], width: int) -> list[str]:
-    """A table of at most `width` columns; numbers to the right; what does not fit is counted, not shown."""
+    """A table at most `width` characters wide; numbers align right; columns that do not fit are only counted."""
     lines: list[str] = []
     texts = [[printable(name)] + [cell_text(row[i]) for row in rows] for i, name in enumerate(columns)]
     shown = 0
@@ -269,7 +269,7 @@ def table_lines(columns: list[str], rows: list[tuple], width: int) -> list[str]:
 
 
 def print_result(execution: Execution, config: AskConfig) -> None:
-    """The rows of a query that ran, or why it did not."""
+    """Prints the rows of a query, or why it failed."""
     if execution.status != "ok":
         print(f"{execution.status}: {printable(execution.error or '')}")
         return
@@ -280,7 +280,7 @@ def print_result(execution: Execution, config: AskConfig) -> None:
 
 
 def print_reply(reply: Reply, config: AskConfig, think: bool) -> None:
-    """The reasoning (if wanted), the SQL, the result and the vote; or what went wrong and what may help."""
+    """Prints the reasoning (if wanted), the SQL, the result and the vote; or what went wrong and what may help."""
     answer = reply.answer
     if think and answer.thought:
         print("reasoning: " + printable(answer.thought.strip(), keep="\n") + "\n")
@@ -300,49 +300,49 @@ def print_reply(reply: Reply, config: AskConfig, think: bool) -> None:
           "(.sql)." + (f"\n{reply.advice}" if reply.advice else ""))
 
 
-# ------------------------------------------------------------------------------------- again and again
+# --------------------------------------------------------------------------------------------- a session
 
 class Session(cmd.Cmd):
-    """The prompt at which one asks again and again: a line is a question, or a command that begins with a dot."""
+    """The interactive prompt: a line is a question, or a command that begins with a dot."""
     prompt = "ask> "
 
     def __init__(self, asker: Asker):
         super().__init__()
         self.asker, self.think = asker, asker.config.think
         self.reply: Reply | None = None
-        self.sql, self.execution = "", None  # the last query, and what it returned
+        self.sql, self.execution = "", None  # the last query and its result
         self.intro = (f"{asker.path.name}: {plural(len(read_schema(asker.path).tables), 'table')}. "
                       "Ask a question, or type .help")
 
     def loop(self) -> None:
         """Ask until .quit or the end of input."""
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # what was typed need not be valid UTF-8
+            sys.stdin.reconfigure(errors="replace")  # the input may be invalid UTF-8
         with history():
             while True:
                 try:
                     return self.cmdloop()
-                except KeyboardInterrupt:  # gives up this question, not the session
+                except KeyboardInterrupt:  # ends the question, not the session
                     print("\ninterrupted (.quit leaves)")
                 except UserError as error:
                     print(f"error: {error}")
-                self.intro = None  # which cmdloop prints first
+                self.intro = None  # cmdloop would print it again
 
     def parseline(self, line: str) -> tuple[str, str, str]:
-        """(command without its dot, what follows it, the line); of a question the command is empty."""
+        """(command without its dot, its argument, the line); the command of a question is empty."""
         line = line.strip()
         command, _, rest = line.partition(" ")
         return command[1:] if command.startswith(".") else "", rest.strip(), line
 
     def completenames(self, text: str, *_) -> list[str]:
-        """The commands that begin so."""
+        """The commands that begin with `text`."""
         return [f".{name}" for name in super().completenames(text[1:])] if text.startswith(".") else []
 
     def emptyline(self) -> None:
-        """Nothing, where cmd would repeat the last line."""
+        """Does nothing; by default cmd repeats the last line."""
 
     def default(self, line: str) -> bool:
-        """A question, or no known command, or the end of input, which cmd calls EOF."""
+        """Handles a question, an unknown command, or the end of input, which cmd calls EOF."""
         if line == "EOF":
             print()
             return True
@@ -403,7 +403,7 @@ class Session(cmd.Cmd):
 
 
 def edit(sql: str) -> str:
-    """Let the user edit a query on the terminal."""
+    """Let the user edit a query in the terminal; empty if nothing is to run."""
     if not sql:
         raise UserError("there is no query to edit yet; .sql SELECT ... runs one")
     try:
@@ -415,7 +415,7 @@ def edit(sql: str) -> str:
     readline.set_startup_hook(lambda: readline.insert_text(" ".join(sql.split("\n"))))
     try:
         return input("sql> ").strip()
-    except EOFError:  # leaves it as it was
+    except EOFError:  # Ctrl-D: the query stays as it was
         print()
         return ""
     finally:
@@ -424,7 +424,7 @@ def edit(sql: str) -> str:
 
 @contextlib.contextmanager
 def history():
-    """Arrow keys bring back earlier lines, those of earlier sessions too, where there is a terminal."""
+    """In a terminal, arrow keys recall earlier lines, including those of earlier sessions."""
     try:
         import readline
     except ImportError:
@@ -460,7 +460,7 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, AskConfig, Prom
 
 
 def main() -> int:
-    """Answer once, again and again, or on a page. Exit status 1: no candidate ran."""
+    """Answer one question, a session of them, or those of a page. Exit status 1: no candidate ran."""
     given, config, prompts = parse_arguments()
     if given.question is not None and not re.search(r"\w", given.question):
         raise UserError("the question is empty")

@@ -6,36 +6,35 @@
     python evaluate.py --compare A.json B.json                                  # difference, and what flipped
 
 What is measured, for every question
-  (1) status    what became of the answer as written: ok, error, timeout, refused, too_large, unavailable (the
-                database could not be read); for a model also
-                format (not reasoning followed by one query), truncated (the same, cut at the length limit), and
-                too_long (its prompt does not fit)
+  (1) status    the outcome of the answer as written: ok, error, timeout, refused, too_large, unavailable (the
+                database could not be read); for a model also format (not reasoning followed by one query),
+                truncated (the same, because it was cut at the length limit), and too_long (the prompt does not fit)
   (2) bird      BIRD's comparison: the same set of rows, columns in order
   (3) spider    Spider's test-suite comparison: the same bag of rows under some order of the columns, in row
-                order where the gold has ORDER BY; both queries are first rewritten as the official script
-                does (no DISTINCT unless --keep-distinct). On one database, or with --test-suite on every
-                .sqlite of its folder
+                order if the gold has ORDER BY; both queries are first rewritten as in the official script
+                (no DISTINCT unless --keep-distinct). On one database, or with --test-suite on every
+                .sqlite in its folder
   (4) soft-F1   BIRD's partial credit for overlapping cells; with --r-ves N also BIRD's efficiency score
 
-A --json file states the protocol: prompts, answers, sampling, comparisons, limits, questions. --compare refuses two
-files whose protocols differ, and names what does, unless --anyway is given.
+A --json file contains the protocol: prompts, answers, sampling, comparisons, limits, questions. If the protocols of two
+files differ, --compare names the differences and refuses the files, unless --anyway is given.
 
-Where no flag says otherwise, a policy trained here is asked as in its run: prompts and answers are written, limited and
-read in the same way.
+By default, a policy trained here is asked as in its run: prompts and answers are written, limited and parsed in the
+same way.
 
-With -n the model answers n times; scoring/voting.py says how one answer is chosen from them. Both votes, the greedy
-answer and pass@k are reported side by side; --vote selects the one that counts. An evaluation with --json or
---progress that was interrupted continues where it stopped when the same command is given again.
+With -n the model answers n times; scoring/voting.py chooses one of the answers. Both votes, the greedy answer and
+pass@k are reported side by side; --vote selects the answer that counts. If an evaluation with --json or --progress is
+interrupted, the same command continues where it stopped.
 
 A question whose gold query fails is reported, with the reason, and never counted as correct. It stays in the
-denominator, as in the official scripts, unless --skip-bad-gold. A question whose database could not be read for as
-long as a query may take (a writer's lock, an I/O error, workers that the system killed), or was changed by a writer
-each time between prediction and gold, is left out of every figure, with a warning.
+denominator, as in the official scripts, unless --skip-bad-gold. A question is left out of every figure, with a warning,
+if its database could not be read within the time limit of a query (a writer's lock, an I/O error, workers killed by the
+system), or if a writer changed the database between prediction and gold in every attempt.
 
-Intervals are 95 % bootstrap intervals over groups of twins, questions of one database with the same gold query, which
-are answered alike: Spider's 1,034 dev questions are 551 such groups. These intervals say how the figure would differ
-with other questions to the same databases. Those over databases say how it would differ with other databases. Both are
-widened for few groups, as Student's intervals are; where all groups agree, they are Clopper and Pearson's.
+Intervals are 95 % bootstrap intervals over groups of twins: questions on one database with the same gold query, whose
+answers are correlated. Spider's 1,034 dev questions form 551 such groups. These intervals cover the choice of questions
+on the same databases; intervals over databases cover the choice of databases. Both are widened for few groups, as
+Student's intervals are; if all groups agree, they are Clopper and Pearson's.
 """
 
 import argparse
@@ -85,10 +84,10 @@ __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "c
 
 # ------------------------------------------------------------------------------------------ configuration
 
-# Settings on which the records of an evaluation do not depend.
+# Settings that do not affect the records of an evaluation.
 FREE_TO_CHANGE = ("predictions", "vote", "r_ves", "skip_bad_gold", "json", "progress", "predictions_out", "save_traces",
                   "workers", "gold_cache")
-# Settings of how a model answers, without meaning for a file of predictions; those of prompts are others.
+# Settings of how a model answers, meaningless for a file of predictions; so are those of PromptConfig.
 OF_A_MODEL = ("samples", "temperature", "vote", "greedy", "max_completion_tokens", "progress", "save_traces")
 
 
@@ -133,7 +132,7 @@ class EvaluateConfig:
         check(self)
         if bool(self.predictions) == bool(self.model):
             raise UserError("give --predictions FILE or --model NAME, " + ("not both" if self.model else
-                            "for there is nothing to evaluate"))
+                            "because without one there is nothing to evaluate"))
         if self.samples > 1 and self.sampling_temperature < 1e-6:
             raise UserError(f"--temperature {self.temperature:g} cannot give {self.samples} sample(s)")
         if not self.matches or not set(self.matches) <= set(MATCHES):
@@ -145,7 +144,7 @@ class EvaluateConfig:
 
     @property
     def sampling_temperature(self) -> float:
-        """The temperature in force; 0 where the greedy answer is all that is asked for."""
+        """The temperature used; 0 if only the greedy answer is wanted."""
         return (1.0 if self.samples > 1 else 0.0) if self.temperature is None else self.temperature
 
     @property
@@ -162,7 +161,7 @@ class EvaluateConfig:
 
     @property
     def answer(self) -> str:
-        """The way that counts; without a vote the greedy answer, or with --no-greedy the first sample."""
+        """The way of answering that counts; without a vote the greedy answer, or with --no-greedy the first sample."""
         return self.vote if self.vote in self.ways else self.ways[0]
 
     def exam(self, answer_style: str) -> Exam:
@@ -193,7 +192,7 @@ def summarise_records(records: Sequence[dict], config: EvaluateConfig) -> dict:
 
 
 def timing(records: Sequence[dict]) -> dict:
-    """Median and 95th percentile of the seconds a question took, by part; tokens a second of generation."""
+    """Median and 95th percentile of the seconds per question, by part; tokens generated per second."""
     parts = {name: [record["seconds"][name] for record in records]
              for name in ("prompt", "generation", "sql")}
     parts["total"] = [sum(record["seconds"].values()) for record in records]
@@ -205,7 +204,7 @@ def timing(records: Sequence[dict]) -> dict:
 
 
 def print_model_table(summary: dict) -> None:
-    """What `summarise_records` found, on a terminal of 80 columns."""
+    """Prints the summary of `summarise_records` for a terminal of 80 columns."""
     n, count = summary["samples_per_question"], next(iter(summary["answers"].values()))["n"]
     rows = {way: part for way, part in summary["answers"].items() if way != "sample"}
     if summary["temperature"]:
@@ -248,7 +247,7 @@ def r_ves(examples: Sequence[Example], scores: Sequence[ExampleScore], executor:
           repeats: int) -> list[float]:
     """BIRD mini-dev's efficiency score of each question: 100 · sqrt(reward), 0 where the answer is wrong.
 
-    Prediction and gold run in turn, `repeats` times each; the mean ratio of their times decides. Questions of which the
+    Prediction and gold run in turn, `repeats` times each; the mean ratio of their times decides. Questions whose
     database could not be read meanwhile are left out.
     """
     pairs = zip(examples, scores, strict=True)
@@ -266,10 +265,10 @@ def r_ves(examples: Sequence[Example], scores: Sequence[ExampleScore], executor:
 
 
 def time_ratio(example: Example, sql: str, executor: SQLExecutor, repeats: int) -> float | None:
-    """Mean of gold time / prediction time over repeated runs, without outliers beyond three deviations; None where the
+    """Mean of gold time / prediction time over repeated runs, without outliers beyond three deviations; None if the
     database could not be read."""
     ratios, gold_sql, *others = [], *example.gold_sqls
-    if others:  # of several golds the first that runs: one that fails takes no time
+    if others:  # the first gold that runs: one that fails takes no time
         gold_sql = next((one for one in example.gold_sqls if executor.run(example.db_id, one).status == "ok"), gold_sql)
     for _ in range(repeats):
         predicted = executor.run(example.db_id, sql)
@@ -288,7 +287,7 @@ def clean_mean(values: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------ main
 
 def parse_arguments(arguments=None):
-    """The command line as (namespace, EvaluateConfig, PromptConfig); no configs for a comparison."""
+    """The command line as (namespace, EvaluateConfig, PromptConfig); the configs are None for a comparison."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
                         help="answers per question, which vote (default: 1, the greedy answer)")
@@ -343,7 +342,7 @@ def main() -> None:
 
 
 def settle(config: EvaluateConfig) -> tuple[EvaluateConfig, Dataset]:
-    """The questions, and the config with the way of reading answers; the run that made the model decides on both."""
+    """The config with `lenient_format` resolved, and the questions; by default as in the run that made the model."""
     where = {"data_dir": config.data_dir, "split": config.split, "seed": config.seed, "world": config.world}
     run = run_config_of(config.model) if config.model else None
     lenient = bool(config.lenient_format)
@@ -355,7 +354,7 @@ def settle(config: EvaluateConfig) -> tuple[EvaluateConfig, Dataset]:
 
 
 def chosen(config: EvaluateConfig, examples: Sequence[Example]) -> list[int]:
-    """Positions of the questions that --exclude and --limit leave; says how many --exclude left out."""
+    """Positions of the questions that --exclude and --limit leave; prints how many --exclude left out."""
     ids, asked = excluded(config.exclude), {example.id for example in examples}
     kept = [i for i, example in enumerate(examples) if example.id not in ids]
     if not ids & asked:
@@ -415,10 +414,10 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
 
 def report_scores(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suite, written: dict,
            records=None, unwritable_ids: Sequence[str] = ()) -> None:
-    """Write the files, then print the tables: a closed terminal costs nothing, nor does a file that cannot be written.
+    """Writes the files, then prints the tables, so that neither a closed terminal nor an unwritable file loses results.
 
-    written: of a model, how its prompts were written and its precision.
-    unwritable_ids: of questions whose gold SQL its tokenizer changes.
+    written: for a model, how its prompts were written, and its precision.
+    unwritable_ids: ids of questions whose gold SQL the tokenizer changes.
     """
     summary = summarise(scores, config.skip_bad_gold)
     if not summary["n"]:
@@ -434,7 +433,7 @@ def report_scores(config: EvaluateConfig, examples, scores, executor: SQLExecuto
             item |= more
     if config.r_ves:
         right = scores if "bird" in config.matches else score_predictions(
-            examples, [score.sql for score in scores], executor, ["bird"], suite=suite)  # it is BIRD's score
+            examples, [score.sql for score in scores], executor, ["bird"], suite=suite)  # R-VES is BIRD's score
         kept = [i for i, score in enumerate(scores)
                 if not score.left_out(config.skip_bad_gold) and not right[i].unavailable]
         content.setdefault("timing", {})["r_ves"] = mean(
@@ -453,7 +452,7 @@ def report_scores(config: EvaluateConfig, examples, scores, executor: SQLExecuto
 
 
 def write_files(config: EvaluateConfig, examples, scores, content: dict, records) -> list[str]:
-    """Every file that was asked for; what hindered one of them is returned and hinders no other."""
+    """Writes every requested file and returns the errors; an error with one file does not affect the others."""
     def write_traces(file):
         traces = [trace for record in records for trace in record["traces"]]
         write_text(file, json_lines(traces))
@@ -475,7 +474,7 @@ def write_files(config: EvaluateConfig, examples, scores, content: dict, records
 
 
 def protocol_of(config: EvaluateConfig, examples, summary: dict, written: dict) -> dict:
-    """All that a score depends on but the model; of a predictions file nothing is known of how it was made."""
+    """Everything except the model that a score depends on; how a predictions file was made is unknown."""
     shown = {"data": Path(config.data).name, "split": config.split, "questions": questions_hash(examples)[:16],
              "test_suite": config.test_suite, "lenient_format": bool(config.lenient_format),
              "timeout": config.timeout, "max_rows": config.max_rows}
@@ -489,7 +488,7 @@ def protocol_of(config: EvaluateConfig, examples, summary: dict, written: dict) 
 
 
 def spider_metric(config: EvaluateConfig, suite: dict[str, list[str]] | None) -> str:
-    """In words, which of Spider's metrics the figures are."""
+    """The name of Spider's metric that was computed, in words."""
     distinct = "DISTINCT " + ("kept" if config.keep_distinct else "ignored")
     sizes = [1 + len(others) for others in (suite or {}).values()]
     if not sizes or max(sizes) == 1:

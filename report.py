@@ -1,20 +1,20 @@
 """Writes a run as one page, runs/NAME/report.html: its curves, and every group with its completions.
 
-    python report.py runs/demo      # also while the run goes on; train.py does it at the end of a run
+    python report.py runs/demo      # also during a run; train.py does it at the end
 
 The page is a single file that loads nothing from anywhere. From top to bottom:
   (1) settings, and held-out accuracy before and after where result.json has it;
   (2) curves of metrics.jsonl, as SVG that follows the reader's light or dark colours (running/plot.py);
   (3) the group inspector over rollouts.jsonl: question, schema and gold beside the completions, each with
       its rewards, advantage, SQL, result or error, the atomic operations it matched, missed or added, the
-      nearest traces in memory, and in one group a step by how much the update changed each token.
+      nearest traces in memory, and in one group per step how much the update changed each token.
 
-Rollouts of a long run are large, so each step is a compressed block that the page unpacks when it is looked
-at. Where all steps would take more than PAGE_BYTES, evenly spaced steps are kept and the page says so.
+Rollouts of a long run are large, so each step is a compressed block that the page unpacks on demand. If all
+steps would take more than PAGE_BYTES, the page contains evenly spaced steps and reports that.
 
-Model output is untrusted. It travels as compressed base64, so no text can end a script block; the page's
-script sets it by textContent only; characters that do not print (NUL, direction marks) are written out as
-‹U+202E›; and a content security policy lets nothing but the page's own style and script take effect.
+Model output is untrusted. It is stored as compressed base64, so no text can end a script block; the page's
+script inserts it by textContent only; unprintable characters (NUL, direction marks) are written out as
+‹U+202E›; and a content security policy allows only the page's own style and script.
 """
 
 import base64
@@ -43,10 +43,10 @@ from sql_exec import SQLExecutor
 
 TEMPLATE = Path(__file__).parent / "running" / "report_template.html"
 PAGE_BYTES = 18_000_000  # of rollouts in a page
-PROBED_STEPS = 8         # steps packed to learn how many fit
+PROBED_STEPS = 8         # steps packed to estimate how many fit
 GOLD_SECONDS = 20.0      # for gold queries whose results the run has not cached
-ROWS_SHOWN = 5           # of a result
-CELL_CHARS = 80          # of a value in it
+ROWS_SHOWN = 5           # per result
+CELL_CHARS = 80          # per value in it
 KEY_SETTINGS = ("model", "data", "split", "rewards", "loss", "group_size", "prompts_per_step", "lr",
                 "kl_coef", "temperature", "seed")
 
@@ -91,7 +91,7 @@ def write_report(folder: Path) -> Path:
 # --------------------------------------------------------------------------------------------- reading a run
 
 def read_object(file: Path) -> dict:
-    """The JSON object of a file; empty when the file is absent or broken, for the rest can still be shown."""
+    """The JSON object of a file; empty if the file is absent or broken, because the rest can still be shown."""
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -100,7 +100,7 @@ def read_object(file: Path) -> dict:
 
 
 def read_records(file: Path) -> Iterator[dict]:
-    """The records of a .jsonl log; a line that a running trainer has half written is passed over."""
+    """The records of a .jsonl log; a line that a running trainer has half written is skipped."""
     if file.is_file():
         with open(file, "rb") as lines:
             yield from filter(None, map(parse_record, lines))
@@ -124,7 +124,7 @@ class RunDatabases:
         self.executor.close()
 
     def schema(self, db_id: str) -> tuple[str, dict]:
-        """CREATE TABLE statements, and {table: [column, ...]}; empty when the database is gone."""
+        """CREATE TABLE statements, and {table: [column, ...]}; empty if the database is gone."""
         if db_id not in self._schemas:
             try:
                 schema = read_schema(self.files[db_id])
@@ -134,7 +134,7 @@ class RunDatabases:
         return self._schemas[db_id]
 
     def operations(self, db_id: str, sql: str) -> frozenset[str]:
-        """The atomic operations of a query; groups repeat themselves, so each is taken apart once."""
+        """The atomic operations of a query; groups repeat queries, so each is parsed once."""
         if (db_id, sql) not in self._operations:
             self._operations[db_id, sql] = atomic_operations(sql, self.schema(db_id)[1] or None)
         return self._operations[db_id, sql]
@@ -153,7 +153,7 @@ class RunDatabases:
 
 
 def find_databases(config: dict) -> dict[str, Path]:
-    """{db_id: file} of the run's training data; empty when it has moved away."""
+    """{db_id: file} of the run's training data; empty if the data have been moved."""
     try:
         return training_questions(config).databases
     except (UserError, OSError, ValueError, TypeError, AttributeError, KeyError):
@@ -161,15 +161,15 @@ def find_databases(config: dict) -> dict[str, Path]:
 
 
 def preview(rows: list) -> list:
-    """The first rows of a result: a text (cut if it is long), a number as a list of its digits, or None.
+    """The first rows of a result. A cell is a text (cut if it is long), a number as a list of its digits, or None.
 
-    JavaScript has no number for 2^53 + 1 and none for infinity, so numbers travel as texts.
+    JavaScript cannot represent 2^53 + 1, nor JSON infinity, so numbers are stored as texts.
     """
     return [[shown(cell) for cell in row] for row in rows[:ROWS_SHOWN]]
 
 
 def shown(cell):
-    """A cell as `preview` gives it."""
+    """A cell in the form of `preview`."""
     if isinstance(cell, int | float):
         return [exact_text(cell)]
     text = None if cell is None else exact_text(cell)
@@ -184,7 +184,7 @@ def first_gold(group: dict) -> str:
 # ------------------------------------------------------------------------------------- the inspector's blocks
 
 def pack_rollouts(log: RolloutLog, databases: RunDatabases) -> tuple[dict[str, str], str]:
-    """Blocks "step-N" of the steps shown, "index" and "schemas"; and a note on what was left out."""
+    """Blocks "step-N" of the steps shown, "index" and "schemas", and a note on what was left out."""
     steps = choose_steps(log, databases)
     index = {"steps": [], "groups": [], "tiers": [], "scales": {}}
     blocks, db_ids = {}, set()
@@ -194,7 +194,7 @@ def pack_rollouts(log: RolloutLog, databases: RunDatabases) -> tuple[dict[str, s
             blocks[f"step-{step}"] = pack(groups)
             db_ids |= {group["db_id"] for group in groups}
             add_to_index(index, step, groups)
-    # A component that is 0 all along is switched off and gets no bar.
+    # A component that is always 0 is switched off and gets no bar.
     index["scales"] = {name: value for name, value in index["scales"].items() if value}
     blocks["index"] = pack(index)
     blocks["schemas"] = pack({db_id: databases.schema(db_id)[0] for db_id in sorted(db_ids)})
@@ -233,7 +233,7 @@ def completion_view(completion: dict, group: dict, databases: RunDatabases) -> d
     """A completion with its atomic operations matched, missed and extra; its text only if unparsed."""
     view = dict(completion)
     if completion.get("sql"):
-        view.pop("text", None)  # thought and SQL are all of it
+        view.pop("text", None)  # thought and SQL contain all of it
         view |= compare_operations(completion["sql"], group, databases)
     if view.get("rows"):
         view["rows"] = preview(view["rows"])
@@ -243,7 +243,7 @@ def completion_view(completion: dict, group: dict, databases: RunDatabases) -> d
 
 
 def compare_operations(sql: str, group: dict, databases: RunDatabases) -> dict[str, list[str]]:
-    """Which operations the query shares with the nearest gold, which it lacks and which it adds."""
+    """The operations that the query shares with the nearest gold, lacks and adds."""
     db_id = group.get("db_id", "")
     found = databases.operations(db_id, sql)
     golds = [databases.operations(db_id, gold) for gold in group.get("gold_sqls") or [""]]
@@ -252,7 +252,7 @@ def compare_operations(sql: str, group: dict, databases: RunDatabases) -> dict[s
 
 
 def add_to_index(index: dict, step: int, groups: list[dict]) -> None:
-    """Notes what the filters ask of each group: [right, completions, flat, tier, has ratios]; and reward scales."""
+    """Adds what the filters need per group, [right, completions, flat, tier, has ratios], and the reward scales."""
     rows = []
     for group in groups:
         completions, tier = group["completions"], group["difficulty"]
@@ -275,7 +275,7 @@ def pack(value) -> str:
 
 
 def presentable(value):
-    """The value with visible texts, 4-digit numbers, and null for what JSON cannot say."""
+    """The value with `visible` texts, 4-digit numbers, and None for what JSON cannot represent."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, float):
@@ -290,7 +290,7 @@ def presentable(value):
 # ----------------------------------------------------------------------------------------------- the page
 
 def fill_template(contents: dict[str, str]) -> str:
-    """The template with {{name}} replaced, and a policy that allows exactly its own style and script."""
+    """The template with {{name}} replaced, and a security policy that allows exactly its own style and script."""
     template = TEMPLATE.read_text(encoding="utf-8")
 
     def digest(tag):
@@ -326,13 +326,13 @@ def tiles(config: dict, metrics: list[dict], result: dict) -> str:
 
 
 def settings_list(config: dict) -> str:
-    """The telling settings in a line, all of them behind it."""
+    """The key settings in a line, all of them in a fold-out below."""
     def pairs(names):
         return "".join(f"<div><dt>{html_text(name)}</dt><dd>{html_text(config[name])}</dd></div>" for name in names)
 
     if not config:
         return "<p>There is no readable config.json.</p>"
-    others = ("cwd", "began_with", "questions", "data_hash")  # no settings
+    others = ("cwd", "began_with", "questions", "data_hash")  # not settings
     config = {name: value for name, value in config.items() if name not in others}
     return (f'<dl class="settings">{pairs([name for name in KEY_SETTINGS if name in config])}</dl>'
             f"<details><summary>All {len(config)} settings</summary>"
@@ -340,7 +340,7 @@ def settings_list(config: dict) -> str:
 
 
 def result_tables(result: dict, match: str) -> str:
-    """Held-out accuracy before and after, a table a comparison; the run's own comparison is open."""
+    """Held-out accuracy before and after, a table per comparison; the run's own comparison is open."""
     after = result.get("after", {})
     matches = sorted({name for summary in after.values() for name in summary.get("execution_accuracy", {})},
                      key=lambda name: name != match)
@@ -372,7 +372,7 @@ def result_table(result: dict, match: str) -> str:
 
 
 def result_line(label: str, kind: str, before: dict | None, after: dict, match: str) -> str:
-    """One line of the table; the picture has a hollow dot before and a full one after."""
+    """One line of the table; its picture has a hollow dot for before and a solid one for after."""
     gain = signed(100 * (accuracy(after, match) - accuracy(before, match))) if of_the_same(before, after) else "–"
     cells = [after["n"], interval_cell(before, match), interval_cell(after, match), gain]
     return (f'<tr class="{kind}"><th scope="row">{html_text(label)}</th>'
@@ -407,7 +407,7 @@ def dumbbell(before: dict | None, after: dict, match: str) -> str:
 
 
 def accuracy(summary: dict | None, match: str) -> float:
-    """Execution accuracy of a summary; not a number where there is none, or null because no question could be read."""
+    """Execution accuracy of a summary; NaN if there is none, or if it is null because no database could be read."""
     value = (summary or {}).get("execution_accuracy", {}).get(match)
     return math.nan if value is None else value
 
@@ -416,18 +416,18 @@ def accuracy(summary: dict | None, match: str) -> float:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot of some keys of metrics.jsonl; "status/*" stands for all keys that begin so."""
+    """A plot of some keys of metrics.jsonl; "status/*" stands for all keys with that prefix."""
     title: str
     keys: tuple[str, ...]
     labels: tuple[str, ...] = ()
-    share: bool = False           # values are shares of one, shown in per cent
-    stacked: bool = False         # parts of a whole: a part that a step does not name is 0 there
+    share: bool = False           # values are shares, shown in per cent
+    stacked: bool = False         # parts of a whole: a part missing from a step is 0 there
     known: tuple[str, ...] = ()   # what * stands for; each name has the same colour in every run
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One key of a chart: how it is called and coloured, and a value a step, None where there is none."""
+    """One key of a chart: its label, its colour, and a value per step, None if there is none."""
     key: str
     label: str
     colour: int
@@ -435,7 +435,7 @@ class Curve:
 
     @property
     def style(self) -> str:
-        """The class that sets its colour."""
+        """The CSS class that sets its colour."""
         return f"s{self.colour % COLOUR_CLASSES}"
 
 
@@ -463,11 +463,11 @@ CHARTS = (
 )
 WIDTH, HEIGHT = 360, 180
 LEFT, RIGHT, TOP, BOTTOM = 42, 350, 8, 158  # the plot inside it
-MAX_POINTS = RIGHT - LEFT                   # a longer run is averaged down to a point a pixel
+MAX_POINTS = RIGHT - LEFT                   # a longer run is averaged to a point per pixel
 
 
 def curves_of(chart: Chart, metrics: list[dict]) -> list[Curve]:
-    """What the run has logged for a chart, in the order of the colours; a key that was always 0 is left out."""
+    """The logged curves of a chart, in the order of the colours; a key that is always 0 is left out."""
     curves = []
     for colour, (key, label) in enumerate(labels_of(chart, metrics).items()):
         values = column(metrics, key)
@@ -477,7 +477,7 @@ def curves_of(chart: Chart, metrics: list[dict]) -> list[Curve]:
 
 
 def labels_of(chart: Chart, metrics: list[dict]) -> dict[str, str]:
-    """{key: label} of a chart, in the order of the colours; names that we do not know come last."""
+    """{key: label} of a chart, in the order of the colours; unknown names come last."""
     if chart.labels:
         return dict(zip(chart.keys, chart.labels, strict=True))
     prefix = chart.keys[0].removesuffix("*")
@@ -486,7 +486,7 @@ def labels_of(chart: Chart, metrics: list[dict]) -> dict[str, str]:
 
 
 def matching(pattern: str, metrics: list[dict]) -> list[str]:
-    """The keys that a pattern stands for, in the order they were logged; "a/*" leaves out "a/b/c"."""
+    """The keys that match a pattern, in the order they were logged; "a/*" does not match "a/b/c"."""
     if not pattern.endswith("*"):
         return [pattern]
     keys = {key: None for record in metrics for key in record}
@@ -494,7 +494,7 @@ def matching(pattern: str, metrics: list[dict]) -> list[str]:
 
 
 def charts(metrics: list[dict]) -> str:
-    """All charts the run has numbers for, and a sentence on those that stayed at zero."""
+    """All charts with logged values, and a sentence on those that stayed at zero."""
     shown, silent = [], []
     for chart in CHARTS:
         curves = curves_of(chart, metrics)
@@ -507,7 +507,7 @@ def charts(metrics: list[dict]) -> str:
 
 
 def figure(chart: Chart, curves: list[Curve], metrics: list[dict]) -> str:
-    """A chart with title and legend, into which the page's script writes the values under the cursor."""
+    """A chart with title and legend; the page's script adds the values under the cursor to the legend."""
     first, last = metrics[0]["step"], metrics[-1]["step"]
     legend = "".join(f'<li class="{curve.style}"><i></i>{html_text(curve.label)} '
                      f'<output data-key="{html_text(curve.key)}"></output></li>' for curve in curves)
@@ -531,7 +531,7 @@ def plot_of(steps: Sequence[int], low: float, high: float) -> Plot:
 
 
 def line_plot(steps: Sequence[int], curves: list[Curve], share: bool) -> str:
-    """Each step as a faint line, the running mean as a strong one; values of few steps as joined dots."""
+    """Per curve, the values as a faint line and their running mean as a strong one; sparse values as joined dots."""
     known = [value for curve in curves for value in curve.values if value is not None]
     plot = plot_of(steps, min(0.0, *known), max(known))
     drawn = [axes(plot, steps, share)]
@@ -576,7 +576,7 @@ def axes(plot: Plot, steps: Sequence[int], share: bool) -> str:
 
 
 def downsample(steps: list[int], curves: list[Curve]) -> tuple[list[int], list[Curve]]:
-    """Means over equal stretches of a run that has more steps than the plot has pixels."""
+    """Averages a run with more steps than the plot has pixels over equal stretches."""
     size = math.ceil(len(steps) / MAX_POINTS)
     if size <= 1:
         return steps, curves
@@ -596,17 +596,17 @@ def running_mean(values: Sequence, window: int) -> list:
 # ------------------------------------------------------------------------------------------- logged numbers
 
 def column(metrics: list[dict], key: str) -> list[float | None]:
-    """The values of a key, a step each; None where it is absent or not finite."""
+    """The values of a key, one per step; None if it is absent or not finite."""
     return [finite(record.get(key)) for record in metrics]
 
 
 def finite(value) -> float | None:
-    """The value if it is a finite number."""
+    """The value if it is a finite number, else None."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def mean_of_known(values: Sequence) -> float | None:
-    """The mean of the values that are there."""
+    """The mean of the values that are not None; None if there are none."""
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
 

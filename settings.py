@@ -1,8 +1,8 @@
-"""The settings of a run: every flag of train.py, what flags that are left out mean, and what of them is planned with.
+"""The settings of a run: every flag of train.py, its defaults, and the memory plan of a run.
 
-Flags that are given always win. What is left out comes from layers of defaults (running/layers.py), of which the kind
-of model (TINY, KINDS) and bf16 arithmetic (IN_BF16) stand here. The values for pretrained models are where others' runs
-usually start (LoRA takes about ten times the learning rate of full fine-tuning); none was tuned here.
+A flag on the command line always wins. Other values come from layers of defaults (running/layers.py); this file defines
+those for the kind of model (TINY, KINDS) and for bf16 arithmetic (IN_BF16). The values for pretrained models are usual
+starting points (LoRA needs about ten times the learning rate of full fine-tuning); none was tuned here.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from running.layers import PROMPTS, fold, handed_on
 from running.recipes import RECIPES, recipe_values
 from scoring.voting import Exam
 
-# The tiny policy starts from random weights and is trained by far larger steps than a pretrained model.
+# The tiny policy starts from random weights and needs far larger steps than a pretrained model.
 TINY = {"steps": 140, "draw": "informative", "lr": 4e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32,
         "kl_coef": 0.0, "temperature": 0.7, "advantage_scale": "none", "execution_runs": 0.0,
         "rewards": "format,execution,atomic=0.5,memory=0.5", "max_completion_tokens": 80, "eval_every": 28,
         "cold_start_steps": 300, "cold_start_lr": 3e-3, "prompt_loss": 0.3}
-# A group's training with LoRA fits 24 GB up to 4 billion parameters, and 40 GB up to 7 (docs/recipes.md).
-KINDS = {  # of pretrained models, up to so many parameters
+# With LoRA, training on one group fits in 24 GB up to 4 billion parameters, in 40 GB up to 7 billion (docs/recipes.md).
+KINDS = {  # pretrained models with up to this many parameters
     1e9: {"group_size": 16, "prompts_per_step": 8, "lr": 2e-6, "gradient_checkpointing": True,
           "max_prompt_tokens": 2048, "max_completion_tokens": 1024},
     4e9: {"group_size": 8, "prompts_per_step": 8, "lr": 1e-6, "gradient_checkpointing": True,
@@ -44,15 +44,15 @@ KINDS = {  # of pretrained models, up to so many parameters
     float("inf"): {"group_size": 8, "prompts_per_step": 8, "lr": 5e-7, "gradient_checkpointing": True,
                    "max_prompt_tokens": 4096, "max_completion_tokens": 1536},
 }
-LORA_LR = 10  # times the learning rates
+LORA_LR = 10  # factor on the learning rates
 PATHS = ("model", "data", "data_dir", "start", "traces", "reward_module", "embedder")  # settings that may be a path,
 NAMES = ("", None, "tiny", *ALIASES, "demo", "spider", "bird", "template", "hash", "policy")  # unless one of these
-AUTO_RANK = 16  # of the adapters that --lora-rank auto trains where all weights do not fit
+AUTO_RANK = 16  # of the adapters that --lora-rank auto trains if all weights do not fit
 IN_BF16 = {"sampler_cap": 2.0}  # sampler and trainer round differently
 
 
 def parameters_of(config: dict | None) -> float:
-    """How many a model with this config.json has; infinitely many where we cannot tell."""
+    """The number of parameters of a model with this config.json; infinity if it is unknown."""
     try:
         return memory_plan.Shape.of(config or memory_plan.TINY).parameters()
     except ValueError:
@@ -60,8 +60,8 @@ def parameters_of(config: dict | None) -> float:
 
 
 def defaults_of_kind(config: dict | None, lora: bool, traces: bool) -> dict:
-    """Defaults of a model by its config.json; None: those of `tiny`. A pretrained one is cold-started where traces are
-    given."""
+    """Defaults for a model with this config.json, or for `tiny` if it is None. A pretrained model is cold-started only
+    if there are traces."""
     if config is None:
         return TINY
     start, parameters = {} if traces else {"cold_start_steps": 0}, parameters_of(config)
@@ -72,16 +72,16 @@ def defaults_of_kind(config: dict | None, lora: bool, traces: bool) -> dict:
 
 
 def settings_of_run(folder: str) -> dict:
-    """The settings of the run in a folder; none where they cannot be read, which opening the folder reports."""
+    """The settings of the run in a folder; empty if they cannot be read, which opening the folder reports."""
     stored = stored_settings(Path(folder))
     if stored is None:
         return {}
-    earlier = {"log": "tensorboard" if stored.get("tensorboard") else ""}  # as --log was called before
+    earlier = {"log": "tensorboard" if stored.get("tensorboard") else ""}  # the flag before --log
     return earlier | stored | {"plan": None} | paths_from_here(stored)  # --plan was 0 in earlier runs
 
 
 def paths_from_here(stored: dict) -> dict:
-    """The relative paths of a run that was started in another folder, so that they lead to the same files from here."""
+    """The relative paths of a run that was started in another folder, made absolute; empty if it started here."""
     if stored.get("cwd", "") in ("", str(Path.cwd())):
         return {}
     there = {name: Path(stored["cwd"], stored[name]) for name in PATHS if stored.get(name, "") not in NAMES}
@@ -162,7 +162,7 @@ class RunConfig:
 
 
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
-# What runs had that were started before the setting was there, and do not name it.
+# The values in runs that are older than the setting.
 DEFAULTS_BEFORE = {"draw": "epochs", "questions_per_database": 1, "execution_runs": 1.0, "atomic_weights": "equal",
                    "memory_names": "written"}
 MAY_CHANGE_ON_RESUME = ("resume", "output", "steps", "threads", "sharding", "eval_every", "save_every", "sql_workers",
@@ -174,7 +174,7 @@ MAY_CHANGE_ON_RESUME = ("resume", "output", "steps", "threads", "sharding", "eva
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run, one frozen dataclass a concern."""
+    """All settings of a run, one frozen dataclass per concern."""
 
     run: RunConfig
     grpo: GRPOConfig
@@ -190,12 +190,12 @@ class Settings:
 
     @property
     def answer_format(self) -> AnswerFormat:
-        """How completions are taught and read."""
+        """How completions are taught and parsed."""
         return AnswerFormat(self.prompts.answer_style, self.rewards.lenient_format)
 
     @property
     def exam(self) -> Exam:
-        """How the run's evaluations ask: greedily, and within what `--plan` counts for a rollout."""
+        """How the run's evaluations sample: greedily, within the memory that `--plan` counts for a rollout."""
         return Exam(self.answer_format, self.grpo.max_completion_tokens, room=rollout_room(self))
 
 
@@ -212,10 +212,10 @@ def make_parser(description: str = "", show_all: bool = True) -> options.Parser:
 
 def parse_settings(arguments: list[str], description: str = "", auto_rank: int = 0,
                    made_by: dict | None = None) -> Settings:
-    """Command line to settings; flags left out take the defaults of the layers. Raises UserError.
+    """Parses the command line; flags left out take the defaults of the layers. Raises UserError.
 
     auto_rank: what `--lora-rank auto` means for a pretrained model; `fit` chooses it.
-    made_by: the settings of the run that --start comes from, where it has not begun; else they are read there.
+    made_by: the settings of the run that --start comes from, if it has not begun; otherwise they are read from there.
     """
     parsed = make_parser(description, show_all="--help-all" in arguments).parse_args(arguments)
     given = {name: value for name, value in vars(parsed).items() if value is not None}
@@ -231,7 +231,7 @@ def parse_settings(arguments: list[str], description: str = "", auto_rank: int =
 
 
 def layers_of(given: dict, auto_rank: int, made_by: dict | None) -> dict[str, dict]:
-    """The layers of a training run's settings, for `fold`; arguments as of `parse_settings`, the flags read."""
+    """The layers of a training run's settings, for `fold`. given: the parsed flags; the rest as in `parse_settings`."""
     resumed = settings_of_run(given["output"]) if given.get("resume") else {}
     if resumed:
         return {"resumed": resumed, "flags": given}
@@ -242,11 +242,11 @@ def layers_of(given: dict, auto_rank: int, made_by: dict | None) -> dict[str, di
     bf16 = computes_in_bf16(given.get("precision", "auto"), parameters, torch.cuda.is_available())
     return {"kind": {"lora_rank": rank} | kind, "bf16": IN_BF16 if bf16 else {},
             "recipe": recipe_values(given.get("recipe", "none"), parameters),
-            "made_by": handed_on(made_by, PROMPTS), "flags": given}  # it taught the policy these prompts
+            "made_by": handed_on(made_by, PROMPTS), "flags": given}  # it trained the policy on such prompts
 
 
 def check_source(run: RunConfig, made_by: dict | None) -> None:
-    """Raises UserError where the policy that a run begins with is not what its other settings are meant for.
+    """Raises UserError if the settings of a run do not suit the policy that it starts from.
 
     made_by: the settings of the run that made this policy, if any.
     """
@@ -264,7 +264,7 @@ def check_source(run: RunConfig, made_by: dict | None) -> None:
 
 
 def check_together(s: Settings) -> None:
-    """Raises UserError for settings that ask together for what is not done."""
+    """Raises UserError for settings that exclude each other."""
     if s.grpo.overlong == "penalise" and not s.rewards.margin:
         raise UserError("--overlong penalise needs the execution reward, which keeps correct completions ahead")
     if s.grpo.advantage_scale == "gdpo" and (s.grpo.overlong == "penalise" or s.rewards.weights["user"]):
@@ -285,10 +285,10 @@ def check_together(s: Settings) -> None:
 
 
 def fit(arguments: list[str], s: Settings, room: float, processes: int = 1) -> tuple[Settings, list[str]]:
-    """The settings with the --lora-rank that auto stands for, and sentences on what was chosen and what may not fit.
+    """The settings with the rank chosen for --lora-rank auto, and notes on what was chosen and what may not fit.
 
-    arguments: of which `parse_settings` made s. room: bytes of memory that each of the processes may take.
-    Raises UserError: it does not fit, by more than the plan errs.
+    arguments: from which `parse_settings` made s. room: bytes of memory available to each process.
+    Raises UserError if the run exceeds `room` by more than the error of the plan.
     """
     if s.run.model == "tiny" or s.run.resume:
         return s, []
@@ -331,19 +331,19 @@ def plan_text(arguments: list[str], s: Settings) -> str:
 
 
 def peak_of(s: Settings, processes: int = 1) -> float:
-    """Bytes of memory that each of so many processes needs at its peak."""
+    """Peak memory of each process, in bytes."""
     return memory_plan.peak(memory_plan.phases(*planned(s, None, processes)))[1]
 
 
 def wants_sharding(run: RunConfig, processes: int, gpu: bool) -> bool:
-    """Whether parameters are spread over so many processes."""
+    """Whether parameters are sharded over this many processes."""
     return processes > 1 and (run.sharding == "on" or run.sharding == "auto" and gpu and not run.lora_rank)
 
 
 def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tuple[memory_plan.Shape, memory_plan.Work]:
-    """The model and the work of each process that `--plan` is about; `config` is the model's, where it is at hand.
+    """The model, and the work of each process, that `--plan` counts. config: the model's config.json, if already read.
 
-    Raises UserError: its architecture is not known there.
+    Raises UserError for an unknown architecture, and for `--plan` with the plain engine.
     """
     run = s.run
     if run.plan and run.engine == "plain":
@@ -366,19 +366,19 @@ def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tupl
         frozen_copy=s.rewards.embedder == "policy" and s.rewards.weights["memory"] > 0)
     memory = memory_planned_for(run) / (4 if gpu else 8 * processes)
     if run.model == "tiny" and not gpu:
-        memory = memory_plan.PASS  # on every machine, so that its runs are the same
+        memory = memory_plan.PASS  # on every machine, so that runs are reproducible
     return shape, replace(work, pass_tokens=run.tokens_per_pass or memory_plan.tokens_per_pass(shape, work, memory))
 
 
 def rollout_room(s: Settings) -> tuple[int, int]:
-    """At most so many tokens of prompts, and of prompts and completions, are decoded side by side in a rollout."""
+    """The most tokens that a rollout decodes side by side: of prompts, and of prompts and completions."""
     G, P = s.grpo.group_size, s.prompts.max_prompt_tokens
     together = memory_plan.side_by_side(s.run.prompts_per_step, G, s.grpo.rollout_batch)
     return together * P, together * (P + G * s.grpo.max_completion_tokens)
 
 
 def memory_planned_for(run: RunConfig) -> float:
-    """Bytes of the card that --plan names, else of the GPU where there is one, else of this machine."""
+    """Memory in bytes of the card that --plan names, else of the GPU if there is one, else of this machine."""
     if isinstance(run.plan, float):
         return run.plan * 1e9
     gpu = torch.cuda.is_available()
@@ -386,7 +386,7 @@ def memory_planned_for(run: RunConfig) -> float:
 
 
 def memory_free(processes_here: int = 1) -> float:
-    """Bytes that each process on this machine may take: what is free, and what it has taken already to get here."""
+    """Bytes that each process on this machine may use: the free ones and those that its libraries already occupy."""
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] + memory_plan.LIBRARIES  # the call makes CUDA's context
+        return torch.cuda.mem_get_info()[0] + memory_plan.LIBRARIES  # this call creates the CUDA context
     return memory_plan.free_memory() / processes_here + memory_plan.LIBRARIES

@@ -1,9 +1,8 @@
 """Mine reasoning traces for the cold start (cold_start.py) from a model.
 
-`--mine` samples a model on questions with gold SQL, keeps what it got right, and writes a file that train.py takes as
---traces, for its cold start and its memory. When mining is interrupted, the same command continues where it stopped.
-Where no flag says otherwise, a policy trained here is asked as in its run: prompts and answers are written, limited and
-read in the same way.
+`--mine` samples a model on questions with gold SQL, keeps correct answers, and writes a file for --traces of train.py,
+for its cold start and its memory. If mining is interrupted, the same command continues where it stopped. By default, a
+policy trained here is asked as in its run: prompts and answers are written, limited and parsed in the same way.
 
     python sft.py --mine mined.jsonl --model runs/demo/best
     python sft.py --mine mined.jsonl --model qwen2.5-coder-3b --data spider --data-dir SPIDER -n 4 --lenient-format
@@ -11,9 +10,9 @@ read in the same way.
 
 A trace is kept when
   (1) verified   its SQL returns the gold result under BIRD's and under Spider's comparison, and the result has rows
-  (2) useful     its reasoning passes the gate of the memory (partial_credit/memory.py) and is no near-copy of another
+  (2) useful     its reasoning passes the gate of the memory (partial_credit/memory.py) and is no near-duplicate
   (3) balanced   its question has fewer than --max-per-question traces so far, its database and difficulty fewer than
-                 --max-per-cell; databases and difficulties take turns, each question gives one before any gives two
+                 --max-per-cell; databases and difficulties take turns, every question gives one before any gives two
 """
 
 import argparse
@@ -38,7 +37,7 @@ from scoring.answers import Examination, Progress, fingerprint
 from scoring.voting import Exam
 from sql_exec import SQLExecutor
 
-# Settings on which the samples do not depend.
+# Settings that do not affect the samples.
 FREE_TO_CHANGE = ("mine", "max_per_question", "max_per_cell", "embedder", "threads", "workers")
 
 
@@ -106,7 +105,7 @@ def main() -> None:
 
 
 def sample(examination: Examination, examples: Sequence[Example], progress: Progress) -> list[dict]:
-    """Lets the model answer; Ctrl-C says how to go on."""
+    """Samples the model; on Ctrl-C, prints how to continue."""
     try:
         return examination.run(examples, progress)
     except KeyboardInterrupt:
@@ -116,13 +115,13 @@ def sample(examination: Examination, examples: Sequence[Example], progress: Prog
 
 def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemory, progress: Progress,
                  answer_format: AnswerFormat) -> None:
-    """Chooses traces and writes the file. Raises UserError: there is none to write, and why."""
+    """Chooses traces and writes the file. Raises UserError, with the reason, if there is none."""
     verified = [(trace["db_id"], trace["trace"]) for record in records for trace in record["traces"]]
     memory.gate = gate_for(verified, memory.columns, memory.gate)
     kept = choose_traces(records, memory, config)
     summary = summary_of(records, kept, memory)
     if not verified:
-        progress.finish()  # of no use to a command that reads answers in another way
+        progress.finish()  # useless to a command that parses answers differently
         raise UserError(f"no trace to write to {config.mine}: {summary}: "
                         + why_none_verified(records, answer_format))
     if not kept:
@@ -149,9 +148,9 @@ def parse_arguments(arguments=None) -> tuple[MineConfig, MemoryGate, PromptConfi
 
 
 def why_none_verified(records: Sequence[dict], answer_format: AnswerFormat) -> str:
-    """What to do when no completion is verified: whether it is the format, the length or the SQL."""
+    """What to try if no completion is verified, depending on whether the format, the length or the SQL fails."""
     fates = sum((Counter(record["samples"]["statuses"]) for record in records), Counter())
-    unread = fates.pop("unavailable", 0)  # of these nothing is known, not even whether they met the format
+    unread = fates.pop("unavailable", 0)  # nothing is known of these, not even their format
     if unread and not fates:
         return "no database could be read; try again when they can"
     if not fates:
@@ -165,13 +164,13 @@ def choose_traces(records: Sequence[dict], memory: TraceMemory, config: MineConf
     """Verified traces that pass the memory's gate, balanced; `memory` counts those that do not.
 
     Args:
-        records: of `Examination`, one a question.
-        memory: empty; what is kept enters it.
+        records: from `Examination`, one per question.
+        memory: empty; the chosen traces are added to it.
     """
     rng, cells = random.Random(config.seed), {}  # (database, difficulty) -> traces in the order of their turn
     turns = [(rank, rng.random(), record["answers"]["sample"]["difficulty"], trace)
              for record in records for rank, trace in enumerate(record["traces"])]
-    for _, _, difficulty, trace in sorted(turns, key=lambda turn: turn[:2]):  # every question's first, then seconds
+    for _, _, difficulty, trace in sorted(turns, key=lambda turn: turn[:2]):  # all first traces, then all second ones
         cells.setdefault((trace["db_id"], difficulty), []).append(trace)
     memory.prepare((trace["db_id"], trace["trace"]) for traces in cells.values() for trace in traces)
     kept, of_question, of_cell = [], Counter(), Counter()
@@ -187,7 +186,7 @@ def choose_traces(records: Sequence[dict], memory: TraceMemory, config: MineConf
 
 
 def summary_of(records: Sequence[dict], kept: Sequence[dict], memory: TraceMemory) -> str:
-    """In one line: how many were sampled, verified, refused by the gate and why, over the limits, kept."""
+    """In one line: how many completions were sampled, verified, refused by the gate and why, over the limits, kept."""
     sampled = sum(sum(record["samples"]["statuses"].values()) for record in records)
     verified = sum(len(record["traces"]) for record in records)
     refused = memory.rejections.total()
