@@ -16,8 +16,8 @@ from conftest import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import UserError
-from common.options import build, parse_json, write_whole
+from common.errors import UserError, parse_json, write_whole
+from common.options import build
 from data import (
     Dataset,
     Example,
