@@ -1,15 +1,15 @@
 """Questions, their gold SQL and their databases: the demo world, Spider, BIRD, or your own files.
 
-`load_dataset(name, data_dir, split)` returns a `Dataset` of frozen `Example`s, `load_splits` what a training run needs.
-What a policy has seen of them is known to history.py. Where a file is missing or malformed they raise
-`UserError`, one sentence that names the file, the record and the field. The layouts of files that can be read are in
-questions/question_files.py; reading databases and writing prompts are duties of prompts/, re-exported here.
+`load_dataset(name, data_dir, split)` returns a `Dataset` of frozen `Example`s; `load_splits` returns the sets of a
+training run. history.py finds which of them a policy has seen. A missing or malformed file raises `UserError`, one
+sentence that names the file, the record and the field. questions/question_files.py lists the file layouts. The names
+that read databases (questions/schema.py) and write prompts (prompts/) are re-exported here.
 
-What is held back from training
-    Where the data bring no test questions of their own (your own file without `split`, an official dev split that is
-    trained on), load_splits holds back about a fifth of them for the test and a tenth to choose the best policy by:
-    whole databases of a benchmark, else questions, together with all that share their text or gold SQL. In your own
-    file with the splits train, dev and test the dev questions choose.
+Held-out sets
+    Some data have no test questions: your own file without `split`, or an official dev split that is trained on.
+    Then load_splits holds out about a fifth of the questions as the test set and a tenth as the dev set: whole
+    databases of a benchmark, else single questions with all that share their text or gold SQL. If your own file has
+    the splits train, dev and test, its dev split is the dev set.
 """
 
 import random
@@ -40,7 +40,7 @@ __all__ = ["Dataset", "Example", "PromptBuilder", "PromptConfig", "Schema", "Spl
 
 
 def load_dataset(name: str, data_dir=None, split: str = "train", **demo_options) -> Dataset:
-    """The examples of `demo`, `spider`, `bird` or a .json/.jsonl path; options (seed=, world=) go to the demo."""
+    """The examples of `demo`, `spider`, `bird` or a .json/.jsonl path; demo_options: seed= and world= of the demo."""
     data_dir = Path(data_dir) if data_dir is not None else None
     if name == "demo":
         from questions import demo_world  # only the demo needs it
@@ -48,7 +48,7 @@ def load_dataset(name: str, data_dir=None, split: str = "train", **demo_options)
             records, databases = demo_world.load(split, data_dir, **demo_options)
         except ValueError as error:
             raise UserError(str(error)) from error
-        except OSError as error:  # such as a checkout that may only be read
+        except OSError as error:  # such as a read-only checkout
             raise UserError(f"cannot write the demo's databases to {error.filename}: {error.strerror}; give a folder "
                             "that can be written with --data-dir") from error
         return Dataset(examples_of(records, f"demo world, split {split}"), databases)
@@ -64,24 +64,24 @@ def load_dataset(name: str, data_dir=None, split: str = "train", **demo_options)
 
 @dataclass(frozen=True)
 class Splits:
-    """What a training run needs: `dev` chooses the best checkpoint, each set in `tests` is only reported."""
+    """The sets of a training run: `dev` chooses the best checkpoint, each set in `tests` is only reported."""
     train: list[Example]
     traced: list[Example]  # with verified reasoning: cold start and first memory
     dev: list[Example]
     tests: dict[str, list[Example]]
     databases: dict[str, Path]
     notes: tuple[str, ...] = ()
-    dev_by_database: bool = True  # see `load_splits`; kept in config.json
+    dev_by_database: bool = True  # see `load_splits`; stored in config.json
 
 
 def load_splits(name: str, data_dir=None, split: str = "train", *, traces=None, seed: int = 0,
                 world: str = "default", dev_size: int = 200, test_size: int = 1000, by_database: bool = True) -> Splits:
-    """The sets of a training run; what is in dev or a test is not in training, nor is its gold SQL.
+    """The sets of a training run; training contains no question of dev or a test, nor its gold SQL.
 
-    The demo has splits of its own, and so has one's own file whose records are marked train, dev and test. Elsewhere
-    the dev split, or whichever of the two one's own file has, is the test; where there is none, or it is trained on, a
-    test is held back from the training questions. So is dev then: `by_database` where the test has other databases
-    than training, as those of benchmarks have (runs of older versions held back single questions).
+    The demo has splits of its own, and so does your own file if its records are marked train, dev and test. Otherwise
+    the test is the official dev split, or the split dev or test of your own file. If there is none, or it is trained
+    on, a test is held out from the training questions. Dev is then held out too, `by_database` if test and training
+    share no database, as in benchmarks (runs of older versions held out single questions).
     """
     if name == "demo":
         return _demo_splits(data_dir, split, traces, seed, world, dev_size, test_size)
@@ -116,7 +116,7 @@ def load_splits(name: str, data_dir=None, split: str = "train", *, traces=None, 
 
 
 def _demo_splits(data_dir, split, traces, seed, world, dev_size, test_size) -> Splits:
-    """The demo's own splits."""
+    """The `Splits` of the demo."""
     if split not in ("train", "cold"):
         raise UserError(f"the demo cannot be trained on --split {split}, for its other splits are held out: give train "
                         "or cold")
@@ -131,7 +131,7 @@ def _demo_splits(data_dir, split, traces, seed, world, dev_size, test_size) -> S
 
 
 def _given_test(name, data_dir, split) -> tuple[str, Dataset | None, str]:
-    """The split that is there to be the test and its questions; else, in words, why there is none."""
+    """(label, questions, "") of the split that serves as the test; ("", None, reason) if there is none."""
     if is_own(name):
         labels = own_labels(Path(name), split)
         if not any(labels):
@@ -149,7 +149,7 @@ def _given_test(name, data_dir, split) -> tuple[str, Dataset | None, str]:
 
 
 def _given_dev(name, data_dir, split, trained: list[Example]) -> Dataset | None:
-    """The dev questions of one's own file that has test questions, too, without those that training has."""
+    """The dev questions that training does not contain, of a user's file with both dev and test; else None."""
     others = {"dev", "test"} - {split.strip().lower()}
     if not is_own(name) or len(others) < 2 or not all(has_golds(Path(name), label) for label in others):
         return None
@@ -159,14 +159,14 @@ def _given_dev(name, data_dir, split, trained: list[Example]) -> Dataset | None:
 
 
 def _are_on_other_databases(tests: Mapping[str, list[Example]], trained: list[Example]) -> bool:
-    """Whether there are test questions, and none on a database of training."""
+    """Whether there are test questions, and none uses a training database."""
     tested = {example.db_id for questions in tests.values() for example in questions}
     return bool(tested) and tested.isdisjoint(example.db_id for example in trained)
 
 
 def _test_questions(name, data_dir, split, trained: list[Example]) -> tuple[list[Example], tuple[str, ...]]:
-    """All test questions that the data bring and training does not have: a run reports a sample of one split at most,
-    and evaluate.py counts every one. And notes on splits that cannot be read."""
+    """All test questions that training does not contain, and notes on unreadable splits. A run reports only a sample
+    of one split, but evaluate.py scores them all."""
     labels = {"dev"} if split.strip().lower() == "train" else set()
     if is_own(name):
         labels = {"dev", "test"} & set(own_labels(Path(name), split)) - {split.strip().lower()}
@@ -174,7 +174,7 @@ def _test_questions(name, data_dir, split, trained: list[Example]) -> tuple[list
     for label in sorted(labels):
         try:
             questions += load_dataset(name, data_dir, label).examples
-        except UserError as error:  # which training does not need
+        except UserError as error:  # training does not need this split
             notes += (f"whether traces are of questions of the split {label} is not known, for it cannot be read: "
                       f"{error}",)
     return not_shared(questions, trained, by_gold=not is_own(name)), notes
@@ -182,9 +182,9 @@ def _test_questions(name, data_dir, split, trained: list[Example]) -> tuple[list
 
 def _apart_from(trained: list[Example], given: Dataset, use: str, label: str,
                 name) -> tuple[list[Example], tuple[str, ...]]:
-    """The questions given for a use (dev or test) without those that training, or dev, has too, and notes.
+    """The questions given for a use (dev or test) that `trained` does not contain, and notes.
 
-    In one's own file a shared gold query is only reported, as whoever marked the records may have meant it.
+    In a user's own file a shared gold query is only reported, because it may be intended.
     """
     own, others = is_own(name), "training" if use == "dev" else "training or dev"
     kept = not_shared(given.examples, trained, by_gold=not own)
@@ -201,7 +201,7 @@ def _apart_from(trained: list[Example], given: Dataset, use: str, label: str,
 
 
 def _held_note(part: HeldBack, count: int, purpose: str, flag: str, why: str = "") -> tuple[str, ...]:
-    """In words, what was held back, why, how, and the flag for more or less of it."""
+    """A note on what was held out, why and how, with the flag for its size."""
     why = f", because {why}" if why else ""
     if not part.held:
         return (f"no question is held back {purpose}{why}, and the {count} there are cannot be parted without shared "
@@ -212,7 +212,7 @@ def _held_note(part: HeldBack, count: int, purpose: str, flag: str, why: str = "
 
 
 def _repeats_note(name, examples: list[Example]) -> tuple[str, ...]:
-    """In words, which questions are asked more than once."""
+    """A note on questions that are asked more than once."""
     ids = {}
     for example in examples:
         ids.setdefault(question_key(example), []).append(example.id)
@@ -222,10 +222,10 @@ def _repeats_note(name, examples: list[Example]) -> tuple[str, ...]:
 
 
 def _without_leaks(splits: Splits, every: list[Example], by_gold: bool = True, dev_by_gold: bool = True) -> Splits:
-    """The same without traces of questions that are held back (as sft.py --mine may find some).
+    """The splits without traces of held-out questions (sft.py --mine may find such traces).
 
-    every: all test questions that the data bring; `splits.tests` may hold a sample of them.
-    by_gold, dev_by_gold: whether a gold query in common with a test or dev question counts, too.
+    every: all test questions of the data; `splits.tests` may contain only a sample.
+    by_gold, dev_by_gold: also drop traces that share only a gold query with a test or dev question.
     """
     tests = [example for part in (*splits.tests.values(), every) for example in part]
     traced = not_shared(not_shared(splits.traced, splits.dev, dev_by_gold), tests, by_gold)
@@ -235,7 +235,10 @@ def _without_leaks(splits: Splits, every: list[Example], by_gold: bool = True, d
 
 
 def _traced(file, databases, name) -> tuple[list[Example], tuple[str, ...]]:
-    """The records of a --traces file on databases of the data, and a note on others; each must have a trace."""
+    """The records of a --traces file whose database is among `databases`, and a note on the others.
+
+    Raises UserError: a record has no trace, or none has such a database.
+    """
     if file is None:
         return [], ()
     examples = examples_of(read_records(Path(file)), str(file))

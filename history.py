@@ -1,6 +1,6 @@
-"""What a policy has seen: the runs that made it, and the questions that are left to measure it by.
+"""What a policy has seen: the runs that made it, and the questions that remain for its evaluation.
 
-A run's config.json says what it was trained on, and holds the settings of all runs that it began with. So no policy is
+A run's config.json records its training data and the settings of the runs that it started from. So no policy is
 evaluated on questions that trained it or chose it, unless a note says so.
 """
 
@@ -23,7 +23,7 @@ from questions.question_files import (
 
 
 def run_config_of(model: str) -> dict | None:
-    """The config.json of the training run that made a policy's folder (or whose folder this is); None without one."""
+    """The config.json of the training run that made this policy folder, or whose folder this is; None without one."""
     if not Path(model).is_dir():
         return None
     found = map(stored_settings, runs_of(Path(model).resolve()))
@@ -31,7 +31,7 @@ def run_config_of(model: str) -> dict | None:
 
 
 def reported_split(name: str) -> str:
-    """The split of the test questions that a training run on these data reports: what to evaluate its policy on."""
+    """The split that a training run on these data reports as its test: the one to evaluate its policy on."""
     if name == "demo":
         return "test"
     if not is_own(name):
@@ -41,12 +41,12 @@ def reported_split(name: str) -> str:
 
 def load_for_evaluation(name: str, data_dir=None, split: str = "dev", run: dict | None = None,
                         **demo_options) -> Dataset:
-    """As load_dataset, without the questions that the policy of this training run saw.
+    """As load_dataset, without the questions that the policy of this training run has seen.
 
-    Of one's own file without such a split these are the questions that the run held back under its name. Otherwise
-    those are left out that the run, or one it began with, was trained on or chose its best policy by; only the split
-    `train` is given as it is, and one's own split `dev`, where there is a test as well, with the questions that chose.
-    Notes say which, and where nothing was held back.
+    If your own file has no such split, these are the questions that the run held out under that name. Otherwise the
+    questions that trained or chose the policy of the run, or of a run that it started from, are left out. Two
+    exceptions: the split `train` is returned whole, and your own split `dev`, beside a test, keeps the questions that
+    chose. Notes report what was left out, and whether nothing was held out.
     """
     if name == "demo":
         return load_dataset(name, data_dir, split, **demo_options).noted(*_demo_notes(run, split, demo_options))
@@ -68,7 +68,7 @@ def load_for_evaluation(name: str, data_dir=None, split: str = "dev", run: dict 
 
 
 def lineage(run: dict | None) -> Iterator[dict]:
-    """The run, the run that it began with, and so on."""
+    """The run, the run that it started from, and so on."""
     known = []
     while run and run not in known:
         known.append(run)
@@ -77,8 +77,8 @@ def lineage(run: dict | None) -> Iterator[dict]:
 
 
 def began_with(run: dict) -> dict | None:
-    """The settings of the run that made what a run began with: as it keeps them, for that folder may be gone; of an
-    older run those that are found there."""
+    """The settings of the run that this one started from: its own record of them, because that folder may be gone;
+    an older run has no such record, so they are read from the folder."""
     if "began_with" in run:
         return run["began_with"]
     source = run.get("start") or run.get("model")
@@ -86,7 +86,7 @@ def began_with(run: dict) -> dict | None:
 
 
 def with_ancestors(run: dict | None) -> dict | None:
-    """A run's settings with those of all that it began with inside, so that none of their folders is needed."""
+    """A run's settings that include those of all its ancestors, so that none of their folders is needed."""
     whole = None
     for one in reversed(list(lineage(run))):
         whole = one | {"began_with": whole}
@@ -94,7 +94,7 @@ def with_ancestors(run: dict | None) -> dict | None:
 
 
 def hashes_of(splits: "Splits") -> dict[str, str]:
-    """{part: a hash of its questions with all that their records say}, by which a resumed run knows them again."""
+    """{part: hash of its complete records}: a resumed run checks that they are unchanged."""
     parts = {"training questions": splits.train, "dev questions": splits.dev, "traces": splits.traced,
              "test questions": [example for part in splits.tests.values() for example in part]}
     return {name: sha256(json.dumps([astuple(example) for example in part]).encode()).hexdigest()[:16]
@@ -102,14 +102,14 @@ def hashes_of(splits: "Splits") -> dict[str, str]:
 
 
 def path_of(run: dict, path: str) -> Path:
-    """A path among a run's settings, which is relative to the folder in which the run was started; to the present one
-    where that is not known, as of older runs, or it is not there, as of a run that has moved."""
+    """A path among a run's settings, resolved against the folder in which the run was started. Older runs do not
+    record that folder, and a run may have moved: then the path is relative to the current folder."""
     there = Path(run.get("cwd", ""), path)
     return there if there.exists() else Path(path)
 
 
 def training_questions(run: dict) -> Dataset:
-    """What a run was trained on, with the databases, as its config.json says."""
+    """The questions that a run was trained on, with their databases, according to its config.json."""
     name, folder = run["data"], run.get("data_dir")
     options = {field: run[field] for field in ("seed", "world") if field in run} if name == "demo" else {}
     return load_dataset(str(path_of(run, name)) if is_own(name) else name, folder and path_of(run, folder),
@@ -125,12 +125,12 @@ def _same_data(name: str, run: dict) -> bool:
 
 
 def data_hash(name: str) -> str | None:
-    """A hash of one's own file of questions; None of a benchmark or where there is no such file."""
+    """A hash of a user's own file of questions; None for a benchmark or a missing file."""
     return sha256(Path(name).read_bytes()).hexdigest()[:16] if is_own(name) and Path(name).is_file() else None
 
 
 def has_changed(run: dict) -> bool:
-    """Whether one's own file of questions is not what it was when a run was trained on it."""
+    """Whether the user's own file of questions has changed since a run was trained on it."""
     known = run.get("data_hash")
     return bool(known) and data_hash(str(path_of(run, run["data"]))) not in (known, None)
 
@@ -147,7 +147,7 @@ def _splits_of(name, data_dir, run: dict) -> Splits:
 
 
 def _part_of(name, data_dir, split, runs: list[dict]) -> Dataset:
-    """The questions of one's own file that the newest run used as `split`."""
+    """The questions of a user's own file that the newest run used as `split`."""
     splits = _splits_of(name, data_dir, runs[0])
     parts = {"train": splits.train, "dev": splits.dev, "test": splits.tests.get("test", [])}
     if split not in parts:
@@ -170,8 +170,8 @@ def _part_of(name, data_dir, split, runs: list[dict]) -> Dataset:
 
 def _without_seen(dataset: Dataset, what: str, name, data_dir, runs: list[dict],
                   dev_chooses: bool = False) -> Dataset:
-    """The dataset without questions that one of the runs trained on, nor, unless they are there for choosing, those
-    that chose its best policy."""
+    """The dataset without questions that one of the runs was trained on or, unless `dev_chooses`, chose its best policy
+    by."""
     kept, notes = dataset.examples, ()
     for run in runs:
         splits = _splits_of(name, data_dir, run)
@@ -189,7 +189,7 @@ def _without_seen(dataset: Dataset, what: str, name, data_dir, runs: list[dict],
 
 
 def _nothing_held_back(name, count: int, split: str, run: dict | None) -> tuple[str, ...]:
-    """In words, that one's own file has no parts; nobody takes `train` for held back."""
+    """A note that a user's own file has no splits; none for `train`, which nobody takes for a held-out set."""
     if split == "train":
         return ()
     known = f"the policy's run was trained on other data ({run['data']})" if run else \
@@ -198,7 +198,7 @@ def _nothing_held_back(name, count: int, split: str, run: dict | None) -> tuple[
 
 
 def _demo_notes(run: dict | None, split: str, options: dict) -> tuple[str, ...]:
-    """In words, what a policy, or one that it began with, has seen of these questions of the demo."""
+    """Notes on which of these demo questions a policy, or one that it started from, has seen."""
     notes = []
     for one in [one for one in lineage(run) if one["data"] == "demo"]:
         other = [f"{field} {one[field]}" for field, value in options.items() if one.get(field, value) != value]
@@ -213,7 +213,8 @@ def _demo_notes(run: dict | None, split: str, options: dict) -> tuple[str, ...]:
 
 
 def not_seen_before(splits: Splits, name: str, data_dir, earlier: dict | None) -> Splits:
-    """The same without dev and test questions that the run which this one begins with was trained on or chosen by."""
+    """The splits without dev and test questions that trained or chose the policy of an `earlier` run or its ancestors.
+    """
     dev, tests = splits.dev, splits.tests
     for run in lineage(earlier):
         if name != "demo" and _same_data(name, run):

@@ -1,7 +1,7 @@
 """Policies: load, build and save a causal language model with its tokenizer. Nothing algorithmic.
 
-`tiny` is built here from random weights (a Qwen2 of about one million parameters and a byte-level BPE tokenizer
-trained on the questions at hand); everything else is a checkpoint: an alias, a hub id, a local folder or a GGUF file.
+`tiny` is built here: a Qwen2 of about one million random parameters, and a byte-level BPE tokenizer trained on the
+questions of the run. Everything else is a checkpoint: an alias, a hub id, a local folder or a GGUF file.
 """
 
 import contextlib
@@ -64,13 +64,13 @@ from prompts.chat import chat_text
 __all__ = ["ALIASES", "Policy", "Reference", "build_tiny", "checkpoint_activations", "config_of", "free_space",
            "load_policy", "prefers_bf16", "require_model", "train_tokenizer"]
 
-# What transformers and its readers of files raise for a checkpoint that is broken in one way or another.
+# What transformers and its file readers raise for a broken checkpoint.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
                   SafetensorError, StrictDataclassError, pickle.UnpicklingError)
-BASE = "base.txt"  # beside adapters, hash_of_base
+BASE = "base.txt"  # beside adapters: contains hash_of_base
 END, PAD = "<|endoftext|>", "<|pad|>"
 BF16_PARAMETERS = 20e6  # a smaller model computes in float32 on any CPU
-BF16_CAPABILITY = (8, 0)  # compute capability from which on an NVIDIA card has products in bf16: Ampere
+BF16_CAPABILITY = (8, 0)  # the first compute capability with bf16 matrix products: Ampere
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Policy:
     model: torch.nn.Module
     tokenizer: object
     eos_ids: tuple[int, ...]
-    weights: dict[str, torch.Tensor] | None = None  # what is saved of a model that is sharded over processes
+    weights: dict[str, torch.Tensor] | None = None  # the gathered weights to save, if the model is sharded
 
     @property
     def device(self) -> torch.device:
@@ -92,12 +92,12 @@ class Policy:
 
     @property
     def end_id(self) -> int:
-        """The token that ends a completion that is taught: the tokenizer's EOS, or else the first that there is."""
+        """The token that ends a cold-start completion: the tokenizer's EOS, or else the first of `eos_ids`."""
         eos = self.tokenizer.eos_token_id
         return self.eos_ids[0] if eos is None else eos
 
     def save(self, folder: str | Path) -> None:
-        """Writes model and tokenizer so that plain transformers (and vLLM) load them; of a LoRA policy the adapters."""
+        """Writes tokenizer and model, or LoRA adapters alone, so that plain transformers and vLLM load them."""
         options = {"selected_adapters": [TRAINED], "save_embedding_layers": False} if has_adapters(self.model) else {}
         with _quiet():
             self.model.save_pretrained(folder, state_dict=self.weights, **options)
@@ -108,8 +108,8 @@ class Policy:
     def save_merged(self, folder: str | Path) -> None:
         """As `save`, with LoRA adapters merged into the weights, one after the other on the CPU.
 
-        Merged into bf16 weights, most of what adapters have learned in a short run is rounded away. So they are kept as
-        well, in a subfolder, from which `load_for_sampling` takes them.
+        A merge into bf16 weights rounds away most of what adapters learn in a short run. So the adapters are saved as
+        well, in a subfolder, and `load_for_sampling` loads them from there.
         """
         if not has_adapters(self.model) or self.weights:  # sharded adapters stay as they are
             return self.save(folder)
@@ -123,13 +123,13 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
         mask = os.umask(0)
         os.umask(mask)
-        for file in Path(folder).rglob("*"):  # safetensors lets nobody else read what it writes
+        for file in Path(folder).rglob("*"):  # safetensors writes files that only their owner can read
             file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
 
 
 @contextlib.contextmanager
 def _quiet():
-    """Loading and saving draw no progress bars amid ours, and print no report beside our sentence of what is wrong."""
+    """Hides transformers' progress bars and reports while it loads or saves; errors are reported by our messages."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -159,8 +159,8 @@ def build_tiny(texts: Iterable[str], *, seed: int, vocab_size: int = 1000, width
 def train_tokenizer(texts: Iterable[str], vocab_size: int, numbers: int = 400):
     """A byte-level BPE tokenizer of the class that transformers pairs with Qwen2, so that AutoTokenizer restores it.
 
-    That class splits numbers into digits; the most frequent `numbers` are added whole, as a narrow model copies one
-    token far more surely than the order of three.
+    That class splits numbers into digits. The most frequent `numbers` are added as whole tokens, because a narrow
+    model copies one token far more reliably than three in order.
     """
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
@@ -180,7 +180,7 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
     With `lora_rank` the weights are frozen and adapters of that rank are trained instead (needs peft).
 
     Raises:
-        UserError: the checkpoint is not there or cannot be loaded, or peft is missing.
+        UserError: the checkpoint is missing or cannot be loaded, or peft is missing.
     """
     source = require_model(name)
     if (Path(source) / "adapter_config.json").is_file():
@@ -189,31 +189,31 @@ def load_policy(name: str, *, device: str = "cpu", lora_rank: int = 0, dtype: to
         model, tokenizer = _read_checkpoint(name, source, dtype)
     refuse_nonfinite(source, model.named_parameters())
     model.to(device)
-    for weight in model.parameters():  # those of a file lie anywhere in memory, and products of matrices depend on
-        weight.data = weight.data.clone()  # where their rows start, in the last digit: a resumed run would differ
+    for weight in model.parameters():  # weights of a file may start anywhere in memory, and this alignment changes
+        weight.data = weight.data.clone()  # the last digit of matrix products: a resumed run would differ
     if lora_rank:
         model = add_lora(model, lora_rank)
     return Policy(model, tokenizer, _eos_ids(model, tokenizer))
 
 
 def prefers_bf16(parameters: int, gpu: bool) -> bool:
-    """Whether `--precision auto` means bf16 arithmetic for a model of so many parameters: on a GPU, and on a CPU if the
-    model is large enough to gain; on either if it has instructions for it."""
-    if gpu:  # planned for where there is none
+    """Whether `--precision auto` means bf16 arithmetic: on hardware with bf16 instructions, and on a CPU only for a
+    model that is large enough to gain."""
+    if gpu:  # without CUDA here, the memory of a run on some GPU is planned: assume bf16
         return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= BF16_CAPABILITY
     knows = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return knows and parameters > BF16_PARAMETERS
 
 
 def computes_in_bf16(precision: str, parameters: float, gpu: bool) -> bool:
-    """What --precision means for a model of so many parameters."""
+    """Whether --precision means bf16 arithmetic for a model of this many parameters."""
     return precision == "bf16" or precision == "auto" and prefers_bf16(parameters, gpu)
 
 
 def load_for_sampling(name: str, threads: int = 0) -> Policy:
-    """A policy on the GPU where there is one; threads 0 is PyTorch's choice.
+    """A policy on the GPU if there is one; threads 0 is PyTorch's choice.
 
-    It computes in bf16 where training does: as --precision of the run that made it says.
+    It computes in bf16 where training did, according to --precision of its run.
     """
     from transformers.utils import logging
 
@@ -235,7 +235,8 @@ def load_for_sampling(name: str, threads: int = 0) -> Policy:
 
 
 def unmerged(name: str) -> str:
-    """Of weights that adapters were merged into with a loss their folder, if their base and peft are here too."""
+    """The folder of the adapters if they were merged into bf16 weights and peft and their base are here; else `name`.
+    """
     adapters = Path(name) / ADAPTERS
     if not (adapters / "adapter_config.json").is_file():
         return name
@@ -249,7 +250,7 @@ def unmerged(name: str) -> str:
 
 
 def check_positions(policy: Policy, prompt: int, completion: int) -> None:
-    """Raises UserError: prompts and completions of so many tokens are longer than the model has positions."""
+    """Raises UserError: a prompt and a completion of these lengths (tokens) exceed the positions of the model."""
     config = causal_lm(policy.model).config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and prompt + completion > positions:
@@ -304,7 +305,7 @@ def _load_adapters(folder: Path, device: str, lora_rank: int, dtype: torch.dtype
     except LOADING_ERRORS as error:
         raise UserError(missing_model(str(folder), error)) from error
     expected = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
-    if names:  # peft only warns; beside adapters of embeddings it keeps the embeddings themselves
+    if names:  # peft only warns; beside adapters of embeddings it saves the embeddings themselves
         found = {name for name in names if name in expected or ".base_layer." not in name}
         refuse_unfit(str(folder), {"missing_keys": expected - found, "unexpected_keys": found - expected,
                                    "mismatched_keys": ()})
@@ -316,7 +317,7 @@ def _load_adapters(folder: Path, device: str, lora_rank: int, dtype: torch.dtype
 
 
 def _refuse_adapters(folder: Path, reason: str, lora_rank: int) -> None:
-    """Raises UserError: there is a reason why these adapters cannot be used."""
+    """Raises UserError if there is a reason why these adapters cannot be used."""
     if reason:
         raise UserError(f"the adapters in {folder} cannot be {'trained on' if lora_rank else 'used'} here, because "
                         f"{reason}: if peft can merge them into their base (merge_and_unload), save that model "
@@ -324,7 +325,7 @@ def _refuse_adapters(folder: Path, reason: str, lora_rank: int) -> None:
 
 
 def _eos_ids(model, tokenizer) -> tuple[int, ...]:
-    """All ids that end a completion: the tokenizer's EOS, those of the generation config, the chat template's."""
+    """All ids that end a completion: EOS of tokenizer and generation config, end of turn of the chat template."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = list(configured) if isinstance(configured, list | tuple) else [configured]
     ids = {*ids, tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None}
@@ -334,13 +335,13 @@ def _eos_ids(model, tokenizer) -> tuple[int, ...]:
 
 
 def _end_of_turn(tokenizer) -> int | None:
-    """The control token with which the chat template closes an answer; None where there is none."""
+    """The control token with which the chat template closes an answer, or None."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     chat = [("user", "question"), ("assistant", "ANSWER")]
     try:
         closing = chat_text(tokenizer, chat, answer_follows=False).rpartition("ANSWER")[2]
-    except UserError:  # of a template that wants another kind of chat
+    except UserError:  # the template accepts no such chat
         return None
     ids = tokenizer.encode(closing.lstrip(), add_special_tokens=False)
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
@@ -348,7 +349,7 @@ def _end_of_turn(tokenizer) -> int | None:
 
 @torch.no_grad()
 def load_weights(policy: Policy, folder: str | Path) -> None:
-    """Takes a saved policy's weights into this one's live model, tensor by tensor, so that there is no second model.
+    """Copies a saved policy's weights into this one's live model, tensor by tensor, without a second model in memory.
 
     Merged weights go into the base of a LoRA policy, whose adapters then add nothing.
     Raises UserError: they do not fit.
@@ -362,9 +363,9 @@ def load_weights(policy: Policy, folder: str | Path) -> None:
 
 @torch.no_grad()
 def _copy_saved(folder: Path, live: dict[str, torch.Tensor]) -> None:
-    """Copies the tensors of a saved folder onto those of the same name."""
+    """Copies the tensors of a saved folder into the live ones of the same name."""
     names = set(inspect_folder(folder))
-    if not names <= live.keys():  # some architectures are saved under other names than they have in memory
+    if not names <= live.keys():  # some architectures have other names on disk than in memory
         saved = load_policy(str(folder)).model.state_dict()
         tensors = ((name, saved[name]) for name in saved)
     else:
@@ -382,7 +383,7 @@ def _copy_saved(folder: Path, live: dict[str, torch.Tensor]) -> None:
 
 
 def checkpoint_activations(model) -> None:
-    """Gradient checkpointing: a layer's activations are computed again in backward instead of being kept."""
+    """Gradient checkpointing: backward recomputes a layer's activations instead of storing them."""
     causal = causal_lm(model)
     options = {"use_reentrant": False}
     if hasattr(causal, "activation_checkpointing_enable"):  # the older name is deprecated in transformers 5.23
@@ -392,10 +393,10 @@ def checkpoint_activations(model) -> None:
 
 
 class Reference:
-    """The frozen policy that the KL penalty pulls towards, that of step 0: a copy of the model, or of its adapters.
+    """The frozen reference policy of the KL penalty, that of step 0: a copy of the model, or of its adapters.
 
-    A copied model may be kept on the CPU (`device`), from where it is lent to the GPU for its pass; bit for bit the
-    same. Copied adapters are a second set in the same model, which is in force during that pass only.
+    A copied model may stay on the CPU (`device`) and move to the GPU for its pass only, with bit-identical results.
+    Copied adapters are a second set in the same model, active during that pass only.
     """
 
     def __init__(self, model, device: str | None = None, sharded: distributed.Sharded | None = None):
@@ -407,12 +408,12 @@ class Reference:
             self.model = sharded.frozen_copy(device) if sharded else _frozen_copy(model, device)
 
     def load(self, folder: str | Path) -> None:
-        """Makes the policy saved in this folder the reference: a resumed run's is that of its step 0."""
+        """Loads the reference from this folder: a resumed run keeps that of its step 0."""
         _copy_saved(Path(folder), live_weights(self.model, FROZEN if self.adapters else ""))
 
     @contextlib.contextmanager
     def active(self, device: str | None = None):
-        """Yields the model with the reference's weights in force, on this device while it is used."""
+        """Yields the model with the reference weights active, on this device during the context."""
         if self.adapters:
             with adapters_in_force(self.model, FROZEN):
                 yield self.model
@@ -428,7 +429,7 @@ class Reference:
 
 
 def _frozen_copy(model, device: str | None):
-    """A copy that is not trained; made on the CPU where the GPU has no room for a second model."""
+    """A frozen copy on `device`; made there, because the GPU may have no room for a second model."""
     if device is None or device == str(next(model.parameters()).device):
         return copy.deepcopy(model).requires_grad_(False).eval()
     home = next(model.parameters()).device

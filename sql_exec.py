@@ -4,19 +4,19 @@
         predicted, gold = executor.run_many([("world", "SELECT 1"), ("world", "SELECT 1.0")])
         print(predicted.status, bird_match(predicted.rows, gold.rows))  # ok True
 
-How a statement is kept from doing harm, from the outside in:
-  (1) it must start like a query: SELECT, WITH or VALUES, after comments and inside parentheses if need be;
-  (2) a child process runs it, never the caller: it has an address-space limit, may write no byte to any
+What keeps a statement from doing harm, from the outside in:
+  (1) it must start like a query: SELECT, WITH or VALUES, possibly after comments and parentheses;
+  (2) a child process runs it, never the caller: the child has an address-space limit, cannot write to any
       file, and is killed and replaced by the parent when the deadline passes;
   (3) the connection is read-only three times over: `mode=ro`, `query_only`, and an authorizer that lets
       SQLite read and nothing else (no ATTACH, no PRAGMA, no extension, no pointer-passing function);
-      `open_database` opens it, for schemas and prompts as well, so that nothing is left beside the file;
+      `open_database` opens it, for schemas and prompts too, and leaves no files behind;
   (4) SQLite's own limits, a row cap and a byte cap while fetching keep a result small;
   (5) results come back as JSON, which cannot make the parent run anything.
 
-What was left out: Windows (the limits are those of Unix), and other databases than SQLite.
-Only the standard library is imported, so that a worker starts in about 30 ms and this file can be lifted
-into another project as it is.
+Left out: Windows (the limits are those of Unix), and databases other than SQLite.
+Only the standard library is imported, so that a worker starts in about 30 ms and this file can be copied
+into another project unchanged.
 """
 
 import hashlib
@@ -40,40 +40,40 @@ from pathlib import Path
 MAX_SQL_CHARS = 100_000  # a longer statement is refused unread
 IN_FLIGHT = 16  # statements a worker holds at once: fewer pipe round trips
 GRACE = 0.4  # seconds: the worker interrupts itself at the deadline, the parent kills this much later
-START_SECONDS = 60.0  # a worker that has not said hello by then is broken
+START_SECONDS = 60.0  # a worker that is silent for this long at its start is broken
 OPEN_CONNECTIONS = 32  # a worker keeps this many databases open (each caches up to 2 MB of pages)
 SEARCH_CELLS = 20_000_000  # bound on the column search of `spider_match`: a few seconds
 STATUSES = ("ok", "error", "timeout", "refused", "too_large", "unavailable")
-WAITS_IN_VAIN = 3  # so many limits are waited for a database in a row; then one attempt a statement, until it is read
-KILLINGS = 3  # a statement whose worker the system kills so often is given up
-ROUNDS = 3  # so often a prediction runs again because a writer has changed its rows while its gold ran
-CACHE_FORM = "2"  # changes with what is kept: results of another form are not found
+WAITS_IN_VAIN = 3  # an unreadable database is waited for this many limits in a row, then tried once per statement
+KILLINGS = 3  # a statement is given up after the system has killed its worker this often
+ROUNDS = 3  # how often a prediction runs again because a writer changed its rows while its gold ran
+CACHE_FORM = "2"  # the version of the cache entries: other versions are ignored
 WORKER_DIED = "the worker died on this query"
-CANNOT_READ, FILE_MISSING = "cannot read", "the file of database"  # how the errors begin that tell of a bad file
+CANNOT_READ, FILE_MISSING = "cannot read", "the file of database"  # errors about a bad file begin so
 
 
 @dataclass(frozen=True)
 class Execution:
-    """What became of one statement; `rows` are tuples by position and empty unless the status is ok.
+    """The result of one statement; `rows` are tuples by position and empty unless the status is ok.
 
-    Values are None, int, float, str (invalid UTF-8 replaced by U+FFFD) or bytes. `refused` means not one
-    read-only query; `too_large` that the rows, their bytes, or the memory needed passed their limits;
-    `unavailable` that the database could not be read for the statement's whole limit (a writer's lock, an I/O error),
-    that the system killed its workers, or (from `Results`) that a writer kept changing its rows: no verdict on the
-    statement, and another time it may run.
-    `volatile`: it asked for time or chance, so that it may end otherwise when it runs again.
+    Values are None, int, float, str (invalid UTF-8 replaced by U+FFFD) or bytes. Statuses beside ok, error and timeout:
+    `refused`: not one read-only query. `too_large`: the rows, their bytes, or the memory needed exceed their limits.
+    `unavailable`: no verdict on the statement, which may run another time. The database was unreadable for the whole
+    timeout (a writer's lock, an I/O error), the system killed the workers, or (from `Results`) a writer kept changing
+    the rows.
+    `volatile`: the statement uses time or chance, so another run may give another result.
     """
 
     status: str  # one of STATUSES
     columns: list[str] = field(default_factory=list)
     rows: list[tuple] = field(default_factory=list)
     error: str | None = None  # one sentence, None when ok
-    seconds: float = 0.0  # wall-clock time of executing and fetching in the worker, opening the file aside
+    seconds: float = 0.0  # wall-clock time in the worker: executing and fetching, without opening the file
     volatile: bool = False
 
     @property
     def unread(self) -> bool:
-        """Whether it says nothing about the statement, because its database cannot be read, for now or for good."""
+        """Whether there is no verdict on the statement, because its database cannot be read, for now or for good."""
         return self.status == "unavailable" or (self.error or "").startswith((CANNOT_READ, FILE_MISSING))
 
 
@@ -83,7 +83,7 @@ class Execution:
 
 _BLANK = r"(?:[ \t\n\f\r\ufeff]|--[^\n]*|/\*(?:.*?\*/|.*))*"  # whitespace and comments, as SQLite sees them
 _OPENING = re.compile(rf"{_BLANK}(?:\({_BLANK})*(\w*)", re.DOTALL)
-_NOT_TEXT = re.compile(r"[\0\ud800-\udfff]")  # NUL and halves of surrogate pairs: SQLite takes neither
+_NOT_TEXT = re.compile(r"[\0\ud800-\udfff]")  # NUL and halves of surrogate pairs: SQLite accepts neither
 _TOKEN = re.compile(
     r"""(?P<skip>\s+ | --[^\n]* | /\*(?:.*?\*/|.*))
       | '[^']*(?:''[^']*)*' | "[^"]*(?:""[^"]*)*" | `[^`]*(?:``[^`]*)*` | \[[^\]]*\]  # strings, quoted names
@@ -93,7 +93,7 @@ _TOKEN = re.compile(
 
 
 def refusal_reason(sql: object) -> str | None:
-    """Say in one sentence why `sql` cannot be one read-only query, or None where SQLite may have a look."""
+    """Say in one sentence why `sql` cannot be one read-only query; None if it may run."""
     if not isinstance(sql, str):
         return "there is no SQL text"
     if len(sql) > MAX_SQL_CHARS:
@@ -104,7 +104,7 @@ def refusal_reason(sql: object) -> str | None:
     if opening[1].upper() not in ("SELECT", "WITH", "VALUES"):
         return f"only SELECT, WITH ... SELECT and VALUES may run, not {opening[1][:30] or sql[:30]!r}"
     if "(" in opening[0] and any(token[0] == ";" for token in _tokens(sql)):
-        return "more than one statement"  # SQLite would say so itself but for the parenthesis
+        return "more than one statement"  # the parenthesis keeps SQLite from reporting it
     return None
 
 
@@ -117,7 +117,7 @@ def _tokens(sql: str) -> list[re.Match]:
 
 
 def unwrap_parentheses(sql: str) -> str:
-    """Drop parentheses around a whole statement, `((SELECT 1));` -> `SELECT 1`; SQLite itself takes none."""
+    """Drop parentheses around a whole statement, `((SELECT 1));` -> `SELECT 1`; SQLite itself accepts none."""
     if "(" not in _OPENING.match(sql)[0]:
         return sql
     tokens = _tokens(sql)
@@ -127,7 +127,7 @@ def unwrap_parentheses(sql: str) -> str:
     for token in tokens[first:last]:
         depth += (token[0] == "(") - (token[0] == ")")
         lowest = min(lowest, depth)
-    if depth != len(tokens) - last or lowest < 1:  # unbalanced, or not around the whole: SQLite will say so
+    if depth != len(tokens) - last or lowest < 1:  # unbalanced, or not around the whole: SQLite will report it
         return sql
     return sql[tokens[lowest - 1].end() : tokens[len(tokens) - lowest].start()]
 
@@ -137,7 +137,7 @@ def unwrap_parentheses(sql: str) -> str:
 # ---------------------------------------------------------------------------------------------------------
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=lambda b: {"hex": b.hex()})
-_BAD_JSON = (ValueError, KeyError, TypeError, RecursionError)  # all that decoding garbage may raise
+_BAD_JSON = (ValueError, KeyError, TypeError, RecursionError)  # what decoding garbage may raise
 
 
 def _to_json(value) -> bytes:
@@ -168,7 +168,7 @@ def _take_frames(inbox: bytearray, largest: int) -> Iterator[bytes]:
 
 
 def _result_bytes(memory_limit_mb: int) -> int:
-    """Bytes of JSON a result may have; its rows in memory then stay well below the worker's limit."""
+    """The largest result in bytes of JSON; its rows in memory then stay well below the worker's limit."""
     return memory_limit_mb * 2**20 // 32
 
 
@@ -181,12 +181,12 @@ _MEND_IT = "open and close it once with sqlite3"
 
 
 def open_database(path: Path | str, patience: float = 5.0) -> sqlite3.Connection:
-    """Open a database for reading; its folder need not be writable, and nothing is left in it.
+    """Open a database for reading; its folder need not be writable, and no file is left in it.
 
-    A database with a write-ahead log is read with it, whether its writer is at work, has died, or may be
-    anyone else. patience: seconds to wait for a writer's lock. Invalid UTF-8 is replaced.
+    A write-ahead log is read too, whether its writer is active or has died, and whoever owns it.
+    patience: seconds to wait for a writer's lock. Invalid UTF-8 is replaced.
 
-    Raises OSError or sqlite3.Error, neither of which names the file.
+    Raises OSError or sqlite3.Error; neither names the file.
     """
     path = Path(path).resolve()  # the log lies beside the file itself, not beside a link to it
     with open(path, "rb") as file:
@@ -194,16 +194,16 @@ def open_database(path: Path | str, patience: float = 5.0) -> sqlite3.Connection
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
         raise sqlite3.DatabaseError("it is not a SQLite database")
     way = "mode=ro"
-    if header[18] == 2:  # with a write-ahead log, whose files SQLite would make or renew, were it left to itself
+    if header[18] == 2:  # has a write-ahead log; by default SQLite would create or renew its files
         log, index = _file_stamp(f"{path}-wal"), _file_stamp(f"{path}-shm")
-        if log and log[1] and not index:  # it was copied, or part of it deleted
+        if log and log[1] and not index:  # the database was copied, or a file deleted
             raise sqlite3.DatabaseError(f"it has a write-ahead log without an index: {_MEND_IT}")
         way += "&readonly_shm=1" if log and index else "&immutable=1"  # without a log, nobody is writing
     uri = f"{path.as_uri()}?{way}"
     connection = sqlite3.connect(uri, patience, uri=True, isolation_level=None, cached_statements=0)
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
     try:
-        connection.execute("SELECT * FROM sqlite_master LIMIT 0")  # reads the schema, at no query's expense
+        connection.execute("SELECT * FROM sqlite_master LIMIT 0")  # reads the schema now, not in the first query's time
     except sqlite3.Error as error:
         connection.close()
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
@@ -213,13 +213,13 @@ def open_database(path: Path | str, patience: float = 5.0) -> sqlite3.Connection
 
 
 def database_stamp(path: Path | str) -> list[list[int]]:
-    """Numbers that change when the database does, its write-ahead log included."""
+    """Numbers that change whenever the database or its write-ahead log changes."""
     path = Path(path).resolve()
     return [_file_stamp(path), _file_stamp(f"{path}-wal")]
 
 
 def _file_stamp(path: Path | str) -> list[int]:
-    """Numbers that change when the file does; empty where there is none."""
+    """Numbers that change whenever the file changes; empty without a file."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -232,16 +232,16 @@ def _file_stamp(path: Path | str) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------
 
 _READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-# What virtual tables (json_each, full text) do inside while they are read. As statements of their own, the
-# first fails since SQLite guards its schema table, and the others only tell a number.
+# What virtual tables (json_each, full text) do internally when they are read. As a statement of its own, the
+# first fails because SQLite protects its schema table; the others only return a number.
 _INTERNAL = {(sqlite3.SQLITE_UPDATE, "sqlite_master"), (sqlite3.SQLITE_PRAGMA, "page_size"),
              (sqlite3.SQLITE_PRAGMA, "data_version")}  # fmt: skip
 _FORBIDDEN = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "fts5", "zipfile"}
-# Functions of time and chance. Dates are among them, since a date may be 'now', even in a view or a cell.
+# Functions of time and chance. Date functions are included because a date may be 'now', even in a view or a cell.
 _VOLATILE = {"random", "randomblob", "current_date", "current_time", "current_timestamp",
              "date", "time", "datetime", "julianday", "unixepoch", "strftime", "timediff"}  # fmt: skip
 _LIMITS = {
-    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 4 * MAX_SQL_CHARS,  # bytes: a character has four at most
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 4 * MAX_SQL_CHARS,  # in bytes: at most four per character
     sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 1000,
     sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 500,
     sqlite3.SQLITE_LIMIT_VDBE_OP: 25_000_000,
@@ -254,32 +254,32 @@ _LIMITS = {
 _UNREADABLE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB,
                sqlite3.SQLITE_READONLY}  # fmt: skip
 _SQL_ERRORS = (sqlite3.Error, sqlite3.Warning, OSError, ValueError)  # ValueError: a column name not in UTF-8
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # of the errors of the system
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # OSErrors that will not pass
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether an error is of the moment, not of the statement or the file: a writer's lock, or failing I/O."""
+    """Whether an error is temporary, not caused by the statement or the file: a writer's lock, or failing I/O."""
     code = getattr(error, "sqlite_errorcode", 0)
     if code == sqlite3.SQLITE_IOERR_NOMEM:
-        return False  # the statement wants too much
+        return False  # the statement needs too much memory
     passing = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_IOERR}
     return code & 0xFF in passing or isinstance(error, OSError) and not isinstance(error, _LASTING)
 
 
 class _Runner:
-    """The worker's side: open connections, and the limits that statements run under."""
+    """The worker's side: open connections, and the limits of its statements."""
 
     def __init__(self, timeout: float, max_rows: int, memory_limit_mb: int):
         self.timeout, self.max_rows, self.memory_limit_mb = timeout, max_rows, memory_limit_mb
         self.max_bytes = _result_bytes(memory_limit_mb)
         self.deadline = self.started = 0.0
-        self.denied: list[str] = []  # what the authorizer denied to the running statement
-        self.volatile = False  # whether the running statement asks for time or chance
+        self.denied: list[str] = []  # what the authorizer denied the running statement
+        self.volatile = False  # whether the running statement uses time or chance
         self.connections: OrderedDict[str, sqlite3.Connection] = OrderedDict()
-        self.waited: dict[str, float] = {}  # seconds that each database was waited for since it was last read
+        self.waited: dict[str, float] = {}  # seconds of waiting per database since it was last read
 
     def connection(self, path: str, stamp: list) -> sqlite3.Connection:
-        """An open connection; `stamp` changes with the file, so a replaced database is opened anew."""
+        """An open connection; `stamp` changes with the file, so that a replaced database is opened again."""
         key = f"{path} {stamp}"
         if key not in self.connections:
             if len(self.connections) >= OPEN_CONNECTIONS:
@@ -293,13 +293,13 @@ class _Runner:
         connection.execute("PRAGMA query_only = ON")
         connection.execute("PRAGMA temp_store = MEMORY")  # a large sort must not fill the disk instead
         connection.execute(f"PRAGMA hard_heap_limit = {self.memory_limit_mb * 2**20 * 3 // 4}")
-        # Virtual tables prepare statements that write when they are first used (R-trees do): now, not under
-        # the authorizer, which then denies their execution as it does any other's.
+        # On first use, some virtual tables (R-trees) prepare statements that write. Do it now, before the
+        # authorizer is set, which would forbid preparing them; it still denies their execution.
         virtual = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage = 0")
         for (name,) in virtual.fetchall():
-            try:  # quoted here, not by questions/schema.py, since this file imports nothing of the project
+            try:  # quoted here, because this file imports nothing of the project
                 connection.execute('SELECT 1 FROM "' + name.replace('"', '""') + '" LIMIT 0')
-            except sqlite3.Error as error:  # of a kind that this SQLite does not have
+            except sqlite3.Error as error:  # a module that this SQLite lacks
                 if is_passing(error):
                     raise
         for limit, value in _LIMITS.items():
@@ -323,8 +323,8 @@ class _Runner:
     def answer(self, path: str, stamp: list, sql: str) -> tuple[str, str | None, bytes, bytes]:
         """Run one statement: status, error, columns as JSON, rows as JSON.
 
-        A database that cannot be read is tried again for as long as a statement may take; each attempt has that time
-        of its own, so that what a writer takes is not taken from the statement, or counted as its seconds.
+        A database that cannot be read is tried again for up to `timeout` seconds. Each attempt has the full timeout,
+        so that waiting for a writer neither shortens the statement's time nor counts as its seconds.
         """
         began, before = time.monotonic(), self.waited.get(path, 0.0)
         while (found := self._attempt(path, stamp, sql))[0] == "unavailable":
@@ -332,13 +332,13 @@ class _Runner:
             self.waited[path] = before + waited
             if waited >= self.timeout or self.waited[path] >= WAITS_IN_VAIN * self.timeout:
                 return found
-            os.write(1, _frame(b"[]"))  # tells the parent that we are alive
+            os.write(1, _frame(b"[]"))  # shows the parent that we are alive
             time.sleep(min(0.05, 0.001 + waited / 4))
         self.waited.pop(path, None)
         return found
 
     def _attempt(self, path: str, stamp: list, sql: str) -> tuple[str, str | None, bytes, bytes]:
-        """`answer` at once, `unavailable` where the database cannot be read for the moment."""
+        """One attempt of `answer`; `unavailable` if the database cannot be read at the moment."""
         self.denied.clear()
         self.volatile = False
         self.deadline, self.started = time.monotonic() + self.timeout, time.perf_counter()
@@ -357,7 +357,7 @@ class _Runner:
             return status, reason, b"[]", b"[]"
         finally:
             cursor.close()
-            # A log: as long as we have the file open, its writer cannot tidy up behind itself.
+            # stamp[1]: a log, which its writer cannot clean up while we have the file open
             if stamp[1] or status == "unavailable":
                 self.connections.popitem()[1].close()
 
@@ -374,7 +374,7 @@ class _Runner:
         return "ok", None, columns, b"[" + b",".join(chunks) + b"]"
 
     def _classify(self, error: Exception, path: str) -> tuple[str, str]:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # of an extended code, the plain one
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
         if self.denied:
             return "refused", f"not a read-only query: it asks for {self.denied[0]}"
         if "may not be modified" in str(error):
@@ -401,7 +401,7 @@ def _exit_with_parent() -> None:
 
 
 def _limit_process(memory_limit_mb: int) -> None:
-    """Cap address space at its present size plus the limit, and forbid writing files."""
+    """Cap the address space at its current size plus the limit, and forbid writing files."""
     import resource  # Unix only, and only the worker needs it
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -419,7 +419,7 @@ def worker_main(settings: str) -> None:
     _limit_process(options["memory_limit_mb"])
     runner, inbox = _Runner(**options), bytearray()
     os.write(1, _frame(b"[]"))  # hello
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a start-up failure may be seen, the death throes not
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # start-up failures stay visible, a crash later does not
     while data := os.read(0, 1 << 16):
         inbox += data
         for request in _take_frames(inbox, 1 << 30):
@@ -427,7 +427,7 @@ def worker_main(settings: str) -> None:
             last = False
             try:
                 status, error, columns, rows = runner.answer(*question)
-            except MemoryError:  # the heap may be in tatters: answer, and let a fresh process take over
+            except MemoryError:  # the heap may be damaged: answer, and let a fresh process take over
                 last, status, columns, rows = True, "too_large", b"[]", b"[]"
                 error = f"the query needs more than {runner.memory_limit_mb} MB"
             seconds = time.perf_counter() - runner.started
@@ -448,7 +448,7 @@ _WORKER_CODE = "import sys; sys.path.append(sys.argv[1]); __import__(sys.argv[2]
 
 
 class _Worker:
-    """One child process, as the parent sees it."""
+    """The parent's side of one child process."""
 
     def __init__(self, settings: dict):
         here = Path(__file__).resolve()  # imported by name, not run as a script: its compiled form is cached
@@ -456,7 +456,7 @@ class _Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _WORKER_CODE, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
-        )  # fmt: skip  # out of the reach of Ctrl-C, which is the parent's business
+        )  # fmt: skip  # a session of its own: Ctrl-C reaches only the parent
         self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.stdin, False)
         os.set_blocking(self.stdout, False)
@@ -468,19 +468,19 @@ class _Worker:
         self.sent: deque[int] = deque()  # numbers of the statements it holds, in order
 
     def send(self) -> None:
-        """Write what the pipe takes of the outbox."""
+        """Write as much of the outbox as the pipe accepts."""
         try:
             while self.outbox:
                 del self.outbox[: os.write(self.stdin, self.outbox)]
         except BlockingIOError:
-            pass  # `_wait` notices when there is room again
+            pass  # `_wait` wakes when there is room again
         except BrokenPipeError:
             self.outbox.clear()  # it has died; reading its answers will show that
 
     def receive(self) -> bool:
-        """Read into the inbox what there is; False at the end, when the worker has died."""
+        """Read what has arrived into the inbox; False if the worker has died."""
         try:
-            while len(self.inbox) <= self.largest:  # more can wait until these answers are taken
+            while len(self.inbox) <= self.largest:  # the rest waits until these answers are processed
                 data = os.read(self.stdout, 1 << 18)
                 if not data:
                     return False
@@ -490,7 +490,7 @@ class _Worker:
         return True
 
     def was_killed(self) -> bool:
-        """Whether the system, or someone, has ended it, of which its end of the pipe tells first: no query does."""
+        """Whether a signal from outside ended it, which no query can cause; waits, because its pipe closes first."""
         with suppress(subprocess.TimeoutExpired):
             return self.process.wait(GRACE) in (-signal.SIGKILL, -signal.SIGTERM)
         return False
@@ -505,10 +505,10 @@ class _Worker:
 class SQLExecutor:
     """Runs single read-only queries of untrusted origin on SQLite files, in `workers` child processes.
 
-    databases: {db_id: path}; timeout: seconds a statement may take; max_rows: longer results are
-    `too_large` (an evaluator wants more than the default: a gold of Spider dev has 20,662 rows);
-    memory_limit_mb: address space a worker may add to its start-up size, for sorting and for a result,
-    which may take 1/32 of it; cache: folder in which `run_gold` keeps results, or None.
+    databases: {db_id: path}; timeout: seconds per statement; max_rows: longer results are
+    `too_large` (an evaluator needs more than the default: a gold query of Spider dev returns 20,662 rows);
+    memory_limit_mb: address space that a worker may add to its start-up size; a result may take 1/32 of it;
+    cache: folder in which `run_gold` stores results, or None.
     Thread-safe: calls from several threads run one after the other.
     """
 
@@ -528,7 +528,7 @@ class SQLExecutor:
         self.worker_restarts = 0  # workers killed, or found dead, and replaced
         self._failed_starts = 0  # in a row
         self._workers: list[_Worker] = []
-        self._deaths: Counter[int] = Counter()  # of workers of this call, by the query they were at
+        self._deaths: Counter[int] = Counter()  # of workers in this call, by the query they were running
         self._digests: dict[str, str | None] = {}  # content hash of a database file
         self._lock = threading.RLock()
         self._closed = False
@@ -575,7 +575,7 @@ class SQLExecutor:
         return [results[pair] for pair in pairs]
 
     def _locate(self, db_id: str) -> tuple[str, list, str | None]:
-        """The file, a stamp that changes when its content does, and what is wrong (None if nothing)."""
+        """The file, a stamp that changes with its content, and what is wrong (None if nothing)."""
         path = self.databases.get(db_id)
         if path is None:
             return "", [], f"unknown database {db_id!r}"
@@ -634,11 +634,11 @@ class SQLExecutor:
         try:
             for answer in _take_frames(worker.inbox, worker.largest):
                 worker.heard = time.monotonic()
-                if not worker.ready:  # its hello: from now on the deadline is that of a statement
+                if not worker.ready:  # its hello: from now on a statement's deadline applies
                     worker.ready, worker.limit = True, self.settings["timeout"] + GRACE
                     self._failed_starts = 0
                     continue
-                if answer == b"[]":  # it waits for a database
+                if answer == b"[]":  # it is waiting for a database
                     continue
                 number, leaving, status, error, seconds, volatile, columns, rows = _from_json(answer)
                 if number != worker.sent[0] or status not in STATUSES:
@@ -651,7 +651,7 @@ class SQLExecutor:
         overdue = bool(worker.sent) and silent > worker.limit
         if alive and not overdue and not leaving:
             return
-        if not worker.ready:  # once or twice it may have been killed from outside
+        if not worker.ready:  # it may be killed from outside once or twice
             self._failed_starts += 1
             if self._failed_starts >= KILLINGS:
                 if not (ended and worker.was_killed()):
@@ -669,16 +669,16 @@ class SQLExecutor:
         self._retire(worker)
 
     def _verdict(self, worker: _Worker, alive: bool, ended: bool, silent: float) -> Execution | None:
-        """What to say of the statement that a worker was at, the first in line; None: it is to be tried again."""
+        """The verdict on the statement that a failed worker was running, the first in line; None: try it again."""
         if alive:
             late = f"no result within {self.settings['timeout']:g} s"
             return Execution("timeout", error=late, seconds=silent)
         self._deaths[worker.sent[0]] += 1
-        if ended and worker.was_killed():  # by a system that is short of memory, as a rule
+        if ended and worker.was_killed():  # usually by a system that is short of memory
             reason = f"the system killed its SQL worker {KILLINGS} times: free some memory, or have fewer workers"
             return Execution("unavailable", error=reason) if self._deaths[worker.sent[0]] >= KILLINGS else None
         if silent < GRACE and self._deaths[worker.sent[0]] == 1:
-            return None  # it may have been dying before it read the query
+            return None  # it may have died before it read the query
         return Execution("error", error=WORKER_DIED, seconds=silent)
 
     def _retire(self, worker: _Worker) -> None:
@@ -686,14 +686,14 @@ class SQLExecutor:
         worker.kill()
         self.worker_restarts += 1
 
-    # Gold results: computed once, kept on disk --------------------------------------------------------------
+    # Gold results: computed once, stored on disk ------------------------------------------------------------
 
     def run_gold(self, pairs) -> list[Execution]:
-        """Like `run_many`, but results are kept in the `cache` folder, failures too.
+        """Like `run_many`, but results are stored in the `cache` folder, failures too.
 
-        The key is a hash of the database's content, the SQL and the limits. A timeout is believed for a day,
-        since a busy machine may have caused it. Never kept are results that depend on time or chance, those
-        of a database that changed meanwhile, of one that could not be read, and a dead worker.
+        The key is a hash of the database's content, the SQL and the limits. A timeout expires after a day,
+        because a busy machine may have caused it. A result is not stored if it depends on time or chance, if its
+        database changed meanwhile or could not be read, or if the worker died.
         """
         pairs = list(map(tuple, pairs))
         if self.cache is None:
@@ -709,10 +709,10 @@ class SQLExecutor:
         return [found[pair] for pair in pairs]
 
     def _cache_file(self, db_id: str, sql: str) -> Path | None:
-        """Where the result of a statement is kept, or None where it need not or cannot be."""
+        """The cache file of a statement's result; None if there is nothing to store or no way to."""
         path, stamp, problem = self._locate(db_id)
         if problem or refusal_reason(sql):
-            return None  # quicker to say again than to look up
+            return None  # found again faster than looked up
         key = f"{path} {stamp}"
         if key not in self._digests:
             self._digests[key] = _content_digest(Path(path).resolve())
@@ -724,7 +724,7 @@ class SQLExecutor:
 
 
 def _content_digest(path: Path) -> str | None:
-    """Hash of a database's content, its write-ahead log included; None where it cannot be read."""
+    """Hash of a database's content, including its write-ahead log; None if it cannot be read."""
     digest = hashlib.sha256()
     try:
         for part in (path, Path(f"{path}-wal")):
@@ -747,8 +747,8 @@ def _read_execution(file: Path) -> Execution | None:
 
 
 def _write_execution(file: Path, execution: Execution) -> None:
-    """Keep a result; on a full or unwritable disk it is not kept, so it will run again."""
-    scratch = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # with the mode of the umask
+    """Store a result; on a full or unwritable disk nothing is stored, and the query will run again."""
+    scratch = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # its mode follows the umask
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_bytes(_to_json([getattr(execution, item.name) for item in fields(execution)]))
@@ -771,7 +771,7 @@ def result_key(rows: Rows) -> frozenset:
 
 
 def bird_match(pred_rows: Rows, gold_rows: Rows) -> bool:
-    """BIRD's execution accuracy: the same set of rows; order and repetitions of rows do not count.
+    """BIRD's execution accuracy: the same set of rows; order and duplicates do not count.
 
     Source: `calculate_ex` in bird-bench/mini_dev.
     """
@@ -779,9 +779,9 @@ def bird_match(pred_rows: Rows, gold_rows: Rows) -> bool:
 
 
 def soft_f1(pred_rows: Rows, gold_rows: Rows) -> float:
-    """BIRD mini-dev's Soft-F1 in [0, 1]: row i against row i, after repeated rows were dropped.
+    """BIRD mini-dev's Soft-F1 in [0, 1]: row i against row i, without duplicate rows.
 
-    A cell matches when its value is anywhere in the other row. Source: `calculate_f1_score` in
+    A cell matches if its value is anywhere in the other row. Source: `calculate_f1_score` in
     bird-bench/mini_dev.
     """
     pred, gold = list(dict.fromkeys(map(tuple, pred_rows))), list(dict.fromkeys(map(tuple, gold_rows)))
@@ -805,7 +805,7 @@ def soft_f1(pred_rows: Rows, gold_rows: Rows) -> float:
 def r_ves_reward(gold_seconds: float, pred_seconds: float) -> float:
     """BIRD mini-dev's efficiency reward of a *correct* query, 0.25 to 1.25 by gold time / predicted time.
 
-    A wrong query has 0. A question's score is 100 * sqrt(reward). Source: `evaluation_ves.py` in
+    A wrong query gets 0. A question's score is 100 * sqrt(reward). Source: `evaluation_ves.py` in
     bird-bench/mini_dev.
     """
     ratio = gold_seconds / pred_seconds if pred_seconds > 0 else float("inf")
@@ -818,8 +818,8 @@ def r_ves_reward(gold_seconds: float, pred_seconds: float) -> float:
 def spider_prepare(sql: str, keep_distinct: bool = False, is_prediction: bool = False) -> str:
     """Rewrite a query as Spider's test-suite evaluator does before running it.
 
-    A prediction has the letters `value` replaced by 1; `> =`, `< =`, `! =` are joined; unless
-    `keep_distinct`, only the first statement stays and every DISTINCT goes; YEAR(CURDATE()) is 2020.
+    In a prediction the letters `value` become 1; `> =`, `< =`, `! =` are joined; unless `keep_distinct`,
+    all but the first statement and every DISTINCT are removed; YEAR(CURDATE()) becomes 2020.
     Source: `evaluation.py`, `exec_eval.py` and `parse.py` in taoyds/test-suite-sql-eval.
     """
     if is_prediction:
@@ -837,15 +837,15 @@ def spider_prepare(sql: str, keep_distinct: bool = False, is_prediction: bool = 
 
 
 def gold_is_ordered(sql: str) -> bool:
-    """Whether Spider's evaluator wants the rows in this gold's order: it looks for the letters only."""
+    """Whether Spider's evaluator compares the order of rows: it looks only for the letters `order by`."""
     return "order by" in sql.lower()
 
 
 def spider_match(pred_rows: Rows, gold_rows: Rows, ordered: bool) -> bool:
-    """Spider's test-suite match on one database: equal bags of rows under some permutation of the columns.
+    """Spider's test-suite match on one database: equal multisets of rows under some permutation of the columns.
 
-    With `ordered`, the rows must also come in the same order. The search over permutations is exact; on
-    matrices built to defeat it, it gives up after SEARCH_CELLS steps and answers False.
+    With `ordered`, the rows must also be in the same order. The search over permutations is exact; on
+    tables built to defeat it, it gives up after SEARCH_CELLS steps and returns False.
     Source: `result_eq` in exec_eval.py of taoyds/test-suite-sql-eval.
     """
     pred, gold = list(map(tuple, pred_rows)), list(map(tuple, gold_rows))
@@ -859,24 +859,24 @@ def spider_match(pred_rows: Rows, gold_rows: Rows, ordered: bool) -> bool:
     if pred == gold:
         return True
     pred_columns, gold_columns = list(zip(*pred, strict=True)), list(zip(*gold, strict=True))
-    if ordered:  # rows are tied to their places: the columns must be the same bag
+    if ordered:  # rows are fixed: the columns must be the same multiset
         return Counter(pred_columns) == Counter(gold_columns)
     return Counter(pred) == Counter(gold) or _ColumnSearch(pred_columns, gold_columns).found()
 
 
 def _row_bag(row: tuple) -> tuple:
-    """The cells of a row in an order of their own. Equal numbers of two types may sort differently, so that
-    (1, 10) and (1.0, 10) give unequal bags although the rows are equal: official, and kept."""
+    """The sorted cells of a row. Equal numbers of two types may sort differently, so that (1, 10) and (1.0, 10)
+    give unequal bags although the rows are equal: the official behaviour."""
     return tuple(sorted(row, key=lambda value: str(value) + str(type(value))))
 
 
 class _ColumnSearch:
     """Is one table another with rows and columns reordered? Exact, by refinement and trial.
 
-    Rows and columns get colours that any valid reordering preserves: a column's colour tells which values it
-    has in rows of which colour, and the reverse, until nothing splits any more (the way graph isomorphism is
-    decided). Where columns still share a colour, one is singled out and each candidate for it is tried.
-    Equal columns are merged first, so thirty of them are one; equal rows likewise.
+    Rows and columns get colours that any valid reordering preserves: a column's colour encodes which values it
+    has in rows of which colour, and vice versa, until no colour splits further (as in colour refinement for
+    graph isomorphism). If columns still share a colour, one is singled out and each candidate for it is tried.
+    Equal columns are merged first, and so are equal rows.
     """
 
     def __init__(self, pred_columns: list[tuple], gold_columns: list[tuple]):
@@ -884,7 +884,7 @@ class _ColumnSearch:
         rows = [Counter(zip(*distinct, strict=True)) for distinct in columns]
         self.rows = [list(distinct) for distinct in rows]
         self.columns = [list(zip(*distinct, strict=True)) for distinct in rows]
-        # The first colour of a column or row says how often it occurs.
+        # The first colour of a column or row is its number of occurrences.
         self.start = [[list(count.values()) for count in counts] for counts in (columns, rows)]
         self.cells_left = SEARCH_CELLS
 
@@ -899,7 +899,7 @@ class _ColumnSearch:
         (pred_colours, gold_colours), row_colours = refined
         sizes = Counter(gold_colours)
         shared = [colour for colour in sizes if sizes[colour] > 1]
-        if not shared:  # every column has one partner left: look whether the rows agree
+        if not shared:  # every column has one partner left: check that the rows agree
             place = {colour: i for i, colour in enumerate(pred_colours)}
             permuted = zip(*(self.columns[0][place[colour]] for colour in gold_colours), strict=True)
             counts = zip((permuted, self.rows[1]), self.start[1], strict=True)
@@ -916,7 +916,7 @@ class _ColumnSearch:
         return False
 
     def _refine(self, column_colours: list[list], row_colours: list[list]) -> tuple | None:
-        """Split colours until nothing changes; None when the tables differ, or when the steps are used up."""
+        """Split colours until nothing changes; None if the tables differ or the steps are used up."""
         classes = 0
         while self.cells_left > 0:
             self.cells_left -= 4 * len(self.rows[0]) * len(self.columns[0])
@@ -933,9 +933,9 @@ class _ColumnSearch:
 
 
 def _recolour(colours: list[list], lines: list[list], crossing: list[list]) -> list[list] | None:
-    """New colours of both tables' lines (rows or columns) from the old ones and the bags of (crossing line's
-    colour, value); None where the tables differ. A bag is told by its sorted hashes, on which equal bags
-    agree: a collision leaves a colour unsplit, no more."""
+    """New colours of both tables' lines (rows or columns) from the old ones and the multisets of (crossing line's
+    colour, value); None if the tables differ. Multisets are compared by their sorted hashes; a collision only
+    leaves a colour unsplit."""
     keys = []
     for own, side, cross in zip(colours, lines, crossing, strict=True):
         bags = [tuple(sorted(map(hash, zip(cross, line, strict=True)))) for line in side]
@@ -953,9 +953,9 @@ def _recolour(colours: list[list], lines: list[list], crossing: list[list]) -> l
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a prediction is compared with a gold query: what of both runs, and which of their rows are equal.
+    """How a prediction is compared with a gold query: which form of each runs, and when their rows match.
 
-    The two settings of the rewriting matter only where `rewrites` is true, as for Spider's comparison.
+    The two settings of the rewriting matter only if `rewrites` is true, as in Spider's comparison.
     """
 
     name: str
@@ -971,7 +971,7 @@ class Comparison:
         return spider_prepare(sql, self.keep_distinct, is_prediction and self.replace_value)
 
     def without_value_rule(self) -> "Comparison":
-        """The same, but the word `value` stays in predictions: to verify a query, not to report its score."""
+        """The same without the rule on `value` in predictions: to verify a query, not to report its score."""
         return replace(self, replace_value=False)
 
 
@@ -984,11 +984,11 @@ AS_WRITTEN = MATCHES["bird"]  # rewrites nothing
 
 
 class Results:
-    """The results of predictions and of their golds, as written and as each comparison wants them run.
+    """The results of predictions and of their gold queries, as written and as each comparison rewrites them.
 
     Args:
-        executor: has `run_many` and `run_gold`; where it has `databases`, writers that commit meanwhile are noticed.
-        questions: (db_id, predicted SQL, gold SQLs). What several of them share runs once.
+        executor: has `run_many` and `run_gold`; if it has `databases`, concurrent writes are detected.
+        questions: (db_id, predicted SQL, gold SQLs). Identical queries run once.
     """
 
     def __init__(self, executor, questions: Sequence[tuple[str, str, Sequence[str]]],
@@ -1003,13 +1003,13 @@ class Results:
         self._predicted = dict(zip(predictions, executor.run_many(list(predictions)), strict=True))
         self._golds = dict(zip(golds, executor.run_gold(list(golds)), strict=True))
         self._run_again(executor, {db_id for db_id, file in files.items() if database_stamp(file) != before[db_id]})
-        # What depends on time or chance has one result where prediction and gold are the same query.
+        # A query that depends on time or chance has one result if it is both prediction and gold.
         self._predicted |= {query: result for query, result in self._golds.items()
                             if query in predictions and result.volatile}
 
     def _run_again(self, executor, written: set[str]) -> None:
-        """Predictions on databases that a writer has changed meanwhile run again after their golds: only with the same
-        rows before and after are they compared with golds of the same data. Others have no verdict in the end."""
+        """Run predictions again after their golds, on databases that a writer changed meanwhile. If the rows are the
+        same before and after, prediction and gold saw the same data; otherwise there is no verdict in the end."""
         differing = [query for query, result in self._predicted.items()
                      if query[0] in written and result.status == "ok" and not result.volatile]
         for turn in range(ROUNDS if differing else 0):
@@ -1030,14 +1030,14 @@ class Results:
         return self._golds[db_id, comparison.prepare(sql)]
 
     def unread(self, db_id: str, sql: str, golds: Sequence[str], *comparisons: Comparison) -> Execution | None:
-        """An execution without which nothing can be said of a prediction, for its database could not be read, or
-        None."""
+        """An execution that failed because its database cannot be read, so that a prediction has no verdict, or None.
+        """
         asked = [one for way in (AS_WRITTEN, *comparisons)
                  for one in (self.predicted(db_id, sql, way), *(self.gold(db_id, gold, way) for gold in golds))]
         return next((execution for execution in asked if execution.unread), None)
 
     def is_right(self, db_id: str, sql: str, golds: Sequence[str], comparison: Comparison) -> bool:
-        """Whether a prediction ran and matches a gold that ran; a gold that fails makes nothing right."""
+        """Whether a prediction ran and matches a gold that ran; a failed gold matches nothing."""
         predicted = self.predicted(db_id, sql, comparison)
         if predicted.status != "ok":
             return False
