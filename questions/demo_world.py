@@ -1,19 +1,19 @@
 """The demo world: small SQLite databases and questions about them, all drawn from one seed.
 
-It stands in for Spider or BIRD where nothing can be downloaded. Ten databases are seen in training, four are
-held back ("unseen"). Questions come in four balanced tiers:
+It replaces Spider or BIRD where nothing can be downloaded. Ten databases are used in training, four are
+held out ("unseen"). Questions come in four balanced tiers:
 
     simple   one table: filters, counts, aggregates
     group    GROUP BY, HAVING, ORDER BY ... LIMIT
     join     two tables over their foreign key
     nested   subqueries, INTERSECT, EXCEPT, UNION
 
-and in five splits. `cold` has the reasoning traces of a teacher whom nobody checked: many simple ones, which are right,
-and few of the upper tiers, in plain words, many of which end in a slip that is common in Text-to-SQL (a column too many
-or too few, a join where EXISTS is meant, AND for INTERSECT). A policy trained on it can copy names and values, but has
-the teacher's habits, and has not met the other words in which people ask (OTHER_WORDS). `train` has questions in all
-wordings and gold SQL, no traces: this is what GRPO learns from. `dev` chooses, `test` reports: their gold SQL occurs in
-no other split. `unseen` asks the databases held back.
+and in five splits. `cold` has the reasoning traces of an unverified teacher: many simple ones, which are right, and few
+of the upper tiers, in plain words. Many of the latter end in a slip that is common in Text-to-SQL (a column too many or
+too few, a join where EXISTS is meant, AND for INTERSECT). A policy trained on it can copy names and values, but makes
+the teacher's mistakes, and has seen synonyms (OTHER_WORDS) only in simple questions. `train` has gold SQL for questions
+in all wordings, and no traces: GRPO learns from it. `dev` chooses, `test` reports: their gold SQL occurs in no other
+split. `unseen` asks about the held-out databases.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-VARIETY = 0.4  # how often a word gives way to another one, outside `cold`
+VARIETY = 0.4  # probability that another word replaces a plain one, outside `cold`
 TIERS = ("simple", "group", "join", "nested")
 SPLITS = ("cold", "train", "dev", "test", "unseen")
 
-# Questions a tier and split. The upper tiers of `cold` are scarce on purpose; see the module docstring.
+# Questions per split and tier. The upper tiers of `cold` are scarce on purpose; see the module docstring.
 SIZES = {
     "cold": {"simple": 1500, "group": 250, "join": 250, "nested": 250},
     "train": dict.fromkeys(TIERS, 1000),
@@ -38,8 +38,8 @@ SIZES = {
     "test": dict.fromkeys(TIERS, 100),
     "unseen": dict.fromkeys(TIERS, 30),
 }
-# How often the teacher of the upper tiers slips, in `cold`; all else is the same. In `hard` a cold-started policy has
-# the teacher's habits: it is right on under a tenth of the upper tiers, and most groups of completions are all wrong.
+# How often the teacher slips in the upper tiers of `cold`; all else is the same. In `hard` a cold-started policy copies
+# the slips: it is right on under a tenth of the upper tiers, and in most groups all completions are wrong.
 WORLDS = {"default": 0.5, "hard": 0.9}
 
 POOLS = {
@@ -63,8 +63,8 @@ POOLS = {
     "maker": "Volta Nimbus Orion Zenith Apex Delta Falcon Comet Titan Lotus",
 }
 
-# One line a database: its parent table, then child tables (each has a foreign key to the parent).
-# A column is name:pool or name:low-high (whole numbers). No two tables of a database share a column but the key.
+# One line per database: its parent table, then child tables (each has a foreign key to the parent).
+# A column is name:pool or name:low-high (integers). Tables of one database share no column except the key.
 SEEN = {
     "music": "singer name:person country:country age:18-80 albums:1-40 / concert city:city year:1990-2024 tickets:100-950",
     "shop": "customer name:person city:city age:18-90 / purchase product:product price:5-500 quantity:1-30",
@@ -84,8 +84,8 @@ UNSEEN = {
     "garage": "mechanic name:person country:country wage:200-900 / car colour:colour year:1980-2024 cost:10-950",
 }
 
-# Other ways to say things. The traces of `cold` use the plain words only; all other splits mix in these, half the
-# time, so that their meaning has to be learned from what a query returns.
+# Synonyms. The upper tiers of `cold` use only the plain words. All other questions mix these in, with probability
+# VARIETY, so that their meaning must be learned from query results.
 OTHER_WORDS = {
     # tables
     "singers": "vocalists", "concerts": "gigs", "customers": "clients", "purchases": "orders", "teachers": "instructors",
@@ -114,7 +114,7 @@ OTHER_WORDS = {
 class DemoTable:
     name: str
     key: str
-    texts: tuple[str, ...]  # text columns, the naming one first
+    texts: tuple[str, ...]  # text columns, the identifying one first
     numbers: tuple[str, ...]
     pools: dict  # text column -> tuple of values; number column -> (low, high)
     parent: "DemoTable | None" = None
@@ -141,7 +141,7 @@ def parse_tables(line: str) -> list[DemoTable]:
 
 
 def build_database(path: Path, tables: list[DemoTable], rng: random.Random) -> None:
-    """Creates the SQLite file of one database: 24 parents and 60 rows of each child table."""
+    """Creates the SQLite file of one database: 24 rows in the parent table, 60 in each child table."""
     with sqlite3.connect(path) as connection:
         for table in tables:
             columns = [f"{table.key} INTEGER PRIMARY KEY"]
@@ -161,7 +161,7 @@ def _rows(table: DemoTable, rng: random.Random) -> list[tuple]:
     for column, pool in table.pools.items():
         if column in table.numbers:
             columns.append([rng.randint(*pool) for _ in range(count)])
-        elif column == table.texts[0] and not table.parent:  # a parent is known by its first text column
+        elif column == table.texts[0] and not table.parent:  # the first text column identifies a parent
             columns.append(rng.sample(pool, count) if len(pool) >= count else rng.choices(pool, k=count))
         else:  # few distinct values, so that groups have several rows
             columns.append(rng.choices(rng.sample(pool, min(len(pool), 9)), k=count))
@@ -182,13 +182,13 @@ class Condition:
 
 
 class Phrasing:
-    """Draws columns, conditions and wordings for one database; `plain` keeps to the plain words."""
+    """Draws columns, conditions and wordings for one database; `plain` uses only the plain words."""
 
     def __init__(self, tables: list[DemoTable], connection: sqlite3.Connection, rng: random.Random, plain: bool):
         self.tables, self.connection, self.rng, self.plain = tables, connection, rng, plain
 
     def say(self, word: str) -> str:
-        """A word, or half the time (where wordings vary) another for it."""
+        """A word or, unless `plain`, with probability VARIETY a synonym."""
         others = OTHER_WORDS.get(word, "").split()
         if self.plain or not others or self.rng.random() > VARIETY:
             return word
@@ -483,18 +483,18 @@ def _is_clear(connection: sqlite3.Connection, sql: str) -> bool:
 
 
 def _differs(connection: sqlite3.Connection, sql: str, other: str) -> bool:
-    """Whether two queries return different sets of rows, so that a slip is one on these data."""
+    """Whether two queries return different sets of rows, so that a slip is really wrong on these data."""
     return set(connection.execute(sql).fetchall()) != set(connection.execute(other).fetchall())
 
 
 def _split_of(db_id: str, sql: str) -> str:
-    """The split that owns a gold SQL: 70 % training, 12 % dev, 18 % test, by hash and so for every seed."""
+    """The split that owns a gold SQL: 70 % training, 12 % dev, 18 % test, by hash, so the same for every seed."""
     share = int(hashlib.sha256(f"{db_id}\n{sql}".encode()).hexdigest(), 16) % 100
     return "train" if share < 70 else "dev" if share < 82 else "test"
 
 
 def draw_questions(split: str, worlds: dict, connections: dict, seed: int, slips: float) -> list[dict]:
-    """Draws SIZES[split] records a tier, forms and databases in turn, no two with the same words."""
+    """Draws SIZES[split][tier] records of each tier, forms and databases in turn, without repeated questions."""
     rng = random.Random(f"{seed}/{split}")
     records, seen = [], set()
     for tier in TIERS:
@@ -530,9 +530,8 @@ def load(split: str = "train", data_dir: str | Path | None = None, seed: int = 0
          world: str = "default") -> tuple[list[dict], dict[str, Path]]:
     """Returns (records, databases) of one split; builds the databases under `data_dir` on first use.
 
-    A record has id, db_id, question, sql, difficulty (the tier), trace ("" outside `cold`), and trace_sql, which is the
-    SQL that the trace leads to where that is a slip, else "". The training sets
-    vary with the seed; the databases do too.
+    A record has id, db_id, question, sql, difficulty (the tier), trace ("" outside `cold`), and trace_sql, the SQL that
+    the trace leads to if that is a slip, else "". Questions and databases vary with the seed.
 
     Raises:
         ValueError: `split` is none of SPLITS, or `world` none of WORLDS.

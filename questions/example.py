@@ -1,4 +1,4 @@
-"""One question with its gold SQL, as every part of the project passes it on, and the ids of questions."""
+"""One question with its gold SQL, as all modules pass it on, and the ids of questions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,22 +15,22 @@ class Example:
     evidence: str = ""
     difficulty: str = ""
     trace: str = ""
-    trace_sql: str = ""  # the SQL that the trace leads to, where an unverified teacher missed the gold one
+    trace_sql: str = ""  # the SQL that the trace leads to, if an unverified teacher missed the gold query
     messages: tuple[tuple[str, str], ...] = ()  # a ready-made prompt as a chat: (role, content) of each message
     prompt: str = ""  # a ready-made prompt as a text
 
 
 def id_text(value) -> str:
-    """An id as a text: 7, 7.0 and "7" are one."""
+    """An id as text: 7, 7.0 and "7" are the same."""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def unique_ids(names: Sequence[str | None], positions: Sequence[int] | None = None) -> list[str]:
-    """Ids of records, no two alike: the first 12 keeps its name, the next ones become 12-2 and 12-3.
+    """Unique ids of records: the first 12 keeps its name, the next ones become 12-2 and 12-3.
 
-    A record without a name (None) is called by its position, unless others bring that as their name.
+    A record without a name (None) gets its position as its id, unless that is another record's name.
     """
-    unclaimed = {name for name in names if name is not None}  # names whose first record is yet to come
+    unclaimed = {name for name in names if name is not None}  # names whose first record has not come yet
     taken, repeats, ids = set(unclaimed), Counter(), []
     for position, name in zip(positions or range(len(names)), names, strict=True):
         wanted = own = str(position) if name is None else name

@@ -1,8 +1,8 @@
-"""Which questions are held back from training, so that none of them shares its text or its gold SQL with training.
+"""Which questions are held out of training, so that none of them shares its text or its gold SQL with training.
 
-Spider asks most of its questions twice, in other words and with one gold query. A question whose twin was trained on
-says little of what the policy learned. So questions that share their text or a gold query on one database form a
-group, and a group is held back as a whole. Where the data are a benchmark of many databases, whole databases are.
+Spider asks most of its questions twice, in different words and with the same gold query. A question whose twin was
+trained on shows little of what the policy learned. So questions that share their text or a gold query on one database
+form a group, and a group is held out as a whole. In benchmarks with many databases, whole databases are held out.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from questions.example import Example
 
 QUOTES = str.maketrans({'"': "'", "`": "'"})
-FEWEST = 3  # questions, below which nothing can be held back
+FEWEST = 3  # with fewer questions nothing is held out
 
 
 @dataclass(frozen=True)
 class HeldBack:
-    """Questions held back, those that stay in training, and how it was done."""
+    """Questions held out, those that stay in training, and how they were chosen."""
     held: list[Example]
     rest: list[Example]
-    followed: int = 0  # questions that were moved because they share text or gold SQL with another held-back one
-    databases: tuple[str, ...] = ()  # held back as a whole; empty when questions were chosen one group at a time
+    followed: int = 0  # held out because they share text or gold SQL with another held-out question
+    databases: tuple[str, ...] = ()  # held out as a whole; empty if groups of questions were chosen
 
 
 def question_key(example: Example) -> tuple[str, str, str]:
@@ -37,19 +37,20 @@ def gold_keys(example: Example) -> set[tuple[str, str, str]]:
 
 
 def normalised_sql(sql: str) -> str:
-    """The query's words and signs in lower case, one space apart; literals too: rather hold back too much."""
+    """The query's words and signs in lower case, one space apart; literals too, because it is safer to hold out more.
+    """
     return " ".join(re.findall(r"\w+|[^\w\s]", sql.lower().translate(QUOTES))).rstrip("; ")
 
 
 def twins_key(example: Example) -> str:
-    """The same for questions of one database with the same official gold query, in a few characters."""
+    """A short hash that is equal for questions with the same official gold query (on one database)."""
     return hashlib.sha256(normalised_sql(example.gold_sqls[0]).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def groups_of(examples: Iterable[Example]) -> list[list[Example]]:
-    """The questions in groups: whoever shares text or a gold query with another is in the group of that one."""
+    """The questions in groups: two that share text or a gold query are in the same group."""
     examples = list(examples)
-    leader = list(range(len(examples)))  # of each question, the position of another one in its group, or its own
+    leader = list(range(len(examples)))  # per question, the position of another one in its group, or its own
 
     def find(position: int) -> int:
         while leader[position] != position:
@@ -68,7 +69,7 @@ def groups_of(examples: Iterable[Example]) -> list[list[Example]]:
 
 
 def not_shared(examples: Iterable[Example], trained: Iterable[Example], by_gold: bool = True) -> list[Example]:
-    """The questions that share neither their text nor, if `by_gold`, a gold query with one that is trained on."""
+    """The questions that share neither their text nor, if `by_gold`, a gold query with any in `trained`."""
     questions, golds = set(), set()
     for example in trained:
         questions.add(question_key(example))
@@ -78,12 +79,12 @@ def not_shared(examples: Iterable[Example], trained: Iterable[Example], by_gold:
 
 
 def part_size(limit: int, count: int, share: int) -> int:
-    """How many of `count` questions to hold back: one in `share`, at least one, at most `limit`, of which 0 is none."""
+    """How many of `count` questions to hold out: one in `share`, at least one, but at most `limit` (0: none)."""
     return min(limit, max(1, count // share))
 
 
 def hold_out(examples: list[Example], size: int, seed: int, by_database: bool = False) -> HeldBack:
-    """Holds back about `size` of the questions: by database where asked for and possible, else by group."""
+    """Holds out about `size` of the questions: by database if asked for and possible, else by group."""
     if size <= 0 or len(examples) < FEWEST:
         return HeldBack([], examples)
     if by_database:
@@ -91,7 +92,7 @@ def hold_out(examples: list[Example], size: int, seed: int, by_database: bool = 
         for example in examples:
             databases[example.db_id].append(example)
         chosen = _choose(databases.values(), size, lambda group: f"{seed} {group[0].db_id}")
-        if sum(map(len, chosen)) >= size / 2:  # else one of few databases would be most of the data
+        if sum(map(len, chosen)) >= size / 2:  # else the few databases are too large to hold one out
             return _parted(examples, chosen, databases=tuple(sorted(group[0].db_id for group in chosen)))
     groups = groups_of(examples)
     chosen = _choose(groups, size, lambda group: f"{seed} {question_key(group[0])}")
@@ -102,7 +103,7 @@ def hold_out(examples: list[Example], size: int, seed: int, by_database: bool = 
 
 
 def _choose(groups: Iterable[list[Example]], size: int, label) -> list[list[Example]]:
-    """Groups in an order of chance, up to `size` questions; one that would be too much is passed over.
+    """Groups in random order, up to `size` questions; a group that exceeds it is skipped.
 
     The order comes from a hash of the labels, so that records added later move few of the others.
     """
@@ -115,7 +116,7 @@ def _choose(groups: Iterable[list[Example]], size: int, label) -> list[list[Exam
 
 
 def _parted(examples: list[Example], chosen: list[list[Example]], **how) -> HeldBack:
-    """The questions in their own order, on either side."""
+    """The questions split into held-out ones and the rest, each in their original order."""
     ids = {id(example) for group in chosen for example in group}
     return HeldBack([example for example in examples if id(example) in ids],
                     [example for example in examples if id(example) not in ids], **how)

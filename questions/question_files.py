@@ -1,16 +1,16 @@
-"""Question files in the layouts of Spider, of BIRD, or your own, and the databases that belong to them.
+"""Question files in the layouts of Spider, of BIRD, or your own, and their databases.
 
 Expected layouts
     spider   DIR/train_spider.json, DIR/train_others.json (optional), DIR/dev.json, DIR/test.json,
-             DIR/database/<db_id>/<db_id>.sqlite (test: DIR/test_database/ when it is there)
+             DIR/database/<db_id>/<db_id>.sqlite (test: DIR/test_database/ if it exists)
     bird     DIR/dev.json + DIR/dev_databases/<db_id>/<db_id>.sqlite, DIR/train/train.json +
              DIR/train/train_databases/..., DIR/mini_dev_sqlite.json + DIR/dev_databases/...
     a path   your own .json (a list) or .jsonl: question, db_id, sql (or SQL or query; a list means several
              equivalent golds), and optionally evidence, difficulty, id, trace, trace_sql, split, and a ready-made
              prompt: messages (a chat: a list of role and content) or prompt (a text). Databases are
              DIR/<db_id>.sqlite, DIR/<db_id>/<db_id>.sqlite or the same with .db; DIR is the file's own
-             folder unless given, and a missing database is an error. Records with a `split` field (train, dev or
-             test) belong to that split only, others to all.
+             folder by default, and a missing database is an error. Records with a `split` field (train, dev or
+             test) belong only to that split, others to all.
 """
 
 import json
@@ -24,23 +24,23 @@ from questions.schema import is_sqlite
 
 SPIDER_FILES = {"train": ("train_spider.json", "train_others.json"), "dev": ("dev.json",),
                 "test": ("test.json",)}
-BIRD_FILES = {  # split -> (where the official archives put its questions, its folder of databases)
+BIRD_FILES = {  # split -> (the question file's paths in the official archives, the folder of its databases)
     "train": (("train.json", "train/train.json"), "train_databases"),
     "dev": (("dev.json", "dev/dev.json", "dev_20240627/dev.json"), "dev_databases"),
     "mini_dev": (("mini_dev_sqlite.json", "MINIDEV/mini_dev_sqlite.json",
                   "minidev/MINIDEV/mini_dev_sqlite.json"), "dev_databases"),
 }
 ROLES = ("system", "user", "assistant")  # of ready-made messages
-OWN_SPLITS = ("train", "dev", "test")  # what the field `split` of one's own records may say
+OWN_SPLITS = ("train", "dev", "test")  # values of the field `split` in a user's own records
 
 
 class NoSuchSplit(UserError):
-    """The data have no such split, or not here; whoever asked may do without it."""
+    """The data have no such split, or its files are missing; callers may continue without it."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples, the file of each database, and in words what was left out and why."""
+    """Examples, the file of each database, and notes on what was left out and why."""
     examples: list[Example]
     databases: dict[str, Path]
     notes: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ def load_official(name, data_dir, split) -> Dataset:
 
 
 def _spider_files(data_dir, split):
-    """The question files that are there, and the folder of databases."""
+    """The question files that exist, and the folder of databases."""
     if split not in SPIDER_FILES:
         raise NoSuchSplit(f"Spider has the splits {', '.join(SPIDER_FILES)}, not {split!r}")
     required, *optional = (data_dir / file for file in SPIDER_FILES[split])
@@ -93,7 +93,7 @@ def _spider_files(data_dir, split):
 
 
 def _bird_files(data_dir, split):
-    """The question file, wherever the official archives put it, and the folder of databases beside it."""
+    """The question file, at any of its paths in the official archives, and the folder of databases beside it."""
     split = split.replace("-", "_")
     if split not in BIRD_FILES:
         raise NoSuchSplit(f"BIRD has the splits {', '.join(BIRD_FILES)}, not {split!r}")
@@ -112,7 +112,7 @@ def _bird_files(data_dir, split):
 
 
 def load_own(file, data_dir, split) -> Dataset:
-    """The user's own questions; here a missing database is an error, for nobody else will notice it."""
+    """The user's own questions; here a missing database is an error, because nothing else would report it."""
     records = read_records(file)
     labels = _labels(records, file, split)
     chosen = [position for position, label in enumerate(labels) if label in (None, split)]
@@ -132,12 +132,12 @@ def load_own(file, data_dir, split) -> Dataset:
 
 
 def own_labels(file: Path, asked: str) -> list[str | None]:
-    """The splits of the records of one's own file."""
+    """The split of each record in a user's own file."""
     return _labels(read_records(file), file, asked.strip().lower())
 
 
 def has_golds(file: Path, asked: str) -> bool:
-    """Whether a record of this split of one's own file has gold SQL; those of a hidden test have none."""
+    """Whether any record of this split in a user's own file has gold SQL; those of a hidden test have none."""
     records = read_records(file)
     labels = _labels(records, file, asked)
     return any(record.keys() & {"sql", "SQL", "query"} for record, label in zip(records, labels, strict=True)
@@ -145,7 +145,7 @@ def has_golds(file: Path, asked: str) -> bool:
 
 
 def _labels(records: list, file, asked: str) -> list[str | None]:
-    """Each record's split in lower case, None where it names none; a name nobody knows is an error, not left out."""
+    """Each record's split in lower case, or None; an unknown split is an error, not left out."""
     labels = []
     for number, record in enumerate(records, 1):
         label = record.get("split") if isinstance(record, dict) else None
@@ -169,7 +169,7 @@ def _find_database(file, number, db_id, data_dir) -> Path:
 
 
 def _checked(databases) -> dict[str, Path]:
-    """The same databases, once each is known to be SQLite."""
+    """The same databases, after a check that each is a readable SQLite file."""
     for path in databases.values():
         try:
             if not is_sqlite(path):
@@ -182,7 +182,7 @@ def _checked(databases) -> dict[str, Path]:
 # -------------------------------------------------------------------------------------------- records
 
 def read_records(file: Path) -> list:
-    """The records of a .json list or a .jsonl file; UserError when its name says the other one."""
+    """The records of a .json list or a .jsonl file; UserError if the content does not match the file's ending."""
     text = read_text(file)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
@@ -210,9 +210,9 @@ def _is_object(line: str) -> bool:
 
 
 def _ids_of(records: list, source, positions=None) -> tuple[list[str], tuple[str, ...]]:
-    """An id for each record, no two alike, and a note on those that had to be numbered.
+    """A unique id for each record, and a note on those that were changed.
 
-    A record without one has its position in the file as its id.
+    A record without an id gets its position in the file.
     """
     positions, given = positions or range(len(records)), [_given_id(record) for record in records]
     ids, changed = unique_ids(given, positions), []
@@ -224,13 +224,13 @@ def _ids_of(records: list, source, positions=None) -> tuple[list[str], tuple[str
 
 
 def _given_id(record) -> str | None:
-    """The id that a record brings."""
+    """The record's own id, or None."""
     values = [record.get(field) for field in ("id", "question_id")] if isinstance(record, dict) else []
     return next(filter(None, (id_text(value) for value in values if value is not None)), None)
 
 
 def examples_of(records, source) -> list[Example]:
-    """One Example a record; where a record has no id, its position is its id."""
+    """One Example per record; a record without an id gets its position."""
     ids, _ = _ids_of(records, source)
     return [_example(record, source, number, name)
             for number, (record, name) in enumerate(zip(records, ids, strict=True), 1)]
@@ -257,7 +257,7 @@ def _example(record, source, number, identity) -> Example:
         complain("field 'prompt' must hold a text; a chat belongs in 'messages'")
     if messages and prompt:
         complain("fields 'messages' and 'prompt' both hold a prompt: leave one out")
-    asked = messages[-1][1].strip() if messages else prompt.strip()  # where the question has no field of its own
+    asked = messages[-1][1].strip() if messages else prompt.strip()  # the question, if it has no field of its own
     return Example(id=identity, db_id=text("db_id"), question=text("question", asked or None),
                    gold_sqls=_gold_sqls(record, complain), evidence=text("evidence", ""),
                    difficulty=text("difficulty", ""), trace=text("trace", ""), trace_sql=text("trace_sql", ""),
@@ -265,7 +265,7 @@ def _example(record, source, number, identity) -> Example:
 
 
 def _messages(record, complain) -> tuple[tuple[str, str], ...]:
-    """The (role, content) of a ready-made chat, which ends with what the model must answer."""
+    """The (role, content) of a ready-made chat, which ends with the user's message."""
     messages = record.get("messages") or []
     if not isinstance(messages, list):
         complain("field 'messages' must hold a list of role and content")
@@ -309,9 +309,9 @@ def excluded(file) -> set[str]:
 
 
 def check_excluded(file, name: str, data_dir, split: str) -> None:
-    """Raises UserError: an --exclude file is none, or has no id of one's own file or of a benchmark's split.
+    """Raises UserError: an --exclude file is malformed, or has no id of this file or of a benchmark's split.
 
-    Of the demo, which is never evaluated in part, no other ids are known than those that are asked.
+    For the demo, whose ids are not read here, every --exclude file with ids is an error.
     """
     ids, known = excluded(file), set()
     if not ids:

@@ -1,12 +1,11 @@
 """What is inside a database: its tables, keys and sample values, and the cells a question mentions.
 
 Everything is read from the SQLite file itself, opened as the executor opens it, so the same code
-serves the demo world, Spider, BIRD and a user's own file. What virtual tables (full text, R-trees) keep
-for themselves in "shadow" tables is left out. A view, which can take for ever, is read by one query, and all views of a
-database share one bound: what is beyond it is left out with a note. `ValueIndex` finds
-*value hints*: cells of text columns that occur word for word in the question ("singers from France" ->
-country = 'France').
-Nothing here ever sees a gold query.
+serves the demo world, Spider, BIRD and a user's own file. The internal "shadow" tables of virtual tables (full text,
+R-trees) are left out. A view may take for ever, so it is read by one query, and all views of a database share one
+bound; beyond it they are left out with a note. `ValueIndex` finds *value hints*: cells of text columns that occur word
+for word in the question ("singers from France" -> country = 'France').
+Gold queries are never read here.
 """
 
 import math
@@ -24,19 +23,19 @@ from common.errors import UserError
 from sql_exec import database_stamp, is_passing, open_database
 
 SAMPLES_KEPT = 5           # sample values read per column; a prompt shows at most this many
-SAMPLE_ROWS = 10_000       # samples come from the first rows only, so a huge table costs nothing
-INDEX_ROWS = 200_000       # rows of a table the value index looks at
-INDEX_VALUES = 20_000      # distinct cells of a column it keeps
-INDEX_BYTES = 4_000_000    # text it keeps per database, which takes some 20 times that in memory
+SAMPLE_ROWS = 10_000       # samples come from the first rows only, so a huge table costs no more
+INDEX_ROWS = 200_000       # rows that the value index reads per table
+INDEX_VALUES = 20_000      # distinct cells that it stores per column
+INDEX_BYTES = 4_000_000    # text that it stores per database; in memory it takes some 20 times as much
 INDEX_CELL_CHARS = 80      # longer cells are prose, not values
 NO_SAMPLES = "", math.inf, -math.inf
-MANY_COLUMNS = 200         # a table with more is read for samples by one query, as a view is
-SAMPLE_CELLS = 2_000_000   # cells it then looks at: fewer rows where there are very many columns
-INDEX_CELLS = 10_000_000   # cells of a table that the value index looks at
-VIEW_STEPS = 50            # millions of SQLite instructions that the views of a database may take together
-CHUNK = 20_000             # cells that are read at once
+MANY_COLUMNS = 200         # samples of a table with more columns are read by one query, as those of a view
+SAMPLE_CELLS = 2_000_000   # cells that such a query reads: fewer rows of very wide tables
+INDEX_CELLS = 10_000_000   # cells that the value index reads per table
+VIEW_STEPS = 50            # millions of SQLite instructions for all views of a database together
+CHUNK = 20_000             # cells read at once
 
-# The SQLite keywords that cannot stand for a name without quotes (found by trying all 147).
+# The SQLite keywords that cannot be names without quotes (found by trying all 147).
 _RESERVED = """add all alter and as autoincrement between case cast check collate commit constraint
     create cross current_date current_time current_timestamp default deferrable delete distinct drop else
     escape except exists foreign from full group having in index indexed inner insert intersect into is
@@ -51,7 +50,7 @@ RESERVED = frozenset(_RESERVED.split())
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 WORD = re.compile(r"\w+")
 ACCENT = re.compile("[\u0300-\u036f]")  # not the marks of Japanese kana, which make other letters
-# Letters of languages that put no spaces between words, or endings right behind them: Thai, Lao, Burmese, Khmer,
+# Letters of languages without spaces between words, or between a word and its particles: Thai, Lao, Burmese, Khmer,
 # Japanese, Chinese, Korean.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
                       "\U00020000-\U0003ffff]")
@@ -65,7 +64,7 @@ class Column:
     primary_key: bool
     references: tuple[tuple[str, str], ...] = ()
     samples: tuple = ()
-    description: str = ""  # in people's words, see descriptions.py
+    description: str = ""  # in natural language, see descriptions.py
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,13 @@ class Hint:
 
 
 def is_sqlite(path):
-    """True when the file starts as every SQLite database does (an empty file does not)."""
+    """Whether the file starts like a SQLite database (an empty file does not)."""
     with open(path, "rb") as file:
         return file.read(16) == b"SQLite format 3\0"
 
 
 def open_readonly(path) -> sqlite3.Connection:
-    """A connection that reads a database; what hinders it is a UserError."""
+    """A read-only connection. Raises UserError: the database cannot be read."""
     try:
         return open_database(path)
     except OSError as error:
@@ -107,7 +106,7 @@ def open_readonly(path) -> sqlite3.Connection:
 
 
 def query(connection, sql, parameters=()) -> sqlite3.Cursor:
-    """The cursor of a query of our own. A collation that this SQLite does not know compares as BINARY does."""
+    """The cursor of one of our own queries. A collation that this SQLite lacks compares like BINARY."""
     for _ in range(9):
         try:
             return connection.execute(sql, parameters)
@@ -120,7 +119,7 @@ def query(connection, sql, parameters=()) -> sqlite3.Cursor:
 
 
 def query_or_none(connection, sql, parameters=()) -> list[tuple]:
-    """All rows, or none where the query fails (a broken view, a pragma of a newer SQLite)."""
+    """All rows, or none if the query fails (a broken view, a pragma of a newer SQLite)."""
     try:
         return query(connection, sql, parameters).fetchall()
     except sqlite3.OperationalError as error:
@@ -130,9 +129,9 @@ def query_or_none(connection, sql, parameters=()) -> list[tuple]:
 
 
 class Steps:
-    """Millions of SQLite instructions that are left for queries; one that needs more is interrupted.
+    """A budget of millions of SQLite instructions; a query that exceeds it is interrupted.
 
-    Instructions, not seconds, so that the answer is the same on every machine.
+    Instructions, not seconds, so that the result is the same on every machine.
     """
 
     def __init__(self, left: float):
@@ -144,10 +143,10 @@ class Steps:
 
 
 def read_cells(connection, table: str, columns: Sequence[str], wanted: str, rows: int, steps: Steps) -> Iterator[list]:
-    """The first rows of a table or view, a chunk at a time, for each chunk a tuple of cells a column: [columns][rows].
+    """The first rows of a table or view in chunks, each with one tuple of cells per column: [columns][rows].
 
-    wanted: the condition on a cell `{0}`; one that fails it is None. No more comes where the query fails or takes too
-    many steps.
+    wanted: the condition on a cell `{0}`; cells that fail it become None. Chunks end when the query fails or exceeds
+    `steps`.
     """
     if steps.left < 0:
         return
@@ -166,14 +165,14 @@ def read_cells(connection, table: str, columns: Sequence[str], wanted: str, rows
 
 
 def quote_identifier(name: str, mark: str = '"') -> str:
-    """A table or column name as it must be written in SQL: bare when it can be, else between marks, `"` or `` ` ``."""
+    """A table or column name as SQL needs it: bare if possible, else between quote marks, `"` or `` ` ``."""
     if re.fullmatch(r"[A-Za-z_]\w*", name) and name.lower() not in RESERVED:
         return name
     return quote_always(name, mark)
 
 
 def quote_always(name: str, mark: str = '"') -> str:
-    """A name between marks, as our own queries write it."""
+    """A name between quote marks, as our own queries write it."""
     return mark + name.replace(mark, 2 * mark) + mark
 
 
@@ -189,12 +188,12 @@ _indexes: dict[str, tuple[str, "ValueIndex"]] = {}
 
 
 def read_schema(path) -> Schema:
-    """Tables with typed columns, keys and sample values of a database; read once while it is unchanged."""
+    """The tables of a database with typed columns, keys and sample values; read again only if the file changes."""
     return _kept(_schemas, path, _read_schema)
 
 
 def _kept(known: dict, path, read):
-    """What `read(path)` gives, for the newest version of the file alone: a live writer makes many."""
+    """`read(path)`, cached for the newest version of the file only, because a live writer makes many versions."""
     version = str(database_stamp(path))
     if known.get(str(path), ("",))[0] != version:
         known[str(path)] = version, read(str(path))
@@ -229,20 +228,20 @@ def _read_schema(path: str) -> Schema:
 
 
 def note_skipped(path: str, views: Sequence[str], effect: str) -> None:
-    """Says which views took too long to read."""
+    """Prints which views took too long to read."""
     if views:
         shown = ", ".join(views[:5]) + (f" and {len(views) - 5} more" if len(views) > 5 else "")
         print(f"note: {path}: the views of this database take long to read; {effect}: {shown}", file=sys.stderr)
 
 
-# What virtual tables of SQLite and of well-known extensions keep in tables that have their name and one of these ends.
+# Shadow tables of SQLite and of well-known extensions have the virtual table's name and one of these endings.
 _SHADOW_ENDS = re.compile(r"content|segments|segdir|docsize|stat|data|idx|config|node|rowid|parent|vocab|index|chunks|"
                           r"rowids|info|auxiliary|(?:vector_|metadata)chunks\d+|metadatatext\d+")
 
 
 def _shadow_tables(connection) -> set[str]:
-    """The tables that virtual tables keep for themselves. SQLite tells those of the modules that it has, and before
-    version 3.37 none; of a module that is missing they are known by their names."""
+    """The internal (shadow) tables of virtual tables. SQLite lists those of its modules from version 3.37 on; those of
+    a missing module are recognised by their names."""
     known = query_or_none(connection, "SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'shadow'")
     names = [name for (name,) in query(connection, "SELECT name FROM sqlite_master WHERE type = 'table'")]
     virtual = [name for (name,) in query(connection, "SELECT name FROM sqlite_master WHERE type = 'table' "
@@ -254,7 +253,7 @@ def _shadow_tables(connection) -> set[str]:
 
 
 def schema_columns(schema: Schema) -> dict[str, list[str]]:
-    """The plain form that rewards take: {table: [column, ...]}."""
+    """{table: [column, ...]}, the form that rewards take."""
     return {table.name: [column.name for column in table.columns] for table in schema.tables}
 
 
@@ -270,7 +269,7 @@ def _read_columns(connection, table):
 
 
 def _read_references(connection, table, columns):
-    """{column (lower case): [(table, column) it references]}, names spelt as the database spells them."""
+    """{column (lower case): [(table, column) it references]}, names spelt as in the database."""
     spelling = {name.lower(): name for name in columns}
     references = defaultdict(list)
     keys = query_or_none(connection, 'SELECT "from", "table", "to", seq FROM pragma_foreign_key_list(?) '
@@ -289,11 +288,11 @@ def _read_references(connection, table, columns):
 
 
 def _read_samples(connection, table: str, columns: Sequence[str], is_view: bool, steps: Steps) -> list[tuple]:
-    """A few distinct values of each column, the first ones; blobs, long texts and infinities are left out."""
+    """The first few distinct values of each column; blobs, long texts and infinities are left out."""
     wanted = f"typeof({{0}}) IN ('text', 'integer', 'real') AND length({{0}}) <= {INDEX_CELL_CHARS}"
     if not is_view and len(columns) <= MANY_COLUMNS:
         return [_samples_of(connection, table, quote_always(column), wanted) for column in columns]
-    found = [{} for _ in columns]  # a dict of values a column, which keeps their order
+    found = [{} for _ in columns]  # per column an ordered set of values
     rows = min(SAMPLE_ROWS, SAMPLE_CELLS // len(columns))
     for chunk in read_cells(connection, table, columns, wanted, rows, steps):
         open_columns = [(kept, cells) for kept, cells in zip(found, chunk, strict=True) if len(kept) < SAMPLES_KEPT]
@@ -305,7 +304,7 @@ def _read_samples(connection, table: str, columns: Sequence[str], is_view: bool,
 
 
 def _samples_of(connection, table: str, column: str, wanted: str) -> tuple:
-    """The samples of a column of a table by a query of its own, which can end early and use an index."""
+    """The samples of one column by its own query, which can end early and use an index."""
     try:
         rows = query(connection, f"""
             SELECT DISTINCT {column} COLLATE BINARY
@@ -320,32 +319,32 @@ def _samples_of(connection, table: str, column: str, wanted: str) -> tuple:
 # ----------------------------------------------------------------------------------------- value hints
 
 def words(text: str) -> list[str]:
-    """The words of a text as they are compared: no possessive, no accents, lower case."""
+    """The words of a text for comparison: no possessive, no accents, lower case."""
     return WORD.findall(fold(text.replace("'s ", " ")))
 
 
 def fold(text: str) -> str:
-    """The text as it is compared: lower case, no accents, no full-width letters."""
+    """The text for comparison: lower case, no accents, no full-width letters."""
     return without_accents(text).casefold()
 
 
 def without_accents(text: str) -> str:
-    """The text without accents and full-width letters, its case kept."""
+    """The text without accents and full-width letters, in its own case."""
     if text.isascii():
         return text
     return unicodedata.normalize("NFC", ACCENT.sub("", unicodedata.normalize("NFKD", text)))
 
 
 def value_index(path) -> "ValueIndex":
-    """The index of a database file, built once while the file is unchanged."""
+    """The index of a database file, built again only if the file changes."""
     return _kept(_indexes, path, ValueIndex)
 
 
 class ValueIndex:
     """Finds the cells of a database's text columns that a question mentions as whole words.
 
-    A cell is stored under its words, so "3-D Man" is found in "superpowers of 3-D man?". Where a language writes no
-    spaces, a cell of two letters or more is also found inside a word: 北京 in 北京有多少学生. Bounded in rows, values
+    A cell is stored under its words, so "3-D Man" is found in "superpowers of 3-D man?". In a language without spaces,
+    a cell of two letters or more is also found inside a word: 北京 in 北京有多少学生. Bounded in rows, values
     and bytes, so a database of gigabytes stays cheap; `value_index` builds each index only once.
     """
 
@@ -360,7 +359,7 @@ class ValueIndex:
             for table in read_schema(path).tables:
                 steps = view_steps if table.is_view else Steps(math.inf)
                 for column, texts in zip(table.columns, self._texts(connection, table, room, steps), strict=True):
-                    room -= self._add_column(table.name, column.name, texts, room // 4)  # later ones get theirs
+                    room -= self._add_column(table.name, column.name, texts, room // 4)  # leaves room for later ones
                 skipped += [table.name] if table.is_view and view_steps.left < 0 else []
         except sqlite3.DatabaseError as error:
             raise UserError(f"cannot read the database {path}: {error}") from error
@@ -370,7 +369,7 @@ class ValueIndex:
 
     @staticmethod
     def _texts(connection, table: Table, room: int, steps: Steps) -> list[dict[str, None]]:
-        """The distinct texts of each column, in row order, until all that there is room for is read."""
+        """The distinct texts of each column, in row order, until `room` (bytes) is used up."""
         found, taken = [{} for _ in table.columns], [0] * len(table.columns)
         rows = min(INDEX_ROWS, INDEX_CELLS // len(table.columns))
         wanted = f"typeof({{0}}) = 'text' AND length({{0}}) <= {INDEX_CELL_CHARS}"
@@ -403,7 +402,7 @@ class ValueIndex:
     def hints(self, text: str, limit: int, tables: set[str] | None = None) -> list[Hint]:
         """At most `limit` cells the text mentions: longest matches first, none inside a longer match.
 
-        tables: those whose cells count, all by default.
+        tables: the only tables whose cells count, all by default.
         """
         spoken = words(text)
         as_written = set(WORD.findall(without_accents(text)))
@@ -454,7 +453,7 @@ class ValueIndex:
 
     @staticmethod
     def _best_columns(cells, spoken, text):
-        """At most three cells a phrase: columns the question names first, then exact spelling."""
+        """At most three cells per phrase: columns the question names first, then exact spelling."""
         def rank(cell):
             named = sum(word in spoken for word in words(cell.column.replace("_", " ")))
             return (-named, cell.value not in text)
@@ -462,6 +461,6 @@ class ValueIndex:
 
 
 def _may_begin(text: str, place: int) -> bool:
-    """Whether a word may begin or end at a place: not between two letters of a language that writes spaces."""
+    """Whether a word may begin or end at `place`: not between two letters of a language with spaces."""
     around = text[max(0, place - 1):place + 1]
     return len(around) < 2 or not WORD.fullmatch(around) or bool(UNSPACED.search(around))
