@@ -1,11 +1,11 @@
 """How an answer is written and read: one style for the prompt's rules, the cold start, the reward and the evaluation.
 
     think-sql      <think> reasoning </think> SELECT ...              ours, and FINER-SQL's (arXiv 2605.03465)
-    think-answer   <think> reasoning </think> <answer> SELECT ... </answer>, the SQL in a fence or not: SLM-SQL's
+    think-answer   <think> reasoning </think> <answer> SELECT ... </answer>, the SQL with or without a fence: SLM-SQL's
                    (arXiv 2507.22478)
-    fence          reasoning, then the SQL in a code fence; of several fences the last: OmniSQL's (arXiv 2503.02240)
+    fence          reasoning, then the SQL in a code fence, the last one if several: OmniSQL's (arXiv 2503.02240)
 
-Each asks for exactly one SQL statement; a trailing semicolon is fine.
+Each style asks for exactly one SQL statement; a trailing semicolon is fine.
 """
 
 import re
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 FENCE = re.compile(r"```[ \t]*(?:sql(?:ite)?3?(?=\s)|\w*sql[ \t]*(?=\r?\n))?(.*)```", re.DOTALL | re.IGNORECASE)
-# Strings, quoted names and comments. One that is not closed runs to the end, so that a scan stays linear.
+# Strings, quoted names and comments. An unclosed one runs to the end, so that a scan stays linear.
 QUOTED = re.compile(r"'[^']*(?:'|\Z)|\"[^\"]*(?:\"|\Z)|`[^`]*(?:`|\Z)|\[[^\]]*(?:\]|\Z)"
                     r"|--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
 STATEMENT = re.compile(r"[\s(]*+(?:select|with|values|insert|update|delete|replace|create|drop|alter|pragma|"
@@ -24,9 +24,9 @@ STATEMENT = re.compile(r"[\s(]*+(?:select|with|values|insert|update|delete|repla
 @dataclass(frozen=True)
 class AnswerStyle:
     """One style."""
-    rules: str   # what a prompt says of it
+    rules: str   # the instruction in the prompt
     layout: str  # what the cold start teaches, with {trace} and {sql}
-    format: str  # its format in a few words, for messages
+    format: str  # the format in a few words, for messages
 
 
 ANSWER_STYLES = {
@@ -50,11 +50,11 @@ ANSWER_STYLES = {
 class AnswerFormat:
     """How an answer is written and read."""
     style: str = "think-sql"  # a name of ANSWER_STYLES
-    lenient: bool = False     # also read SQL inside a code fence, where the style has none
+    lenient: bool = False     # also read SQL inside a code fence, if the style has none
 
     @property
     def rules(self) -> str:
-        """What a prompt says of the answer."""
+        """The instruction in the prompt."""
         return ANSWER_STYLES[self.style].rules
 
     @property
@@ -63,15 +63,15 @@ class AnswerFormat:
         return ANSWER_STYLES[self.style].format
 
     def write(self, thought: str, sql: str) -> str:
-        """The completion that a policy is taught."""
+        """The completion that the cold start teaches."""
         return ANSWER_STYLES[self.style].layout.format(trace=thought, sql=sql)
 
     def read(self, text: str) -> tuple[str, str] | None:
-        """(thought, sql) of a completion, or None where its format is broken.
+        """(thought, sql) of a completion, or None if its format is broken.
 
-        In the styles that think the format is one non-empty `<think> … </think>`, first, then exactly one SQL statement
-        and nothing else. In think-sql a fenced block around the SQL breaks it, unless `lenient`. Of a fence's answer
-        the thought is what stands before the last fence; it may be empty, and what follows that fence is not read.
+        In the think styles the format is one non-empty `<think> … </think>`, then exactly one SQL statement and nothing
+        else. In think-sql a fence around the SQL breaks the format, unless `lenient`. In the style fence the thought
+        is the text before the last fence, possibly empty; text after that fence is ignored.
         """
         parts = _last_fence(text) if self.style == "fence" else self._after_thought(text)
         if parts is None:
@@ -83,7 +83,7 @@ class AnswerFormat:
         return thought, sql
 
     def _after_thought(self, text) -> tuple[str, str] | None:
-        """The parts of `<think> … </think>` and the answer, without the marks around it."""
+        """(content of `<think> … </think>`, content of the answer)."""
         match = THINK.fullmatch(text)
         if not match or text.count("<think>") != 1 or text.count("</think>") != 1:
             return None
@@ -95,9 +95,9 @@ class AnswerFormat:
         return match[1], unwrap_fence(sql) if self.lenient or with_tags else sql
 
     def advice(self, statuses: Mapping[str, float]) -> str:
-        """What to do where most completions miss the format, in a sentence; empty where at least half of them meet it.
+        """Advice in one sentence if most completions miss the format; empty if at least half of them meet it.
 
-        statuses: how many completions, or which share of them, have each status.
+        statuses: the count or the share of completions with each status.
         """
         read = sum(count for status, count in statuses.items() if status != "too_long")
         cut, missed = statuses.get("truncated", 0), statuses.get("truncated", 0) + statuses.get("format", 0)
@@ -113,7 +113,7 @@ class AnswerFormat:
 
 
 def _last_fence(text) -> tuple[str, str] | None:
-    """What stands before the last code fence, without tags, and what is in it; None where a fence is left open."""
+    """The text before the last code fence, without tags, and the fence's content; None if a fence is left open."""
     pieces = text.split("```")
     if len(pieces) < 3 or len(pieces) % 2 == 0:
         return None
@@ -122,6 +122,6 @@ def _last_fence(text) -> tuple[str, str] | None:
 
 
 def unwrap_fence(sql: str) -> str:
-    """The SQL inside a Markdown fence, on one line or several; a text without one stays as it is."""
+    """The SQL inside a Markdown fence, on one line or several; a text without a fence is unchanged."""
     fenced = FENCE.fullmatch(sql.strip())
     return fenced[1].strip() if fenced else sql

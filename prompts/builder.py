@@ -1,8 +1,8 @@
 """From a question and its database to the prompt a policy reads.
 
-A style is a template beside this file, or one of your own (see prompt_template.py, docs/prompts.md). `full` is for
+A style is a template beside this file, or your own (see prompt_template.py, docs/prompts.md). `full` is for
 pretrained models: CREATE TABLE statements with types, keys, descriptions and sample values, the cells the question
-mentions, the evidence, the question and the rules of the answer, inside the tokenizer's chat template when it has one.
+mentions, the evidence, the question and the rules of the answer, inside the tokenizer's chat template if it has one.
 `compact` is for the tiny from-scratch policy:
 
     singer ( singer_id , name , country ) concert ( concert_id , singer_id > singer . singer_id , year )
@@ -10,21 +10,21 @@ mentions, the evidence, the question and the rules of the answer, inside the tok
     question : How many singers are from France ?
     answer :
 
-`finer-sql` and `omnisql` have the layout of published models. A record's own `messages` or `prompt` are used as they
-are.
+`finer-sql` and `omnisql` have the layout of published models. A record's own `messages` or `prompt` are used
+unchanged.
 
-A prompt that is too long is shortened, never cut, in this order:
-    (1) descriptions of columns go;
-    (2) sample values go;
-    (3) columns go that neither the question or evidence, nor a hint, nor a key mentions;
-    (4) tables go of which nothing is mentioned, be it a word of the name, a column or a cell;
-    (5) tables go whose whole name is not mentioned, nor a cell of them, where there are others.
-With a mentioned table stay those that its foreign keys point to, and tables that link two mentioned ones. What still
-does not fit is left out of training, with a note; evaluate.py counts it as a wrong answer. `--tables` names the only
-tables that prompts may show.
+A prompt that is too long is shortened, never cut. These are removed, in this order:
+    (1) descriptions of columns;
+    (2) sample values;
+    (3) columns that neither the question or evidence, nor a hint, nor a key mentions;
+    (4) tables of which nothing is mentioned: no word of the name, no column and no cell;
+    (5) tables of which neither the whole name nor a cell is mentioned, if others remain.
+Tables that a mentioned table's foreign keys point to stay, and so do tables that link two mentioned ones. A question
+whose prompt still does not fit is left out of training, with a note; evaluate.py counts it as a wrong answer.
+`--tables` names the only tables that prompts may show.
 
-What users and databases say is plain text, whatever it looks like (see plain_text.py): control tokens come from the
-chat template and the template's own text alone. The gold SQL is never read here.
+Text of users and databases is plain text, whatever it looks like (see plain_text.py): control tokens come only from the
+chat template and the template's own text. The gold SQL is never read here.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ __all__ = ["PromptBuilder", "PromptConfig", "full_schema", "mentioned_tables", "
            "only_tables", "space_out"]
 
 SHORTENINGS = range(6)  # how far a prompt is shortened: 0 is the whole prompt
-OF_A_STYLE = {"omnisql": "fence"}  # how the answers to a shipped style are written, where not as think-sql
+OF_A_STYLE = {"omnisql": "fence"}  # the answer style of a shipped prompt style, if not think-sql
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class PromptConfig:
     max_prompt_tokens: int = option(2048, "longer prompts are shortened (descriptions, sample values, then columns, "
                                           "then tables that nothing mentions); what is still too long is left out of "
                                           "training, and wrong in an evaluation", at_least=1, common=True)
-    template_text: str = ""  # what the file of `template` says, so that a run keeps it
+    template_text: str = ""  # the content of the file `template`, so that a run stores it
 
     def __post_init__(self):
         check(self)
-        # A run writes down what holds, not `auto`; a frozen dataclass can be completed in no other way.
+        # A run records the actual style, not `auto`; only this call can set a field of a frozen dataclass.
         if self.answer_style == "auto":
             answer = "think-sql" if self.template else OF_A_STYLE.get(self.style, "think-sql")
             object.__setattr__(self, "answer_style", answer)
@@ -93,13 +93,13 @@ class PromptConfig:
 
     @property
     def table_names(self) -> list[str]:
-        """The names of `tables`; one with a comma in it stands in double quotes."""
+        """The names in `tables`; a name with a comma is in double quotes."""
         names = next(csv.reader([self.tables], skipinitialspace=True), [])
         return [name.strip() for name in names if name.strip()]
 
 
 class PromptBuilder:
-    """Writes prompts; reads a database when its first question comes, and only once."""
+    """Writes prompts; reads a database once, at its first question."""
 
     def __init__(self, databases: Mapping[str, Path], tokenizer, config: PromptConfig | None = None):
         config = config or PromptConfig()
@@ -113,23 +113,23 @@ class PromptBuilder:
         self._template = PromptTemplate.of(self.template_text, config.template or f"{self.style}.jinja")
         self._control = control_tokens(tokenizer)
         self._schemas: dict[str, Schema] = {}
-        self._indexes: dict[str, ValueIndex] = {}  # kept with the schemas, while a live writer changes the file
+        self._indexes: dict[str, ValueIndex] = {}  # as old as the schemas, even if a live writer changes the file
         self._schema_texts: dict[tuple[str, int], SchemaText] = {}
-        for db_id in databases if config.table_names else ():  # a wrong name is told before the first question
+        for db_id in databases if config.table_names else ():  # reports a wrong name before the first question
             self.schema(db_id)
 
     def text(self, example: Example) -> str:
-        """The prompt as the model sees it, shortened if need be (it may still be too long, see `encode`)."""
+        """The prompt as the model sees it, shortened if necessary (it may still be too long, see `encode`)."""
         return self._fit(example)[0].replace(MARK, "")
 
     def encode(self, example: Example) -> list[int] | None:
-        """The prompt's token ids, or None when it does not fit even after shortening."""
+        """The prompt's token ids, or None if it does not fit even after shortening."""
         ids = self._fit(example)[1]
         return ids if len(ids) <= self.config.max_prompt_tokens else None
 
     def encode_all(self, examples: Iterable[Example]) -> tuple[list[tuple[Example, list[int]]],
                                                                tuple[str, ...]]:
-        """The examples whose prompt fits, with their ids, and a note about those left out."""
+        """The examples whose prompt fits, with their token ids, and a note about those left out."""
         encoded = [(example, self.encode(example)) for example in examples]
         kept = [(example, ids) for example, ids in encoded if ids is not None]
         if len(kept) == len(encoded):
@@ -155,7 +155,7 @@ class PromptBuilder:
         return self._schemas[db_id]
 
     def _shown_tables(self, schema: Schema, db_id: str) -> Schema:
-        """The tables of --tables, all by default."""
+        """The schema with only the tables of --tables, all by default. Raises UserError: there is no such table."""
         wanted = self.config.table_names
         if not wanted:
             return schema
@@ -167,7 +167,7 @@ class PromptBuilder:
         return only_tables(schema, {name.lower() for name in wanted})
 
     def protocol(self) -> dict:
-        """What the prompts depend on, as an evaluation states it."""
+        """The settings that the prompts depend on, for an evaluation's protocol."""
         names = ("answer_style", "descriptions", "tables", "sample_values", "max_value_hints", "max_prompt_tokens")
         return {"prompt_style": Path(self.style).name, "template": sha256(self.template_text.encode()).hexdigest()[:16],
                 **{name: getattr(self.config, name) for name in names}}
@@ -175,21 +175,21 @@ class PromptBuilder:
     # ------------------------------------------------------------------------------------ shortening
 
     def _fit(self, example) -> tuple[str, list[int]]:
-        """The first prompt that fits, going down the shortening order; the shortest one when none does."""
+        """(text, token ids) of the first prompt that fits, in the order of shortening; the shortest if none fits."""
         if example.messages or example.prompt:
             return self._ready_made(example)
         hints, text = self.hints(example), None
         for level in SHORTENINGS:
             shorter, templated = self._written(example, hints, level)
             if shorter == text:
-                continue  # nothing of this kind was left to go
+                continue  # nothing of this kind was left to remove
             text, ids = shorter, self._ids(shorter, templated)
             if len(ids) <= self.config.max_prompt_tokens:
                 break
         return text, ids
 
     def _schema_text(self, example, hints, level) -> SchemaText:
-        """The database at a level of shortening: 0 whole, 1 no descriptions, 2 no sample values, 3 fewer columns,
+        """The schema at a level of shortening: 0 complete, 1 no descriptions, 2 no sample values, 3 fewer columns,
         4 and 5 fewer tables."""
         key = (example.db_id, level)
         if key in self._schema_texts:
@@ -209,7 +209,7 @@ class PromptBuilder:
     # --------------------------------------------------------------------------------------- writing
 
     def _written(self, example, hints, level) -> tuple[str, bool]:
-        """The prompt with a schema of this level, and whether it went through the chat template."""
+        """The prompt with a schema of this level, and whether the chat template was applied."""
         answer = self.config.answer_style
         rendered = self._template.render(
             schema=self._schema_text(example, hints, level), hints=hints, evidence=example.evidence,
@@ -221,8 +221,8 @@ class PromptBuilder:
         return self._wrap([("system", system)] * bool(system) + [("user", body)]), self.has_chat_template
 
     def _ready_made(self, example) -> tuple[str, list[int]]:
-        """The prompt that a record brings. Its text is plain text, in `prompt` and in each of `messages`; only a system
-        message may speak of the tags around the reasoning."""
+        """The record's own prompt. `prompt` and `messages` are plain text; only a system message may contain the tags
+        around the reasoning."""
         if example.prompt:
             text = guarded(example.prompt, self._control)
             return text, self._ids(text, templated=False)
@@ -232,7 +232,7 @@ class PromptBuilder:
         return text, self._ids(text, self.has_chat_template)
 
     def _wrap(self, messages: list[tuple[str, str]]) -> str:
-        """(role, content) of a chat as the tokenizer's chat template wants it, ready for the answer."""
+        """A chat of (role, content) in the tokenizer's chat template, ready for the answer."""
         if not self.has_chat_template:
             return "\n\n".join(content for _, content in messages) + "\n\nAnswer:\n"
         text = chat_text(self.tokenizer, messages)
@@ -242,9 +242,9 @@ class PromptBuilder:
         return re.sub(r"(<think>\s*)?(</think>\s*)?$", "", text)
 
     def _ids(self, text: str, templated: bool) -> list[int]:
-        """Token ids; a chat template writes its own special tokens, so none are added after it.
+        """Token ids; a chat template writes its own special tokens, so none are added.
 
-        Without a tokenizer (its training text is being written) every prompt counts as short.
+        Without a tokenizer (while its training text is written) every prompt fits.
         """
         if self.tokenizer is None:
             return []
@@ -254,13 +254,13 @@ class PromptBuilder:
 # ------------------------------------------------------------------------------------------- shortening
 
 def without_descriptions(schema: Schema) -> Schema:
-    """The schema without what people say about its columns."""
+    """The schema without the descriptions of its columns."""
     return Schema(tuple(replace(table, columns=tuple(replace(column, description="") for column in table.columns))
                         for table in schema.tables))
 
 
 def needed_columns(schema: Schema, text: str, hints: Iterable[Hint]) -> Schema:
-    """The schema with only the columns that the text, a hint or a key mentions; of a table without any, its first."""
+    """The schema with only the columns that the text, a hint or a key mentions, else a table's first column."""
     spoken = _spoken(text)
     hinted = {(hint.table, hint.column) for hint in hints}
     targets = {(table.lower(), column.lower()) for source in schema.tables for key in source.columns
@@ -277,8 +277,8 @@ def needed_columns(schema: Schema, text: str, hints: Iterable[Hint]) -> Schema:
 
 
 def mentioned_tables(schema: Schema, text: str, hints: Iterable[Hint]) -> tuple[set[str], set[str]]:
-    """The tables (lower case) of which a word of the name, a column or a cell is mentioned; of these, those mentioned
-    by their whole name or a cell, or all where there are none."""
+    """Two sets of tables (lower case): those of which a word of the name, a column or a cell is mentioned; and among
+    these, those mentioned by their whole name or a cell, or all if there are none."""
     spoken, hinted = _spoken(text), {hint.table.lower() for hint in hints}
     somehow, wholly = set(hinted), set(hinted)
     for table in schema.tables:
@@ -293,7 +293,7 @@ def mentioned_tables(schema: Schema, text: str, hints: Iterable[Hint]) -> tuple[
 
 def needed_tables(schema: Schema, mentioned: set[str]) -> Schema:
     """The schema with the mentioned tables, those that their foreign keys point to, and those that link two of them;
-    where none is mentioned, all of it."""
+    unchanged if none is mentioned."""
     targets = {table.name.lower(): {target.lower() for column in table.columns for target, _ in column.references}
                for table in schema.tables}
     linking = {name for name, pointed_to in targets.items() if len(pointed_to & mentioned) > 1}
@@ -302,7 +302,7 @@ def needed_tables(schema: Schema, mentioned: set[str]) -> Schema:
 
 
 def only_tables(schema: Schema, names: set[str]) -> Schema:
-    """The schema with the tables of these names (lower case) alone; foreign keys to others are not told."""
+    """The schema with only the tables of these names (lower case), without foreign keys to others."""
     def told(column):
         return replace(column, references=tuple(pair for pair in column.references if pair[0].lower() in names))
 
@@ -326,7 +326,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _is_mentioned(name: str, spoken: set[str]) -> bool:
-    """True when a telling word of the name is spoken: "HomeTown" by "town", "城市" within a longer word."""
+    """Whether a significant word of the name occurs: "HomeTown" by "town", "城市" within a longer word."""
     if UNSPACED.search(name) and any(fold(name) in word for word in spoken):
         return True
     return fold(name) in spoken or any(_forms(part) & spoken for part in _parts(name)
@@ -334,5 +334,5 @@ def _is_mentioned(name: str, spoken: set[str]) -> bool:
 
 
 def _mentioning(example) -> str:
-    """Everything the user said: question and evidence."""
+    """The user's text: question and evidence."""
     return f"{example.question} {example.evidence}"

@@ -1,8 +1,8 @@
-"""A chat as the model's own template writes it, and whether every word of it is there.
+"""A chat as the model's own template writes it, with a check that no message is lost.
 
-Templates differ: one refuses a system message (Gemma's), another leaves it out without a word, a third wants the
-content of a message in parts and prints nothing of a plain text. So a chat is written in several ways, the plainest
-first, until the text of each message stands in it.
+Templates differ: one refuses a system message (Gemma's), another drops it silently, a third expects the content of a
+message in parts and drops plain text. So a chat is written in several ways, the plainest first, until the result
+contains the text of each message.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from datetime import datetime
 
 from common.errors import UserError
 
-# For templates that tell the day, as Llama's do, by a variable or a function: prompts must be the same tomorrow. A
-# macro shadows the function of transformers, which turns the functions that it is handed into text.
+# Some templates, as Llama's, print the date from a variable or a function: a fixed date keeps prompts the same. A macro
+# shadows the function of transformers, because transformers converts functions passed to it into text.
 DAY = datetime(2024, 7, 26)
 DATE = DAY.strftime("%d %b %Y")
 CODES = ("%-d", *(f"%{letter}" for letter in "aAbBdeHIjmMpSyY"))
@@ -20,9 +20,9 @@ STRFTIME_NOW = ("{%- macro strftime_now(format) -%}{{ format"
 
 
 def chat_text(tokenizer, messages: list[tuple[str, str]], answer_follows: bool = True) -> str:
-    """(role, content) of a chat in the tokenizer's chat template, by default ready for the answer.
+    """A chat of (role, content) in the tokenizer's chat template, by default ready for the answer.
 
-    Raises UserError: the template fails, or leaves out what a message says.
+    Raises UserError: the template fails, or leaves out a message.
     """
     problem = ""
     for chat in _ways(messages):
@@ -45,7 +45,7 @@ def chat_text(tokenizer, messages: list[tuple[str, str]], answer_follows: bool =
 
 
 def _ways(messages: list[tuple[str, str]]) -> Iterator[list[tuple]]:
-    """The chat as it is; with the system message in the user's; and both with each content in parts."""
+    """The chat unchanged; with the system message inside the user's; and both with each content in parts."""
     ways = [messages]
     if messages[0][0] == "system" and len(messages) > 1:
         (_, system), (role, first), *rest = messages
@@ -56,10 +56,10 @@ def _ways(messages: list[tuple[str, str]]) -> Iterator[list[tuple]]:
 
 
 def _left_out(text: str, chat: list[tuple]) -> str:
-    """The role of a message whose text is not in what was written; empty where all are."""
+    """The role of a message whose text is missing in `text`; empty if none is."""
     contents = [(role, content if isinstance(content, str) else content[0]["text"]) for role, content in chat]
     for role, content in sorted(contents, key=lambda message: -len(message[1])):
-        if content.strip() not in text:  # templates take off blanks around it
+        if content.strip() not in text:  # templates strip blanks around it
             return role
-        text = text.replace(content.strip(), "", 1)  # a shorter message may say the same again
+        text = text.replace(content.strip(), "", 1)  # a shorter message may repeat this text
     return ""

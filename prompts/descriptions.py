@@ -1,12 +1,12 @@
-"""What people say about the columns of a database, from the files that come with benchmarks.
+"""Descriptions of the columns of a database, from the files that come with benchmarks.
 
     BIRD      <db_id>/database_description/<table>.csv beside the database, with original_column_name, column_name,
               column_description, data_format and value_description. The files are UTF-8, with or without BOM, or
-              Windows' cp1252; some lack columns; the case of names differs from the database's
+              Windows' cp1252; some lack columns; the case of names may differ from the database
     Spider    tables.json (test_tables.json, BIRD's dev_tables.json and train_tables.json) in a folder above, with the
               columns' names in plain English
 
-A description that says no more than the column's name is left out. What is said stands in the prompt as a comment.
+A description that adds nothing to the column's name is left out. The others appear in the prompt as comments.
 """
 
 import csv
@@ -20,7 +20,7 @@ from pathlib import Path
 from common.errors import UserError
 from questions.schema import Schema
 
-LONGEST = 300  # characters kept of a description
+LONGEST = 300  # characters of a description; the rest is cut
 NAME_FILES = ("tables.json", "test_tables.json", "dev_tables.json", "train_tables.json")
 
 
@@ -43,10 +43,10 @@ def described(schema: Schema, database: Path, kind: str = "auto") -> Schema:
 # -------------------------------------------------------------------------------------------- BIRD's
 
 def of_csv_files(folder: Path) -> dict[tuple[str, str], str]:
-    """{(table, column), both in lower case: description} of a folder of CSV files; empty without one.
+    """{(table, column), both in lower case: description} from a folder of CSV files; empty without one.
 
     Raises:
-        UserError: a file cannot be read, or is no CSV.
+        UserError: a file cannot be read, or is not CSV.
     """
     found = {}
     for file in sorted(folder.glob("*.[cC][sS][vV]")) if folder.is_dir() else ():
@@ -67,7 +67,7 @@ def of_csv_files(folder: Path) -> dict[tuple[str, str], str]:
 
 
 def _decoded(content: bytes) -> str:
-    """The text of a file in UTF-8, with or without BOM, or in cp1252; Latin-1 takes the bytes that cp1252 lacks."""
+    """The text of a file in UTF-8, with or without BOM, or in cp1252; Latin-1 decodes the bytes that cp1252 cannot."""
     for encoding in ("utf-8-sig", "cp1252", "latin-1"):
         try:
             return content.decode(encoding).replace("\0", "")
@@ -77,7 +77,7 @@ def _decoded(content: bytes) -> str:
 
 
 def _description(column: str, fields: dict[str, str]) -> str:
-    """What a row says beyond the column's name: its description, else its natural name, and what its values mean."""
+    """A row's description, else natural name, if it differs from the column's name, and the meaning of its values."""
     meaning = next((text for text in (fields.get("column_description", ""), fields.get("column_name", ""))
                     if _letters(text) not in ("", _letters(column))), "")
     values = fields.get("value_description", "")
@@ -86,14 +86,14 @@ def _description(column: str, fields: dict[str, str]) -> str:
 
 
 def _letters(text: str) -> str:
-    """Its letters and digits alone, in lower case."""
+    """Only the letters and digits, in lower case."""
     return re.sub(r"[\W_]+", "", text).lower()
 
 
 # ------------------------------------------------------------------------------------------ Spider's
 
 def natural_names(database: Path) -> dict[tuple[str, str], str]:
-    """{(table, column), both in lower case: the column's name in plain English}, where it says more than the name."""
+    """{(table, column), both in lower case: the column's name in plain English}, if that differs from the name."""
     for folder in database.absolute().parents[:3]:
         for name in NAME_FILES:
             if (folder / name).is_file():

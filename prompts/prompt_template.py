@@ -1,7 +1,7 @@
-"""A prompt's style is a small Jinja file. What is printed is the user's message; what is set says the rest:
+"""A prompt's style is a small Jinja file. Its output is the user's message; its variables set the rest:
 
     {% set system %}You write SQLite queries.{% endset %}       the system message (none by default)
-    {% set chat = false %}                                      print goes to the model without its chat template
+    {% set chat = false %}                                      the output skips the model's chat template
     Tables:
     {{ schema }}
     {% if evidence %}
@@ -13,14 +13,14 @@
 Variables
     schema     the tables as CREATE TABLE statements; also schema.compact, schema.with_hints(hints),
                schema.omnisql(hints), and schema.tables, each with a name and columns (name, type, primary_key,
-               references, samples, description). A prompt that is too long is written again with a shorter schema
+               references, samples, description). A prompt that is too long is rendered again with a shorter schema
     hints      cells that the question mentions, each with table, column, value; filters: hint, compact_hint
     evidence, question
-    rules      how to answer, in the words of --answer; `answer` is the name of that style
+    rules      the answer format of --answer in words; `answer` is the name of that style
 Filters: those of Jinja, name (quoted where SQL needs it), literal (a value in SQL), space_out.
 
-Only the file's own text, and `rules`, may hold control tokens of the tokenizer: what {{ }} prints is plain text. The
-template runs in Jinja's sandbox and reads no other file.
+Only the file's own text and `rules` may contain control tokens of the tokenizer: other output of {{ }} is plain text.
+The template runs in Jinja's sandbox and reads no other file.
 """
 
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ FILTERS = {"name": quote_identifier, "literal": quote_value, "hint": full_hint, 
 
 
 class Trusted(str):
-    """Text that may hold control tokens."""
+    """Text that may contain control tokens."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt before the chat template; what users and databases say is enclosed, see plain_text.py."""
+    """A prompt before the chat template; text of users and databases is enclosed, see plain_text.py."""
     body: str
     system: str
     chat: bool
@@ -56,14 +56,14 @@ def shipped(style: str) -> str:
 
 
 def read_template(file: str) -> str:
-    """The text of a user's file. Raises UserError: it cannot be read, or is no template of a prompt."""
+    """The text of a user's file. Raises UserError: it cannot be read, or is not a prompt template."""
     text = read_text(Path(file))
     PromptTemplate.of(text, file)
     return text
 
 
 class PromptTemplate:
-    """A compiled template. Raises UserError, in one sentence with the file's name, for what is wrong with it."""
+    """A compiled template. Raises UserError, one sentence with the file's name, if the template is wrong."""
 
     def __init__(self, text: str, name: str):
         from jinja2 import StrictUndefined, TemplateSyntaxError, meta
@@ -106,5 +106,5 @@ class PromptTemplate:
 
 
 def _printed(value) -> str:
-    """What {{ }} puts into the prompt."""
+    """The text that {{ }} puts into the prompt."""
     return value if isinstance(value, Trusted) else enclosed(str(value))

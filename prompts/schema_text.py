@@ -1,4 +1,4 @@
-"""A schema as text, in the ways that prompts write it."""
+"""A schema as text, in the layouts that prompts use."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from questions.schema import Column, Hint, Schema, Table, quote_identifier, quot
 
 
 class SchemaText:
-    """What templates call `schema`: in print the CREATE TABLE statements, and other ways of writing the same tables."""
+    """The variable `schema` of templates: printed, it is CREATE TABLE statements; methods give other layouts."""
 
     def __init__(self, schema: Schema, sample_values: int):
         self.tables, self._schema, self._sample_values = schema.tables, schema, sample_values
@@ -27,7 +27,7 @@ class SchemaText:
         return compact_schema(self._schema)
 
     def with_hints(self, hints: Iterable[Hint]) -> str:
-        """CREATE TABLE statements in which the cells that the question mentions come before the sample values."""
+        """CREATE TABLE statements with the cells that the question mentions before the sample values."""
         return full_schema(self._schema, self._sample_values, hints)
 
     def omnisql(self, hints: Iterable[Hint]) -> str:
@@ -40,11 +40,11 @@ class SchemaText:
 @dataclass(frozen=True)
 class Layout:
     """How CREATE TABLE statements are written."""
-    comment: Callable[[str, list], str]  # of a column's description and its cells; empty for none
+    comment: Callable[[str, list], str]  # from a column's description and cells; empty for none
     quote: str            # around names that need it
     indent: str
-    key_in_line: bool     # a primary key of one column stands in the column's line
-    comma_stays: bool     # the last line keeps its comma if it has a comment, as OmniSQL's does
+    key_in_line: bool     # a primary key of one column is in the column's line
+    comma_stays: bool     # the last line has a comma too if it has a comment, as in OmniSQL's layout
     names_keys: bool      # a foreign key has a name
     between_tables: str
 
@@ -63,13 +63,13 @@ def _omnisql_comment(description: str, cells: list) -> str:
 
 
 FULL = Layout(_full_comment, '"', "  ", key_in_line=True, comma_stays=False, names_keys=False, between_tables="\n")
-# OmniSQL's layout (arXiv 2503.02240): a column a line, its description and a list of examples as a comment, then keys
+# OmniSQL's layout (arXiv 2503.02240): one column per line, its description and examples as a comment, then the keys
 OMNISQL = Layout(_omnisql_comment, "`", "    ", key_in_line=False, comma_stays=True, names_keys=True,
                  between_tables="\n\n")
 
 
 def full_schema(schema: Schema, sample_values: int, hints: Iterable[Hint] = (), layout: Layout = FULL) -> str:
-    """CREATE TABLE statements; as comments the description and sample values, after the cells of `hints`."""
+    """CREATE TABLE statements; comments give the description, the cells of `hints` and the sample values."""
     hints = list(hints)
     return layout.between_tables.join(_create_table(table, sample_values, hints, layout) for table in schema.tables)
 
@@ -141,7 +141,7 @@ def compact_hint(hint: Hint) -> str:
 
 
 def space_out(text: str) -> str:
-    """The text on one line, spaces around quotes and before the final punctuation, otherwise as it is."""
+    """The text on one line, with spaces around quotes and before the final punctuation, otherwise unchanged."""
     text = re.sub(r'["“”‘]|(?<!\w)[\'’]|[\'’](?!\w)', r" \g<0> ", text)
     text = re.sub(r"\s*([?.!]+)\s*$", r" \1", text)
     return " ".join(text.split())
