@@ -8,22 +8,22 @@ A query becomes a set of operations, one short line each:
 
 and two queries score the Jaccard index of their sets: shared operations over all operations. Forms of the
 same query get the same set: tables instead of aliases, sorted sides and terms, `a < b` for `b > a`, two
-comparisons for BETWEEN. Different queries get different sets. How that is kept:
+comparisons for BETWEEN. Different queries get different sets. The rules:
 
-1. A clause gives one operation an item or condition (WHERE a AND b: two), so that part of a query earns
-   part of the score. Where order matters (SELECT, ORDER BY) each pair of neighbours gives one more: `select
+1. A clause gives one operation per item or condition (WHERE a AND b: two), so that part of a query earns
+   part of the score. Where order matters (SELECT, ORDER BY) each pair of neighbours adds one: `select
    a then b`.
-2. Conditions of inner joins are conditions like those of WHERE, so where they stand makes no difference:
-   those that equate columns of two tables are called `on`, all others `where`. Outer joins keep theirs to
-   themselves.
-3. A subquery stands in its condition as its own canonical text. Its operations count once more for partial
-   credit, with its role in front (`where in > select singer.id`), never as operations of the outer query.
-4. Two uses of one table are told apart by how they are used (`usage`), not by their aliases or their order.
+2. Conditions of inner joins are conditions like those of WHERE, so their position makes no difference:
+   those that equate columns of two tables are called `on`, all others `where`. Conditions of outer joins
+   stay with their join.
+3. A subquery appears in its condition as its own canonical text. Its operations count once more for partial
+   credit, prefixed with its role (`where in > select singer.id`), never as operations of the outer query.
+4. Two uses of one table are distinguished by how they are used (`usage`), not by their aliases or order.
 
-The tokens are sqlparse's (its lexer only: the grouping is slow), the grammar is SQLite's SELECT
+The tokens are sqlparse's (only its lexer: the grouping is slow), the grammar is SQLite's SELECT
 (https://sqlite.org/lang_select.html, https://sqlite.org/lang_expr.html). The parser writes the canonical
-text of an expression as it reads it, so there is no tree: FROM is read before SELECT, for names mean
-something only once the tables are known. Left out: anything that needs algebra (IN against EXISTS, a
+text of an expression as it reads it, so there is no tree. It reads FROM before SELECT, because names can be
+resolved only when the tables are known. Left out: anything that needs algebra (IN against EXISTS, a
 subquery against a join).
 """
 
@@ -40,22 +40,22 @@ from sqlparse import lexer
 from sqlparse import tokens as T
 
 MAX_LENGTH = 5_000  # characters; longer SQL counts as unparsable, which bounds the time of every input
-MAX_TOKENS = 3_000  # with those of white space; more count as unparsable, for each takes time however short it is
+MAX_TOKENS = 3_000  # including white space; more count as unparsable, because even short tokens take time
 MAX_DEPTH = 60  # nested parentheses, subqueries and operators; deeper SQL counts as unparsable
 MAX_SOURCES = 64  # tables in one FROM, as in SQLite
-MAX_TEXT = 160  # a subquery in an expression is written out up to here, then hashed, or nesting blows it up
+MAX_TEXT = 160  # a longer subquery text in an expression is cut here and hashed, or nesting would blow it up
 
 SET_OPERATIONS = ("union", "intersect", "except")
 CLAUSES = ("from", "where", "group", "having", "window")
 AFTER_CORE = (*SET_OPERATIONS, "order", "limit", ")", ";", "")
 JOIN_WORDS = ("natural", "left", "right", "full", "inner", "cross", "join")
-KEYWORDS = frozenset((  # words that SQLite or we cannot take for a name or an alias
+KEYWORDS = frozenset((  # words that cannot be a name or an alias, for SQLite or for us
     "and", "as", "between", "by", "case", "collate", "cross", "distinct", "else", "escape", "except",
     "exists", "from", "full", "group", "having", "in", "inner", "intersect", "is", "isnull", "join", "left",
     "like", "limit", "natural", "not", "notnull", "on", "or", "order", "right", "select", "set", "then",
     "union", "using", "values", "when", "where"))
 
-# How tightly the operators bind, https://sqlite.org/lang_expr.html#operators_and_parse_affecting_attributes
+# Operator precedence, https://sqlite.org/lang_expr.html#operators_and_parse_affecting_attributes
 PRECEDENCE = {"or": 1, "and": 2, **dict.fromkeys(
     ("=", "==", "<>", "!=", "is", "in", "like", "glob", "match", "regexp", "between", "isnull", "notnull",
      "not"), 4),
@@ -68,8 +68,8 @@ COMPARISONS = {"=": "=", "==": "=", "<>": "<>", "!=": "<>", **{operator: operato
 CONSTANT = tuple("'0123456789.-?:@$")  # how numbers, strings and parameters begin
 COMMUTATIVE = ({"+"}, {"*"}, {"&"}, {"|"})
 
-# sqlparse takes \' for an escaped quote, %s for a placeholder and \r for the end of a comment; SQLite does nothing of
-# the kind, so all three are hidden.
+# sqlparse reads \' as an escaped quote, %s as a placeholder and \r as the end of a comment; SQLite does not, so all
+# three are hidden.
 HIDE = str.maketrans({"\\": "\ue000", "%": "\ue001", "\r": " "})
 OPERATORS = re.compile(r"\|\||->>?|<<|>>|<=|>=|<>|==|!=|\s+|.", re.DOTALL)
 
@@ -85,8 +85,8 @@ def atomic_reward(predicted: str, golds, schema: dict | None = None, weight: Cal
     """The largest Jaccard index of the operations of `predicted` and those of a gold: symmetric, in [0, 1].
 
     `golds` is one query or several equivalent ones. The score is not shaped: equivalent queries score
-    exactly 1, and what cannot be parsed scores 0, also against itself. `weight` says what an operation
-    counts, as `rarity` does; without it all count alike. Raises nothing.
+    exactly 1, and an unparsable query scores 0, even against itself. `weight` maps an operation to its
+    weight, as `rarity` does; without it all operations count equally. Raises nothing.
     """
     golds = [golds] if isinstance(golds, str) else golds
     schema = freeze_schema(schema)
@@ -109,19 +109,19 @@ def atomic_operations(sql: str, schema: dict | None = None) -> frozenset[str]:
 
 
 def jaccard(a: frozenset, b: frozenset, weight: Callable | None = None) -> float:
-    """Shared over all; 0 when either is empty, so two unparsable queries are not alike."""
+    """Shared over all; 0 if either is empty, so that two unparsable queries do not match."""
     if weight is None:
         shared = len(a & b)
         return shared / (len(a) + len(b) - shared) if shared else 0.0
-    # fsum: in whatever order a set is read, equal sums are equal
+    # fsum: the sum does not depend on the order of a set
     return math.fsum(map(weight, a & b)) / math.fsum(map(weight, a | b)) if a & b else 0.0
 
 
 def rarity(golds: Iterable[tuple[str, dict | None]]) -> Callable[[str], float]:
-    """The weight of an operation by how rare it is among N (gold SQL, schema): log((N + 2) / (n + 1)), n have it.
+    """Weights operations by their rarity in N (gold SQL, schema) pairs: log((N + 2) / (n + 1)), if n golds contain it.
 
-    `from singer` then counts less than the right condition on it, and most what no gold has, such as a column that was
-    made up. It is the inverse document frequency of text retrieval (Sparck Jones 1972).
+    `from singer` then counts less than the right condition on it, and an operation that no gold contains, such as an
+    invented column, counts most. This is the inverse document frequency of text retrieval (Sparck Jones 1972).
     """
     golds = list(golds)
     counts, N = Counter(op for sql, schema in golds for op in atomic_operations(sql, schema)), len(golds)
@@ -157,7 +157,7 @@ def cached_operations(sql: str, schema: tuple | None) -> frozenset[str]:
 # Words.
 
 def lex(sql: str) -> Iterator[tuple]:
-    """(kind, text) of every token, of white space and comments too; the texts together are the SQL."""
+    """(kind, text) of every token, including white space and comments; the joined texts are the SQL."""
     start = 0
     for kind, hidden in lexer.tokenize(sql.translate(HIDE)):
         end = start + len(hidden)
@@ -166,15 +166,15 @@ def lex(sql: str) -> Iterator[tuple]:
 
 
 def is_comment(kind, text: str) -> bool:
-    """SQLite knows no comments that begin with #."""
+    """Whether a token is a comment; SQLite has none that begin with #."""
     return kind in T.Comment and text[0] != "#"
 
 
 def split_tokens(sql: str) -> list[str]:
-    """Flat tokens, told apart by their first character.
+    """Flat tokens whose first character gives their kind.
 
-    Keywords and bare names are lower case; a quoted name keeps a mark in front: `"x` (may be a string) or
-    `` `x `` (cannot be one); a string keeps its quotes; all the rest stands for itself.
+    Keywords and bare names are lower case; a quoted name has a mark in front: `"x` (may be a string) or
+    `` `x `` (cannot be one); a string keeps its quotes; all other tokens are unchanged.
     """
     words = []
     tokens = list(islice(lex(sql), MAX_TOKENS + 1))
@@ -211,7 +211,7 @@ def names_in(sql: str) -> set[str]:
 
 
 def match_parentheses(words: list[str]) -> dict[int, int]:
-    """Position of each ( to that of its )."""
+    """{position of each (: position of its )}."""
     opened, pairs = [], {}
     for i, word in enumerate(words):
         if word == "(":
@@ -234,14 +234,14 @@ def plain_name(word: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------
-# What the parser writes: canonical text, with a little more knowledge where a later step needs it.
+# What the parser writes: canonical text, with attributes that later steps need.
 
 class Terms(str):
-    """`a and b`, `a or b`: knows its word and terms, to flatten nested ones and take WHERE apart."""
+    """`a and b`, `a or b`, with its `word` and `terms`, to flatten nested ones and to split WHERE."""
 
 
 class Predicate(str):
-    """`a < b`: knows its `sides` and `operator`, so that NOT can turn it round."""
+    """`a < b`, with its `sides` and `operator`, so that NOT can invert it."""
 
 
 class Quoted(str):
@@ -263,7 +263,7 @@ def combine(word: str, terms: list[str]) -> str:
 
 
 def negate(text: str) -> str:
-    """NOT, moved inwards: NOT (a < 1 AND b = 2) is a >= 1 OR b <> 2, NULL or not."""
+    """NOT, moved inwards: NOT (a < 1 AND b = 2) is a >= 1 OR b <> 2, also with NULL."""
     if isinstance(text, Terms):
         return combine("or" if text.word == "and" else "and", [negate(term) for term in text.terms])
     if isinstance(text, Predicate) and text.operator in OPPOSITE:
@@ -306,7 +306,7 @@ def brief(text: str) -> str:
 
 
 def sequence(name: str, items: list[str]) -> set[str]:
-    """One operation an item, and one a pair of neighbours; a repeated item counts anew."""
+    """One operation per item and one per pair of neighbours; a repeated item counts again."""
     if len(set(items)) < len(items):
         count = Counter()
         items = [f"{item} ({count[item]})" for item in items if not count.update((item,))]
@@ -319,7 +319,7 @@ def sequence(name: str, items: list[str]) -> set[str]:
 
 @dataclass
 class Query:
-    """`own` operations determine the query; `parts` repeat those of its subqueries for partial credit."""
+    """`own`: the operations that determine the query; `parts`: those of its subqueries, for partial credit."""
 
     own: set[str] = field(default_factory=set)
     parts: set[str] = field(default_factory=set)
@@ -359,7 +359,7 @@ class Join:
 
 @dataclass
 class Scope:
-    """What one SELECT sees, and the outer one in which it stands."""
+    """The names that one SELECT sees, and the outer scope."""
 
     outer: "Scope | None" = None
     ctes: dict[str, Source] = field(default_factory=dict)
@@ -372,11 +372,11 @@ class Scope:
     clause: str = "select"
 
     def find(self, name: str) -> Source | None:
-        """The source called `name`; a table with an alias is called only by its alias, as in SQLite."""
+        """The source named `name`; a table with an alias has only that name, as in SQLite."""
         return next((source for source in self.sources if source.alias == name), None)
 
     def chain(self):
-        """This scope and those around it, each with a ^ for every query in between."""
+        """This scope and the outer ones, each with one ^ per query in between."""
         scope, marks = self, ""
         while scope:
             yield scope, marks
@@ -393,7 +393,7 @@ class Scope:
         return f"?{table}.{column}"  # an error
 
     def known(self, column: str) -> str | None:
-        """A bare column that a table here is known to have; the bare name if several do (an error)."""
+        """A bare column of a table here whose columns are known; the bare name if several have it (an error)."""
         found = [s.column(column) for s in self.sources if s.columns and column in s.columns]
         if len(found) > 1 and not any(column in (join.using or ()) for join in self.joins):
             return column
@@ -422,7 +422,7 @@ class QueryParser:
     """Recursive descent over the words; each method reads its piece and returns its canonical text."""
 
     def __init__(self, words: list[str], schema: dict[str, dict[str, str]]):
-        self.words = [*words, *[""] * 8]  # looking ahead needs no check
+        self.words = [*words, *[""] * 8]  # so that looking ahead needs no bounds check
         self.closing = match_parentheses(words)
         self.schema = schema
         self.i = 0
@@ -485,7 +485,7 @@ class QueryParser:
         tail = self.order_and_limit()
         while word := self.accept(*SET_OPERATIONS):
             words.append(word + (" all" if self.accept("all") else ""))
-            cores[-1].own |= tail  # not SQLite's, but it is clear what is meant
+            cores[-1].own |= tail  # SQLite forbids it, but the meaning is clear
             self.scope = outer
             cores.append(self.core())
             self.scope = scope  # ORDER BY of the whole sees the names of the first SELECT
@@ -511,7 +511,7 @@ class QueryParser:
         return query
 
     def ctes(self) -> tuple[set[str], set[str]]:
-        """WITH [RECURSIVE] name [(columns)] AS [[NOT] MATERIALIZED] (query), ...; a name is like an alias."""
+        """WITH [RECURSIVE] name [(columns)] AS [[NOT] MATERIALIZED] (query), ...; names are replaced like aliases."""
         own, parts = set(), set()
         self.accept("recursive")
         while True:
@@ -522,7 +522,7 @@ class QueryParser:
             self.accept("materialized")
             label = f"cte{1 + sum(len(scope.ctes) for scope, _ in self.scope.chain())}"
             columns = {column: f"column{k}" for k, column in enumerate(names, 1)} if names else None
-            source = self.scope.ctes[name] = Source(label, name, columns)  # known to itself: may be recursive
+            source = self.scope.ctes[name] = Source(label, name, columns)  # visible to itself: may be recursive
             self.expect("(")
             query = self.query()
             self.expect(")")
@@ -544,7 +544,7 @@ class QueryParser:
         if self.accept("values"):
             rows = self.commas(self.operand)
             return Query(sequence("values", rows), scope.parts, None, rows)
-        if self.words[self.i] == "(" and self.at_query(self.i + 1):  # not SQLite's, but clear what is meant
+        if self.words[self.i] == "(" and self.at_query(self.i + 1):  # SQLite forbids it, but it is clear
             return self.parenthesised_query()
         self.expect("select")
         distinct = self.accept("distinct", "all") == "distinct"
@@ -572,7 +572,7 @@ class QueryParser:
         return Query(own, scope.parts, columns, scope.items)
 
     def expect_end(self, stops: set[int]) -> None:
-        """A clause must have been read up to where the next begins."""
+        """Raises Unparsable unless a clause was read up to the next one."""
         if self.i not in stops:
             raise Unparsable(f"{self.words[self.i]!r} in a clause")
 
@@ -590,7 +590,7 @@ class QueryParser:
         return {f"group by {self.ordinal(text)}" for text in self.commas(self.expression)}
 
     def condition_operations(self, text: str, clause: str) -> set[str]:
-        """One operation a term of AND, `on` where it links two tables; one more a term of an OR."""
+        """One operation per term of AND, `on` if it links two tables; one more per term of an OR."""
         labels, operations = {source.label for source in self.scope.sources}, set()
         for term in terms_of(text, "and"):
             left, _, right = term.partition(" = ")
@@ -603,7 +603,7 @@ class QueryParser:
         return operations
 
     def find_clauses(self) -> tuple[dict[str, int], int]:
-        """Where the clauses of this SELECT begin, and where it ends."""
+        """The positions of this SELECT's clauses, and its end."""
         clauses, i, words = {}, self.i, self.words
         while (word := words[i]) not in AFTER_CORE or (words[i - 1] == "." and word not in ("", ")", ";")):
             if word == "(":
@@ -617,7 +617,7 @@ class QueryParser:
         return clauses, i
 
     def select_items(self) -> tuple[list[str], dict[str, str] | None]:
-        """Texts of the items, and what their names stand for."""
+        """Texts of the items, and {name: text}; None with a *."""
         pairs = self.commas(self.select_item)
         items = [text for text, _ in pairs]
         self.scope.aliases = {name: brief(text) for text, name in pairs if name}
@@ -696,9 +696,9 @@ class QueryParser:
                 source.label = base if len(same) == 1 else f"{base}#{number}"
 
     def usage(self, i: int, end: int) -> dict[str, list[tuple]]:
-        """How a SELECT uses its sources: {alias: [(clause, item, column, what it is compared with), ...]}.
+        """How a SELECT uses its sources: {alias: [(clause, item, column, compared with), ...]}.
 
-        Two uses of one table are numbered by this, which no renaming or reordering changes.
+        Two uses of one table are numbered in this order, which no renaming or reordering changes.
         """
         found, clause, item, words = {}, "select", 0, self.words
         while i < end:
@@ -720,7 +720,7 @@ class QueryParser:
         return found
 
     def join_chain(self, kind: str) -> None:
-        """source [join source [ON ...|USING ...]] ...; `kind` is how the chain itself is joined."""
+        """source [join source [ON ...|USING ...]] ...; `kind` is the join of the chain itself."""
         self.deeper()
         sources, joins = self.scope.sources, self.scope.joins
         first = len(sources)
@@ -749,7 +749,7 @@ class QueryParser:
             joins.append(join)
 
     def skip_condition(self) -> None:
-        """Move behind the condition of ON, which cannot be read yet."""
+        """Skip the condition of ON, which cannot be read yet."""
         while (word := self.words[self.i]) not in AFTER_CORE and word not in CLAUSES and word != ",":
             if word == "distinct" and self.words[self.i + 1] == "from":
                 self.i += 1
@@ -834,7 +834,7 @@ class QueryParser:
         return own
 
     def join_condition(self, join: Join) -> str:
-        """The condition of ON; USING and NATURAL say the same as equal columns."""
+        """The condition of ON, or the equal columns that USING and NATURAL stand for."""
         if join.condition is not None:
             self.i, end = join.condition
             text = self.expression()
@@ -881,7 +881,7 @@ class QueryParser:
         return left
 
     def arithmetic(self, left: str, strength: int) -> str:
-        """A chain of operators of one strength; + and * in any order."""
+        """A chain of operators of one precedence; operands of + and * are sorted."""
         items, operators = [left], []
         while PRECEDENCE.get(word := self.words[self.i]) == strength:
             self.i += 1
@@ -924,7 +924,7 @@ class QueryParser:
         return negate(text) if denied else text
 
     def membership(self, left: str) -> str:
-        """left IN (query), (list in any order), table or function(...)"""
+        """left IN (query), (list, sorted), table or function(...)"""
         if self.words[self.i] != "(":
             table = self.name()
             return f"{left} in table {table}" + (self.operand_list() if self.words[self.i] == "(" else "")
@@ -936,7 +936,7 @@ class QueryParser:
         return f"{left} in ({', '.join(sorted({literal(item) for item in items}))})"
 
     def subquery(self, role: str) -> str:
-        """( query ) in an expression: its text; its operations count as parts of the query around it."""
+        """( query ) in an expression: its text; its operations become parts of the outer query."""
         scope = self.scope
         query = self.parenthesised_query()
         scope.parts |= {f"{scope.clause} {role} > {operation}" for operation in query.own | query.parts}
@@ -950,7 +950,7 @@ class QueryParser:
         return f"({', '.join(items)})"
 
     def operand(self) -> str:
-        """What operators stand between."""
+        """An operand: a literal, a column, a function call or a special operand."""
         word = self.words[self.i]
         first = word[:1]
         if word in ("not", "-", "+", "~", "(", "case", "exists", "@", ":", "$", "?"):
@@ -1027,7 +1027,7 @@ class QueryParser:
         text = f"{name}({'distinct ' if self.accept('distinct', 'all') == 'distinct' else ''}"
         if self.accept("*"):
             text += "*"
-        elif self.at_query(self.i):  # x < ANY (SELECT ...), not SQLite's
+        elif self.at_query(self.i):  # x < ANY (SELECT ...), not in SQLite
             self.i -= 1
             return name + self.subquery(name)
         elif self.words[self.i] != ")":
@@ -1110,7 +1110,7 @@ class QueryParser:
 
 
 def rename(query: Query, names: list[str] | None) -> dict[str, str] | None:
-    """The columns of a CTE; explicit names stand for the items in order."""
+    """The columns of a CTE; explicit names replace the items in order."""
     if not names:
         return query.columns
     if len(names) != len(query.items):

@@ -1,14 +1,14 @@
-"""The trace memory: verified reasoning, and how near a new thought comes to it (FINER-SQL, arXiv 2605.03465).
+"""The trace memory: verified reasoning, and the similarity of new thoughts to it (FINER-SQL, arXiv 2605.03465).
 
 A wrong answer whose reasoning resembles verified reasoning earns partial credit: the cosine between its
 embedding and the mean of the `top_k` most similar verified traces, by default of *other* databases, so that
-the way of reasoning is rewarded and not the names. The memory grows by the thoughts of correct completions
-that pass a gate.
+the reasoning is rewarded and not the names. Thoughts of correct completions that pass a gate are added to the
+memory.
 
-Search is exact, by matrix product: 10^5 traces of 512 numbers take 200 MB and about 10 ms a query. Past 10^6
-traces the same interface wants an approximate index (FAISS, HNSW) behind `_top_k`, and nothing else changes.
+Search is exact, by matrix product: 10^5 traces of 512 numbers take 200 MB and about 10 ms per query. Beyond 10^6
+traces, put an approximate index (FAISS, HNSW) behind `_top_k`; nothing else changes.
 
-Importing this file needs numpy only; torch and transformers are imported by the embedders that use them.
+Importing this file needs only numpy; the embedders that use torch and transformers import them.
 """
 
 import json
@@ -25,20 +25,20 @@ from pathlib import Path
 import numpy as np
 
 WORD = re.compile(r"\w+")
-VALUE = re.compile(r"(?<!\w)('[^'\n]*'|\"[^\"\n]*\"|\d+(\.\d+)?)(?!\w)")  # not what lies between two apostrophes
+VALUE = re.compile(r"(?<!\w)('[^'\n]*'|\"[^\"\n]*\"|\d+(\.\d+)?)(?!\w)")  # not the text between two apostrophes
 SCOPES = ("other", "same", "any")
 FORMAT = "trace-memory-2"
-RECENT = 4096  # texts whose embeddings are kept, so that none is embedded twice
-BLOCK = 256  # queries a matrix product, which bounds its memory
+RECENT = 4096  # recent texts whose embeddings are cached
+BLOCK = 256  # queries per matrix product, to bound its memory
 
 
-# The paper's thresholds of what depends on how long traces are and how they name columns.
+# The paper's values of the thresholds that depend on the length of traces and their mentions of columns.
 PAPER_GATE = {"memory_min_words": 30, "memory_max_words": 2000, "memory_min_columns": 2, "memory_min_density": 0.05}
 CHOSEN = "chosen from the traces unless given"
 RANGE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 
 
-# ---- settings, by the rules of common/options.py, which does not come along where this file is lifted
+# ---- settings, by the rules of common/options.py, repeated so that this file can be copied alone
 
 
 def option(default, help: str, **metadata):
@@ -61,7 +61,7 @@ def check(config) -> None:
 class MemoryGate:
     """Which correct thoughts enter the memory.
 
-    A threshold that is None is the paper's; `gate_for` first replaces it by one that fits the traces.
+    None means the paper's threshold, unless `gate_for` replaces it by one that fits the traces.
     """
 
     memory_min_words: int | None = option(None, "a stored thought has at least this many words; "
@@ -84,11 +84,11 @@ class MemoryGate:
                              "(--memory-max-words)")
 
     def threshold(self, name: str) -> float:
-        """The threshold of that name; the paper's where none was given or chosen."""
+        """The threshold of that name; the paper's if it is None."""
         return PAPER_GATE[name] if getattr(self, name) is None else getattr(self, name)
 
     def rejection(self, thought: str, columns: Iterable[str] | None) -> str | None:
-        """Why a thought does not enter, or None; without `columns` (lower case) their rules do not apply."""
+        """Why a thought is rejected, or None; without `columns` (lower case) the rules on columns do not apply."""
         words = thought.split()
         if not self.threshold("memory_min_words") <= len(words) <= self.threshold("memory_max_words"):
             return "length"
@@ -104,7 +104,7 @@ class MemoryGate:
         return None
 
     def explain(self, rejections: Mapping[str, int]) -> str:
-        """How many thoughts each threshold has refused, the most first, with the flag that moves it."""
+        """How many thoughts each threshold has rejected, the most frequent first, with the flag that sets it."""
         least, most = self.threshold("memory_min_words"), self.threshold("memory_max_words")
         meanings = {
             "length": f"with fewer than {least} or more than {most} words (--memory-min-words, --memory-max-words)",
@@ -119,12 +119,12 @@ class MemoryGate:
 
 
 def gate_for(traces: Sequence[tuple[str, str]], columns: Mapping[str, Iterable[str]], gate: MemoryGate) -> MemoryGate:
-    """The gate with thresholds that fit these (db_id, thought) pairs in the place of those that are None.
+    """The gate with each threshold that is None replaced by one that fits these (db_id, thought) pairs.
 
     The rule is the same for all: half the median of the traces, but never stricter than the paper's threshold (at most
-    30 words, 2 columns and 0.05 mentions a word). The longest thought allowed has twice the median, at least 2000
-    words. So a thought is refused when it is far shorter than, or mentions far less than, the usual verified trace.
-    Without traces the gate stays as it is. `columns`: {db_id: column names}.
+    30 words, 2 columns and 0.05 mentions per word). The maximum is twice the median, but at least 2000 words. So a
+    thought is rejected if it is far shorter than, or mentions far fewer columns than, the typical verified trace.
+    Without traces the gate is unchanged. `columns`: {db_id: column names}.
     """
     if not traces:
         return gate
@@ -145,7 +145,7 @@ def gate_for(traces: Sequence[tuple[str, str]], columns: Mapping[str, Iterable[s
 
 
 def count_mentions(text: str, columns: Iterable[str]) -> Counter:
-    """How often each column that `text` mentions is mentioned; `Free Meal (%)` is looked for as a phrase."""
+    """{column: number of mentions in `text`}, without zeros; `Free Meal (%)` is searched for as a phrase."""
     text = text.lower()
     words = Counter(WORD.findall(text))
     counts = ((name, words[name] if WORD.fullmatch(name) else text.count(name)) for name in columns if name)
@@ -158,11 +158,11 @@ class TraceMemory:
     Args:
         embed: maps a list of texts to an array [n, dim], normalised here; each text is embedded once.
         dim: length of an embedding.
-        top_k: how many nearest traces form the centroid.
+        top_k: number of nearest traces whose mean is the centroid.
         scope: compare with traces of `other` databases, of the `same`, or of `any`.
         gate: which thoughts may enter.
-        columns: {db_id: column names}; without them the gate's rules about columns do not apply.
-        read: (db_id, thought) to what of it is embedded, as `Roles`; without it the thought as written.
+        columns: {db_id: column names}; without them the gate's rules on columns do not apply.
+        read: maps (db_id, thought) to the text to embed, as `Roles` does; None: the thought as written.
 
     Raises:
         ValueError: an unknown scope, or a top_k below 1.
@@ -181,13 +181,13 @@ class TraceMemory:
         self._clear()
 
     def _clear(self) -> None:
-        self.rejections: Counter = Counter()  # reason -> how many thoughts the gate has turned away
+        self.rejections: Counter = Counter()  # reason -> number of rejected thoughts
         self.thoughts: list[str] = []
         self.db_ids: list[str] = []
         self._vectors = np.zeros((64, self.dim), np.float32)  # grows by doubling; len(self) rows are in use
         self._databases = np.zeros(64, np.int64)  # the number of each trace's database
         self._number_of: dict[str, int] = {}
-        self._recent: OrderedDict[str, np.ndarray] = OrderedDict()  # text -> vector, the latest used last
+        self._recent: OrderedDict[str, np.ndarray] = OrderedDict()  # text -> vector, most recently used last
 
     def __len__(self) -> int:
         return len(self.thoughts)
@@ -195,7 +195,7 @@ class TraceMemory:
     # ---- writing
 
     def add(self, db_id: str, thought: str, columns: Iterable[str] | None = None) -> bool:
-        """Stores the thought of a correct completion if the gate lets it in; counts rejections by reason."""
+        """Stores the thought of a correct completion if the gate accepts it; counts rejections by reason."""
         return self.add_many([(db_id, thought)], columns)[0]
 
     def add_many(self, pairs: Sequence[tuple[str, str]], columns: Iterable[str] | None = None) -> list[bool]:
@@ -207,7 +207,7 @@ class TraceMemory:
             block = passed[start:start + BLOCK]
             vectors = self._embed([pairs[i] for i in block])  # [n, dim]
             cosines, within = vectors @ self._vectors[:len(self)].T, vectors @ vectors.T  # [n, len(self)], [n, n]
-            if self.read:  # what is left of a thought may be common to many databases, and is no copy for that
+            if self.read:  # without names, thoughts on two databases may be equal, but are not duplicates
                 own = self._numbers(pairs[i][0] for i in block)  # [n]
                 cosines[self._databases[:len(self)] != own[:, None]] = within[own != own[:, None]] = -1.0
             nearest = cosines.max(1, initial=-1.0)  # [n], among the stored ones
@@ -221,20 +221,21 @@ class TraceMemory:
         return [reason is None for reason in reasons]
 
     def prepare(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Embeds the thoughts of (db_id, thought) pairs ahead, in one batch, for `similarities` and `add` to find."""
+        """Embeds the thoughts of (db_id, thought) pairs in one batch; `similarities` and `add` reuse the result."""
         self._embed(list(pairs))
 
     def exchange(self, pairs: Iterable[tuple[str, str]], gather: Callable[[dict], list[dict]]) -> None:
-        """Between the processes of a run: of recent embeddings, all keep those of these thoughts and of each other's.
+        """Shares embeddings between the processes of a run: each then caches those of all processes' pairs only.
 
-        So none embeds what another has, all add the same vectors, and a resumed run finds in all what one has saved.
+        So no text is embedded twice, all processes add the same vectors, and the memory that one process saves is that
+        of all when the run resumes.
         """
         own = list(dict.fromkeys(pairs))
         parts = gather(dict(zip(self._texts(own), self._embed(own), strict=True)))
         self._recent = OrderedDict((text, vector) for part in reversed(parts) for text, vector in part.items())
 
     def _numbers(self, db_ids: Iterable[str]) -> np.ndarray:
-        """The numbers of databases; new ones are counted on."""
+        """The numbers of databases; a new database gets the next number."""
         return np.array([self._number_of.setdefault(db_id, len(self._number_of)) for db_id in db_ids], np.int64)
 
     def _append(self, db_id: str, thought: str, vector: np.ndarray) -> None:
@@ -247,7 +248,7 @@ class TraceMemory:
         self.db_ids.append(db_id)
 
     def start_note(self, offered: int) -> str:
-        """A sentence when few or none of the verified traces offered at the start got in, else nothing."""
+        """A sentence if the gate accepted few or none of the verified traces offered at the start, else empty."""
         gate = self.gate
         if not offered:
             words, columns = gate.threshold("memory_min_words"), gate.threshold("memory_min_columns")
@@ -263,7 +264,7 @@ class TraceMemory:
     # ---- reading
 
     def similarity(self, db_id: str, thought: str) -> float:
-        """cos(e(thought), c), c the mean of the top-k most similar traces in scope; 0 if there are none."""
+        """cos(e(thought), c), where c is the mean of the top-k most similar traces in scope; 0 if there are none."""
         return self.similarities([(db_id, thought)])[0]
 
     def similarities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -271,7 +272,7 @@ class TraceMemory:
         return [similarity for similarity, _ in self.compare(pairs)]
 
     def compare(self, pairs: Sequence[tuple[str, str]], count: int = 0) -> list[tuple[float, list[dict]]]:
-        """`similarity` of many (db_id, thought) pairs, each with its `count` nearest traces for people to read."""
+        """`similarity` of many (db_id, thought) pairs, each with its `count` nearest traces for display."""
         if not len(self):
             return [(0.0, [])] * len(pairs)
         vectors = self._embed(pairs)  # [n, dim]
@@ -294,7 +295,7 @@ class TraceMemory:
         return float(np.clip(vector @ centroid / length, -1.0, 1.0)) if length > 0 else 0.0
 
     def _top_k(self, cosines: np.ndarray, db_id: str, k: int) -> np.ndarray:
-        """Indices of the k most similar traces in scope, most similar first; equal ones by age."""
+        """Indices of the k most similar traces in scope, most similar first; ties: oldest first."""
         databases, own = self._databases[:len(self)], self._number_of.get(db_id, -1)
         in_scope = {"other": databases != own, "same": databases == own, "any": databases >= 0}[self.scope]
         candidates = np.flatnonzero(in_scope)
@@ -304,11 +305,11 @@ class TraceMemory:
         return candidates[np.argsort(-cosines[candidates], kind="stable")][:k]
 
     def _texts(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """What is embedded of (db_id, thought) pairs."""
+        """The texts to embed for (db_id, thought) pairs."""
         return [self.read(*pair) if self.read else pair[1] for pair in pairs]
 
     def _embed(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """Unit vectors [n, dim]; only texts not seen lately are embedded, in one batch."""
+        """Unit vectors [n, dim]; only texts that are not cached are embedded, in one batch."""
         texts = self._texts(pairs)
         new = list(dict.fromkeys(text for text in texts if text not in self._recent))
         if new:
@@ -331,8 +332,8 @@ class TraceMemory:
     def save(self, path: str | Path) -> None:
         """Writes an .npz file (no pickle) from which `load` continues exactly: traces, counts, recent texts.
 
-        The recent texts belong to it because a model's embedding of a text varies in the last digits with the
-        batch it was embedded in. All texts are one JSON string: numpy would pad each to the longest.
+        Recent texts are included because a model's embedding of a text varies in the last digits with its batch.
+        All texts are one JSON string: numpy would pad each to the longest.
         """
         texts = json.dumps({"thoughts": self.thoughts, "db_ids": self.db_ids, "recent": list(self._recent),
                             "rejections": self.rejections})
@@ -341,10 +342,10 @@ class TraceMemory:
                  texts=np.frombuffer(texts.encode(), np.uint8))
 
     def load(self, path: str | Path) -> "TraceMemory":
-        """Replaces the content by that of a saved memory, exactly; returns itself.
+        """Replaces the content by exactly that of a saved memory; returns itself.
 
         Raises:
-            ValueError: the file is truncated, is no trace memory, or has embeddings of another length.
+            ValueError: the file is truncated, is not a trace memory, or has embeddings of another length.
         """
         try:
             with np.load(path, allow_pickle=False) as stored:
@@ -369,7 +370,7 @@ class TraceMemory:
         return self
 
 
-# What numpy, zipfile and json raise for a file that is damaged or something else.
+# What numpy, zipfile and json raise for a damaged or foreign file.
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, EOFError, RuntimeError,
               zipfile.BadZipFile, zlib.error)
 
@@ -379,12 +380,12 @@ def lower_case(names: Iterable[str]) -> frozenset[str]:
 
 
 class Roles:
-    """Reads reasoning without what belongs to one database: names as `table` or `column`, values as `value`.
+    """Removes from reasoning what is specific to one database: names become `table` or `column`, values `value`.
 
         From singer: name. Keep rows where age > 30.  ->  from table column keep rows where column value
 
-    What is left is how the query is thought out. Values are numbers and what is quoted. Parts of names count as names,
-    but for the words of reasoning itself (`count` of `song_count`). What names a table and a column is a table.
+    The structure of the reasoning remains. Values are numbers and quoted text. Parts of names count as names, except
+    OF_REASONING (`count` of `song_count`). A name of both a table and a column becomes `table`.
     """
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Iterable[str]]]):
@@ -398,7 +399,7 @@ class Roles:
         return " ".join(roles.get(word, word) for word in words)
 
 
-# Words that say how a query is thought out, whatever a database calls its columns.
+# Words of the reasoning itself, even if a column's name contains them.
 OF_REASONING = frozenset(WORD.findall("""
     a all and are as at average avg both by clauses column columns count distinct each every except first for from
     group having in intersect is it join keep last least less limit max maximum min minimum more most not number of
@@ -443,9 +444,9 @@ class ModelEmbedder:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         import torch
 
-        # The tokenizer truncates, so that what it puts at the end of a text (and "last" reads) stays there.
+        # The tokenizer truncates, so that the token it appends to a text (which "last" reads) stays at the end.
         ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: little padding
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths together: little padding
         vectors = np.zeros((len(ids), self.dim), np.float32)
         with torch.no_grad():
             for start in range(0, len(ids), self.batch):
@@ -472,10 +473,10 @@ def make_embedder(name: str, model=None, tokenizer=None) -> Callable:
     """`hash`, `policy` (the frozen reference given as model and tokenizer), or a Hugging Face encoder.
 
     `model` is a backbone without its head, whose output has `last_hidden_state`. An encoder is given by name
-    or path and goes to the GPU where there is one.
+    or path and runs on the GPU if there is one.
 
     Raises:
-        ValueError: the encoder is not there, or `policy` without a model.
+        ValueError: the encoder is missing, or `policy` without a model.
     """
     if name == "hash":
         return HashEmbedder()
@@ -491,6 +492,6 @@ def make_embedder(name: str, model=None, tokenizer=None) -> Callable:
     except (OSError, ValueError) as error:
         raise ValueError(f"embedder '{name}' is neither hash, policy, a folder nor on the hub") from error
     encoder.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
-    # Qwen3-Embedding gathers a text's meaning in its last token, <|endoftext|>, which its tokenizer adds.
+    # Qwen3-Embedding uses the hidden state of the last token, <|endoftext|>, which its tokenizer appends.
     pooling = "last" if encoder.config.model_type == "qwen3" else "mean"
     return ModelEmbedder(encoder, tokenizer, pooling)

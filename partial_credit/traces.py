@@ -1,11 +1,11 @@
-"""Reasoning for a gold SQL that has none: what the query needs, as a terse list.
+"""Reasoning for a gold query without a trace: the tables, columns and clauses it needs, as a terse list.
 
     SELECT T1.name FROM singer AS T1 JOIN concert AS T2 ON T1.id = T2.sid WHERE T2.year > 2014 ORDER BY T1.age LIMIT 1
 
     tables singer concert ; columns id name age sid year ; clauses join where order by limit
 
-It depends on the SQL and the schema only: the same query, the same reasoning. A plan in sentences instead (which table
-gives what, joins, filters, order) taught less in as many steps, docs/results/pretrained.md.
+It depends only on the SQL and the schema: the same query, the same reasoning. A plan in sentences (which table gives
+what, joins, filters, order) taught less in as many steps, docs/results/pretrained.md.
 """
 
 from collections.abc import Mapping, Sequence
