@@ -1,6 +1,6 @@
-"""A policy answers questions: greedy and sampled candidates, each judged, and one record a question.
+"""A policy answers questions: greedy and sampled candidates, each judged, and one record per question.
 
-Records are plain JSON, kept on disk batch by batch, so that an interrupted evaluation loses at most one.
+Records are plain JSON, saved batch by batch, so that an interrupted evaluation loses at most one batch.
 """
 
 import json
@@ -26,12 +26,12 @@ JUDGED_AT_ONCE = 64  # candidates whose results are held in memory at once
 
 
 class Examination:
-    """A policy answers questions, a batch at a time. Each question gives a record, ready for JSON:
+    """A policy answers questions, one batch at a time. Each question gives a record, ready for JSON:
 
     answers   {way of answering: ExampleScore as a dict}; ways are greedy, sample (the first) and the votes
-    samples   how the n candidates fared: correct (a count a comparison), statuses, groups, truncated, tokens
+    samples   counts over the n candidates: correct (per comparison), statuses, groups, truncated, tokens
     traces    verified answers with their reasoning, the likeliest first, at most `traces` of them
-    seconds   of the prompt, of generation (a batch's time shared evenly) and of the candidates' SQL
+    seconds   for the prompt, for generation (a batch's time divided evenly) and for the candidates' SQL
     """
 
     def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, exam: Exam, ways: Sequence[str], *,
@@ -41,7 +41,7 @@ class Examination:
         self.how_to_judge = (executor, comparisons_named(matches, keep_distinct), suite)
 
     def run(self, examples: Sequence[Example], progress: "Progress") -> list[dict]:
-        """The records of all questions, in order. A batch's candidates depend on the settings alone."""
+        """The records of all questions, in order. A batch's candidates depend only on the settings."""
         levels = difficulty_levels(examples)
         size = min(QUESTIONS_AT_ONCE, self.exam.batch)
         with tqdm(total=len(examples), desc="answering", unit="question", dynamic_ncols=True) as bar:
@@ -53,9 +53,9 @@ class Examination:
         return [record for start in sorted(progress.done) for record in progress.done[start]]
 
     def answer(self, examples, levels, number: int) -> list[dict]:
-        """The records of one batch; `number` makes its random draws its own."""
+        """The records of one batch; `number` seeds its random draws."""
         began = time.perf_counter()
-        prompts = [self.builder.encode(example) for example in examples]  # None where one does not fit
+        prompts = [self.builder.encode(example) for example in examples]  # None if one does not fit
         prompt_seconds = (time.perf_counter() - began) / len(examples)
         fitting = [i for i, prompt in enumerate(prompts) if prompt is not None]
         greedy, samples, seconds = self.complete([prompts[i] for i in fitting], number)
@@ -72,7 +72,7 @@ class Examination:
         return records
 
     def complete(self, prompts, number: int) -> tuple[list, list, float]:
-        """For each prompt its greedy candidate in a list (or none) and its n samples; seconds a prompt."""
+        """For each prompt a list with its greedy candidate (or none) and its n samples; seconds per prompt."""
         exam = replace(self.exam, seed=self.exam.seed * 1_000_003 + number)
         began, greedy = time.perf_counter(), [[] for _ in prompts]
         if "greedy" in self.ways:
@@ -94,7 +94,7 @@ class Examination:
         return verdicts
 
     def record(self, example: Example, greedy, samples, verdicts: dict, seconds: dict) -> dict:
-        """What is kept of a question; `verdicts` maps each SQL to its (ExampleScore, Execution)."""
+        """The record of a question; `verdicts` maps each SQL to its (ExampleScore, Execution)."""
         verdicts = without_partial(verdicts)
         scores = [verdicts[candidate.sql][0] for candidate in samples]
         executions = [verdicts[candidate.sql][1] for candidate in samples]
@@ -114,7 +114,7 @@ class Examination:
             "seconds": seconds | {"sql": sum(distinct.values())}}
 
     def picks(self, greedy, samples, executions) -> dict[str, Candidate]:
-        """What each way of answering picks."""
+        """The candidate that each way of answering picks."""
         if not samples:
             return dict.fromkeys(self.ways, NO_CANDIDATE)
         picks = {"greedy": greedy[:1], "sample": samples[:1]}
@@ -123,7 +123,7 @@ class Examination:
 
 
 def without_partial(verdicts: dict) -> dict:
-    """The verdicts; without any where the database could not be read for all, since a vote needs them all."""
+    """The verdicts; all unavailable if the database could not be read for one, because a vote needs them all."""
     unread = next((score for score, _ in verdicts.values() if score.unavailable), None)
     if not unread:
         return verdicts
@@ -132,7 +132,7 @@ def without_partial(verdicts: dict) -> dict:
 
 
 def score_of(candidate: Candidate, verdicts: dict) -> ExampleScore:
-    """The score of a candidate; its status says so where there was no SQL to run."""
+    """The score of a candidate; its status gives the reason if there was no SQL to run."""
     score = verdicts[candidate.sql][0]
     if score.unavailable:
         return score
@@ -140,14 +140,14 @@ def score_of(candidate: Candidate, verdicts: dict) -> ExampleScore:
     return replace(score, status=status)
 
 
-NO_CANDIDATE = Candidate("", "", "", -math.inf, 0, False)  # of a question whose prompt does not fit
+NO_CANDIDATE = Candidate("", "", "", -math.inf, 0, False)  # for a question whose prompt does not fit
 
 
 def verified_traces(example: Example, candidates: Sequence[Candidate], verdicts: dict) -> list[dict]:
-    """The candidates that reason and are verified, the likeliest first and each once, as records for --traces.
+    """Verified candidates with reasoning, the likeliest first and each once, as records for --traces.
 
-    Verified is what every comparison calls right, with the word `value` left in the SQL. A gold result without rows
-    verifies nothing: many wrong queries return none.
+    A candidate is verified if every comparison matches, with the word `value` left in the SQL. A gold result without
+    rows verifies nothing, because many wrong queries return no rows.
     """
     def verified(candidate):
         score = verdicts[candidate.sql][0]
@@ -163,9 +163,9 @@ def verified_traces(example: Example, candidates: Sequence[Candidate], verdicts:
 
 
 class Progress:
-    """Finished batches, kept in a file so that an interrupted evaluation continues; else in memory only.
+    """Finished batches, in a file so that an interrupted evaluation can continue; without one only in memory.
 
-    The first line holds the settings, every other one a batch; a line that a kill cut short is dropped.
+    The first line contains the settings, each other line a batch; a line that was cut short by a kill is dropped.
     """
 
     def __init__(self, file, settings: dict):
@@ -176,13 +176,13 @@ class Progress:
         lines = read_text(self.file).split("\n")[:-1] if self.file.exists() else []
         found = parse_json(lines[0], self.file, 1) if lines else None
         if len(lines) == 1 and isinstance(found, dict) and found.keys() == settings.keys():
-            lines = []  # no batch was finished, so other settings do no harm
+            lines = []  # no batch was finished, so the settings may differ
         if lines:
             self._check(found, settings)
         for number, line in enumerate(lines[1:], 2):
             batch = parse_json(line, self.file, number)
             self.done[batch["batch"]] = batch["records"]
-        write = write_whole if lines else write_text  # a full disk must not take what was done
+        write = write_whole if lines else write_text  # a full disk must not destroy finished batches
         write(self.file, "\n".join(lines or [json.dumps(settings)]) + "\n")
 
     def _check(self, found, settings) -> None:
@@ -193,7 +193,7 @@ class Progress:
                             "finish that one with the same command, or delete the file")
 
     def add(self, batch: int, records: list[dict]) -> None:
-        """Keep the records of a batch, as JSON gives them back."""
+        """Store the records of a batch, after a round trip through JSON."""
         line = as_json({"batch": batch, "records": records})
         self.done[batch] = json.loads(line)["records"]
         if self.file is None:
@@ -205,13 +205,13 @@ class Progress:
             raise UserError(f"cannot write {self.file}: {error.strerror}") from error
 
     def finish(self) -> None:
-        """Everything is safe elsewhere: the file may go."""
+        """Delete the file: all results are saved elsewhere."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
 
 
 def fingerprint(config, prompts, examples: Sequence[Example], free: Collection[str]) -> dict:
-    """All that the records of an examination depend on; `free` names the settings that do not change them."""
+    """All that the records of an examination depend on; `free` names settings that do not matter."""
     model = Path(config.model)  # a folder, or a GGUF file
     weights = [model] if model.is_file() else sorted(model.glob("*.safetensors")) + sorted(model.glob("*.bin"))
     return {**{name: value for name, value in vars(config).items() if name not in free}, **vars(prompts),
@@ -220,7 +220,7 @@ def fingerprint(config, prompts, examples: Sequence[Example], free: Collection[s
 
 
 def questions_hash(examples: Sequence[Example]) -> str:
-    """A hash of the questions, their gold SQL and what they bring along."""
+    """A hash of the questions with their gold SQL, evidence and ready-made prompts."""
     asked = [[example.id, example.db_id, example.question, example.evidence, example.gold_sqls, example.messages,
               example.prompt] for example in examples]
     return sha256(json.dumps(asked).encode()).hexdigest()

@@ -22,7 +22,7 @@ def load_scores(file) -> dict:
 
 
 def by_question(examples: Sequence[dict]) -> dict[tuple, dict]:
-    """{(id, db_id, how many with the same came before): what --json says of the question}."""
+    """{(id, db_id, number of earlier ones with the same ids): the question's record in --json}."""
     found, seen = {}, Counter()
     for item in examples:
         key = item["id"], item["db_id"]
@@ -32,7 +32,7 @@ def by_question(examples: Sequence[dict]) -> dict[tuple, dict]:
 
 
 def differing(a: dict, b: dict) -> list[str]:
-    """In words, in what two evaluations' protocols differ; what one of them does not state is not known to differ."""
+    """The settings in which two evaluations' protocols differ, in words; only those that both state."""
     a, b = a.get("protocol"), b.get("protocol")
     if not isinstance(a, dict) or not isinstance(b, dict):
         return []
@@ -43,7 +43,8 @@ def compare(file_a, file_b, anyway: bool = False) -> dict:
     """Accuracies of two evaluations on the questions they share, and the questions whose verdict flipped.
 
     Raises:
-        UserError: a file is none of ours, they share nothing, or, unless `anyway`, they were measured differently.
+        UserError: evaluate.py did not write a file, they share no question or comparison, or, unless `anyway`, they
+            were measured differently.
     """
     a, b = load_scores(file_a), load_scores(file_b)
     if not anyway and (differences := differing(a, b)):

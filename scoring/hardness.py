@@ -1,13 +1,13 @@
 """Spider's difficulty of a query: easy, medium, hard or extra, by the official counting rules.
 
-Three counts of the outermost query decide (for `A UNION B` that is A):
+Three counts decide, all of the outermost query (A in `A UNION B`):
 
   components   WHERE, GROUP BY, ORDER BY, LIMIT (one each), each joined table, each OR and each LIKE
   nestings     subqueries in conditions (ON, WHERE, HAVING), and one for a set operation
   others       one each for: several aggregates, several SELECT items, several WHERE conditions,
                several GROUP BY columns
 
-Two oddities of the official rules are kept, for its counts are what papers report: a NOT in WHERE or HAVING
+Two oddities of the official rules are kept, because papers report its counts: a NOT in WHERE or HAVING
 and each AND or OR in HAVING counts as an aggregate, while an aggregate inside HAVING does not.
 
 Written on the flat tokens of atomic.py, so a query that the official parser rejects still gets a level.
@@ -90,7 +90,7 @@ def nest(words: list[str]) -> list:
 
 
 def split_clauses(query: list) -> tuple[dict[str, list], int]:
-    """The words of each clause of the outermost query, and 1 when a set operation follows it, else 0."""
+    """The words of each clause of the outermost query, and 1 if a set operation follows it, else 0."""
     clauses = {name: [] for name in CLAUSES}
     current = clauses["select"]
     for number, word in enumerate(query):
@@ -113,7 +113,7 @@ def is_query(word) -> bool:
 # ------------------------------------------------------------------------------------------- counting
 
 def plain(words: list) -> list[str]:
-    """The words outside subqueries; other parentheses are opened."""
+    """The words outside subqueries; other parentheses are flattened."""
     opened = []
     for word in words:
         if isinstance(word, str):
@@ -124,7 +124,7 @@ def plain(words: list) -> list[str]:
 
 
 def count_subqueries(words: list) -> int:
-    """Subqueries at this level; those inside a subquery are its own."""
+    """Subqueries at this level, without those nested inside them."""
     return sum(1 if is_query(word) else count_subqueries(word) for word in words if isinstance(word, list))
 
 
@@ -140,7 +140,7 @@ def count_derived_tables(words: list) -> int:
 
 
 def connectors(words: list) -> int:
-    """ANDs and ORs between conditions; the AND of a BETWEEN is none."""
+    """ANDs and ORs between conditions; the AND of a BETWEEN does not count."""
     flat = plain(words)
     return sum(word in ("and", "or") for word in flat) - flat.count("between")
 

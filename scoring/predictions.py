@@ -1,11 +1,11 @@
 """Files of predicted SQL: read and write the formats of Spider and BIRD, and one of our own.
 
     .json    BIRD's predict_dev.json: {"0": "SQL\\t----- bird -----\\tdb_id", ...}
-    .jsonl   a record a line with `sql` and, better, `id` (or `question_id`, or another of ID_FIELDS)
-    others   Spider's: one SQL a line, then perhaps a tab and the db_id, and another and a score. As in the official
+    .jsonl   one record per line with `sql` and, better, `id` (or `question_id`, or another of ID_FIELDS)
+    others   Spider's: one SQL per line, optionally a tab and the db_id, then a tab and a score. As in the official
              evaluator a query ends at its first tab
 
-Predictions are paired with the questions by id where the file has one, else by position. Questions that share an id
+Predictions are paired with the questions by id if the file has ids, else by position. Questions that share an id
 are numbered, 12, 12-2, 12-3, as in the data.
 """
 
@@ -30,7 +30,7 @@ BREAKS = re.compile(r"([\t\r\n]+)")  # what ends a field or a line
 # ----------------------------------------------------------------------------------------------- reading
 
 def load_predictions(file, examples: Sequence[Example]) -> tuple[list[str], str]:
-    """One SQL a question in dataset order, and a sentence that says how the file was paired with them."""
+    """One SQL per question in dataset order, and a sentence on how the file was paired with the questions."""
     file = Path(file)
     read = {".json": _bird_predictions, ".jsonl": _jsonl_predictions}.get(file.suffix.lower(), _line_predictions)
     ids, texts = read(read_text(file), file)
@@ -48,9 +48,10 @@ def load_predictions(file, examples: Sequence[Example]) -> tuple[list[str], str]
 
 
 def _without_tail(text, example, known, always, file) -> str:
-    """The SQL before a db_id, a score or both; a db_id of another question betrays a shifted file.
+    """The SQL before a db_id, a score or both; a db_id of another question reveals a shifted file.
 
     known: the db_ids of all questions, in lower case; always: every prediction ends with one.
+    Raises UserError: the db_id is that of another question.
     """
     sql, mark, db_id = text.rpartition(BIRD_MARK)
     if mark:
@@ -69,7 +70,7 @@ def _without_tail(text, example, known, always, file) -> str:
 
 
 def _check_db_id(db_id: str, example: Example, file) -> None:
-    """Complains of a prediction for another database than its question's."""
+    """Raises UserError: a prediction is for another database than its question."""
     if db_id.casefold() != example.db_id.casefold():
         raise UserError(f"{file}: the prediction for question {example.id} is for database "
                         f"{db_id!r}, but the question is about {example.db_id!r}")
@@ -77,28 +78,28 @@ def _check_db_id(db_id: str, example: Example, file) -> None:
 
 def _goes_on(sql: str) -> bool:
     """Whether a query cannot end here, as after FROM, a comma or an operator."""
-    last = LAST_WORD.search(sql.rstrip()[-20:])  # more is in no word of interest
+    last = LAST_WORD.search(sql.rstrip()[-20:])  # no relevant word is longer
     return bool(last) and (last[0].lower() in UNFINISHED or not (last[0][0].isalnum() or last[0][0] in "_)]\"'`;"))
 
 
-# Readers return ({field: what it holds in each record, where that may be an id}, [SQL, perhaps with a tail]).
+# Readers return ({field that may be an id: its value in each record}, [SQL, perhaps with a tail]).
 
 def _line_predictions(text, file) -> tuple[dict[str, list[str]], list[str]]:
-    """A line each; an empty line is an empty prediction."""
+    """One prediction per line; an empty line is an empty prediction."""
     return {}, [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _bird_predictions(text, file) -> tuple[dict[str, list[str]], list[str]]:
-    """An object's members; what is no text (a failed generation) is an empty prediction."""
+    """An object's members; a value that is not text (a failed generation) is an empty prediction."""
     if not isinstance(parse_json(text, file), dict):
         raise UserError(f"{file} must map question numbers to SQL, as BIRD's predict_dev.json does")
-    members = json.loads(text, object_pairs_hook=tuple)  # a dict would keep the last of repeated names only
+    members = json.loads(text, object_pairs_hook=tuple)  # a dict would keep only the last of repeated names
     return ({ID_FIELDS[0]: [sound(name) for name, _ in members]},
             [sound(sql) if isinstance(sql, str) else "" for _, sql in members])
 
 
 def _jsonl_predictions(text, file) -> tuple[dict[str, list[str]], list[str]]:
-    """A record a line."""
+    """One record per line."""
     records = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -118,7 +119,7 @@ def _jsonl_predictions(text, file) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def _pair(ids, texts, file, examples) -> tuple[list[str], str]:
-    """By id when a field has the questions' ids, whatever its name; else by position, or by numbers from 0."""
+    """Pairs by id if a field has the questions' ids, whatever its name; else by position, or by numbers from 0."""
     wanted = unique_ids([example.id for example in examples])
     for names in ids.values():
         by_id = dict(zip(unique_ids(names), texts, strict=True))
@@ -132,7 +133,7 @@ def _pair(ids, texts, file, examples) -> tuple[list[str], str]:
 
 
 def _by_position(ids, texts, wanted, file) -> list[str]:
-    """The texts in the order of a field that counts from 0, or as they stand where there are no ids."""
+    """The texts in the order of a field that counts from 0, or in file order without ids."""
     counting = [list(map(int, names)) for names in ids
                 if sorted(names) == sorted(str(position) for position in range(len(texts)))]
     if ids and not counting:
@@ -149,7 +150,7 @@ def _by_position(ids, texts, wanted, file) -> list[str]:
 
 
 def _check_repeats(names: Sequence[str], wanted: Sequence[str], file) -> None:
-    """Complains of a question with more predictions than the data have questions of its id."""
+    """Raises UserError: an id has more predictions than questions."""
     for name, own in zip(names, unique_ids(names), strict=True):
         if own != name and name in wanted and own not in wanted:
             raise UserError(f"{file} has the same id twice: {name!r}")
@@ -158,9 +159,9 @@ def _check_repeats(names: Sequence[str], wanted: Sequence[str], file) -> None:
 # ----------------------------------------------------------------------------------------------- writing
 
 def save_predictions(file, examples: Sequence[Example], sqls: Sequence[str]) -> str:
-    """Write one SQL a question in the format of the file's ending; the official scripts read it.
+    """Write one SQL per question in the format of the file's ending; the official scripts read it.
 
-    Returns a sentence on the queries that no line of a file can hold as they are; mostly there is none.
+    Returns a sentence on queries that had to be changed to fit on one line; usually empty.
     """
     file, changed = Path(file), []
     ids, pairs = unique_ids([example.id for example in examples]), list(zip(examples, sqls, strict=True))
@@ -170,7 +171,7 @@ def save_predictions(file, examples: Sequence[Example], sqls: Sequence[str]) -> 
     elif file.suffix.lower() == ".jsonl":
         text = json_lines({"id": name, "db_id": example.db_id, "sql": sql}
                           for name, (example, sql) in zip(ids, pairs, strict=True))
-    else:  # the official script takes an empty line for the end of a dialogue: `SELECT` is wrong, but a line
+    else:  # the official script reads an empty line as the end of a dialogue: write a wrong `SELECT` instead
         lines = [one_line(sql) for sql in sqls]
         changed = [number for number, (_, same) in enumerate(lines, 1) if not same]
         text = "".join((sql or "SELECT") + "\n" for sql, _ in lines)
@@ -183,9 +184,9 @@ def save_predictions(file, examples: Sequence[Example], sqls: Sequence[str]) -> 
 
 
 def one_line(sql: str) -> tuple[str, bool]:
-    """The query on one line without tabs, which end a query, nor comments; and whether it still means the same.
+    """The query on one line without comments and tabs, which would end it; and whether its meaning is unchanged.
 
-    Texts spell their tabs and line breaks as char(...); names cannot.
+    Tabs and line breaks in string literals become char(...); in names that is impossible.
     """
     if not BREAKS.search(sql):
         return sql.strip(), True
@@ -203,7 +204,7 @@ def one_line(sql: str) -> tuple[str, bool]:
 
 
 def _wants_value(sql: str) -> bool:
-    """Whether a text in quotes is a value here, rather than the name of a table or a column."""
+    """Whether quoted text after this SQL is a value, rather than the name of a table or a column."""
     last = LAST_WORD.search(sql.rstrip()[-20:])
     return bool(last) and _goes_on(sql) and last[0].lower() not in ("as", "from", "join", ".")
 

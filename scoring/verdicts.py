@@ -1,6 +1,6 @@
-"""Scores of SQL predictions: each against the gold, then summed up with intervals.
+"""Scores of SQL predictions: each compared with the gold query, then summarised with intervals.
 
-evaluate.py says what is measured and is the command; this file is what it and the trainer share.
+evaluate.py is the command and documents what is measured; the trainer uses this file too.
 """
 
 import math
@@ -22,39 +22,39 @@ from sql_exec import CANNOT_READ, MATCHES, Comparison, Execution, Results, SQLEx
 LEVEL_ORDER = (*LEVELS, "simple", "moderate", "challenging")  # Spider's, then BIRD's names
 BATCH = 256  # predictions whose results are held in memory at once
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-               2.120, 2.110, 2.101, 2.093)  # 97.5 % of Student's t for 1, 2, ... degrees of freedom
+               2.120, 2.110, 2.101, 2.093)  # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
 
 
 @dataclass(frozen=True)
 class ExampleScore:
-    """How one prediction fared. `correct` has a key for each comparison that was asked for."""
+    """The score of one prediction. `correct` has a key for each requested comparison."""
     id: str
     db_id: str
     difficulty: str
     sql: str
     status: str       # of the prediction: ok, error, timeout, refused, too_large, format, truncated, too_long;
-                      # unavailable: a database could not be read, so that nothing can be said of it
+                      # unavailable: a database could not be read, so there is no verdict
     gold_status: str  # the same, or empty: the gold runs but returns no row
     error: str        # why the prediction did not run, else empty
     correct: dict[str, bool]
     soft_f1: float
-    verified: bool = False  # right by every comparison, where Spider's does not replace the word `value`
+    verified: bool = False  # right by every comparison, without Spider's replacement of the word `value`
     gold_error: str = ""    # why the gold did not run, else empty
-    file: str = ""          # the database that `gold_error`, or `error` where it is unavailable, is about
-    twins: str = ""         # the same for questions of one database that share their gold query; empty: not known
+    file: str = ""          # the database of `gold_error`, or of `error` if unavailable
+    twins: str = ""         # equal for questions of one database that share their gold query; empty: unknown
 
     @property
     def unavailable(self) -> bool:
-        """True when a database could not be read: left out of every figure."""
+        """Whether a database could not be read: left out of every figure."""
         return self.status == "unavailable"
 
     @property
     def bad_gold(self) -> bool:
-        """True when there is nothing to compare with."""
+        """Whether no gold query ran."""
         return self.gold_status not in ("ok", "empty")
 
     def left_out(self, skip_bad_gold: bool) -> bool:
-        """True when no figure counts it."""
+        """Whether it is left out of every figure."""
         return self.unavailable or skip_bad_gold and self.bad_gold
 
 
@@ -65,11 +65,11 @@ def score_predictions(examples: Sequence[Example], sqls: Sequence[str], executor
                       progress: bool = False,
                       suite: dict[str, list[str]] | None = None,
                       levels: list[str] | None = None) -> list[ExampleScore]:
-    """Score one SQL a question, in order; a question with several golds is right when any of them matches.
+    """Score one SQL per question, in order; a prediction is right if it matches any of its gold queries.
 
     matches: names of sql_exec.MATCHES.
-    suite: for a db_id the further databases, known to the executor, on which both must agree as well.
-    levels: of `difficulty_levels`, where the examples are a part of more.
+    suite: per db_id, other databases of the executor on which prediction and gold must also agree.
+    levels: from `difficulty_levels` of all examples, if these are only a part.
     """
     levels = levels or difficulty_levels(examples)
     comparisons, scores = comparisons_named(matches, keep_distinct), []
@@ -81,12 +81,12 @@ def score_predictions(examples: Sequence[Example], sqls: Sequence[str], executor
 
 
 def comparisons_named(names: Sequence[str], keep_distinct: bool = False) -> tuple[Comparison, ...]:
-    """The comparisons of these names; with `keep_distinct` Spider's minds DISTINCT."""
+    """The comparisons of these names; with `keep_distinct` Spider's comparison keeps DISTINCT."""
     return tuple(replace(MATCHES[name], keep_distinct=keep_distinct) for name in names)
 
 
 def difficulty_levels(examples: Sequence[Example]) -> list[str]:
-    """The data's own difficulty or tier; Spider's hardness of the gold when no example has one."""
+    """The data's own difficulty or tier; Spider's hardness of the gold if no example has one."""
     if any(example.difficulty for example in examples):
         return [example.difficulty or "unlabelled" for example in examples]
     return [hardness(example.gold_sqls[0]) for example in examples]
@@ -94,7 +94,7 @@ def difficulty_levels(examples: Sequence[Example]) -> list[str]:
 
 def judge(examples, sqls, levels, executor, comparisons: Sequence[Comparison],
           suite=None) -> list[tuple[ExampleScore, Execution]]:
-    """Run predictions and golds, each as its comparison wants them, and compare. The Execution is that of the
+    """Run predictions and golds, rewritten for each comparison, and compare them. The Execution is that of the
     prediction as written."""
     verifying = [comparison.without_value_rule() for comparison in comparisons]
     questions = [(example.db_id, sql, example.gold_sqls) for example, sql in zip(examples, sqls, strict=True)]
@@ -110,7 +110,7 @@ def judge(examples, sqls, levels, executor, comparisons: Sequence[Comparison],
         score = ExampleScore(example.id, db_id, level, sql, prediction.status, gold, prediction.error or "", correct,
                              best_soft_f1(prediction, golds), verified, why, file, twins_key(example))
         unread = results.unread(*question, *comparisons, *verifying)
-        if unread and gold in ("ok", "empty", "unavailable"):  # else the gold says that its file is broken for good
+        if unread and gold in ("ok", "empty", "unavailable"):  # else the gold's own error is reported
             score = without_verdict(score, unread.error, file)
         elif suite and suite.get(db_id):
             score = _on_suite(score, example, golds, suite[db_id], executor, comparisons)
@@ -119,15 +119,15 @@ def judge(examples, sqls, levels, executor, comparisons: Sequence[Comparison],
 
 
 def without_verdict(score: ExampleScore, error: str, file: str) -> ExampleScore:
-    """The score of a prediction of which nothing can be said, since this file could not be read."""
+    """The score of a prediction without a verdict, because this file could not be read."""
     return replace(score, status="unavailable", error=error, file=file, correct=dict.fromkeys(score.correct, False),
                    soft_f1=0.0, verified=False)
 
 
 def _on_suite(score, example, golds, others, executor, comparisons) -> ExampleScore:
-    """Right is what equals one gold on every database. A gold that fails on one of them is none, whatever is predicted.
+    """A prediction is right if it matches one gold on every database. A gold that fails on any database is ignored.
 
-    golds: what they returned on the first database; others: the names of the other databases.
+    golds: executions of the golds on the first database; others: the names of the other databases.
     """
     ran = [[gold, *executor.run_gold([(db_id, sql) for db_id in others])]
            for sql, gold in zip(example.gold_sqls, golds, strict=True)]  # [golds][databases]
@@ -141,7 +141,7 @@ def _on_suite(score, example, golds, others, executor, comparisons) -> ExampleSc
         one, file = failed[0]
         score = replace(score, gold_status=one.status, gold_error=one.error or "", file=file)
     correct, verified = dict.fromkeys(score.correct, False), False
-    first = [example.db_id] if len(example.gold_sqls) > 1 else []  # where not known of this gold alone
+    first = [example.db_id] if len(example.gold_sqls) > 1 else []  # with several golds, compare with this one alone
     for gold in sound if score.verified or any(score.correct.values()) else ():
         asked = [replace(example, db_id=db_id, gold_sqls=(gold,)) for db_id in (*first, *others)]
         sqls, levels = [score.sql] * len(asked), [score.difficulty] * len(asked)
@@ -155,9 +155,9 @@ def _on_suite(score, example, golds, others, executor, comparisons) -> ExampleSc
 
 
 def suite_databases(databases: dict[str, Path]) -> tuple[dict[str, Path], dict[str, list[str]]]:
-    """All databases with every other .sqlite of their folders, and for each db_id the names of those others.
+    """All databases and the other .sqlite files of their folders, and per db_id the names of those others.
 
-    Only a folder that bears the name of the database holds its variants, DIR/<db_id>/*.sqlite.
+    Only a folder with the name of the database contains variants of it, DIR/<db_id>/*.sqlite.
     """
     everything, suite = dict(databases), {}
     for db_id, path in databases.items():
@@ -168,14 +168,14 @@ def suite_databases(databases: dict[str, Path]) -> tuple[dict[str, Path], dict[s
 
 
 def best_soft_f1(prediction: Execution, golds: Sequence[Execution]) -> float:
-    """The best soft-F1 with any gold that ran; 0 when the prediction or every gold failed."""
+    """The best soft-F1 with any gold that ran; 0 if the prediction or every gold failed."""
     if prediction.status != "ok":
         return 0.0
     return max((soft_f1(prediction.rows, gold.rows) for gold in golds if gold.status == "ok"), default=0.0)
 
 
 def gold_status(golds: Sequence[Execution]) -> str:
-    """ok, empty (runs, but returns no row), or how the official gold failed when none of the golds runs."""
+    """ok, empty (runs, but returns no row), or the official gold's failure if no gold runs."""
     running = [gold for gold in golds if gold.status == "ok"]
     if not running:
         return golds[0].status
@@ -214,8 +214,9 @@ def summarise(scores: Sequence[ExampleScore], skip_bad_gold: bool = False) -> di
 def accuracies(scores: Sequence[ExampleScore], names: Iterable[str] = ()) -> dict:
     """Execution accuracy under each comparison, with its interval over twins, and over databases if there are several.
 
-    Twins are answered alike, and so are questions of one database: taken one by one they would seem to say more.
-    names: of the comparisons, needed where there is no score.
+    Answers to twins are correlated, and so are those to questions of one database: counted singly, the intervals would
+    be too narrow.
+    names: of the comparisons, needed if there are no scores.
     """
     names = scores[0].correct if scores else names
     values = {name: [float(score.correct[name]) for score in scores] for name in names}
@@ -228,12 +229,12 @@ def accuracies(scores: Sequence[ExampleScore], names: Iterable[str] = ()) -> dic
 
 
 def twins_of(scores: Sequence[ExampleScore]) -> list[tuple]:
-    """For each score what it shares with its twins alone; with none where they are not known."""
+    """A key per score, shared only by twins; unique if they are unknown."""
     return [(score.db_id, score.twins or number) for number, score in enumerate(scores)]
 
 
 def mean(values) -> float:
-    """The mean; NaN of no values."""
+    """The mean; NaN without values."""
     return sum(values) / len(values) if values else math.nan
 
 
@@ -241,8 +242,8 @@ def bootstrap_interval(values: Sequence[float], groups: Sequence | None = None, 
                        seed: int = 0, span: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of the mean; the same values always give the same interval.
 
-    groups: what each value belongs to; values of one group are drawn together. None: each value by itself.
-    span: the least and the greatest that a value can be.
+    groups: the group of each value; values of one group are drawn together. None: each value by itself.
+    span: the least and the greatest possible value.
     """
     values = np.asarray(values, dtype=float)  # [n]
     if not len(values):
@@ -256,11 +257,11 @@ def bootstrap_interval(values: Sequence[float], groups: Sequence | None = None, 
 
 
 def widened(low: float, high: float, mean: float, count: int, span: tuple[float, float]) -> tuple[float, float]:
-    """A bootstrap interval over `count` groups, wider by as much as Student's is than the normal one: few groups differ
-    less from one another than those that they stand for. Of a single group nothing is known.
+    """A bootstrap interval over `count` groups, widened by the ratio of Student's interval to the normal one, because
+    few groups vary less than their population. With a single group the interval is the whole span.
 
-    Where no group differs from the others there is nothing to draw from: with 2.5 % chance a share of
-    1 - 0.025^(1 / count) of all groups does, unseen, and may be anywhere in the span (Clopper and Pearson's interval).
+    If all groups are equal, the bootstrap shows no variation. Then a share of 1 - 0.025^(1 / count) of the population
+    may differ unseen, anywhere in the span, with 2.5 % probability (Clopper and Pearson's interval).
     """
     least, greatest = span
     if count < 2:
@@ -273,12 +274,12 @@ def widened(low: float, high: float, mean: float, count: int, span: tuple[float,
 
 
 def student_quantile(freedom: int) -> float:
-    """97.5 % of Student's t with so many degrees of freedom."""
+    """The 97.5 % quantile of Student's t with this many degrees of freedom."""
     return T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else 1.96 + 2.45 / freedom
 
 
 def print_table(summary: dict) -> None:
-    """The summary on a terminal of 80 columns."""
+    """Prints the summary in 80 columns."""
     names = list(summary["execution_accuracy"])
     levels = summary["by_difficulty"] if len(summary["by_difficulty"]) > 1 else {}
     levels = {level: part | {"interval_over_databases": {}} for level, part in levels.items()}  # in --json only
@@ -303,14 +304,14 @@ def print_table(summary: dict) -> None:
 
 
 def print_reasons(failures: Sequence[tuple[str, str, str, str]]) -> None:
-    """The first of each kind, a few lines each."""
+    """Prints the first failure of each kind, a few lines each."""
     for line in first_reasons(failures):
         print(fill(line, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False,
                    break_on_hyphens=False))
 
 
 def first_reasons(failures: Iterable[tuple[str, str, str, str]], most: int = 5) -> list[str]:
-    """Why queries failed: the first reason of each kind, how often there is one like it, and the file.
+    """Why queries failed: the first reason of each kind, the number of similar ones, and the file.
 
     failures: (id of the question, status, error, file of the database).
     """
@@ -330,10 +331,7 @@ def first_reasons(failures: Iterable[tuple[str, str, str, str]], most: int = 5) 
 
 
 def print_accuracies(title: str, parts: dict[str, dict]) -> None:
-    """A line for each part with its execution accuracies, and one with their intervals over databases.
-
-    Parts without intervals are shown without.
-    """
+    """Prints one line per part with its execution accuracies, and one with their intervals over databases, if any."""
     names = list(next(iter(parts.values()))["execution_accuracy"])
     headings = "".join(f"{name + ' [95 % interval]':>25}" for name in names)
     print(f"{title:<24}{'n':>6}{headings}")
@@ -365,7 +363,7 @@ def bounds_in_percent(low: float, high: float) -> str:
 
 
 def scores_as_json(scores: Sequence[ExampleScore], summary: dict) -> dict:
-    """What --json writes: accuracies, n, and a line a question in dataset order (1 correct, 0 wrong, null unknown).
+    """What --json writes: accuracies, n, an entry per question in dataset order (1 correct, 0 wrong, null unknown).
 
     Questions of one db_id with the same `twins` share their gold query.
     """
@@ -377,8 +375,8 @@ def scores_as_json(scores: Sequence[ExampleScore], summary: dict) -> dict:
 
 
 def of_the_same(before: dict | None, after: dict) -> bool:
-    """Whether two summaries are of the same questions, so that their difference says something."""
+    """Whether two summaries are of the same questions, so that their difference is meaningful."""
     if not before or not before["n"] or before["n"] != after["n"]:
         return False
-    asked = {part["questions"] for part in (before, after) if "questions" in part}  # an older version noted none
+    asked = {part["questions"] for part in (before, after) if "questions" in part}  # older versions did not store this
     return len(asked) < 2

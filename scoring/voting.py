@@ -1,12 +1,12 @@
-"""From several completions to one answer: sample candidates, group them by what they return, vote.
+"""From several completions to one answer: sample candidates, group them by their results, vote.
 
     sample    `sample_candidates`: n completions per question from one shared prefill, or the greedy one
-    group     `group_results`: candidates that run and return the same set of rows, compared whole
+    group     `group_results`: candidates that run and return the same set of complete rows
     vote      `rank_groups`: `majority` puts the largest group first; `value-aware`, the FINER-SQL paper's
-              vote, first asks that a result says something: it has rows, and not only zeros and NULLs
-    estimate  `pass_at_k`: the chance that k candidates contain a correct one
+              vote, prefers results with content: rows that are not only zeros and NULLs
+    estimate  `pass_at_k`: the probability that k candidates contain a correct one
 
-Ties go to the group with the higher mean log-probability a token, never to an order of texts.
+Ties go to the group with the higher mean log-probability per token, never to an order of texts.
 """
 
 import math
@@ -26,18 +26,18 @@ VOTES = ("value-aware", "majority")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A completion, taken apart."""
+    """A completion and its parts."""
 
     text: str        # as the model wrote it
     thought: str     # its reasoning
-    sql: str         # empty where the format is broken
-    logprob: float   # mean over its tokens, under the distribution it was drawn from
+    sql: str         # empty if the format is broken
+    logprob: float   # mean over its tokens, under the sampling distribution
     tokens: int
     truncated: bool  # no end within the allowed length
 
     @property
     def broken(self) -> str:
-        """Why there is no SQL to run, `truncated` or `format`; empty where there is some."""
+        """Why there is no SQL to run, `truncated` or `format`; empty if there is some."""
         if self.sql:
             return ""
         return "truncated" if self.truncated else "format"
@@ -53,16 +53,16 @@ class Exam:
     temperature: float = 0.0  # 0: greedy
     batch: int = 128          # completions decoded side by side
     seed: int = 0
-    room: tuple[float, float] = (math.inf, math.inf)  # tokens side by side: of prompts; of prompts and completions
+    room: tuple[float, float] = (math.inf, math.inf)  # tokens decoded side by side: prompts; prompts and completions
 
     @property
     def greedy(self) -> "Exam":
-        """The same for the greedy answer alone."""
+        """The same settings for the greedy answer alone."""
         return replace(self, samples=1, temperature=0.0)
 
 
 def greedy_sqls(policy, prompts: Sequence[Sequence[int]], exam: Exam, progress: bool = False) -> list[str]:
-    """The SQL of the greedy completion for each prompt, in order; empty where the format is broken."""
+    """The SQL of the greedy completion for each prompt, in order; empty if the format is broken."""
     return [greedy.sql for greedy, in sample_candidates(policy, prompts, exam.greedy, progress)]
 
 
@@ -70,10 +70,10 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], exam: Ex
                       progress: bool = False) -> list[list[Candidate]]:
     """`exam.samples` candidates per prompt, in prompt order. The same arguments give the same candidates.
 
-    progress: show how many questions are answered.
+    progress: show the number of answered questions.
     Raises UserError: a prompt and its answer are longer than the model has positions.
     """
-    import torch  # here, so that scoring a predictions file does not wait for it
+    import torch  # here, so that scoring a predictions file does not import it
 
     from engine.fast import FAST
     from grpo import GRPOConfig, sample_groups
@@ -99,7 +99,7 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], exam: Ex
 
 
 def side_by_side(lengths: Sequence[int], exam: Exam) -> Iterator[list[int]]:
-    """Indices of the prompts that are decoded together, those of similar length; as many as `exam` allows, or one."""
+    """Indices of prompts to decode together, of similar length: as many as `exam` allows, at least one."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     while order:
         count = min(len(order), max(1, exam.batch // exam.samples))
@@ -110,7 +110,7 @@ def side_by_side(lengths: Sequence[int], exam: Exam) -> Iterator[list[int]]:
 
 
 def fits(count: int, length: int, exam: Exam) -> bool:
-    """Whether there is room for so many prompts of up to so many tokens, and for their completions."""
+    """Whether there is room for `count` prompts of up to `length` tokens and their completions."""
     prompts, whole = exam.room
     completions = exam.samples * exam.max_completion_tokens
     return count * length <= prompts and count * (length + completions) <= whole
@@ -131,7 +131,7 @@ def read_text(text: str, logprob: float, tokens: int, truncated: bool, answer_fo
 # -------------------------------------------------------------------------------------------------- vote
 
 def group_results(executions: Sequence[Execution]) -> list[list[int]]:
-    """Indices of the executions that ran, those with equal results together, in order of appearance."""
+    """Indices of the executions that ran, grouped by equal results, in order of appearance."""
     groups: dict[frozenset, list[int]] = {}
     for index, execution in enumerate(executions):
         if execution.status == "ok":
@@ -159,7 +159,7 @@ def choose(candidates: Sequence[Candidate], executions: Sequence[Execution],
            vote: str = "value-aware") -> int:
     """The index of the answer: the likeliest candidate of the winning group.
 
-    When none of them runs, it is the likeliest of those with SQL, or of all when none has any.
+    If none of them runs, it is the likeliest of those with SQL, or of all if none has any.
     """
     logprobs = [candidate.logprob for candidate in candidates]
     ranked = rank_groups(executions, logprobs, vote)
@@ -169,7 +169,7 @@ def choose(candidates: Sequence[Candidate], executions: Sequence[Execution],
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that k of the n candidates, drawn without replacement, contain one of the correct ones.
+    """The probability that k of the n candidates, drawn without replacement, contain a correct one.
 
     This is the unbiased estimator of arXiv 2107.03374: 1 − C(n − c, k) / C(n, k).
     """

@@ -1,8 +1,8 @@
-"""Which questions a model cannot answer, because its tokenizer changes what their gold SQL says.
+"""Which questions a model cannot answer, because its tokenizer changes their gold SQL.
 
-Some tokenizers compose letters and accents (NFC), take off capitals or accents, or have no token for a letter. A model
-then cannot write a name or a cell that has these, however well it is taught. That the text changes does no harm as long
-as the result is the same, as that of keywords without capitals; so the changed query is run and compared.
+Some tokenizers compose letters and accents (NFC), remove capitals or accents, or have no token for a letter. A model
+then cannot write a name or a cell with these, however well it is trained. A change is harmless if the result stays the
+same, as with lower-case keywords; so the changed query is run and compared.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from scoring.verdicts import score_predictions
 
 
 def unwritable(tokenizer, examples: Sequence[Example], executor, matches: Sequence[str]) -> dict[int, str]:
-    """{position: where the tokenizer changes it} of the examples none of whose golds can be written: what it makes of
-    them is right by none of these comparisons."""
+    """{position: where the tokenizer changes it} of the examples without a writable gold query. A gold is writable if
+    the tokenizer reproduces it, or if the changed query still matches by one of these comparisons."""
     golds = [(i, gold.strip()) for i, example in enumerate(examples) for gold in example.gold_sqls]
     ids = encode_answers(tokenizer, [gold for _, gold in golds])
     written = [tokenizer.decode(tokens, skip_special_tokens=False).strip() for tokens in ids]
@@ -29,14 +29,15 @@ def unwritable(tokenizer, examples: Sequence[Example], executor, matches: Sequen
 
 
 def unwritable_note(lost: dict[int, str], examples: Sequence[Example], what: str, fate: str) -> str:
-    """A sentence on them, which names the first."""
+    """A sentence on these examples, which names the first."""
     first = min(lost)
     return (f"the model's tokenizer changes the SQL of {len(lost)} of {len(examples)} {what} so that its result is "
             f"another ({examples[first].id}: {lost[first]}): {fate}")
 
 
 def _difference(a: str, b: str) -> str:
-    """Where two queries begin to differ, in a quoted text if they do there; letters that look alike are told apart."""
+    """Where two queries begin to differ, in quoted text if possible; in ASCII, so that similar letters look different.
+    """
     quoted = zip(QUOTED.findall(a), QUOTED.findall(b), strict=False)
     a, b = next(((x, y) for x, y in quoted if x != y), (a, b))
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
