@@ -1,7 +1,7 @@
 """LoRA adapters (peft): adding them, merging them into the weights, and a frozen second set of them.
 
-A model with adapters has two sets: TRAINED, and FROZEN, which the KL penalty pulls towards. FROZEN holds what TRAINED
-held at step 0, after the cold start: the base alone, with no adapter, would pull what the cold start taught back out.
+A model with adapters has two sets: TRAINED, and FROZEN, the reference of the KL penalty. FROZEN is a copy of TRAINED at
+step 0, after the cold start: a penalty towards the base alone, without adapters, would undo the cold start.
 """
 
 import contextlib
@@ -13,24 +13,24 @@ import torch
 
 from common.errors import UserError
 
-TRAINED, FROZEN = "default", "reference"  # peft calls the first one so
+TRAINED, FROZEN = "default", "reference"  # "default" is peft's name for its first set
 
-# Kinds of adapters that can be sampled from beside their base; only LoRA is trained.
+# Kinds of adapters that can be sampled from unmerged; only LoRA is trained.
 SAMPLED_KINDS = ("LORA", "LOHA", "LOKR", "VERA", "IA3", "OFT")
-# Settings of LoRA whose adapters can be frozen, merged and loaded again, and others that can at least be sampled from.
+# Settings of LoRA that allow freezing, merging and loading again; and those that allow at least sampling.
 TRAINED_SETTINGS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias",
     "eva_config", "init_lora_weights"}
 SAMPLED_SETTINGS = TRAINED_SETTINGS | {"bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"}
-# How they may begin: peft does it again whenever they are loaded, so it must give the same each time.
+# Allowed initialisations: peft repeats them at each load, so they must be deterministic.
 BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva", "pissa", "olora")
-TOLERANCE = 1e-2  # of logits that are the same but for rounding; what is wrong differs by far more
+TOLERANCE = 1e-2  # relative difference of logits through rounding; real errors are far larger
 
 
 def add_lora(model, rank: int):
-    """The frozen model in peft's wrapping, with adapters of this rank that are trained. Raises UserError: no peft."""
+    """The frozen model, wrapped by peft, with trainable adapters of this rank. Raises UserError: no peft."""
     peft = import_peft("--lora-rank needs peft")
     with peft_quiet():
         return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0,
@@ -48,9 +48,9 @@ def import_peft(why: str):
 
 @contextlib.contextmanager
 def peft_quiet():
-    """Without peft's warnings of what users cannot help, and of missing weights, which are refused afterwards."""
+    """Hides peft's warnings that users cannot act on, and those of missing weights, which are refused afterwards."""
     with warnings.catch_warnings():
-        # peft asks for what transformers 5.23 calls deprecated
+        # peft uses an attribute that is deprecated in transformers 5.23
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         yield
@@ -58,7 +58,7 @@ def peft_quiet():
 
 @torch.no_grad()
 def hash_of_base(embeddings: torch.Tensor) -> str:
-    """By which adapters know their base again: of its first embeddings in bf16, alike in float32 and bf16 copies."""
+    """Identifies the base of adapters: a hash of its first embeddings in bf16, equal for float32 and bf16 copies."""
     rows = embeddings[:64].to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
@@ -69,13 +69,13 @@ def has_adapters(model) -> bool:
 
 
 def live_weights(model, adapter: str) -> dict[str, torch.Tensor]:
-    """The model's own tensors by the names that they have in a saved folder: of one adapter, or of the whole model."""
+    """The model's live tensors by their names in a saved folder: those of one adapter, or of the whole model."""
     own = model.state_dict(keep_vars=True)
     if not has_adapters(model):
         return own
     if adapter:
         return {name.replace(f".{adapter}.", ".").replace("magnitude_vector.weight", "magnitude_vector"): weight
-                for name, weight in own.items() if f".{adapter}." in name}  # peft saves DoRA's under the shorter name
+                for name, weight in own.items() if f".{adapter}." in name}  # the shorter name: as peft saves DoRA's
     return {name.removeprefix("base_model.model.").replace(".base_layer.", "."): weight for name, weight in own.items()
             if ".lora_" not in name}
 
@@ -88,7 +88,7 @@ def adapted_layers(model) -> list:
 
 @contextlib.contextmanager
 def _float32(layer):
-    """Inside, the layer's base has float32 weights, which peft may merge adapters into; afterwards its own again."""
+    """The layer's base has float32 weights in this context, so that peft can merge adapters; its own are restored."""
     kept = [(weight, weight.data) for weight in layer.get_base_layer().parameters()]
     try:
         for weight, data in kept:
@@ -102,31 +102,31 @@ def _float32(layer):
 
 @torch.no_grad()
 def merged_weights(model) -> dict[str, torch.Tensor]:
-    """All weights on the CPU, the trained adapters merged into them by peft; no second model is made on the GPU."""
+    """All weights on the CPU, with the trained adapters merged by peft, without a second model on the GPU."""
     live = live_weights(model, "")
     merged = {id(weight): weight.detach().cpu() for weight in live.values()}
     for layer in adapted_layers(model):
         kinds = [(weight, weight.dtype) for weight in layer.get_base_layer().parameters()]
         with _float32(layer):
-            layer.merge(safe_merge=True, adapter_names=[TRAINED])  # safe: into new tensors
+            layer.merge(safe_merge=True, adapter_names=[TRAINED])  # safe_merge: into new tensors
             merged |= {id(weight): weight.detach().to("cpu", kind) for weight, kind in kinds}
     return {name: merged[id(weight)] for name, weight in live.items()}
 
 
 @torch.no_grad()
 def silence(model) -> None:
-    """Makes the trained adapters add nothing, at the addresses where they are, as recorded CUDA graphs read them."""
+    """Makes the trained adapters add nothing; in place, because recorded CUDA graphs read these addresses."""
     for layer in adapted_layers(model):
         for weight in layer.lora_B[TRAINED].parameters():
             weight.zero_()
-        if TRAINED in layer.lora_magnitude_vector:  # DoRA's lengths of the rows
+        if TRAINED in layer.lora_magnitude_vector:  # DoRA's row norms
             layer.lora_magnitude_vector[TRAINED].weight.copy_(layer.get_base_layer().weight.norm(dim=1))
 
 
 # ------------------------------------------------------------------------------------ what cannot be used here
 
 def refusal(config, trained: bool) -> str:
-    """What about adapters of this peft config cannot be used here, in words; empty where they can."""
+    """Why adapters of this peft config cannot be used here, in words; empty if they can."""
     kind = config.peft_type.value
     if kind not in (("LORA",) if trained else SAMPLED_KINDS):
         return f"they are of kind {kind}"
@@ -144,8 +144,8 @@ def refusal(config, trained: bool) -> str:
 
 @torch.no_grad()
 def fault_in_training(model) -> str:
-    """What would be wrong in a run that trains these adapters, in words: they cannot be frozen or merged without a
-    change. Empty where they can."""
+    """Why these adapters cannot be trained, in words: freezing or merging them would change the outputs. Empty if they
+    can."""
     causal = model.get_base_model()
     for name, layer in (("embeddings", causal.get_input_embeddings()), ("head", causal.get_output_embeddings())):
         if hasattr(layer, "base_layer"):
@@ -164,14 +164,14 @@ def fault_in_training(model) -> str:
 
 
 def _merging_changes(layer) -> bool:
-    """Whether the layer's outputs change when its adapters are merged, on random inputs."""
+    """Whether merging the layer's adapters changes its outputs on random inputs."""
     weight = layer.get_base_layer().weight
     x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device)
     with _float32(layer):
         before = layer(x)
         try:
             layer.merge(safe_merge=True, adapter_names=[TRAINED])
-        except RuntimeError:  # such as a bias of adapters where the base has none
+        except RuntimeError:  # such as adapters with a bias on a base without one
             return True
         return _differ(layer(x), before)
 
@@ -182,7 +182,7 @@ def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def adapters_in_force(model, adapter: str):
-    """Inside, these adapters speak; which parameters are trained stays as it was, though peft changes that."""
+    """Activates these adapters in this context; restores which parameters are trained, because peft changes it."""
     before, trained = model.active_adapter, [(weight, weight.requires_grad) for weight in model.parameters()]
     try:
         model.set_adapter(adapter, inference_mode=True)
@@ -195,9 +195,9 @@ def adapters_in_force(model, adapter: str):
 
 @torch.no_grad()
 def add_frozen_adapters(model) -> None:
-    """Copies the trained adapters into a second set, FROZEN, without touching the run's random numbers.
+    """Copies the trained adapters into a second set, FROZEN, without changing the run's random state.
 
-    Beginnings such as PiSSA's rewrite the base, so the second set begins with none of them.
+    Initialisations such as PiSSA rewrite the base, so the second set is created without one.
     """
     if FROZEN not in model.peft_config:
         flags = [(weight, weight.requires_grad) for weight in model.parameters()]

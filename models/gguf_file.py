@@ -1,10 +1,10 @@
 """GGUF files, the format of llama.cpp: read as a transformers model with full-precision weights and its tokenizer.
 
-A GGUF file is metadata (sizes, vocabulary, chat template) followed by tensors, most of them quantised. Here every
-tensor is unpacked by the `gguf` package and must find its place in the model. What cannot be read exactly is refused,
-as a model that is almost right would train and answer almost as well. Decoders of the Llama family with a byte-level
+A GGUF file is metadata (sizes, vocabulary, chat template) followed by tensors, most of them quantised. Here the `gguf`
+package unpacks every tensor, and each must match one in the model. A file that cannot be read exactly is refused,
+because an almost correct model would train and answer almost as well. Decoders of the Llama family with a byte-level
 BPE vocabulary can be read: SmolLM2, Llama 3, Qwen2.5, Qwen3. transformers reads more kinds, but a hundred times slower
-(it walks the vocabulary three times), and it leaves out biases, Llama 3's rotary scaling and SmolLM2's way with digits.
+(it walks the vocabulary three times), and it drops biases, Llama 3's rotary scaling and SmolLM2's splitting of digits.
 """
 
 import mmap
@@ -27,9 +27,9 @@ LAYER_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layer
                "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
                "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
                "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-ROTARY = "rope_freqs.weight"  # by what Llama 3.1 and later divide their rotary frequencies
+ROTARY = "rope_freqs.weight"  # the divisors of the rotary frequencies in Llama 3.1 and later
 
-# How a vocabulary cuts text before its merges apply; {} is the greatest run of digits that stays together.
+# How a vocabulary splits text before its merges apply; {} is the longest run of digits that stays together.
 WORD_RULE = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
              r"|\s+(?!\S)|\s+")
 QWEN, LLAMA3 = WORD_RULE.replace("{}", ""), WORD_RULE.replace("{}", "{1,3}")
@@ -39,15 +39,15 @@ CUTS = {"smollm": "digits", "gpt-2": "", "qwen2": QWEN, "deepseek-r1-qwen": QWEN
 
 @dataclass
 class GGUFFile:
-    """The metadata of a file, and where its tensors lie."""
+    """The metadata of a file, and the positions of its tensors."""
 
     path: Path
     metadata: dict
     tensors: dict[str, tuple[int, tuple[int, ...], int]]  # name -> (quantisation, shape, offset in the file)
-    size: int  # bytes that the file must have at least
+    size: int  # minimum size of the file in bytes
 
     def value(self, name: str, default=None):
-        """A value of the architecture, as `llama.block_count`. Raises UserError: it is needed and missing."""
+        """A value of the architecture, as `llama.block_count`. Raises UserError: it is missing and has no default."""
         found = self.metadata.get(f"{self.metadata['general.architecture']}.{name}", default)
         if found is None:
             raise UserError(f"{self.path} does not say its {name}, so the model cannot be built")
@@ -55,9 +55,9 @@ class GGUFFile:
 
 
 def find_gguf(source: str | Path) -> Path | None:
-    """The GGUF file that a path names: itself, or the only one in a folder without config.json; None: no GGUF.
+    """The GGUF file of a path: itself, or the only one in a folder without config.json; None: no GGUF.
 
-    Raises UserError: the folder holds several.
+    Raises UserError: the folder contains several.
     """
     path = Path(source)
     if path.suffix.lower() == ".gguf" and path.is_file():
@@ -73,7 +73,8 @@ def find_gguf(source: str | Path) -> Path | None:
 # ----------------------------------------------------------------------------------------------------- the file
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Reads everything but the tensors' data. Raises UserError: no GGUF file, truncated, or not of a kind read here."""
+    """Reads everything but the tensors' data. Raises UserError: not a GGUF file, truncated, or of an unsupported kind.
+    """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = _parse(path, data)
@@ -129,7 +130,7 @@ def _value(data, position: int, kind: int):
     if kind == STRING:
         return _text(data, position)
     if kind != ARRAY:
-        form = f"<{NUMBERS.get(kind, '-')}"  # struct.error for a kind that there is not
+        form = f"<{NUMBERS.get(kind, '-')}"  # struct.error for an unknown kind
         return struct.unpack_from(form, data, position)[0], position + struct.calcsize(form)
     kind, count = struct.unpack_from("<IQ", data, position)
     position += 12
@@ -144,7 +145,7 @@ def _value(data, position: int, kind: int):
 
 
 def _bytes(path: Path, kind: int, shape: tuple[int, ...]) -> int:
-    """Of a tensor's data. Raises UserError: its quantisation is not known."""
+    """Bytes of a tensor's data. Raises UserError: its quantisation is unknown."""
     gguf = _package(path)
     try:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
@@ -163,7 +164,7 @@ def _package(path: Path):
 
 
 def _refuse_unknown(file: GGUFFile) -> None:
-    """Raises UserError for what would load, but not as the model that it is."""
+    """Raises UserError: the file would load, but as a different model."""
     metadata, kind = file.metadata, file.metadata.get("general.architecture")
     if metadata.get("split.count", 1) > 1:
         raise UserError(f"{file.path} is one of {metadata['split.count']} parts: join them with "
@@ -186,7 +187,7 @@ def _refuse_unknown(file: GGUFFile) -> None:
 # ---------------------------------------------------------------------------------------- config, weights, tokenizer
 
 def gguf_config(file: GGUFFile) -> dict:
-    """What the config.json of the model would say."""
+    """The content of the model's config.json, from the metadata."""
     kind, ids = file.metadata["general.architecture"], file.metadata
     heads, width = file.value("attention.head_count"), file.value("embedding_length")
     head = file.value("attention.key_length", file.value("rope.dimension_count", width // heads))
@@ -202,7 +203,7 @@ def gguf_config(file: GGUFFile) -> dict:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": ids.get("tokenizer.ggml.bos_token_id"), "eos_token_id": ids.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": ids.get("tokenizer.ggml.padding_token_id")}
-    if kind != "qwen2":  # which has biases always
+    if kind != "qwen2":  # qwen2 always has biases
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if kind == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
@@ -212,9 +213,10 @@ def gguf_config(file: GGUFFile) -> dict:
 
 
 def _llama3_rotary(file: GGUFFile, head: int, theta: float) -> dict:
-    """Llama 3's parameters, found again from what the file keeps of them: by what each frequency is divided."""
+    """Llama 3's rotary parameters, recovered from the divisor of each frequency, which is all that the file contains.
+    Raises UserError: the divisors are not Llama 3's."""
     divisors = _tensor(file, ROTARY)
-    factor, low, high, positions = divisors.max().item(), 1.0, 4.0, 8192  # the three that all its releases share
+    factor, low, high, positions = divisors.max().item(), 1.0, 4.0, 8192  # the last three: as in all releases
     wavelengths = 2 * torch.pi * theta ** (torch.arange(0, head, 2) / head)
     blend = ((positions / wavelengths - low) / (high - low)).clamp(0, 1)
     if not torch.allclose(divisors, 1 / ((1 - blend) / factor + blend), rtol=1e-4):
@@ -242,7 +244,7 @@ def _tensor(file: GGUFFile, name: str) -> torch.Tensor:
 
 
 def gguf_weights(file: GGUFFile, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """All weights under the names that transformers gives them. Raises UserError: a tensor has no place there."""
+    """All weights under the names of transformers. Raises UserError: a tensor has no counterpart there."""
     heads = file.value("attention.head_count")
     kv_heads, weights = file.value("attention.head_count_kv", heads), {}
     for name in file.tensors:
@@ -264,13 +266,13 @@ def gguf_weights(file: GGUFFile, dtype: torch.dtype = torch.float32) -> dict[str
 
 
 def _unpermuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows in transformers' order: the two of a rotation half a head apart, which llama.cpp puts side by side."""
+    """Rows in transformers' order: the two rows of a rotation are half a head apart; in llama.cpp they are adjacent."""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def gguf_tokenizer(file: GGUFFile):
-    """The tokenizer, with the chat template, the special tokens, and the way of cutting words that the file names."""
+    """The tokenizer, with the chat template, the special tokens and the word splitting that the file names."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 

