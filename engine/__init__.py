@@ -1,8 +1,8 @@
-"""How a training step is computed fast, on CPUs and GPUs. Where to begin: fast.py."""
+"""Computes a training step fast, on CPUs and GPUs. Start with fast.py."""
 
 import os
 
-# Large tensors of a CPU stand on huge pages, where Linux lets a process ask for them: an update allocates gigabytes
-# anew, and the system makes and clears each page when it is first touched (docs/speed.md). PyTorch reads this at its
-# first tensor, which is one of torch.distributed's; nothing of engine/ can be imported before this line.
+# Large CPU tensors use huge pages where Linux allows it, because an update allocates gigabytes anew and the system
+# clears each page on first touch (docs/speed.md). PyTorch reads this variable at its first tensor, which
+# torch.distributed creates, so this line must run before any other module of engine/ is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,12 +1,12 @@
 """Attention over groups: G completions share the keys and values of their prompt.
 
-transformers lets a model's attention be exchanged by name. `enable(model)` puts `grouped_attention` there, which is its
-own `sdpa` until a call of the model carries `layout=`, an object that knows how the tokens of the call belong together:
+transformers selects a model's attention by name. `enable(model)` selects `grouped_attention`. It is transformers' own
+`sdpa` unless a call of the model passes `layout=`, an object that defines which tokens of the call see which:
 
     row_attention.RowLayout  a row that is a tree of prompts and completions, for the update; gradients flow through it
-    grid.Grid                one new token for each completion under way, for sampling
+    grid.Grid                one new token per unfinished completion, for sampling
 
-Both compute what separate rows would, and read a prompt once. Which models can be run so is found out on small ones.
+Both give the results of separate rows, but read a prompt once. A check on a small copy shows which models support it.
 """
 
 import copy
@@ -40,7 +40,7 @@ def causal_lm(model):
 
 
 def enable(model) -> None:
-    """Routes a model's attention through `grouped_attention`. Raises ValueError where it cannot be."""
+    """Routes a model's attention through `grouped_attention`. Raises ValueError: the model does not use sdpa."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -54,26 +54,26 @@ def enable(model) -> None:
 
 
 def no_mask(device) -> Tensor:
-    """What to give as attention_mask beside a layout: models take a mask of four dimensions as it is."""
+    """The attention_mask to pass with a layout: models use a mask of four dimensions as it is."""
     return torch.zeros(1, 1, 1, 1, device=device)
 
 
-# ---- trust, after one look
+# ---- which models are exact
 
 
-TOLERANCE = 2e-5  # of a log-probability, between two ways that are the same but for the rounding of float32
+TOLERANCE = 2e-5  # of a log-probability, between two implementations that differ only by float32 rounding
 _warned: "weakref.WeakSet" = weakref.WeakSet()  # models; one warning each
-_verdicts: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> {name of a way: bool}
+_verdicts: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> {name of an implementation: bool}
 SMALL_MODEL = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "pad_token_id": None, "bos_token_id": None,
                "eos_token_id": None, "initializer_range": 0.2}  # weights large enough that a difference shows
-WINDOWS = ("sliding_window", "attention_chunk_size")  # made so short that the check sees what they do
+WINDOWS = ("sliding_window", "attention_chunk_size")  # shortened so that the check covers them
 
 
 def is_exact(model, way: str, gap: Callable, quiet: bool = False) -> bool:
-    """Whether a fast way of computing gives a model's results; found out once, and unless quiet a warning says if not.
+    """Whether a fast implementation gives a model's results; checked once per model. Warns if not, unless quiet.
 
     gap: takes a small model with random float32 weights and the layers of this one, computes a case both ways, and
-        returns the largest difference of a log-probability. The real weights are not asked: in bf16 they round.
+        returns the largest difference of a log-probability. The real weights are not used, because bf16 ones round.
     """
     causal = causal_lm(model)
     verdicts = _verdicts.setdefault(causal, {})
@@ -82,7 +82,7 @@ def is_exact(model, way: str, gap: Callable, quiet: bool = False) -> bool:
             with torch.autocast("cpu", enabled=False):
                 difference = gap(small_copy(causal))
             reason = "" if difference <= TOLERANCE else f"log-probabilities differ by {difference:.2g}"
-        except Exception as error:  # whatever an architecture trips over, the plain way is there
+        except Exception as error:  # whatever fails for an architecture, the plain engine works
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         verdicts[way] = not reason
         if reason and not quiet and causal not in _warned:
@@ -108,6 +108,6 @@ def small_copy(causal):
         torch.manual_seed(0)
         small = type(causal)(config).float().eval()
         for weight in small.parameters():
-            if weight.dim() == 1:  # norms and biases begin as ones and zeros, which would hide what is done with them
+            if weight.dim() == 1:  # norms and biases start as ones and zeros, which would hide errors
                 weight.add_(0.2 * torch.randn_like(weight))
     return small

@@ -1,12 +1,12 @@
-"""Weights to sample with: a bf16 copy of a model's matrices, taken anew before each rollout, at the same addresses.
+"""Weights to sample with: a bf16 copy of a model's matrices, refreshed in place before each rollout.
 
-Under autocast every product would cast its weights again, for each token. What autocast leaves in float32 when the
-model is trained stays so here, as the model's own tensors: embeddings, norms, and with them the sum that each layer
-adds to. So sampler and trainer round at the same places. Weights that are bf16 already (the base of LoRA adapters, and
-all where the optimizer has others) are shared, not copied. Adapters stay beside them, unmerged: merged into bf16
-weights, most of what they have learned would be rounded away.
+Under autocast every product would cast its weights again for each token. Weights that autocast leaves in float32 during
+training (embeddings, norms) are the model's own tensors here too, so the residual stream is also float32, and sampler
+and trainer round at the same places. Weights that are already bf16 (the base of LoRA adapters, and all weights if the
+optimizer holds float32 copies) are shared, not copied. Adapters stay unmerged, because merging them into bf16 weights
+would round away most of what they have learned.
 
-Of a model that is sharded over processes each has a whole copy, which they `refresh` together before a rollout.
+If a model is sharded, each process has a whole copy, and all processes `refresh` theirs together before a rollout.
 """
 
 import copy
@@ -27,7 +27,7 @@ def weights_to_sample_with(model):
         yield model
         return
     if not sharded:
-        if known is None or _shapes(known) != _shapes(model):  # adapters have come
+        if known is None or _shapes(known) != _shapes(model):  # adapters were added
             known = _copies[model] = rounded_copy(model)
         with torch.no_grad():
             for new, old in zip(all_weights(known), all_weights(model), strict=True):
@@ -37,7 +37,7 @@ def weights_to_sample_with(model):
 
 
 def all_weights(model) -> list[nn.Parameter]:
-    """Of every module; weights that two share come twice."""
+    """The weights of every module; a weight that two share comes twice."""
     return [weight for _, weight in model.named_parameters(remove_duplicate=False)]
 
 
@@ -46,9 +46,9 @@ def _shapes(model) -> list[torch.Size]:
 
 
 def refresh(model, sharded) -> bool:
-    """Whether there is a bf16 copy of a sharded model to sample from; it is brought up to date.
+    """Updates the bf16 copy of a sharded model; returns whether there is one to sample from.
 
-    sharded: of `distributed.Sharded`, which gathers the weights a layer at a time.
+    sharded: a `distributed.Sharded`, which gathers the weights one layer at a time.
     """
     if not _in_bf16(model):
         return False
@@ -76,5 +76,5 @@ def rounded_copy(model):
 
 
 def _is_rounded(module, weight) -> bool:
-    """Whether autocast rounds a weight: those of products, and their biases."""
+    """Whether autocast rounds a weight: the matrices of products and their biases."""
     return isinstance(module, nn.Linear) or weight.dim() > 1 and not isinstance(module, nn.Embedding)

@@ -1,10 +1,10 @@
-"""Sharing the CPU's cores with whatever else runs on the machine.
+"""Shares the CPU's cores with other processes on the machine.
 
-Threads of OpenMP that wait for one another spin for some milliseconds before they sleep. On free cores that is fastest.
+OpenMP threads that wait for one another spin for some milliseconds before they sleep. On free cores that is fastest.
 While another process wants a core, each wait costs the core's whole time slice, and a training step takes many times as
-long. GNU's OpenMP, which PyTorch for Linux has, spins only briefly once it manages more threads than there are cores.
-So while the cores are not free, `share_cores` keeps idle teams of threads, and the others sleep where they wait. The
-number of threads that compute stays the same, and with it every bit of the results.
+long. GNU OpenMP, which PyTorch uses on Linux, spins only briefly once it manages more threads than there are cores. So
+while cores are busy, `share_cores` holds idle teams of threads, and waiting threads sleep. The number of threads that
+compute stays the same, and so does every bit of the results.
 """
 
 import os
@@ -15,19 +15,19 @@ from pathlib import Path
 
 import torch
 
-OWN_POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # variables by which a user says how threads wait
+OWN_POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # variables that set how threads wait
 PERIOD = 0.5  # seconds between two looks
-MARGIN = 0.2  # cores that others may use before threads wait otherwise
-QUIET = 3  # looks in a row that find the cores free before threads spin again
-TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # a second
+MARGIN = 0.2  # cores that others may use before waiting threads sleep
+QUIET = 3  # looks in a row with free cores before threads spin again
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # per second
 
 
 @cache
 def share_cores() -> None:
-    """Follows the load of the machine from now on, in a thread of its own.
+    """Follows the machine's load from now on, in a separate thread.
 
-    Does nothing where the user has set how threads wait, where a single thread computes, and where the system does not
-    report its load as Linux does.
+    Does nothing if the user has set how threads wait, if a single thread computes, or if the system does not report its
+    load as Linux does.
     """
     if any(name in os.environ for name in OWN_POLICY) or torch.get_num_threads() == 1 or not _load_is_known():
         return
@@ -48,7 +48,7 @@ class Waiting:
         self.load, self.teams, self.quiet = load, None, 0
 
     def adapt(self, load: "Load") -> None:
-        """Threads sleep at once when cores are missing, and spin again when that has not been so for a while."""
+        """Lets threads sleep at once when cores are busy, and spin again after cores have been free for a while."""
         free = load.cores - load.others_since(self.load)
         crowded = free < torch.get_num_threads() - MARGIN
         self.load, self.quiet = load, 0 if crowded else self.quiet + 1
@@ -60,7 +60,7 @@ class Waiting:
 
 
 class IdleTeams:
-    """So many teams of OpenMP threads that it manages more threads than there are cores. They do nothing."""
+    """Idle teams of OpenMP threads, enough that OpenMP manages more threads than there are cores."""
 
     def __init__(self, cores: int):
         size = torch.get_num_threads()
@@ -71,7 +71,7 @@ class IdleTeams:
             thread.start()
 
     def _hold(self) -> None:
-        torch.zeros(2**20).add_(1)  # large enough that all threads take part, which makes the team
+        torch.zeros(2**20).add_(1)  # large enough that all threads take part and form the team
         self.ended.wait()
 
     def end(self) -> None:
@@ -82,7 +82,7 @@ class IdleTeams:
 
 
 class Load:
-    """Seconds of computing until now, of all processes on this process's cores and of this one with its children."""
+    """CPU seconds until now, of all processes on this process's cores and of this process with its children."""
 
     def __init__(self, cores: int, everyone: float, own: float):
         self.cores, self.everyone, self.own, self.time = cores, everyone, own, time.monotonic()
@@ -91,7 +91,7 @@ class Load:
     def now(cls) -> "Load":
         mine = {f"cpu{n}" for n in os.sched_getaffinity(0)}
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-        # user, nice, system; without the time of interrupts, of waiting, and of other machines on the host
+        # user, nice, system; without interrupts, waiting, and other machines on the host
         everyone = sum(int(tick) for name, *ticks in lines if name in mine for tick in ticks[:3]) / TICKS
         return cls(len(mine), everyone, time.process_time() + _seconds_of_children())
 
@@ -101,9 +101,9 @@ class Load:
 
 
 def _seconds_of_children() -> float:
-    """Of this process's children, which are its SQL workers, that live."""
+    """CPU seconds of this process's live children, its SQL workers."""
     total = 0
-    for thread in Path("/proc/self/task").iterdir():  # the kernel lists them by the thread that began them
+    for thread in Path("/proc/self/task").iterdir():  # the kernel lists them by the thread that started them
         try:
             children = (thread / "children").read_text().split()
         except OSError:  # the thread has ended

@@ -1,4 +1,4 @@
-"""Sampling with each prompt computed, stored and read once for its G completions; otherwise as `grpo.plain_decode`."""
+"""Sampling that computes, stores and reads each prompt once for its G completions; otherwise as `grpo.plain_decode`."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from engine.row_attention import RowLayout, masked
 from engine.tree import Tree
 from grpo import Group, as_groups, dropout_off, left_pad, plain_decode, plain_logprobs
 
-WORTH = 2  # times fewer tokens that one row must have on a GPU, where attention in it needs a mask
+WORTH = 2  # factor by which one row must save tokens on a GPU, because its attention needs a mask
 
 
 def decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature: float,
@@ -31,7 +31,7 @@ def decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature: float
 
 
 def grid_decode(model, forward: Callable, prompts, uniform, temperature, eos_ids) -> list[Group]:
-    """`decode`, with one of the two ways of `forward_of` to compute a token."""
+    """`decode` with a forward pass of one token, as `forward_of` chooses it."""
     grid, (_, G, T) = _grids.setdefault(causal_lm(model), Grid()), uniform.shape
     step = partial(forward, model)
     addresses = tuple(weight.data_ptr() for weight in model.parameters())
@@ -46,7 +46,7 @@ def grid_decode(model, forward: Callable, prompts, uniform, temperature, eos_ids
 
 
 def prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """Keys and values of B prompts, a layer [B, Hk, P, d] each; their mask [B, P]; logits of what follows [B, V]."""
+    """Keys and values of B prompts, [B, Hk, P, d] each per layer; their mask [B, P]; next token's logits [B, V]."""
     device = next(model.parameters()).device
     ids, mask = left_pad(prompts, device)  # [B, P] each
     if can_pack(model, quiet=True):
@@ -61,7 +61,7 @@ def prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor
 
 
 def row_prefill(model, prompts, tree: Tree) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """`prefill` by one row without padding, in which what several prompts begin with stands once."""
+    """`prefill` as one row without padding, in which a common prefix of prompts appears once."""
     enable(model)
     device = next(model.parameters()).device
     places, mask = left_pad(tree.places, device)  # [B, P] each
@@ -74,13 +74,13 @@ def row_prefill(model, prompts, tree: Tree) -> tuple[list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class KeepingLayout(RowLayout):
-    """A row whose keys and values are kept, {layer: 2 × [1, Hk, L, d]}."""
+    """A row that stores its keys and values, {layer: 2 × [1, Hk, L, d]}."""
 
     kept: dict = field(default_factory=dict)
 
     def attend(self, layer, query, key, value, scaling, window=None):
         self.kept[layer] = key.to(value.dtype), value
-        if query.is_cuda:  # a prefill is too short a work to compile FlexAttention for
+        if query.is_cuda:  # a prefill is too short to compile FlexAttention for
             return masked(self, query, key, value, scaling, window)
         return super().attend(layer, query, key, value, scaling, window)
 
@@ -88,7 +88,7 @@ class KeepingLayout(RowLayout):
 _grids: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # model -> Grid
 
 
-# ---- which models can
+# ---- which models can do it
 
 
 def module_forward(model, token: Tensor, position: Tensor, grid: Grid) -> Tensor:
@@ -98,24 +98,24 @@ def module_forward(model, token: Tensor, position: Tensor, grid: Grid) -> Tensor
 
 
 def forward_of(model) -> Callable:
-    """How a token of a model is computed: as lean.py does where that is exact, else by its modules."""
+    """The forward pass of one token: that of lean.py where it is exact, else that of the model's modules."""
     fits = is_exact(model, "lean layers", lambda small: _gap(small, lean.forward), quiet=True)
     return lean.forward if fits else module_forward
 
 
 def can_share(model) -> bool:
-    """Whether a model's completions can share their prompt; a warning says if they cannot."""
+    """Whether a model's completions can share their prompt; warns if not."""
     return is_exact(model, "shared prompts", lambda small: _gap(small, module_forward))
 
 
 def can_replay(model, forward: Callable) -> bool:
-    """Whether a token needs nothing but operations on tensors, so that a GPU can replay it. It is asked before a graph
-    is recorded, for what fails on the way leaves PyTorch's memory in disorder."""
+    """Whether a token needs only tensor operations, so that a GPU can replay it. Checked before a graph is recorded,
+    because a failed recording leaves PyTorch's memory in disorder."""
     return is_exact(model, "graphs", lambda small: _asks(small, forward), quiet=True)
 
 
 def _asks(model, forward: Callable) -> float:
-    """0; raises where a token of a model asks for a value: fake tensors have none."""
+    """Returns 0; raises if computing a token reads a tensor's value, because fake tensors have none."""
     grid, prompts = Grid(), [torch.arange(2, 9), torch.arange(3, 6)]
     with torch.no_grad(), dropout_off(model):
         grid.start(*prefill(model, prompts), torch.rand(2, 3, 4, dtype=torch.float64), 1.0, [0])
@@ -126,7 +126,7 @@ def _asks(model, forward: Callable) -> float:
 
 
 def _gap(model, forward: Callable) -> float:
-    """Largest difference of a sampled token's log-probability from that of the plain forward."""
+    """Largest difference between a sampled token's log-probability and the plain one."""
     prompts, uniform = [torch.arange(2, 9), torch.arange(3, 6)], torch.rand(2, 3, 4, dtype=torch.float64)
     gaps = []
     with torch.no_grad(), dropout_off(model):

@@ -1,12 +1,12 @@
-"""More than one process for a run: `torchrun --nproc-per-node N train.py …`. torch.distributed is the engine.
+"""Several processes per run: `torchrun --nproc-per-node N train.py …`, with torch.distributed.
 
-All processes go through the same steps on the same state. Each samples and scores its part of a step's questions; what
-they found is gathered, so that advantages, metrics and the memory are those of the whole batch in all of them. Each
-computes its part of the cold start's passes and of the update's micro-batches, and gradients are summed. Process 0
-alone prints, logs and saves.
+All processes take the same steps on the same state. Each samples and scores its part of a step's questions; the results
+are gathered, so that every process has the advantages, metrics and memory of the whole batch. Each computes its part of
+the cold start's passes and of the update's micro-batches, and gradients are summed. Only process 0 prints, logs and
+saves.
 
 `Sharded` spreads parameters, gradients and optimizer state over the processes (FSDP2); otherwise each has all of them.
-With a single process nothing here does anything.
+With a single process, nothing here has an effect.
 """
 
 import copy
@@ -29,7 +29,7 @@ from grpo import Engine, GRPOConfig, MicroBatch, UpdateSums, backward, clip, dro
 
 # For a process that hangs. One that dies is noticed at once: torchrun ends the others, or their connections break.
 TIMEOUT = timedelta(minutes=30)
-SHORTEST = ([torch.zeros(1, dtype=torch.long)],) * 2  # a prompt and a completion of one token, for passes that weigh 0
+SHORTEST = ([torch.zeros(1, dtype=torch.long)],) * 2  # a prompt and a completion of one token, for passes of weight 0
 
 
 class LostProcess(UserError):
@@ -53,7 +53,7 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group():
-    """Joins the processes that torchrun has started, inside; only process 0 prints, and says what a user did wrong."""
+    """Joins the processes that torchrun has started; inside, only process 0 prints and reports user errors."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -65,20 +65,20 @@ def process_group():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     try:
         yield
-        gather(None)  # process 0 writes its last files before any other ends, for torchrun would end it, too
+        gather(None)  # process 0 writes its last files first: torchrun would end it once another has ended
         dist.destroy_process_group()
     except UserError as error:
         if not is_main() and not isinstance(error, LostProcess):
-            raise SystemExit(2) from error  # process 0 says it
+            raise SystemExit(2) from error  # process 0 reports it
         raise
     finally:
         sys.stdout = printed
 
 
 def exit_process(status: int) -> int:
-    """Ends this process, if it was one of several, with its status; returns it otherwise.
+    """Ends this process with its status if it is one of several; else returns the status.
 
-    At once: while a process is torn down, PyTorch's threads can abort it, after all has been done and written.
+    It ends at once, because PyTorch's threads can abort a process during teardown, after all its work.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
@@ -89,7 +89,7 @@ def exit_process(status: int) -> int:
 
 @contextmanager
 def _together():
-    """Around what all processes do together: one that is gone is one sentence. Raises LostProcess."""
+    """The context of what all processes do together. Raises LostProcess, one sentence: another has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -98,16 +98,16 @@ def _together():
                           f"checkpoint with --resume ({reason})") from error
 
 
-# ---- what all processes know
+# ---- what all processes share
 
 
 def share_of(count: int) -> slice:
-    """Which of `count` things are this process's; the parts of all are disjoint, in order, and may be empty."""
+    """This process's part of `count` items; the parts are disjoint, in order, and may be empty."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 
 
 def gather(value) -> list:
-    """The value of each process, in their order, in all of them."""
+    """The values of all processes, in rank order, in every process."""
     if size() == 1:
         return [value]
     values = [None] * size()
@@ -117,13 +117,13 @@ def gather(value) -> list:
 
 
 def merge(items: list) -> list:
-    """One list of the items of all processes, in their order."""
+    """One list of the items of all processes, in rank order."""
     return [item for items in gather(items) for item in items]
 
 
 def everywhere(action: Callable, *errors: type[Exception]):
-    """What `action()` returns in this process; one of these errors in any process is raised in all of them, so that
-    process 0 says it."""
+    """The result of `action()` in this process; one of these errors in any process is raised in all of them, so that
+    process 0 reports it."""
     result, failure = None, None
     try:
         result = action()
@@ -136,7 +136,7 @@ def everywhere(action: Callable, *errors: type[Exception]):
 
 
 def on_main(action: Callable):
-    """What `action()` returns in process 0, in all of them; a UserError is raised in all of them."""
+    """The result of `action()` in process 0, for all processes; a UserError is raised in all of them."""
     outcome = None
     if is_main():
         try:
@@ -153,8 +153,8 @@ def on_main(action: Callable):
 
 
 def policy_update(model, optimizer, batches: list[MicroBatch], config: GRPOConfig, engine: Engine) -> dict[str, float]:
-    """`grpo.policy_update` by all processes. Each has a part of the rollout's micro-batches (`divide`); the optimizer
-    steps are those of all gradients, and the statistics those of all micro-batches."""
+    """`grpo.policy_update` by all processes. Each has a part of the rollout's micro-batches (`divide`); optimizer steps
+    use the gradients of all, and the statistics cover all micro-batches."""
     if size() == 1:
         return grpo.policy_update(model, optimizer, batches, config, engine)
     sums, skipped = UpdateSums(), 0
@@ -178,13 +178,13 @@ def divide(batches: list[MicroBatch], config: GRPOConfig) -> list[MicroBatch]:
 
 
 def make_idle_passes(model, engine: Engine, count: int) -> None:
-    """Passes that weigh 0, because a sharded model needs equally many passes of all processes."""
+    """Makes passes of weight 0, because a sharded model needs the same number of passes from all processes."""
     for _ in range(count):
         (0 * engine.logprobs(model, *SHORTEST, 1.0)).sum().backward()
 
 
 def merge_stats(stats: dict[str, float]) -> dict[str, float]:
-    """The statistics of an update in which each process had a part, from those of its part."""
+    """The statistics of an update, from each process's statistics of its part."""
     parts = gather(stats)
     tokens, trained = (sum(part[name] for part in parts) for name in ("tokens", "trained_tokens"))
 
@@ -200,9 +200,9 @@ def merge_stats(stats: dict[str, float]) -> dict[str, float]:
 
 
 def sum_gradients(model) -> None:
-    """Adds up the gradients of all processes; those of a sharded model were added up in backward."""
+    """Sums the gradients of all processes; backward has already summed those of a sharded model."""
     if size() > 1 and any(gather(any(weight.grad is not None for weight in model.parameters()))):
-        with _together():  # where no process has any, zeros would still move weights, by AdamW's momentum
+        with _together():  # if no process has any, zeros would still move weights, by AdamW's momentum
             for weight in model.parameters():
                 if weight.requires_grad and not is_sharded(weight):
                     weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -210,7 +210,7 @@ def sum_gradients(model) -> None:
 
 
 def copy_from_main(model) -> None:
-    """Gives the model of every process the weights of process 0's."""
+    """Copies process 0's weights to the model of every process."""
     if size() > 1:
         with _together():
             for tensor in (*model.parameters(), *model.buffers()):
@@ -221,10 +221,10 @@ def copy_from_main(model) -> None:
 
 
 class Sharded(torch.nn.Module):
-    """A model whose parameters, gradients and optimizer state are spread over the processes: FSDP2, a layer a unit.
+    """A model whose parameters, gradients and optimizer state are spread over the processes: FSDP2, one unit per layer.
 
-    It is made before the optimizer. `engine` computes log-probabilities through it, and all processes make equally
-    many such passes; sampling is done inside `unsharded`.
+    Make it before the optimizer. `engine` computes log-probabilities through it, and all processes must make the same
+    number of passes; sample inside `unsharded`.
     """
 
     def __init__(self, model, engine: Engine):
@@ -232,8 +232,8 @@ class Sharded(torch.nn.Module):
 
         super().__init__()
         self.model, self.logprobs = model, engine.logprobs
-        self.samples_from_copy = engine.decode is decode and can_share(model)  # where the copy is in bf16, see bf16.py
-        self.blank = [_with_weights_of(model, "meta")]  # in a list, where FSDP does not look for parameters
+        self.samples_from_copy = engine.decode is decode and can_share(model)  # in bf16 arithmetic, see bf16.py
+        self.blank = [_with_weights_of(model, "meta")]  # in a list, where FSDP does not find its parameters
         self.engine = Engine(engine.decode, lambda _, *rows: self(*rows))  # through __call__, where FSDP's hooks are
         mesh = dist.init_device_mesh(next(model.parameters()).device.type, (size(),))
         kinds = model._no_split_modules or ()  # the class of the layers, as transformers names it
@@ -243,7 +243,7 @@ class Sharded(torch.nn.Module):
         for unit in self.units():  # the loss is divided by the whole batch's normaliser, so gradients are summed
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        with torch.no_grad():  # FSDP wants to see the whole module run first, before a part of it samples
+        with torch.no_grad():  # FSDP requires that the whole module runs before a part of it samples
             self(*SHORTEST, 1.0)
 
     def forward(self, *rows) -> Tensor:
@@ -254,9 +254,9 @@ class Sharded(torch.nn.Module):
         return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
     def frozen_copy(self, device=None, like=None):
-        """A model of its own with all weights as they are now, not trained. All processes make it together.
+        """A separate model with all current weights, frozen. All processes make it together.
 
-        like: a model without values whose weights have the types that are wanted; None: this one's types.
+        like: a model without values, for the types of the weights; None: this model's types.
         """
         device = device or next(self.model.parameters()).device
         frozen = _with_weights_of(like or self.blank[0], device).to(device).requires_grad_(False).eval()
@@ -265,7 +265,7 @@ class Sharded(torch.nn.Module):
 
     @torch.no_grad()
     def copy_onto(self, whole) -> None:
-        """Copies all weights onto those of a whole model, a unit after the other, so that only one is gathered."""
+        """Copies all weights onto a whole model, unit by unit, so that only one is gathered at a time."""
         for unit in self.units():
             unit.unshard()
             for new, own in zip(bf16.all_weights(whole), bf16.all_weights(self.model), strict=True):
@@ -275,7 +275,7 @@ class Sharded(torch.nn.Module):
 
 
 def _with_weights_of(model, device):
-    """A copy whose weights, on this device, have the shapes and types of a model's and no values."""
+    """A copy of a model with uninitialised weights of the same shapes and types, on this device."""
     memo = {id(weight): torch.nn.Parameter(torch.empty_like(weight, device=device), weight.requires_grad)
             for weight in model.parameters()}
     return copy.deepcopy(model, memo)
@@ -283,8 +283,8 @@ def _with_weights_of(model, device):
 
 @contextmanager
 def unsharded(sharded: Sharded | None):
-    """Inside, every process can sample from the model at its own pace: from a bf16 copy, brought up to date here, or
-    else from the model itself, with all parameters gathered."""
+    """The context in which every process can sample at its own pace: from a bf16 copy, updated here, or else from the
+    model itself, with all parameters gathered."""
     copied = sharded and sharded.samples_from_copy and bf16.refresh(sharded.model, sharded)
     units = sharded.units() if sharded and not copied else []
     for unit in units:
@@ -297,7 +297,7 @@ def unsharded(sharded: Sharded | None):
 
 
 def is_sharded(value) -> bool:
-    """Whether a value is a tensor of which each process has a part (a DTensor, whose import takes seconds)."""
+    """Whether a value is a DTensor, of which each process has a part. (Importing that class takes seconds.)"""
     return hasattr(value, "full_tensor")
 
 
@@ -311,7 +311,7 @@ def full_weights(model) -> dict[str, Tensor]:
 
 
 def full_state(model, optimizer) -> dict:
-    """The optimizer's state as that of a single process; of a sharded model in process 0 only, on the CPU."""
+    """The optimizer's state as that of a single process; for a sharded model in process 0 only, on the CPU."""
     if not optimizer.state or not _any_sharded(model):  # PyTorch would step an optimizer without a state
         return optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -324,7 +324,7 @@ def full_state(model, optimizer) -> dict:
 
 
 def load_full_state(model, optimizer, state: dict) -> None:
-    """Takes up such a state, whatever number of processes wrote it; a sharded model takes that of process 0, a tensor
+    """Loads a `full_state`, whatever number of processes wrote it; a sharded model takes that of process 0, one tensor
     at a time."""
     if not state["state"] or not _any_sharded(model):
         return optimizer.load_state_dict(state)
@@ -348,7 +348,7 @@ def _trained(model) -> list[str]:
 
 
 def copy_whole(weight, values: Tensor) -> None:
-    """Copies a whole tensor onto a parameter, of which each process may have a part."""
+    """Copies a whole tensor onto a parameter that may be sharded."""
     if is_sharded(weight):
         from torch.distributed.tensor import distribute_tensor
         values = distribute_tensor(values.to(weight.device), weight.device_mesh, weight.placements)

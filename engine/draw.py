@@ -1,16 +1,16 @@
-"""Drawing a token from a large vocabulary: `grpo.sample_token` with less of the cumulative sum."""
+"""Draws a token from a large vocabulary: `grpo.sample_token` with a shorter cumulative sum."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 256  # tokens whose probabilities are summed before one of them is looked for
+BLOCK = 256  # tokens whose probabilities are summed before the search among them
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A token a row from softmax(logits / temperature); 0 is greedy. [N, V] -> token, logp, entropy [N] each
+    """Draws one token per row from softmax(logits / temperature); 0 is greedy. [N, V] -> token, logp, entropy [N] each
 
-    uniform: [N], float64 in [0, 1), all the randomness there is.
+    uniform: [N], float64 in [0, 1), the only source of randomness.
     """
     logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     p = logp.exp()

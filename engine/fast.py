@@ -1,6 +1,6 @@
-"""The fast engine: what `grpo.PLAIN` computes, with each prompt computed once for its group (decoding.py, packing.py).
+"""The fast engine: the results of `grpo.PLAIN`, with each prompt computed once per group (decoding.py, packing.py).
 
-A model that cannot be run so takes the plain engine, with one warning.
+A model that it does not support takes the plain engine, with one warning.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,8 @@ from grpo import Engine, plain_decode, plain_logprobs
 
 
 def checkpointed(logprobs: Callable) -> Callable:
-    """Log-probabilities of a model in evaluation mode, whose layers all the same keep only their inputs for backward if
-    gradient checkpointing is on. transformers has a layer do so in training mode only; what is inside it, such as
-    dropout, need not be in that mode."""
+    """Log-probabilities with gradient checkpointing, if it is on, of a model in evaluation mode. transformers
+    checkpoints a layer in training mode only; the layer's inner modules, such as dropout, stay in evaluation mode."""
     @wraps(logprobs)
     def compute(model, *rows):
         layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]

@@ -1,8 +1,8 @@
-"""Completions under way, in a grid [B, M]: M of each of B prompts.
+"""Unfinished completions in a grid [B, M]: M for each of B prompts.
 
-`Grid.step` gives every one of them a token. It is tensors in, tensors out: its shapes do not depend on what is sampled
-and nothing waits for a result, so that a GPU replays it as one graph. Every few tokens `Grid.look` asks which have
-ended, and goes on with a smaller grid.
+`Grid.step` adds one token to each of them. It is tensors in, tensors out: its shapes do not depend on what is sampled
+and nothing waits for a result, so that a GPU replays it as one graph. Every few tokens `Grid.look` checks which have
+ended, and shrinks the grid.
 """
 
 import math
@@ -16,27 +16,27 @@ from torch import Tensor
 
 from engine.draw import draw
 
-GRAPHS = ("cuda",)  # kinds of device that replay a step
+GRAPHS = ("cuda",)  # types of device that replay a step
 LOOK = {"cuda": 16, "cpu": 4}  # tokens between two looks
-SHRINK = 7 / 8  # of its rows a smaller grid may have at most, to be worth its copies
-PADDING = {"cuda": 256, "cpu": 1}  # prompts are padded to a multiple of this, for each length needs graphs of its own
+SHRINK = 7 / 8  # largest share of its rows for which a smaller grid is worth the copies
+PADDING = {"cuda": 256, "cpu": 1}  # prompts are padded to a multiple of this, because each length needs its own graphs
 
 
 class Grid:
-    """The completions under way. Its tensors stay where they are from rollout to rollout, as long as they are large
-    enough: a graph on a GPU keeps their addresses."""
+    """The unfinished completions. Its tensors stay at their addresses from rollout to rollout as long as they are large
+    enough, because a graph on a GPU stores the addresses."""
 
     def __init__(self):
-        self.memory: dict[str, Tensor] = {}  # flat, of which the tensors are the first part
+        self.memory: dict[str, Tensor] = {}  # flat buffers; the tensors are their first part
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        self.pool = None  # of memory that the graphs share
+        self.pool = None  # memory that the graphs share
         self.replays = True  # whether a step can be a graph
         self.failed = None  # a graph that could not be recorded
-        self.weights: tuple[int, ...] = ()  # their addresses
+        self.weights: tuple[int, ...] = ()  # addresses of the weights
 
     def start(self, prompts: list[tuple[Tensor, Tensor]], mask: Tensor, logits: Tensor, uniform: Tensor,
               temperature: float, eos_ids: Sequence[int], weights: tuple[int, ...] = ()) -> None:
-        """Takes over the prompts from `prefill` and draws a first token for G completions of each.
+        """Stores the prompts from `prefill` and draws the first token of G completions per prompt.
 
         uniform: [B, G, T]. weights: addresses of the weights that `advance` will use.
         """
@@ -46,20 +46,20 @@ class Grid:
         (self.B, self.M, self.T), N = uniform.shape, uniform.shape[0] * uniform.shape[1]
         P = mask.shape[1]
         more = -P % PADDING.get(self.device.type, 1)
-        self.prompts = [  # a layer [B, Hk, P, d] each, or of P the last that its window sees
+        self.prompts = [  # per layer [B, Hk, P, d] each; with a window, only the last of P
             [self.keep(f"prompt {n}/{i}", F.pad(x, (0, 0, more if x.shape[2] == P else 0, 0)))
              for i, x in enumerate(pair)] for n, pair in enumerate(prompts)]
         self.place_completions()
         for kept in (kept for pair in self.completions for kept in pair):
-            kept.zero_()  # what is left there is not seen, but a NaN would be felt: 0 times NaN, NaN minus infinity
+            kept.zero_()  # old values are masked, but a NaN would spread: 0 times NaN, NaN minus infinity
         self.padding = self.keep("padding", F.pad(~mask, (more, 0), value=True))  # [B, P]
         self.position = self.keep("position", mask.sum(-1, keepdim=True).expand(-1, self.M))  # [B, M], of the newest
         self.token = self.keep("token", torch.zeros(N, dtype=torch.long))  # [B·M], the newest
         self.ended = self.keep("ended", torch.zeros(N, dtype=torch.bool))  # [B·M]
-        self.rows = self.keep("rows", torch.arange(N))  # [B·M], numbers of the completions among all that were started
+        self.rows = self.keep("rows", torch.arange(N))  # [B·M], indices of the completions among all that were started
         self.eos = self.keep("eos", torch.tensor([list(eos_ids) or [-1]]))  # [1, E]
-        self.t = self.keep("t", torch.zeros(1, dtype=torch.long))  # number of the newest token
-        # One more row than completions takes what the empty places of a smaller grid compute
+        self.t = self.keep("t", torch.zeros(1, dtype=torch.long))  # index of the newest token
+        # One extra row receives what the empty places of a smaller grid compute
         self.uniform = self.keep("uniform", F.pad(uniform.reshape(N, self.T), (0, 0, 0, 1)))  # [N + 1, T]
         self.tokens = self.keep("tokens", torch.zeros(N + 1, self.T, dtype=torch.long))
         self.logps, self.entropies = (self.keep(name, torch.zeros(N + 1, self.T)) for name in ("logps", "entropies"))
@@ -73,12 +73,12 @@ class Grid:
         return tokens, logps, entropies, lengths, (tokens.gather(1, lengths[:, None] - 1) == self.eos).any(-1)
 
     def keep(self, name: str, values: Tensor) -> Tensor:
-        """A copy of the values at the address of this name."""
+        """Copies the values to the buffer of this name."""
         kept = self.place(name, values.shape, values.dtype)
         return kept.copy_(values)
 
     def place(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor at the address of this name; its content is what was there."""
+        """A tensor in the buffer of this name, with the old content."""
         size, flat = math.prod(shape), self.memory.get(name)
         if flat is None or flat.numel() < size or (flat.dtype, flat.device) != (dtype, self.device):
             flat = self.memory[name] = torch.empty(size, dtype=dtype, device=self.device)
@@ -86,7 +86,7 @@ class Grid:
         return flat[:size].view(shape)
 
     def place_completions(self) -> None:
-        """Keys and values of the completions, in a layer [B, Hk, M, T, d] each."""
+        """Places the keys and values of the completions, [B, Hk, M, T, d] each per layer."""
         self.completions = [
             [self.place(f"completions {n}/{i}", (self.B, x.shape[1], self.M, self.T, x.shape[3]), x.dtype)
              for i, x in enumerate(pair)] for n, pair in enumerate(self.prompts)]
@@ -94,9 +94,9 @@ class Grid:
     # ---- a token
 
     def advance(self, t: int, forward: Callable) -> None:
-        """Token t of every completion, on a GPU by a graph: one for each size of the grid and number of keys.
+        """Computes token t of every completion; on a GPU by a graph per size of the grid and number of keys.
 
-        forward: (token [R], position [R], grid) -> logits [R, V]; it calls `attend` once a layer.
+        forward: (token [R], position [R], grid) -> logits [R, V]; it calls `attend` once per layer.
         """
         if self.device.type not in GRAPHS:
             self.attended = min(self.T, -(-t // 16) * 16)
@@ -107,26 +107,26 @@ class Grid:
                self.eos.shape[1])
         if key in self.graphs and self.replays and self.graphs[key] is None:
             self.graphs[key] = self.record(forward)
-        if self.graphs.setdefault(key) is None:  # the first time as it is, which also makes the libraries ready
+        if self.graphs.setdefault(key) is None:  # the first time without a graph, which also initialises libraries
             return self.step(forward)
         self.graphs[key].replay()
 
     def record(self, forward: Callable):
-        """A step as a graph, of which nothing is computed; None where it cannot be one, with one warning."""
+        """Records a step as a graph without computing it; returns None, with one warning, if that fails."""
         if not any(self.graphs.values()):  # a pool ends with the last of its graphs
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 self.step(forward)
-        except RuntimeError as error:  # whatever CUDA says; nothing was computed, so nothing is lost
+        except RuntimeError as error:  # whatever CUDA reports; nothing was computed, so nothing is lost
             self.failed = graph  # PyTorch's allocator may still refer to it
             self.refuse_graphs(str(error).splitlines()[0])
             return None
         return graph
 
     def refuse_graphs(self, reason: str) -> None:
-        """From now on every step is computed as it is; a warning says why, once."""
+        """Computes every later step without a graph; warns once, with the reason."""
         if self.replays:
             warnings.warn(f"a step of decoding cannot be recorded as a CUDA graph ({reason}); sampling is slower",
                           stacklevel=4)
@@ -138,14 +138,14 @@ class Grid:
         self.distance = P + self.t - torch.arange(P + n, device=self.device)  # [P + n], from the newest token to a key
         ahead = (self.distance[P:] < 0).expand(self.B, n)
         hidden = torch.cat([self.padding, ahead], dim=1)[:, None, None]
-        self.bias = hidden.float().masked_fill_(hidden, float("-inf"))  # [B, 1, 1, P + n], to be added to scores
+        self.bias = hidden.float().masked_fill_(hidden, float("-inf"))  # [B, 1, 1, P + n], added to scores
         logits = forward(self.token, self.position.flatten(), self)
         self.t += 1
         self.position += 1
         self.draw(logits)
 
     def draw(self, logits: Tensor) -> None:
-        """Draws the token t of every completion from its logits. [B·M, V]"""
+        """Draws token t of every completion from its logits [B·M, V]."""
         rows, t = self.rows, self.t
         token, logp, entropy = draw(logits, self.temperature, self.uniform[rows, t])
         self.tokens[rows, t], self.logps[rows, t], self.entropies[rows, t] = token, logp, entropy
@@ -155,13 +155,13 @@ class Grid:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                window: int | None = None) -> Tensor:
-        """[B·M, H, 1, d], 2 × [B·M, Hk, 1, d] -> [B·M, H, 1, d]; the new keys and values are kept."""
+        """[B·M, H, 1, d], 2 × [B·M, Hk, 1, d] -> [B·M, H, 1, d]; the new keys and values are stored."""
         (B, M), H, (_, Hk, _, d), n = (self.B, self.M), query.shape[1], key.shape, self.attended
         prompt_keys, prompt_values = self.prompts[layer]  # [B, Hk, P, d]
         keys, values = self.completions[layer]  # [B, Hk, M, T, d]
         for kept, new in ((keys, key), (values, value)):
             kept.index_copy_(3, self.t, new.view(B, M, Hk, 1, -1).transpose(1, 2).to(kept.dtype))
-        # the heads that share a key-value head stand side by side, so that one product serves all of a prompt
+        # heads that share a key-value head are adjacent, so that one product serves a whole prompt
         query = query.view(B, M, Hk, H // Hk, d).transpose(1, 2).to(values.dtype)  # [B, Hk, M, r, d]
         bias = self.bias if window is None else self.bias.masked_fill(self.distance >= window, float("-inf"))
         in_parts = self.device.type == "cpu" and values.dtype == torch.bfloat16 and window is None  # else not faster
@@ -174,7 +174,7 @@ class Grid:
     # ---- between tokens
 
     def look(self, t: int) -> bool:
-        """Whether any completion goes on; where few do, in a smaller grid. t: tokens they have"""
+        """Whether any completion is unfinished; shrinks the grid if few are. t: tokens per completion"""
         growing = ~self.ended.view(self.B, self.M).cpu()
         counts = growing.sum(1)  # [B]
         B, M = self.bucket(int((counts > 0).sum())), self.bucket(int(counts.max()))
@@ -183,15 +183,15 @@ class Grid:
         return B > 0
 
     def bucket(self, n: int) -> int:
-        """A size of at least n; on a GPU one of few, for each needs a graph."""
+        """A size of at least n; on a GPU one of few, because each needs a graph."""
         if self.device.type != "cuda" or n < 4:
             return n
         power = 1 << (n - 1).bit_length()
         return power * 3 // 4 if n <= power * 3 // 4 else power
 
     def shrink(self, growing: Tensor, B: int, M: int, t: int) -> None:
-        """Goes on with these completions, bool [B, M], in a smaller grid. t: tokens they have"""
-        first = growing.sum(1).sign().argsort(descending=True, stable=True)[:B]  # [B'], prompts, those that go on first
+        """Moves these completions, bool [B, M], to a smaller grid. t: tokens per completion"""
+        first = growing.sum(1).sign().argsort(descending=True, stable=True)[:B]  # [B'], prompts, unfinished ones first
         order = growing[first].int().argsort(dim=1, descending=True, stable=True)[:, :M]  # [B', M'], likewise
         empty = ~growing[first].gather(1, order).flatten().to(self.device)  # [B'·M'], places without a completion
         prompt, place = first[:, None].to(self.device), order.to(self.device)
@@ -203,19 +203,19 @@ class Grid:
             setattr(self, name, self.keep(name, values))
         old, (self.B, self.M) = self.completions, (B, M)
         self.place_completions()
-        for n, pair in enumerate(self.completions):  # one after the other, so that only one is there twice
+        for n, pair in enumerate(self.completions):  # layer by layer, so that only one layer exists twice
             for i, new in enumerate(pair):
                 moved = old[n][i][prompt, :, place, :t]  # [B', M', Hk, t, d]
                 new.zero_()[..., :t, :] = moved.transpose(1, 2)
                 self.prompts[n][i] = self.keep(f"prompt {n}/{i}", self.prompts[n][i][prompt[:, 0]])
 
 
-# ---- attention of a token: query [B, Hk, M, r, d], of a prompt's keys and values [B, Hk, P, d], of a completion's
-# [B, Hk, M, n, d], bias [B, 1, 1, P + n] to be added to scores -> [B, Hk, M, r, d]
+# ---- attention of a token: query [B, Hk, M, r, d], the prompts' keys and values [B, Hk, P, d], the completions'
+# [B, Hk, M, n, d], bias [B, 1, 1, P + n] added to scores -> [B, Hk, M, r, d]
 
 
 def products(query, prompt_keys, prompt_values, keys, values, bias, scaling: float) -> Tensor:
-    """By products, anywhere."""
+    """By matrix products, on any device."""
     M, P = query.shape[2], prompt_keys.shape[2]
     found = torch.cat([scores(query.flatten(2, 3), prompt_keys), scores(query, keys).flatten(2, 3)], dim=-1)
     weights = torch.add(bias, found, alpha=scaling, out=found).softmax(-1).to(values.dtype)  # [B, Hk, M·r, P + n]
@@ -234,9 +234,9 @@ def scores(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def parts(query, prompt_keys, prompt_values, keys, values, bias, scaling: float) -> Tensor:
-    """On a CPU, by its FlashAttention for the prompt and for the completion; together they are as in row_attention.py.
+    """On a CPU, by its FlashAttention over the prompt and over the completion, combined as in row_attention.py.
 
-    Some key of the prompt must be seen, so there is no window.
+    A query must see some key of the prompt, so there is no window.
     """
     attend = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, dropout_p=0.0, scale=scaling)
     (B, Hk, M, r, _), P = query.shape, prompt_keys.shape[2]

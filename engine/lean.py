@@ -1,8 +1,8 @@
-"""One token through a decoder of the Llama family, in as few operations as it takes.
+"""One token through a decoder of the Llama family, in as few operations as possible.
 
 A decoding step of a small model is bound by the number of operations, not by their arithmetic, and the modules of
-transformers make about twice as many as are needed. `forward` computes the same with the same weights. decoding.py asks
-it of models for which it is exact.
+transformers use about twice as many as necessary. `forward` computes the same with the same weights. decoding.py uses
+it for models for which it is exact.
 """
 
 import torch
@@ -17,7 +17,7 @@ WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 def forward(model, token: Tensor, position: Tensor, grid) -> Tensor:
     """The logits after a token. [R], [R] -> [R, V]
 
-    grid: attends, and keeps the keys and values; see `grid.Grid.attend`.
+    grid: stores keys and values and computes attention; see `grid.Grid.attend`.
     """
     causal = causal_lm(model)
     decoder = causal.model
@@ -43,8 +43,8 @@ def forward(model, token: Tensor, position: Tensor, grid) -> Tensor:
 def linear(module, x: Tensor) -> Tensor:
     """A linear map. [R, i] -> [R, o]
 
-    On a CPU with AVX2 the weight stands on the left: for few rows, MKL's product is then up to twice as fast. With
-    AVX-512 it is slower for two to eight rows, and no faster for more.
+    On a CPU with AVX2 the weight is the left factor, because MKL's product is then up to twice as fast for few rows.
+    With AVX-512 it is slower for two to eight rows, and no faster for more.
     """
     if type(module) is not torch.nn.Linear or x.dtype != torch.float32 or x.is_cuda or WIDE:
         return module(x)

@@ -1,8 +1,8 @@
 """AdamW on the CPU, for full fine-tuning on a card that is too small for the optimizer.
 
-A trained parameter costs 16 bytes: a float32 weight, its gradient, two moments. Here the card holds a bf16 weight (2
-bytes) and nothing else of it; the float32 *master* weight, the gradient and the moments lie in main memory. The price
-is time: gradients travel to the CPU in every backward pass, weights travel back after every step.
+A trained parameter costs 16 bytes: a float32 weight, its gradient, two moments. Here the card holds only a bf16 weight
+(2 bytes) per parameter; the float32 *master* weight, the gradient and the moments are in main memory. The price is
+time: gradients travel to the CPU in every backward pass, and weights travel back after every step.
 """
 
 from functools import partial
@@ -12,21 +12,21 @@ from torch import Tensor
 
 
 class CPUAdamW(torch.optim.AdamW):
-    """AdamW whose parameters are float32 copies, on the CPU, of those of a model, which it keeps up to date.
+    """AdamW on float32 copies of a model's parameters on the CPU; each step also updates the model.
 
-    A gradient of the model is taken over, in float32, as soon as backward has made it; the model's `grad` stays None.
-    From a GPU it travels on a stream of its own, into page-locked memory, while backward goes on. With a float32 model
-    on the CPU the weights are those of plain AdamW, bit for bit. For a single process.
+    It takes each gradient, in float32, as soon as backward has computed it; the model's `grad` stays None. From a GPU a
+    gradient travels on a separate stream, into page-locked memory, while backward continues. With a float32 model on
+    the CPU the weights are those of plain AdamW, bit for bit. For a single process.
     """
 
     def __init__(self, parameters, **settings):
         self.live = list(parameters)
         self.masters = [torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True)) for p in self.live]
         super().__init__(self.masters, **settings)
-        self.on_their_way: list[tuple] = []  # (master, its gradient on the CPU, what says that it has arrived)
+        self.on_their_way: list[tuple] = []  # (master, its gradient on the CPU, event of its arrival)
         self.stream = torch.cuda.Stream() if any(weight.is_cuda for weight in self.live) else None
         for weight, master in zip(self.live, self.masters, strict=True):
-            weight.grad = None  # what the cold start left
+            weight.grad = None  # left from the cold start
             weight.register_post_accumulate_grad_hook(partial(self._take_gradient, master))
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class CPUAdamW(torch.optim.AdamW):
         master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
 
     def state_dict(self) -> dict:
-        """As AdamW's; with the masters where the model's own weights are rounded."""
+        """AdamW's, with the masters if the model's own weights are rounded."""
         rounded = any(weight.dtype != torch.float32 for weight in self.live)
         return super().state_dict() | {"masters": [master.detach() for master in self.masters] if rounded else []}
 
@@ -66,7 +66,7 @@ class CPUAdamW(torch.optim.AdamW):
 
 
 class Arrived:
-    """What a copy that is there already has for an event."""
+    """The event of a copy that has already arrived."""
 
     def query(self) -> bool:
         return True
@@ -76,18 +76,18 @@ class Arrived:
 
 
 def fetched(gradient: Tensor, stream) -> tuple:
-    """A gradient on the CPU, or on its way there on a stream of the GPU; and what says that it has arrived."""
+    """A gradient on the CPU, or on its way there on a stream of the GPU; and the event of its arrival."""
     if not gradient.is_cuda:
         return gradient, Arrived()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         copy = torch.empty_like(gradient, device="cpu", pin_memory=True).copy_(gradient, non_blocking=True)
-    gradient.record_stream(stream)  # its memory is not given away before
+    gradient.record_stream(stream)  # its memory is not reused before the copy ends
     return copy, stream.record_event()
 
 
 def sent(master: Tensor, weight: Tensor) -> Tensor:
-    """A master as its weight takes it over: for a GPU rounded here, in page-locked memory."""
+    """A master, ready to be copied to its weight: for a GPU rounded here, in page-locked memory."""
     if not weight.is_cuda:
         return master
     return torch.empty_like(weight, device="cpu", pin_memory=True).copy_(master)

@@ -1,11 +1,11 @@
-"""Log-probabilities of completions, with what their rows begin with computed once.
+"""Log-probabilities of completions, with common prefixes computed once.
 
 `pack_group` puts a prompt and its G completions into one row: G·(P + C) tokens of compute become P + G·C, and the
-gradients are those of G separate rows. `pack` does so with several prompts, which may begin alike themselves, as
-questions on one database do (tree.py). lm_head sees completion positions only, a chunk at a time. It works with
-gradient checkpointing. The plain way is `grpo.plain_logprobs`.
+gradients are those of G separate rows. `pack` does so with several prompts, which may share prefixes themselves, as
+questions on one database do (tree.py). lm_head sees completion positions only, a chunk at a time. Gradient
+checkpointing works. The plain version is `grpo.plain_logprobs`.
 
-Others compute a shared prompt once as well: Snowflake's ArcticTraining (ZoRRo) and verl's prefix grouper.
+Others also compute a shared prompt once: Snowflake's ArcticTraining (ZoRRo) and verl's prefix grouper.
 """
 
 import math
@@ -29,18 +29,18 @@ LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Completions of one prompt or of several in one row, in which they see their prompt and themselves."""
+    """Completions of one or several prompts in one row; each completion sees its prompt and itself."""
 
     input_ids: Tensor  # [1, L]
     nodes: Sequence[Node]  # the row as a tree, see tree.py
-    targets: Tensor  # [ΣC_i], the places in the row of the completion tokens
+    targets: Tensor  # [ΣC_i], the places of the completion tokens in the row
     predictors: Tensor  # [ΣC_i], the places whose hidden state predicts them
     mask: Tensor  # bool [N, T], True on completion tokens, T the longest completion
     prompts: Sequence[Tensor]  # N times [P_i]
     completions: Sequence[Tensor]  # N times [C_i]
 
     def unpack(self, values: Tensor) -> Tensor:
-        """Spreads one value a completion token over the completions, padding 0. [ΣC_i] -> [N, T]"""
+        """Spreads one value per completion token over the completions, padding 0. [ΣC_i] -> [N, T]"""
         mask = self.mask.to(values.device)
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
@@ -68,15 +68,15 @@ def pack_group(prompt: Tensor, completions: Sequence[Tensor]) -> PackedGroup:
     """
     if len(prompt) == 0 or not completions or any(len(c) == 0 for c in completions):
         raise ValueError("a group needs a prompt and completions of at least one token each")
-    apart = [torch.cat([prompt, torch.full_like(c, 2**62 + i)]) for i, c in enumerate(completions)]  # begin unlike
+    apart = [torch.cat([prompt, torch.full_like(c, 2**62 + i)]) for i, c in enumerate(completions)]  # no common prefix
     return _packed(PackedGroup, [prompt] * len(completions), completions, Tree(apart, least=0))
 
 
 def pack(prompts: Sequence[Tensor], completions: Sequence[Tensor], least: int | None = None) -> PackedRow:
-    """Packs N completions, each with its prompt, into one row. What several begin with stands there once: a schema, a
-    prompt, the beginning of completions.
+    """Packs N completions, each with its prompt, into one row. A common prefix appears once: a schema, a prompt, the
+    beginning of completions.
 
-    least: tokens that this has to save each time; None: as `tree.LEAST` says.
+    least: tokens that each common prefix must save; None: `tree.LEAST`.
     """
     return _packed(PackedRow, prompts, completions, Tree(_rows(prompts, completions), least))
 
@@ -99,7 +99,7 @@ def _mask(lengths: Sequence[int]) -> Tensor:
 
 
 def logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float) -> Tensor:
-    """`grpo.plain_logprobs` by one packed row. -> [N, T]"""
+    """`grpo.plain_logprobs` in one packed row. -> [N, T]"""
     if not can_pack(model):
         return plain_logprobs(model, prompts, completions, temperature)
     return packed_logprobs(model, pack(prompts, completions), temperature)
@@ -109,8 +109,8 @@ def logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], te
 
 
 def fill(groups: Sequence[Sequence[Tensor]], tokens: int) -> list[list[int]]:
-    """Puts groups of rows into parts whose trees have up to so many tokens, or a single group. Those that begin alike
-    come together. -> the groups' numbers"""
+    """Splits groups of rows into parts whose trees have up to `tokens` tokens, or of a single group. Groups with a
+    common prefix stay together. -> the groups' indices per part"""
     group_of = [number for number, rows in enumerate(groups) for _ in rows]
     tree, added, whole = Tree([row for rows in groups for row in rows]), Counter(), Counter()
     for i in tree.order:
@@ -127,10 +127,10 @@ def fill(groups: Sequence[Sequence[Tensor]], tokens: int) -> list[list[int]]:
 
 
 def join(batches: Sequence[MicroBatch], config: GRPOConfig, tokens: int, processes: int = 1) -> list[MicroBatch]:
-    """Puts groups, each a micro-batch, into passes of up to so many tokens, or of a single group.
+    """Joins groups, each a micro-batch, into passes of up to `tokens` tokens, or of a single group.
 
-    Those that have a gradient are not mixed with others, which need no pass. A group of over LONGEST tokens is cut.
-    Each of several processes has something to do.
+    Groups without a gradient need no pass, so they are not mixed with others. A group of over LONGEST tokens is split.
+    Every process gets a pass.
     """
     if processes > 1:
         tokens = min(tokens, math.ceil(Tree([row for b in batches for row in _rows(b.prompts, b.completions)]).size
@@ -145,7 +145,7 @@ def join(batches: Sequence[MicroBatch], config: GRPOConfig, tokens: int, process
 
 
 def _split(batch: MicroBatch, tokens: int) -> list[MicroBatch]:
-    """A group in parts of up to so many tokens, or of a single completion."""
+    """Splits a group into parts of up to `tokens` tokens, or of a single completion."""
     parts = []
     for some in fill([[row] for row in _rows(batch.prompts, batch.completions)], tokens):
         some = sorted(some)
@@ -183,12 +183,12 @@ def completion_logprobs(model, packed: PackedGroup, temperature: float) -> tuple
 
 
 def can_pack(model, quiet: bool = False) -> bool:
-    """Whether a model takes packed rows; unless quiet a warning says if it cannot."""
+    """Whether a model takes packed rows; warns if not, unless quiet."""
     return is_exact(model, "packed rows", _gap, quiet)
 
 
 def _gap(model) -> float:
-    """Largest difference of a packed row's log-probabilities from those of padded rows."""
+    """Largest difference between the log-probabilities of a packed row and of padded rows."""
     prompts = [torch.arange(2, 9)] * 3 + [torch.arange(2, 7), torch.arange(4, 8)]
     completions = [torch.arange(3, 3 + n) for n in (5, 1, 3, 4, 4)]
     with torch.no_grad(), dropout_off(model):
@@ -205,7 +205,7 @@ def packed_logprobs(model, packed: PackedRow, temperature: float) -> Tensor:
     hidden = causal.get_decoder()(
         input_ids=packed.input_ids.to(device), position_ids=layout.positions[None], use_cache=False,
         attention_mask=no_mask(device), layout=layout).last_hidden_state[0]  # [L, D]
-    place, which = packed.targets.unique(return_inverse=True)  # [n], [ΣC]: tokens that several begin with count once
+    place, which = packed.targets.unique(return_inverse=True)  # [n], [ΣC]: tokens of a common prefix count once
     before = torch.empty_like(place).scatter_(0, which, packed.predictors).to(device)  # [n]
     logp = token_logprobs(lm_head, hidden[before], packed.input_ids[0, place].to(device), temperature)  # [n]
     return packed.unpack(logp[which.to(device)])
@@ -214,8 +214,8 @@ def packed_logprobs(model, packed: PackedRow, temperature: float) -> Tensor:
 def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Log-probability of each target. hidden [N, D], targets [N] -> [N]
 
-    The [N, V] logits never exist at once: lm_head runs on chunks, which backward computes again. Where one chunk is
-    enough its logits are kept.
+    The [N, V] logits never exist at once: lm_head runs on chunks, which backward recomputes. If one chunk is enough,
+    its logits are stored.
     """
     chunk = max(1, LOGIT_CHUNK_ELEMENTS // lm_head.weight.shape[0])
     if len(hidden) <= chunk:
@@ -227,14 +227,14 @@ def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """`token_logprobs` for a plain linear lm_head. One gradient of its weight is added to in place, chunk by chunk,
-    where autograd would hold several, each as large as the weight."""
+    """`token_logprobs` for a plain linear lm_head. All chunks add to one gradient of its weight in place; autograd
+    would hold several, each as large as the weight."""
 
     @staticmethod
     def forward(ctx, weight, hidden, targets, temperature, chunk):
         ctx.save_for_backward(weight, hidden, targets)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, F.linear(hidden[:1], weight[:1]).dtype  # autocast's
-        w = weight.to(ctx.dtype)  # once, where autocast would cast it for each chunk
+        w = weight.to(ctx.dtype)  # once; autocast would cast it per chunk
         return torch.cat([target_logprobs(F.linear(h.to(ctx.dtype), w), y, temperature)
                           for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)])
 

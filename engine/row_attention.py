@@ -1,7 +1,7 @@
-"""Attention within a row that is a tree of tokens (tree.py), in three ways that compute the same:
+"""Attention within a row that is a tree of tokens (tree.py), by three functions with the same result:
 
-    parts   on a CPU: a node for itself and all below it, one after the other, by products that waste nothing
-    flex    on a GPU: FlexAttention, which leaves out the blocks of the row's mask that are empty
+    parts   on a CPU: node by node, each seen by itself and its descendants, without wasted products
+    flex    on a GPU: FlexAttention, which skips the empty blocks of the row's mask
     masked  anywhere: scaled dot product attention with a mask; for sliding windows, and where flex is missing
 """
 
@@ -18,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.tree import Node
 
-BLOCK = 128  # tokens of a side of FlexAttention's blocks
-MASK_ELEMENTS = 2**24  # of a mask that exist at once
-SHORT, UNEVEN = 16, 4  # runs are padded to one batch up to UNEVEN times its shortest, or SHORT, tokens
+BLOCK = 128  # side of FlexAttention's blocks, in tokens
+MASK_ELEMENTS = 2**24  # of a mask, held at once
+SHORT, UNEVEN = 16, 4  # a batch holds runs of up to UNEVEN · max(SHORT, its shortest) tokens
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How the tokens of a row belong together: as the nodes of a tree."""
+    """Which tokens of a row see which, as the nodes of a tree."""
 
     nodes: Sequence[Node]
     device: torch.device
@@ -43,22 +43,22 @@ class RowLayout:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Of each token in its text. [L]"""
+        """The position of each token in its text. [L]"""
         return self.spread([node.depth - node.start for node in self.nodes]) + torch.arange(
             self.nodes[-1].stop, device=self.device)
 
     @cached_property
     def ends(self) -> Tensor:
-        """Of each token the place up to which it is seen. [L]"""
+        """For each token, the place up to which it is visible. [L]"""
         return self.spread([node.end for node in self.nodes])
 
     def spread(self, values: Sequence[int]) -> Tensor:
-        """A value a node to one a token. -> [L]"""
+        """Expands one value per node to one per token. -> [L]"""
         lengths = torch.tensor([node.stop - node.start for node in self.nodes])
         return torch.tensor(list(values)).repeat_interleave(lengths).to(self.device)
 
     def rule(self, window: int | None) -> Callable:
-        """Whether the token at i sees the one at j, elementwise, as FlexAttention asks for it: (_, _, i, j) -> bool."""
+        """Whether the token at i sees the one at j, elementwise, FlexAttention's mask_mod: (_, _, i, j) -> bool."""
         positions, ends = self.positions, self.ends  # tensors in a closure, as a compiler can follow them
 
         def sees(_, __, i, j):
@@ -69,8 +69,8 @@ class RowLayout:
 
     @cached_property
     def parts(self) -> list[tuple["Rows", "Rows", bool]]:
-        """(queries, keys, whether these queries come for the first time): a node that has others below is seen by
-        itself and by all of them; the others, which see themselves, are put together by length."""
+        """(queries, keys, whether these queries come for the first time). A node with descendants is seen by itself and
+        by them; leaves see themselves and are batched by length."""
         found, batch = [], []
         for node in self.nodes:
             if node.end > node.stop:
@@ -90,7 +90,7 @@ def per_head(key: Tensor, heads: int) -> Tensor:
 
 
 def masked(layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    """As `RowLayout.attend`, for some queries after the other; their mask is made again for backward."""
+    """As `RowLayout.attend`, one chunk of queries at a time; backward rebuilds their mask."""
     (H, L), sees = query.shape[1:3], layout.rule(window)
     key, value, places = per_head(key, H), per_head(value, H), torch.arange(L, device=query.device)
 
@@ -107,17 +107,16 @@ def masked(layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, scaling
 
 @cache
 def can_flex(head: int, dtype: torch.dtype, device: str = "cuda") -> bool:
-    """Whether FlexAttention of heads of this size and type can be compiled here, with its backward; a warning says if
-    not."""
+    """Whether FlexAttention for heads of this size and type compiles here, with its backward; warns if not."""
     def same(tensor):
         return tensor
 
     layout = RowLayout([Node(0, 64, 128, 0), Node(64, 96, 96, 64), Node(96, 128, 128, 64)], torch.device(device))
     try:
-        with torch.enable_grad(), saved_tensors_hooks(same, same):  # not those of a checkpoint that may be around us
+        with torch.enable_grad(), saved_tensors_hooks(same, same):  # not those of an enclosing checkpoint
             x = torch.zeros(1, 1, 128, head, device=device, dtype=dtype, requires_grad=True)
             flex(layout, x, x, x, 1.0, None).sum().backward()
-    except Exception as error:  # whatever a compiler trips over, the other way is there
+    except Exception as error:  # whatever the compiler raises, `masked` works
         warnings.warn(f"FlexAttention cannot be compiled for heads of {head} in {dtype} ({type(error).__name__}); "
                       "updates are slower", stacklevel=4)
         return False
@@ -142,8 +141,8 @@ def flex(layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, scaling: 
 
 
 def block_mask(layout: RowLayout, window: int | None):
-    """Which blocks of the row's mask are empty, full or in between, without that mask: a block of keys that stands
-    before one of queries is seen by all of them or by some, depending on where its tokens' sights end."""
+    """Which blocks of the row's mask are empty, full or partial, without building that mask. A block of keys before a
+    block of queries is seen by all, some or none of them; its tokens' `ends` decide."""
     from torch.nn.attention.flex_attention import BlockMask
 
     L = len(layout.ends)
@@ -151,7 +150,7 @@ def block_mask(layout: RowLayout, window: int | None):
     first = torch.arange(n, device=layout.device)[:, None] * BLOCK  # [n, 1], place of each block's first token
 
     def least_and_most(values):
-        """Of each block. [L] -> [n] each"""
+        """The minimum and maximum per block. [L] -> [n] each"""
         last = values[-1:].expand(n * BLOCK - L)
         return torch.cat([values, last]).view(n, BLOCK).aminmax(dim=1)
 
@@ -162,7 +161,7 @@ def block_mask(layout: RowLayout, window: int | None):
     if window is not None:
         some &= low[:, None] - high < window
         full &= high[:, None] - low < window
-    tables = []  # how many, [1, 1, n], and which first, [1, 1, n, n]
+    tables = []  # number of chosen blocks [1, 1, n]; indices, chosen ones first [1, 1, n, n]
     for chosen in (some & ~full, full):
         tables += [chosen.sum(-1)[None, None].int(),
                    chosen.int().argsort(dim=-1, descending=True, stable=True)[None, None].int()]
@@ -195,25 +194,25 @@ class Rows:
         return rows if self.only else rows[self.places]
 
     def index(self):
-        """Where in the row they stand, for assignments."""
+        """Their places in the row, for assignment."""
         return slice(self.only.start, self.only.stop) if self.only else self.tokens
 
 
 def parts(layout: RowLayout, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """As `RowLayout.attend`."""
     H = query.shape[1]
-    rows = (x[0].transpose(0, 1).to(value.dtype)  # autocast would not do it for what follows
+    rows = (x[0].transpose(0, 1).to(value.dtype)  # autocast does not cast for what follows
             for x in (query, per_head(key, H), per_head(value, H)))  # [L, H, d] each
     return _Parts.apply(*rows, layout, scaling).transpose(0, 1)[None]
 
 
 class _Parts(torch.autograd.Function):
-    """Attention of a row from that of its parts.
+    """Attention of a row, combined from that of its parts.
 
-    What a query finds among some keys is a mean o_k with weights that sum to exp(l_k), before they are normalised. Over
-    all keys it is Σ exp(l_k − l) o_k with l = log Σ exp(l_k). Backward of a part, given the whole's o and l, is its
-    share of the whole's gradient (FlashAttention, arXiv 2205.14135, appendix B). In a part, query i sees the keys up to
-    key i: those that come after the last key, below its node, see all.
+    The output of a query over some keys is a mean o_k, whose unnormalised weights sum to exp(l_k). Over all keys it is
+    Σ exp(l_k − l) o_k with l = log Σ exp(l_k). Backward of a part, given the row's o and l, is its share of the row's
+    gradient (FlashAttention, arXiv 2205.14135, appendix B). In a part, query i sees the keys up to key i; queries after
+    the last key, in descendants of its node, see all.
     """
 
     @staticmethod
@@ -226,7 +225,7 @@ class _Parts(torch.autograd.Function):
             o, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 queries.take(query), keys.take(key), keys.take(value), 0.0, True, scale=scaling)
             o, log, at = queries.flat(o), queries.flat(log.view(o.shape[:3])), queries.index()
-            if not first:  # they have seen what is above
+            if not first:  # combine with the output over the keys above
                 both = torch.logaddexp(total[at], log)
                 o = out[at] * (total[at] - both).exp()[..., None] + o * (log - both).exp()[..., None]
                 log = both
@@ -241,7 +240,7 @@ class _Parts(torch.autograd.Function):
         query, key, value, out, total = ctx.saved_tensors
         to_query, to_key, to_value = (torch.zeros_like(x) for x in (query, key, value))
         for queries, keys, _ in ctx.layout.parts:
-            log = queries.take(total).masked_fill(queries.padding[:, None], float("inf"))  # [m, H, A], weighs nothing
+            log = queries.take(total).masked_fill(queries.padding[:, None], float("inf"))  # [m, H, A], padding weighs 0
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 queries.take(grad), queries.take(query), keys.take(key), keys.take(value), queries.take(out), log,
                 0.0, True, scale=ctx.scaling)
