@@ -1,11 +1,11 @@
-"""Cold start: supervised fine-tuning on reasoning traces, so that GRPO starts from a policy that knows the format.
+"""Cold start: supervised fine-tuning on reasoning traces, so that GRPO starts from a policy that writes the format.
 
-The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>` (or what --answer
-says, see prompts/answer_format.py), given the prompt. A trace is taught in the form that the reward reads: tags and
-fences in it are removed, and if `AnswerFormat.read` still could not read it back, it is left out and counted.
+The loss is the mean cross-entropy of the completion tokens, `<think> trace </think> SQL <eos>` (or the style of
+--answer, see prompts/answer_format.py), given the prompt. A trace is taught in the form that the reward reads: its tags
+and fences are removed. A trace that `AnswerFormat.read` still cannot read back is left out and counted.
 
-No teacher is needed to write the traces. A template derives them from the gold SQL (partial_credit/traces.py), or
-sft.py mines them from a model.
+The traces need no teacher: a template derives them from the gold SQL (partial_credit/traces.py), or sft.py mines them
+from a model.
 """
 
 import math
@@ -38,9 +38,9 @@ from scoring.verdicts import first_reasons
 __all__ = ["SFTConfig", "cold_start", "cold_start_notes", "supervised_pairs", "taught_text", "teachable",
            "template_trace", "template_traces"]
 
-PASS_TOKENS = 2**12  # of a forward pass of the cold start, where nothing else is said
-TOGETHER = 4  # questions on one database that a cold start teaches side by side, so that their schema is computed once
-OFTEN = 50  # times that a cold start may show each trace before we say that there are few
+PASS_TOKENS = 2**12  # default per forward pass of the cold start
+TOGETHER = 4  # questions on one database that a batch takes side by side, so that their schema is computed once
+OFTEN = 50  # times a cold start may show each trace before a note says that they are few
 TAG = re.compile(r"</?think(?:ing)?\s*>", re.IGNORECASE)
 FENCE_MARK = re.compile(r"^[ \t]*```[\w+-]*[ \t]*$\n?|```(?:sql(?:ite)?\b)?", re.MULTILINE | re.IGNORECASE)
 
@@ -60,7 +60,7 @@ class SFTConfig:
 
 
 def taught_text(example, answer_format: AnswerFormat) -> str:
-    """The completion that an example with a trace teaches; the trace of a teacher nobody checked has SQL of its own."""
+    """The completion that an example with a trace teaches; an unverified teacher's trace has its own SQL."""
     return answer_format.write(example.trace, example.trace_sql or example.gold_sqls[0])
 
 
@@ -68,7 +68,7 @@ def taught_text(example, answer_format: AnswerFormat) -> str:
 
 
 def template_traces(examples: Sequence[Example], schemas: Mapping) -> list[Example]:
-    """The examples, those without a trace with one that is made from their gold SQL.
+    """The examples; those without a trace get one made from their gold SQL.
 
     schemas: {db_id: {table: [column, ...]}}.
     """
@@ -78,7 +78,7 @@ def template_traces(examples: Sequence[Example], schemas: Mapping) -> list[Examp
 
 def teachable(examples: Sequence[Example], executor, schemas: Mapping,
               answer_format: AnswerFormat) -> tuple[list[Example], list[str]]:
-    """The traces that can be taught, without tags and fences, and a sentence a reason on those left out."""
+    """The traces that can be taught, without tags and fences, and one sentence per reason on those left out."""
     known = [example for example in examples if example.db_id in schemas]
     golds = executor.run_gold([(example.db_id, example.gold_sqls[0]) for example in known])
     strangers = sorted({example.db_id for example in examples} - set(schemas))
@@ -104,22 +104,22 @@ def teachable(examples: Sequence[Example], executor, schemas: Mapping,
 
 
 def without_tags(example: Example, answer_format: AnswerFormat) -> tuple[Example, str]:
-    """The example as it can be taught, so that it is read back as it is; and the reason where that cannot be."""
+    """The example in a form that is read back unchanged; and the reason if there is no such form."""
     trace, sql = bare_trace(example.trace), example.trace_sql or example.gold_sqls[0]
     if not trace:
         return example, "without tags and fences they hold no reasoning"
     if TAG.search(trace) or TAG.search(sql):
         return example, "they hold several <think> tags"
-    read = AnswerFormat(lenient=True).read(AnswerFormat().write(trace, sql))  # takes a fence off the SQL of a teacher
+    read = AnswerFormat(lenient=True).read(AnswerFormat().write(trace, sql))  # removes a fence from a teacher's SQL
     if read is None or read != answer_format.read(answer_format.write(*read)):
         return example, "their SQL is not one statement that can be read back"
     return replace(example, trace=read[0], trace_sql=read[1] if example.trace_sql else ""), ""
 
 
 def bare_trace(text: str) -> str:
-    """The reasoning of a trace that may be a whole completion: what its tags enclose, without the marks of fences."""
+    """The reasoning of a trace that may be a whole completion: the text between its tags, without fence marks."""
     closing = ["/" in tag for tag in TAG.findall(text)]
-    if closing not in ([], [False], [True], [False, True]):  # one may be missing: prompts can open, limits can cut
+    if closing not in ([], [False], [True], [False, True]):  # a prompt may hold the first, a limit cut the second
         return text
     pieces = TAG.split(text)
     return FENCE_MARK.sub("", pieces[1] if closing[:1] == [False] else pieces[0]).strip()
@@ -144,7 +144,7 @@ def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder, tokeni
 
 
 def cold_start_notes(config: SFTConfig, traces: int, questions: int) -> list[str]:
-    """Sentences on a cold start that does not do what one may expect of it; `questions` are those to train on."""
+    """Notes on a cold start without traces, without steps or with few traces. questions: number to train on"""
     steps = config.cold_start_steps
     if not traces:
         return [f"no cold start: --cold-start-steps {steps} has no traces to teach; give --traces FILE, or --traces "
@@ -165,10 +165,10 @@ def cold_start_notes(config: SFTConfig, traces: int, questions: int) -> list[str
 def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig, *, seed: int,
                autocast: Callable = nullcontext, quiet: bool = False, tokens_per_pass: int = PASS_TOKENS,
                engine: Engine = FAST) -> float:
-    """Trains on (prompt [P], completion [C] with EOS) pairs; returns the loss of the last tenth, nats a token.
+    """Trains on (prompt [P], completion [C] with EOS) pairs; returns the loss of the last tenth, nats per token.
 
-    tokens_per_pass: what goes through the model together, at most; a batch takes as many passes as it needs, and
-    several processes share them out.
+    tokens_per_pass: the most that go through the model together; a batch takes as many passes as it needs, and
+    several processes share them.
     Raises:
         UserError: there are no pairs.
     """
@@ -182,7 +182,7 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
     model.train()
     kin = families([prompt for prompt, _ in pairs]) if not config.prompt_loss else None
     with tqdm(_batches(len(pairs), config.cold_start_batch, steps, seed, kin), desc="cold start", unit="step",
-              dynamic_ncols=True, disable=quiet or None) as bar:  # None: only on a terminal, else a line a minute
+              dynamic_ncols=True, disable=quiet or None) as bar:  # None: only on a terminal, else a line per minute
         for step, batch in enumerate(bar, 1):
             # linear warm-up, then cosine decay
             rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))
@@ -204,8 +204,8 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
 def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float, autocast: Callable,
               tokens_per_pass: int, engine: Engine) -> float:
     """Adds the gradient of a batch's loss; returns its completion loss. Each process makes as many passes as its share
-    of the batch asks for."""
-    def tokens(part):  # that carry a loss: of completions, of prompts
+    of the batch needs."""
+    def tokens(part):  # numbers of tokens with a loss: of completions, of prompts
         return sum(len(completion) for _, completion in part), sum(len(prompt) - 1 for prompt, _ in part)
 
     total, loss = tokens(pairs), 0.0
@@ -224,8 +224,8 @@ def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float,
 
 
 def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int) -> list[list]:
-    """Splits this process's share of a batch so that no pass has more tokens than these, where it has more than one
-    pair. Pairs that begin alike are in one share."""
+    """Splits this process's share of a batch into passes of up to `tokens` tokens, or of a single pair. Sorting puts
+    pairs with a common prefix into one share."""
     rows = [torch.cat(pair) for pair in pairs]
     mine = sorted(range(len(pairs)), key=lambda i: rows[i].tolist())[distributed.share_of(len(pairs))]
     return [[pairs[mine[i]] for i in part] for part in fill([[rows[i]] for i in mine], tokens)]
@@ -235,8 +235,8 @@ def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompt
                       engine: Engine = FAST) -> tuple[Tensor, Tensor]:
     """Mean cross-entropies of the completion tokens and of the prompt tokens (scalars, nats).
 
-    A prompt's first token is given; the second is 0 unless `with_prompts`. The fast engine makes one row of all pairs,
-    without padding, in which what several begin with stands once.
+    A prompt's first token has no loss; the second mean is 0 unless `with_prompts`. The fast engine packs all pairs into
+    one row without padding, in which a common prefix appears once.
     """
     rows, given = [torch.cat(pair) for pair in pairs], [prompt[:1] if with_prompts else prompt for prompt, _ in pairs]
     logp = engine.logprobs(model, given, [row[len(tokens):] for row, tokens in zip(rows, given, strict=True)],
@@ -249,7 +249,7 @@ def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompt
 
 
 def families(prompts: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of prompts, those together that begin with the same half: questions on one database."""
+    """Groups the indices of prompts whose first half is the same: questions on one database."""
     rows, kin = [prompt.tolist() for prompt in prompts], []
     for i in sorted(range(len(rows)), key=rows.__getitem__):
         if kin and 2 * len(commonprefix([rows[kin[-1][0]], rows[i]])) >= len(rows[i]):
@@ -260,7 +260,7 @@ def families(prompts: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _batches(count: int, size: int, steps: int, seed: int, kin: Sequence[list[int]] | None = None) -> list[list[int]]:
-    """`steps` batches of indices; every pair is seen once before any is seen again, a few of a family side by side.
+    """`steps` batches of indices; every pair comes once before any comes again, a few of a family side by side.
 
     Raises:
         ValueError: there are no pairs.

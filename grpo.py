@@ -6,25 +6,25 @@ For a question q the policy samples a group of G completions o_1 … o_G, each i
     (2)  r_it = π(o_it | q, o_i<t) / π_old(o_it | q, o_i<t)        ratio, 1 at the first update
     (3)  S_it = min(r_it A_i, clip(r_it, 1 − ε_low, 1 + ε_high) A_i)             clipped surrogate
     (4)  D_it = exp(ρ_it) − ρ_it − 1,  ρ_it = log π_ref − log π                  KL to the reference ("k3")
-    (5)  L = −mean_i mean_t (S_it − β D_it)                        what the optimizer descends
+    (5)  L = −mean_i mean_t (S_it − β D_it)                        the loss to minimise
 
 from DeepSeekMath (arXiv 2402.03300). There is no value model: the group's mean reward is the baseline. The file follows
 a training step: sample, log-probabilities, advantages, loss, update. What small implementations often get wrong:
 1. log-probabilities are those of the sampling distribution, temperature included;
 2. masks come from lengths, never from token ids, so a sampled EOS is trained and padding is not;
 3. the loss is normalised by the whole batch, so accumulating gradients over micro-batches is exact;
-4. what is drawn for a prompt depends on its seed alone, not on what is sampled beside it.
+4. a prompt's completions depend on its seed alone, not on the prompts sampled beside it.
 
 Left out: rewards, files, arguments, several processes, and speed. Sampling and log-probabilities take nearly all the
-time, so they are handed in as an `Engine`: `PLAIN` is the one to read, engine/fast.py computes the same faster:
+time, so they are passed in as an `Engine`: `PLAIN` is the one to read, engine/fast.py computes the same faster:
 
     groups = sample_groups(model, prompts, config, eos_ids=[2])      # rollout
     advantages = group_advantages(rewards)                           # [B, G], from your rewards of the completions
     batches = micro_batches(groups, advantages, config)
     stats = policy_update(model, optimizer, batches, config)
 
-What others have made of each step (DAPO, Dr. GRPO, GSPO, …) is in variants.py, one small function each. It is imported
-when a config names one of them.
+Variants of each step (DAPO, Dr. GRPO, GSPO, …) are in variants.py, one small function each. It is imported when a
+config names one of them.
 """
 
 import importlib
@@ -39,17 +39,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-LOSSES: dict[str, tuple] = {}  # name -> (surrogate, average); the paper's here, others in variants.py
-ADVANTAGES: dict[str, Callable] = {}  # name -> how rewards become advantages; likewise
+LOSSES: dict[str, tuple] = {}  # name -> (surrogate, average); GRPO's is below, the others are in variants.py
+ADVANTAGES: dict[str, Callable] = {}  # name -> function from rewards to advantages; likewise
 
 
 def variant(name: str) -> Callable:
-    """A function of variants.py."""
+    """A function in variants.py."""
     return getattr(importlib.import_module("variants"), name)
 
 
 def find(table: dict, name: str, what: str):
-    """The entry of a table. Raises ValueError, which names what is chosen by it: there is none of this name."""
+    """The entry `name` of a table of `what`. Raises ValueError: there is none."""
     if name not in table:
         importlib.import_module("variants")  # adds its entries
     if name not in table:
@@ -63,7 +63,7 @@ def option(default, help: str, **metadata):  # as in common/options.py: a field,
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """The algorithm."""  # ValueError, naming the field, for a value that makes no sense
+    """The algorithm."""  # raises ValueError, naming the field, for an invalid value
     group_size: int = option(8, "completions sampled per question (G)", at_least=2, common=True)
     temperature: float = option(1.0, "of sampling and of the log-probabilities", at_least=1e-6, common=True)
     max_completion_tokens: int = option(512, "completions are truncated at this length", at_least=1, common=True)
@@ -109,14 +109,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Engine:
-    """The two operations that take most of the time, so that a faster way of computing them can be handed in."""
+    """The two operations that take most of the time; a faster implementation can be passed in."""
     decode: Callable  # (model, B prompts, uniform [B, G, T], temperature, eos_ids) -> B groups of G completions
     logprobs: Callable  # (model, N prompts, N completions, temperature) -> log-probabilities [N, T] with gradient
 
 
 @contextmanager
 def dropout_off(model):
-    """Evaluation mode inside, so that rollout and update see the same policy; every module's mode comes back."""
+    """Evaluation mode inside, so that rollout and update see the same policy; restores each module's mode on exit."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -128,7 +128,7 @@ def dropout_off(model):
 
 # ---- sample
 def plain_decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature: float, eos_ids) -> list[Group]:
-    """Samples B groups: one prefill of B·G rows, then a token of every row at a time. uniform: random [B, G, T]"""
+    """Samples B groups: one prefill of B·G rows, then one token per row at a time. uniform: random [B, G, T]"""
     (B, G, T), device = uniform.shape, next(model.parameters()).device
     uniform = uniform.reshape(B * G, T).to(device)
     ids, mask = left_pad([prompt for prompt in prompts for _ in range(G)], device)  # [N, P] each, N = B·G
@@ -142,7 +142,7 @@ def plain_decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature:
         ended = ended | torch.isin(drawn[-1][0], eos)
         if ended.all():
             break
-        cache, ids = out.past_key_values, drawn[-1][0][:, None]  # rows that have ended go on, unread
+        cache, ids = out.past_key_values, drawn[-1][0][:, None]  # rows that have ended continue, ignored
         mask, position = F.pad(mask, (0, 1), value=1), position[:, -1:] + 1
     tokens, logps, entropies, alive = (torch.stack(column, dim=1) for column in zip(*drawn, strict=True))  # [N, t]
     return as_groups(prompts, G, tokens, logps, entropies, alive.sum(1), ended)
@@ -150,7 +150,7 @@ def plain_decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature:
 
 def as_groups(prompts, G: int, tokens: Tensor, logps: Tensor, entropies: Tensor, lengths: Tensor,
               ended: Tensor) -> list[Group]:
-    """Decoded rows to groups, on the CPU. tokens, logps, entropies [B·G, T], lengths, ended [B·G], prompt-major."""
+    """Decoded rows as groups, on the CPU. tokens, logps, entropies [B·G, T], lengths, ended [B·G], prompt-major."""
     tokens, logps, entropies = ([row[:n] for row, n in zip(values.cpu(), lengths.tolist(), strict=True)]
                                 for values in (tokens, logps, entropies))
     truncated = (~ended).tolist()
@@ -160,14 +160,14 @@ def as_groups(prompts, G: int, tokens: Tensor, logps: Tensor, entropies: Tensor,
 
 
 def sample_token(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws a token a row from softmax(logits / temperature); 0 is greedy. [N, V] -> token, logp, entropy [N] each.
+    """Draws one token per row from softmax(logits / temperature); 0 is greedy. [N, V] -> token, logp, entropy [N] each.
 
-    uniform: [N], float64 in [0, 1), all the randomness there is."""
+    uniform: [N], float64 in [0, 1), the only source of randomness."""
     logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     p = logp.exp()
     if not temperature:
         token = logp.argmax(-1, keepdim=True)
-    else:  # the first token whose cumulative probability exceeds the uniform number: one draw a row, not V
+    else:  # the first token whose cumulative probability exceeds the uniform number: one draw per row, not V
         cdf = p.double().cumsum(-1)
         token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=logp.shape[1] - 1)
     return token[:, 0], logp.gather(-1, token)[:, 0], torch.special.entr(p).sum(-1)
@@ -192,7 +192,7 @@ def plain_logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tenso
     logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits  # [N, L, V]
     logp = target_logprobs(logits[:, :-1], ids[:, 1:], temperature)  # [N, L - 1], of tokens 1 … L - 1
     starts = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # [N, 1]
-    index = starts - 1 + torch.arange(T, device=device)  # completion token t stands at P + t, so at P + t - 1 in logp
+    index = starts - 1 + torch.arange(T, device=device)  # completion token t is at P + t in its row, P + t - 1 in logp
     mask = index < lengths - 1  # [N, T]
     return logp.gather(1, index.clamp(max=logp.shape[1] - 1)) * mask
 
@@ -210,11 +210,11 @@ PLAIN = Engine(plain_decode, plain_logprobs)
 def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_ids: Sequence[int],
                   group_size: int | None = None, temperature: float | None = None,
                   seeds: Sequence[int] | None = None, engine: Engine = PLAIN) -> list[Group]:
-    """Samples a group of completions for each prompt [P], in order, from a causal language model of transformers.
+    """Samples a group of completions for each prompt [P], in order, from a causal language model from transformers.
 
     eos_ids: the tokens that end a completion.
     group_size, temperature: override the config's; 1 completion and temperature 0 (greedy) are allowed here.
-    seeds: one a prompt, the only source of its randomness; None: drawn from PyTorch's global generator."""
+    seeds: one per prompt, the only source of its randomness; None: drawn from PyTorch's global generator."""
     G = config.group_size if group_size is None else group_size
     temperature = config.temperature if temperature is None else temperature
     per_batch = max(1, config.rollout_batch // G)
@@ -223,7 +223,7 @@ def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_i
     with dropout_off(model):
         for start in range(0, len(prompts), per_batch):
             batch = slice(start, start + per_batch)
-            # The random number behind every token that may be sampled, the same on every device: [B, G, T]
+            # One random number per token that may be sampled, the same on every device: [B, G, T]
             uniform = torch.stack([torch.rand(G, config.max_completion_tokens, dtype=torch.float64,
                                               generator=torch.Generator().manual_seed(s)) for s in seeds[batch]])
             groups += engine.decode(model, list(prompts[batch]), uniform, temperature, eos_ids)
@@ -235,9 +235,9 @@ def group_advantages(rewards: Tensor, scale: str = "group", components=None) -> 
     """Rewards relative to their group, eq. (1). [B, G] -> [B, G]
 
     scale: a name in ADVANTAGES; `group` is GRPO's, `batch`, `none` and `gdpo` are in variants.py.
-    components: (rewards [K, B, G], weights [K]) that these rewards are the sum of, for scales that take each by itself.
-    A group whose rewards are equal but for rounding gets exactly 0.
-    Raises ValueError: fewer than two completions a group, a reward that is not finite, an unknown scale."""
+    components: (rewards [K, B, G], weights [K]) that add up to these rewards, for scales that normalise each reward.
+    A group whose rewards are equal up to rounding gets exactly 0.
+    Raises ValueError: fewer than two completions per group, a reward that is not finite, an unknown scale."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [B, G] with G at least 2, but are {list(rewards.shape)}")
     if not torch.isfinite(rewards).all():
@@ -246,7 +246,7 @@ def group_advantages(rewards: Tensor, scale: str = "group", components=None) -> 
 
 
 def over_group_std(rewards: Tensor, components=None) -> Tensor:
-    """Over the group's standard deviation (divisor n − 1), eq. (1). [B, G] -> [B, G]"""
+    """Centred, divided by the group's standard deviation (divisor n − 1), eq. (1). [B, G] -> [B, G]"""
     flat = flat_groups(rewards)[:, None]  # [B, 1]
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # eq. (1)
     return (advantages / rewards.std(dim=1, keepdim=True).masked_fill(flat, 1.0)).masked_fill(flat, 0.0)
@@ -256,7 +256,7 @@ ADVANTAGES["group"] = over_group_std
 
 
 def flat_groups(rewards: Tensor) -> Tensor:
-    """Which groups have nothing to compare: all rewards equal but for rounding. [B, G] -> bool [B]"""
+    """Whether all rewards of a group are equal up to rounding, per group. [B, G] -> bool [B]"""
     spread = rewards.amax(dim=1) - rewards.amin(dim=1)
     return spread <= 1e-6 * rewards.abs().amax(dim=1).clamp(min=1.0)
 
@@ -266,7 +266,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     """Per-token estimate of KL(π ‖ π_ref) for tokens sampled from π; elementwise. joschu.net/blog/kl-approx.html
 
     In expectation k1 and k3 equal the KL. As a loss, k2 has the KL's gradient and k3 (GRPO's choice) that of
-    KL(π_ref ‖ π); k1 has none, its expected gradient is zero, so it is a metric only."""
+    KL(π_ref ‖ π). k1's expected gradient is zero, so it is a metric only."""
     log_ratio = ref_logp - logp  # ρ of eq. (4)
     if kind == "k1":
         return -log_ratio
@@ -279,11 +279,11 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
                 config: GRPOConfig, normalizer: float | None = None) -> tuple[Tensor, dict[str, float]]:
-    """Clipped surrogate plus `kl_coef` times KL, eq. (2)–(5). -> (scalar loss, statistics, means over these tokens)
+    """Clipped surrogate plus `kl_coef` times KL, eq. (2)–(5). -> (scalar loss, statistics averaged over these tokens)
 
     logp, old_logp, ref_logp: [N, T]; gradients flow through logp only. ref_logp may be None (no KL).
-    advantages: [N], one a completion, or [N, T]. mask: [N, T], true on the tokens that count.
-    normalizer: `loss_normalizer` of the *whole* batch where these rows are a part of it; None: of these rows."""
+    advantages: [N], one per completion, or [N, T]. mask: [N, T], true on the tokens that count.
+    normalizer: `loss_normalizer` of the *whole* batch if these rows are only a part of it; None: of these rows."""
     surrogate_of, average = find(LOSSES, config.loss, "loss")
     mask = mask.to(logp.dtype)
     A = advantages.detach().to(logp.dtype).view(len(logp), -1)  # [N, 1] or [N, T]
@@ -317,7 +317,7 @@ def clipped_surrogate(logp: Tensor, log_ratio: Tensor, A: Tensor, mask: Tensor,
 
 
 def sequence_mean(mask: Tensor, config: GRPOConfig) -> tuple[Tensor, float]:
-    """The mean over a sequence's tokens, then over sequences, eq. (5); fully masked ones do not count.
+    """The mean over a sequence's tokens, then over sequences, eq. (5); fully masked sequences do not count.
 
     mask [N, T] -> divisor of each row's sum [N], divisor of the sum of rows"""
     lengths = mask.sum(-1)
@@ -328,14 +328,14 @@ LOSSES["grpo"] = clipped_surrogate, sequence_mean
 
 
 def loss_normalizer(mask: Tensor, config: GRPOConfig) -> float:
-    """The divisor of the summed loss of these rows; those of the parts of a batch add up to its own. mask [N, T]"""
+    """The divisor of these rows' summed loss; the divisors of a batch's parts add up to the batch's. mask [N, T]"""
     return find(LOSSES, config.loss, "loss")[1](mask, config)[1]
 
 
 # ---- update
 @dataclass
 class MicroBatch:
-    """Completions that go through the model in one pass. The old policy's log-probabilities are those of the first."""
+    """Completions that go through the model in one pass. The first update fills in `old_logps`."""
     prompts: list[Tensor]  # n times [P]
     completions: list[Tensor]  # n times [C_i]
     sampled_logps: list[Tensor]  # n times [C_i], of the sampler
@@ -343,11 +343,11 @@ class MicroBatch:
     mask: Tensor  # bool [n, T], true on the tokens that count in the loss
     normalizer: float  # `loss_normalizer` of the whole rollout
     ref_logps: Tensor | None = None  # [n, T], of the reference
-    old_logps: Tensor | None = None  # [n, T], of the policy that the update began with
+    old_logps: Tensor | None = None  # [n, T], of the policy before the first update
 
 
 def micro_batches(groups: Sequence[Group], advantages: Tensor, config: GRPOConfig) -> list[MicroBatch]:
-    """Splits a rollout into passes of `micro_batch` completions, all of one group; 0: a whole group in a pass.
+    """Splits a rollout into passes of `micro_batch` completions, all of one group; 0: one whole group per pass.
 
     advantages: [B, G]"""
     batches, size = [], config.micro_batch
@@ -368,7 +368,7 @@ def micro_batches(groups: Sequence[Group], advantages: Tensor, config: GRPOConfi
 
 @torch.no_grad()
 def reference_logprobs(model, batches: Sequence[MicroBatch], config: GRPOConfig, engine: Engine = PLAIN) -> None:
-    """Computes the log-probabilities of each micro-batch under the reference, into its `ref_logps`."""
+    """Stores each micro-batch's log-probabilities under the reference in its `ref_logps`."""
     with dropout_off(model):
         for batch in batches:
             batch.ref_logps = engine.logprobs(model, batch.prompts, batch.completions, config.temperature)
@@ -376,11 +376,11 @@ def reference_logprobs(model, batches: Sequence[MicroBatch], config: GRPOConfig,
 
 def policy_update(model, optimizer, batches: Sequence[MicroBatch], config: GRPOConfig,
                   engine: Engine = PLAIN) -> dict[str, float]:
-    """`updates_per_rollout` optimizer steps on one rollout.
+    """Takes `updates_per_rollout` optimizer steps on one rollout.
 
-    Returns the statistics of `policy_loss`, means over `tokens` and updates; `loss` and `grad_norm` (before clipping)
-    of the last update; `skipped_updates`, those without a finite gradient; `sampler_gap`, the mean |log-probability of
-    sampler − training| over the `trained_tokens`, those that went through the model."""
+    Returns the statistics of `policy_loss`, averaged over `tokens` and updates; `loss` and `grad_norm` (before
+    clipping) of the last update; `skipped_updates`, those without a finite gradient; `sampler_gap`, the mean
+    |log-probability of sampler − training| over `trained_tokens`, the tokens that went through the model."""
     sums, skipped = UpdateSums(), 0
     with dropout_off(model):
         for update in range(config.updates_per_rollout):
@@ -414,19 +414,19 @@ def backward(model, batch: MicroBatch, first: bool, config: GRPOConfig, sums: "U
 
 
 def has_gradient(batch: MicroBatch, config: GRPOConfig) -> bool:
-    """Whether a micro-batch needs a pass: where all advantages are 0, only the KL has a gradient. With several updates
-    all of them do, for the statistics of their ratios."""
+    """Whether a micro-batch needs a pass: if all advantages are 0, only the KL has a gradient. With several updates
+    every micro-batch needs one, because the statistics cover its ratios."""
     return bool(config.kl_coef or config.updates_per_rollout > 1 or batch.advantages.any())
 
 
 def clip(optimizer, config: GRPOConfig) -> Tensor:
-    """Clips the gradient to `max_grad_norm`; its norm before that."""
+    """Clips the gradient to `max_grad_norm`; returns its norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
 
 
 def step_if_finite(optimizer, norm: float) -> float:
-    """An optimizer step, unless the gradient's norm, which is returned, is not finite."""
+    """Takes an optimizer step if the gradient's norm is finite; returns the norm."""
     if math.isfinite(norm):
         optimizer.step()
         torch.clear_autocast_cache()  # else autocast would reuse copies of the old weights in the next update
@@ -434,13 +434,13 @@ def step_if_finite(optimizer, norm: float) -> float:
 
 
 class UpdateSums:
-    """Statistics of the passes of an update."""
+    """Sums the statistics of an update's passes."""
 
     def __init__(self):
         self.totals, self.ratio_max = Counter({"tokens": 0, "trained_tokens": 0, "sampler_gap": 0.0}), 1.0
 
     def add(self, batch: MicroBatch, stats: dict[str, float], gap: Tensor | None = None) -> None:
-        """Takes in `policy_loss`'s statistics of a micro-batch. gap: [n, T], old − sampler's log-probabilities"""
+        """Adds `policy_loss`'s statistics of a micro-batch. gap: [n, T], old − sampler's log-probabilities"""
         tokens = int(batch.mask.sum())
         self.ratio_max = max(self.ratio_max, stats.pop("ratio_max", 1.0))
         self.totals.update({name: value * tokens for name, value in stats.items()} | {"tokens": tokens})
@@ -448,7 +448,7 @@ class UpdateSums:
             self.totals.update(sampler_gap=gap.abs().sum().item(), trained_tokens=sum(map(len, batch.completions)))
 
     def means(self) -> dict[str, float]:
-        """The statistics of all passes."""
+        """The averages over all passes."""
         counts = {name: self.totals.pop(name) for name in ("tokens", "trained_tokens")}
         gap = self.totals.pop("sampler_gap") / max(1, counts["trained_tokens"])
         means = {name: total / max(1, counts["tokens"]) for name, total in self.totals.items()}

@@ -1,4 +1,4 @@
-"""Greedy execution accuracy on held-out questions while a policy is trained, and its table of before and after."""
+"""Greedy execution accuracy on held-out questions during training, and the table of before and after."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,11 +21,11 @@ class HeldOut:
 
     def __init__(self, s: Settings, policy: Policy, executor: SQLExecutor, databases: Mapping,
                  inside: Callable[[], AbstractContextManager]):
-        """inside: what the policy samples in, such as bf16 arithmetic."""
+        """inside: the context in which the policy samples, such as bf16 arithmetic."""
         self.s, self.policy, self.executor, self.databases, self.inside = s, policy, executor, databases, inside
 
     def announce(self, questions: Sequence[Question], name: str, step: int) -> dict:
-        """`measure`, which it announces and whose accuracy it prints."""
+        """Runs `measure`; prints a line before it and the accuracy after it."""
         if not distributed.is_main():
             return self.measure(questions, step)
         print(f"step {step}: evaluating {len(questions)} questions of {name}", flush=True)
@@ -35,7 +35,7 @@ class HeldOut:
         return found
 
     def measure(self, questions: Sequence[Question], step: int) -> dict:
-        """The accuracy of greedy answers, as `summarise` gives it, and a hash of the questions that it is of."""
+        """`summarise` of the greedy answers, and a hash of the questions whose database could be read."""
         examples, mine = [question.example for question in questions], distributed.share_of(len(questions))
         with self.inside():
             sqls = greedy_sqls(self.policy, [question.prompt.tolist() for question in questions[mine]], self.s.exam,
@@ -54,9 +54,9 @@ class HeldOut:
 
 
 def before_after_table(before: dict, after: dict, match: str) -> str:
-    """Held-out execution accuracy before and after GRPO, a line a tier, with 95 % intervals; 80 columns.
+    """Held-out execution accuracy before and after GRPO, one line per tier, with 95 % intervals; 80 columns.
 
-    Questions of which the database could not be read are in neither figure, so the two may be of other questions.
+    Questions whose database could not be read are left out, so the two figures may cover different questions.
     """
     lines = [f"{'held-out execution accuracy, %':<32}{'n':>5}{'before GRPO':>21}{'after GRPO':>21}"]
 
@@ -77,7 +77,7 @@ def before_after_table(before: dict, after: dict, match: str) -> str:
         lines.append(f"{name + ': all':<32}{end['n']:>5}{cell(start):>21}{cell(end):>21}")
         shown = [bounds(part["interval_over_databases"][match]) if part.get("interval_over_databases") else "-"
                  for part in (start, end)]
-        if shown[0] != "-":  # none in a run that an older version began
+        if shown[0] != "-":  # absent from runs that an older version began
             lines.append(f"{'  over ' + str(end['databases']) + ' databases':<37}{shown[0]:>21}{shown[1]:>21}")
         if not of_the_same(start, end):
             lines.append(f"  no gain is known: the {start['n']} questions read before are not these")

@@ -8,22 +8,20 @@
     a  atomic     0 when correct, else φ(max_i J(A(sql), A(gold_i))), J the share of common operations
     m  memory     1 when correct, else the cosine of the reasoning to a centroid of verified traces
 
-and three more that are off unless they are given a weight: `result` (cell-level soft-F1 of the result
-tables), `schema` (Jaccard index of the tables and columns mentioned), both 1 when correct, and `user` (a
-function of your own, whatever it says).
+Three more are off unless they have a weight: `result` (cell-level soft-F1 of the result tables), `schema`
+(Jaccard index of the tables and columns mentioned), both 1 when correct, and `user` (a function of your own).
 
 Any correct completion outranks any wrong one. A wrong one gets at most w_f + w_x + w_a φ(1) + w_m + w_r +
 w_s + w_u, a correct one at least w_f + 2 w_x + w_m + w_r + w_s, so weights with w_x ≤ w_a φ(1) + w_u are
-refused, whatever `execution_runs` is. Where execution is switched off there is no x to outrank by: a
-correct completion then gets a = φ(1), the most that a wrong one can get, so it is never below one, and
-`user` is refused.
+refused, whatever `execution_runs` is. Without the execution reward, a correct completion gets a = φ(1), the
+most that a wrong one can get, so it never ranks below one; `user` is then refused.
 
-What is switched off is not computed and imports nothing. `format` switched off loses its weight w_f but
-remains the gate, for without it there is no SQL to score. SQL always runs: memory must know what is
-correct, and every log shows the status of the SQL.
+A component that is off is not computed and imports nothing. `format` switched off loses its weight w_f but
+remains the gate, because without it there is no SQL to score. SQL always runs: the memory needs its verdict,
+and every log shows its status.
 
-Where the database cannot be read, nothing is known of a completion: it has the status `unavailable` and no reward, and
-its group is left out of the step (`readable`).
+If the database cannot be read, a completion has the status `unavailable` and no reward, and its group is left
+out of the step (`readable`).
 """
 
 import importlib.util
@@ -50,10 +48,10 @@ __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "Rewa
 
 COMPONENTS = ("format", "execution", "atomic", "memory", "result", "schema", "user")
 MAX_ATOMIC = shape_atomic(1.0)  # φ(1) of the paper's shaping: the most that a wrong completion's SQL earns
-NEIGHBOURS = 2  # nearest traces that are kept of a wrong completion, for people to read
-MARGIN = 1e-6  # of the sum of all weights; by less, float32 could not tell correct from wrong
+NEIGHBOURS = 2  # nearest traces stored with a wrong completion, for people to read
+MARGIN = 1e-6  # of the sum of all weights; float32 cannot resolve a smaller difference
 
-ARGUMENTS = ("question", "db_id", "gold_sqls", "thought", "sql", "execution")  # of a reward of the user's own
+ARGUMENTS = ("question", "db_id", "gold_sqls", "thought", "sql", "execution")  # of the user's reward function
 SIGNATURE = f"reward({', '.join(ARGUMENTS)})"
 
 
@@ -62,7 +60,7 @@ SIGNATURE = f"reward({', '.join(ARGUMENTS)})"
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The rewards."""  # ValueError for weights or names that make no sense
+    """The rewards."""  # raises ValueError for invalid weights or names
 
     rewards: str = option("format,execution,atomic,memory", "rewards that are summed, with optional weights: "
                           "format,execution=2,atomic=0.5,memory", common=True)
@@ -114,15 +112,15 @@ class RewardConfig:
         return 2 * weights["execution"] - most
 
     def shape(self, j: float) -> float:
-        """φ(j) of these settings."""
+        """φ(j) with these settings."""
         return shape_atomic(j, self.atomic_lambda, self.atomic_beta, self.atomic_gamma)
 
 
 def parse_rewards(text: str, max_atomic: float = MAX_ATOMIC) -> dict[str, float]:
-    """`format,execution,atomic=0.5` to the weight of every component; `max_atomic` is φ(1).
+    """Parses `format,execution,atomic=0.5` into the weight of every component; `max_atomic` is φ(1).
 
     Raises:
-        ValueError: an unknown or repeated name, a weight that is no positive number, or weights with which a
+        ValueError: an unknown or repeated name, a weight that is not a positive number, or weights with which a
             wrong completion could outrank a correct one.
     """
     weights = dict.fromkeys(COMPONENTS, 0.0)
@@ -139,7 +137,7 @@ def parse_rewards(text: str, max_atomic: float = MAX_ATOMIC) -> dict[str, float]
         if not 0 < weights[name] < math.inf:
             raise ValueError(f"the weight of reward '{name}' is {number}; it must be positive")
     execution, user = weights["execution"], weights["user"]
-    bonus = user + (weights["atomic"] * max_atomic if execution else 0)  # what only wrong completions may get
+    bonus = user + (weights["atomic"] * max_atomic if execution else 0)  # what only wrong completions can earn
     if (execution or user) and execution - bonus < MARGIN * sum(weights.values()):
         raise ValueError(f"with these weights a wrong completion could outrank a correct one: execution "
                          f"({execution:g}) must exceed {max_atomic:.2f} x atomic + user ({bonus:.3g})")
@@ -155,7 +153,7 @@ def parse_completion(text: str, lenient: bool = False, style: str = "think-sql")
 
 
 class RewardError(ValueError):
-    """A reward module of the user's that cannot be used; the text is one sentence."""
+    """The user's reward module cannot be used; the text is one sentence."""
 
 
 class RewardItem(NamedTuple):
@@ -169,7 +167,7 @@ class RewardItem(NamedTuple):
 
 @dataclass(frozen=True)
 class RewardBreakdown:
-    """What one completion earned: components before weighting, the weighted total, what became of its SQL."""
+    """One completion's rewards: components before weighting, the weighted total, and the outcome of its SQL."""
 
     format: float = 0.0
     execution: float = 0.0
@@ -181,7 +179,7 @@ class RewardBreakdown:
     result: float = 0.0
     schema: float = 0.0
     user: float = 0.0
-    overlong: float = 0.0  # what train.py takes off for length
+    overlong: float = 0.0  # the penalty for length that train.py adds
     correct: bool = False
     text: str = ""
     thought: str = ""
@@ -199,15 +197,15 @@ class RewardBreakdown:
 
 
 def readable(row: Sequence[RewardBreakdown]) -> bool:
-    """Whether all completions of a group have a reward, since their database could be read."""
+    """Whether all completions of a group have a reward, because their database could be read."""
     return not any(breakdown.unavailable for breakdown in row)
 
 
 def rewards_apart(rows: Sequence[Sequence[RewardBreakdown]], config: RewardConfig) -> tuple[list, list[float]]:
-    """The rewards that have a weight, [K][B][G], and their weights [K], for GDPO, which standardises each by itself.
+    """The rewards that have a weight, [K][B][G], and their weights [K], for GDPO, which standardises each reward.
 
-    That changes what a reward counts for beside the others, so the margin above says nothing. A correct completion
-    still outranks every wrong one of its group, for it has the most of each reward: its atomic one is φ(1) here, not 0.
+    That changes the rewards' relative weights, so the margin above does not hold. A correct completion still outranks
+    every wrong one of its group, because it has the maximum of each reward: its atomic reward is φ(1) here, not 0.
     """
     weights = {name: weight for name, weight in config.weights.items() if weight}
     best = config.shape(1.0)
@@ -218,7 +216,7 @@ def rewards_apart(rows: Sequence[Sequence[RewardBreakdown]], config: RewardConfi
 
 @dataclass
 class Scored:
-    """What is known of one completion that has the format, while it is scored."""
+    """The state of one completion in the format while it is scored."""
 
     item: RewardItem
     thought: str
@@ -226,7 +224,7 @@ class Scored:
     execution: Execution | None = None  # of the SQL as written
     golds: Sequence[Execution] = ()  # of the gold queries as written
     correct: bool = False
-    unread: Execution | None = None  # what kept the database from being read, of prediction or gold
+    unread: Execution | None = None  # the execution, of prediction or gold, that could not read the database
     components: dict[str, float] = field(default_factory=lambda: {"format": 1.0})
     neighbours: Sequence[dict] = ()
 
@@ -247,17 +245,17 @@ class RewardScorer:
     """Scores completions.
 
     Args:
-        executor: has run_many and run_gold, [(db_id, sql)] to executions (status, columns, rows, error), as
-            sql_exec.SQLExecutor.
+        executor: as sql_exec.SQLExecutor, with run_many and run_gold, [(db_id, sql)] -> executions (status, columns,
+            rows, error).
         schemas: {db_id: {table: [column, ...]}}.
         memory: a TraceMemory, or None where the memory reward is off.
-        match: when a result is right, one of sql_exec.MATCHES.
+        match: decides whether a result is right, one of sql_exec.MATCHES.
         user_reward: from `load_reward_module`.
         rarity: from `build_rarity`.
-        answer_format: how completions are read; None: in think-sql, as `config.lenient_format` says.
+        answer_format: how completions are read; None: think-sql, with `config.lenient_format`.
 
     Raises:
-        ValueError: a reward has a weight, but what it needs (memory, user_reward, rarity) was not given.
+        ValueError: a reward has a weight, but what it needs (memory, user_reward, rarity) is missing.
     """
 
     def __init__(self, config: RewardConfig, executor, schemas: Mapping, memory: TraceMemory | None = None, *,
@@ -267,7 +265,7 @@ class RewardScorer:
         self.answer_format = answer_format or AnswerFormat(lenient=config.lenient_format)
         self.executor, self.schemas, self.memory = executor, schemas, memory
         self.match, self.user_reward, self.rarity = match, user_reward, rarity
-        self.seconds: dict[str, float] = {}  # of each component since `take_seconds`
+        self.seconds: dict[str, float] = {}  # per component since `take_seconds`
         for name, needed in (("memory", memory), ("user", user_reward)):
             if self.weights[name] and needed is None:
                 raise ValueError(f"the {name} reward has a weight, but there is nothing to compute it with")
@@ -275,13 +273,13 @@ class RewardScorer:
             raise ValueError(f"atomic_weights is '{config.atomic_weights}', and rarity must be given for 'rare' only")
 
     def score(self, items: Sequence[RewardItem], remember: bool = True) -> list[RewardBreakdown]:
-        """One RewardBreakdown a completion, in order; then the memory learns thoughts of the correct ones (`remember`).
+        """One RewardBreakdown per completion, in order; with `remember`, the memory then adds correct thoughts.
 
         SQL runs in the executor's processes while a thread here embeds the thoughts, so the parts of
         `seconds` can add up to more than the call took.
 
         Raises:
-            RewardError: the user's reward fails, or returns no number between 0 and 1.
+            RewardError: the user's reward fails, or does not return a number between 0 and 1.
         """
         read = [(item, self.answer_format.read(item.text)) for item in items]
         records = [Scored(item, *parts) if parts else None for item, parts in read]
@@ -299,28 +297,28 @@ class RewardScorer:
                 for item, record in zip(items, records, strict=True)]
 
     def _without_format(self, item: RewardItem) -> RewardBreakdown:
-        """What a completion earns that is not in the format."""
+        """The rewards of a completion that is not in the format."""
         return RewardBreakdown(text=item.text, error=f"not {self.answer_format.in_words}")
 
     def remember(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Shows the memory the (db_id, thought) of correct completions."""
+        """Offers the (db_id, thought) pairs of correct completions to the memory."""
         if self.weights["memory"]:
             with self._clock("memory"):
                 self.memory.add_many(pairs)
 
     def take_seconds(self) -> dict[str, float]:
-        """The seconds of each component since the last call."""
+        """The seconds per component since the last call."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 
     def _embed(self, pairs: list[tuple[str, str]]) -> None:
-        """Every thought in one batch: wrong ones are compared with the memory, correct ones enter it."""
+        """Embeds all thoughts in one batch: wrong ones are compared with the memory, correct ones enter it."""
         if self.weights["memory"]:
             with self._clock("memory"):
                 self.memory.prepare(pairs)
 
     def _execute(self, records: Sequence[Scored]) -> None:
-        """Runs predictions and golds: as written for the status, as the comparison wants them for the verdict."""
+        """Runs predictions and golds: as written for the status, in the comparison's form for the verdict."""
         with self._clock("execution"):
             questions = [(record.item.db_id, record.sql, record.item.gold_sqls) for record in records]
             results = Results(self.executor, questions, [self.match])
@@ -335,7 +333,7 @@ class RewardScorer:
     def _atomic(self, records: Sequence[Scored]) -> None:
         if not self.weights["atomic"]:
             return
-        # Without the execution reward a correct completion must not fall behind for being correct.
+        # Without the execution reward, a correct completion must not rank below a wrong one.
         when_correct = 0.0 if self.weights["execution"] else self.config.shape(1.0)
         with self._clock("atomic"):
             for record in records:
@@ -348,7 +346,7 @@ class RewardScorer:
                     record.components["atomic"] = self.config.shape(overlap)
 
     def _memory(self, records: Sequence[Scored]) -> None:
-        """Also keeps the nearest traces of each wrong completion."""
+        """Also stores the nearest traces of each wrong completion."""
         if not self.weights["memory"]:
             return
         wrong = [record for record in records if not record.correct]
@@ -385,7 +383,7 @@ class RewardScorer:
                 record.components["user"] = self._ask_user(record)
 
     def _ask_user(self, record: Scored) -> float:
-        """What the user's function says of a completion. Raises RewardError: that is no number between 0 and 1."""
+        """The user's reward of a completion. Raises RewardError: it fails, or is not a number between 0 and 1."""
         item = record.item
         where = (f"for the SQL {shorten(record.sql, 200)!r} of the question {shorten(item.question, 200)!r} "
                  f"(database {item.db_id})")
@@ -410,17 +408,17 @@ class RewardScorer:
 
 
 def _as_number(value) -> float:
-    """A Python, NumPy or PyTorch number as a float; NaN for all that is none."""
-    if isinstance(value, str | bytes | bytearray):  # float("0.5") would be one
+    """A Python, NumPy or PyTorch number as a float; NaN for anything else."""
+    if isinstance(value, str | bytes | bytearray):  # float("0.5") would succeed
         return math.nan
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is PyTorch's, for many numbers at once
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # PyTorch raises the last for several numbers
         return math.nan
 
 
 def schema_overlap(sql: str, gold: str, schema: Mapping[str, Sequence[str]]) -> float:
-    """Jaccard index of the tables and columns of `schema` that two queries mention, 0 where neither does."""
+    """Jaccard index of the tables and columns of `schema` that two queries mention; 0 if neither mentions any."""
     known = {name.lower() for table, columns in schema.items() for name in (table, *columns)}
     mine, theirs = names_in(sql) & known, names_in(gold) & known
     return len(mine & theirs) / len(mine | theirs) if mine | theirs else 0.0
@@ -430,7 +428,7 @@ def schema_overlap(sql: str, gold: str, schema: Mapping[str, Sequence[str]]) -> 
 
 
 def build_memory(config: RewardConfig, gate: MemoryGate, schemas: Mapping, model=None, tokenizer=None):
-    """The TraceMemory that a configuration asks for, or None. `model` is the frozen backbone for `policy`."""
+    """The TraceMemory that a configuration asks for, or None. `model` is the frozen backbone for embedder `policy`."""
     if not config.weights["memory"]:
         return None
     embed = make_embedder(config.embedder, model, tokenizer)
@@ -442,14 +440,14 @@ def build_memory(config: RewardConfig, gate: MemoryGate, schemas: Mapping, model
 
 
 def build_rarity(config: RewardConfig, examples: Sequence, schemas: Mapping) -> Callable[[str], float] | None:
-    """The weights of operations that a configuration asks for, by the first golds of training examples, or None."""
+    """Weights of operations from the first golds of training examples, or None if all weigh the same."""
     if not config.weights["atomic"] or config.atomic_weights == "equal":
         return None
     return rarity([(example.gold_sqls[0], schemas[example.db_id]) for example in examples])
 
 
 def load_reward_module(path: str | Path) -> Callable:
-    """The function `reward(question, db_id, gold_sqls, thought, sql, execution)` of a file, in [0, 1].
+    """The function `reward(question, db_id, gold_sqls, thought, sql, execution)` in a file; it returns 0 to 1.
 
     It is called with keyword arguments for every completion that has the format. `execution` has status,
     columns, rows, error and seconds.

@@ -2,8 +2,8 @@
 
     questions = drawing.draw(B)  →  groups = sample_groups(…)  →  rewards = scorer.score(…)
 
-With --dynamic-sampling, questions whose completions are all right or all wrong give way to fresh ones. Several
-processes share each step's questions; what they find is gathered, so that all of them go on with the whole.
+With --dynamic-sampling, fresh questions replace those whose completions are all right or all wrong. Several processes
+share each step's questions; every process then gathers the rollouts of all.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ from variants import overlong_penalty
 
 @dataclass(frozen=True)
 class Question:
-    """A question that can be asked: its prompt fits."""
+    """A question whose prompt fits."""
 
     example: Example
     prompt: Tensor  # [P]
@@ -35,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A question with its completions and what they earned."""
+    """A question, its completions and their rewards."""
 
     example: Example
     group: Group  # G completions
@@ -43,7 +43,7 @@ class Rollout:
 
     @property
     def readable(self) -> bool:
-        """Whether its completions have rewards: the database could be read."""
+        """Whether its completions have rewards, because the database could be read."""
         return readable(self.rewards)
 
     @property
@@ -57,15 +57,15 @@ class RolloutMaker:
 
     def __init__(self, s: Settings, policy: Policy, engine: Engine, questions: Sequence[Question], drawing: Drawing,
                  scorer: RewardScorer, inside: Callable[[], AbstractContextManager]):
-        """inside: what the policy samples in, such as bf16 arithmetic."""
+        """inside: the context in which the policy samples, such as bf16 arithmetic."""
         self.s, self.policy, self.engine, self.questions = s, policy, engine, questions
         self.drawing, self.scorer, self.inside = drawing, scorer, inside
 
     def make(self, timed: Callable[[str], AbstractContextManager]) -> tuple[list[Rollout], list[Rollout]]:
         """The B rollouts that a step learns from, and all that were sampled for it.
 
-        With --dynamic-sampling, more are sampled until B are mixed or no extra rollouts are left; the last of the
-        others fill the places that remain. Accuracy is that of all: those that were chosen by it would distort it.
+        With --dynamic-sampling, it samples more until B are mixed or no extra rounds are left; the last unmixed ones
+        fill the remaining places. Accuracy is measured on all samples, because the chosen ones would bias it.
         """
         B, extra = self.s.run.prompts_per_step, self.s.run.dynamic_sampling
         sampled = self.sample_and_score(B, timed)
@@ -80,7 +80,7 @@ class RolloutMaker:
     def sample_and_score(self, count: int, timed: Callable[[str], AbstractContextManager]) -> list[Rollout]:
         """Rollouts of the next questions, by all processes together."""
         turn, numbers = self.drawing.drawn, self.drawing.draw(count)
-        seeds = [self.s.run.seed * 1_000_003 + turn + i for i in range(count)]  # by a question's turn in the run
+        seeds = [self.s.run.seed * 1_000_003 + turn + i for i in range(count)]  # by the question's turn in the run
         mine = distributed.share_of(count)
         questions = [self.questions[number] for number in numbers[mine]]
         with timed("rollout"):
@@ -99,7 +99,7 @@ class RolloutMaker:
                                  eos_ids=self.policy.eos_ids, seeds=seeds, engine=self.engine)
 
     def score(self, examples: Sequence[Example], groups: Sequence[Group]) -> list[Rollout]:
-        """The rollouts of all processes, each of which scores its own groups. The memory gains what is right."""
+        """The rollouts of all processes; each scores its own groups. The memory adds the thoughts of correct ones."""
         items = [RewardItem(example.db_id, example.gold_sqls, self.policy.decode(completion), example.question)
                  for example, group in zip(examples, groups, strict=True) for completion in group.completions]
         found = distributed.everywhere(lambda: self.scorer.score(items, remember=False), RewardError)
@@ -145,13 +145,13 @@ def step_advantages(rollouts: Sequence[Rollout], s: Settings) -> Tensor:
 
 
 def penalise(rewards: Sequence[Sequence[RewardBreakdown]], penalties: Tensor) -> list[list[RewardBreakdown]]:
-    """The rewards [B][G] with a penalty [B, G] in their totals, which is logged as `overlong`."""
+    """Adds a penalty [B, G] to the totals of the rewards [B][G]; it is logged as `overlong`."""
     return [[replace(b, total=b.total + penalty, overlong=penalty) for b, penalty in zip(row, values, strict=True)]
             for row, values in zip(rewards, penalties.tolist(), strict=True)]
 
 
 def print_unreadable(rollouts: Iterable[Rollout], step: int, databases) -> None:
-    """Says which rollouts are left out of a step because their database could not be read."""
+    """Prints which rollouts are left out of a step because their database could not be read."""
     rollouts = list(rollouts)
     unread = [(rollout.example, next(b for b in rollout.rewards if b.unavailable))
               for rollout in rollouts if not rollout.readable]
@@ -162,6 +162,6 @@ def print_unreadable(rollouts: Iterable[Rollout], step: int, databases) -> None:
 
 
 def print_first_reasons(failures: Sequence[tuple[str, str, str, str]], databases, write: Callable = print) -> None:
-    """The first (question, status, error, db_id) of each kind, a line each."""
+    """Prints the first (question, status, error, db_id) of each kind, one per line."""
     for line in first_reasons([(*failure, str(databases[db_id])) for *failure, db_id in failures]):
         write(f"  {line}")

@@ -111,7 +111,7 @@ def main() -> int:
 
 
 def fitted(s: Settings) -> Settings:
-    """The settings with a --lora-rank that this machine has the memory for, the same in all processes."""
+    """The settings with a --lora-rank that fits this machine's memory, the same in all processes."""
     room = min(distributed.gather(memory_free(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
     s, notes = fit(sys.argv[1:], s, room, distributed.size())
     for note in notes:
@@ -121,13 +121,13 @@ def fitted(s: Settings) -> Settings:
 
 def compute_deterministically() -> None:
     """The same seed gives the same run, bit for bit, on the same number of threads: gradients of indexing are summed
-    in a fixed order. An update took 0.99 of the time without. Not asked of GPUs, where some operations cannot."""
+    in a fixed order. An update took 0.99 times as long as without. CPU only: some GPU operations cannot do it."""
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True), which imports a compiler: 3 s
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory, and filling takes time
 
 
 def run_all(s: Settings) -> int:
-    """The run, in each process that takes part in it; returns the exit status."""
+    """The run, in each of its processes; returns the exit status."""
     run = s.run
     if run.optimizer_device == "cpu" and distributed.size() > 1:
         raise UserError("--optimizer-device cpu works in a single process only: leave it out, as --sharding on spreads "
@@ -147,7 +147,7 @@ def run_all(s: Settings) -> int:
                                                             "dev_by_database": data.dev_by_database}))
     for note in data.notes:
         print(note)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; `stop_signals` is kinder while steps run
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; during steps, see `stop_signals`
     with SQLExecutor(data.databases, workers=run.sql_workers, timeout=run.sql_timeout,
                      cache=folder.path / "gold_cache") as executor:
         try:
@@ -160,12 +160,12 @@ def run_all(s: Settings) -> int:
             raise
         finally:
             if distributed.is_main():
-                folder.discard_new()  # if it never had a checkpoint
+                folder.discard_new()  # if it has no checkpoint
 
 
 def load_questions(s: Settings) -> tuple[Splits, dict | None]:
-    """The questions of the run, without held-back ones that an earlier run saw which it begins with, and the settings
-    of that one."""
+    """The run's questions, and the settings of the earlier run that it begins with, if any. Held-back questions that
+    the earlier run saw are left out."""
     run = s.run
     traces = None if run.traces == "template" else run.traces
     resumed, source = run_config_of(run.output) if run.resume else None, run.start or run.model
@@ -184,19 +184,19 @@ def load_questions(s: Settings) -> tuple[Splits, dict | None]:
 
 @dataclass
 class StepRecord:
-    """What becomes of one step, for its logs."""
+    """The results of one step, for its logs."""
 
     rollouts: list[Rollout] = field(default_factory=list)  # B, those that the step learns from
     sampled: list[Rollout] = field(default_factory=list)  # also those that --dynamic-sampling replaced
     advantages: torch.Tensor | None = None  # [B, G]
     stats: dict[str, float] = field(default_factory=dict)  # of the update
-    token_ratios: dict = field(default_factory=dict)  # {number of a rollout: what TokenWatch.ratios gives}
+    token_ratios: dict = field(default_factory=dict)  # {index of a rollout: its TokenWatch.ratios}
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase
     extra: dict[str, float] = field(default_factory=dict)  # further metrics
 
     @contextmanager
     def timed(self, phase: str):
-        """Adds the seconds that pass inside to those of a phase."""
+        """Adds the seconds spent inside to those of a phase."""
         began = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -205,18 +205,18 @@ class StepRecord:
 
 
 class Trainer:
-    """What the steps share. `train` is the story, the other methods are its verbs."""
+    """The state that the steps share. `train` is the story, the other methods are its verbs."""
 
     def __init__(self, s: Settings, data: Splits, folder: RunFolder, executor: SQLExecutor):
         self.s, self.data, self.folder, self.executor = s, data, folder, executor
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.step, self.best, self.before, self.at_start = 0, -1.0, {}, {}
-        self.stop_requested = self.stopping = False  # by a signal to this process; agreed by all of them
+        self.stop_requested = self.stopping = False  # by a signal to this process; by all processes
         self.guards, self.heartbeat = Guards(s.guards), Heartbeat()
         self.checkpoint = distributed.on_main(folder.newest_whole) if folder.resumes else None  # (step, folder)
         self.schemas = columns_of(data.databases)  # {db_id: {table: [column, ...]}}
         self.traced = self.verified_traces()
-        torch.manual_seed(s.run.seed)  # of adapters, which begin at random, and of dropout in the cold start
+        torch.manual_seed(s.run.seed)  # for adapters, which start at random, and dropout in the cold start
         self.policy = self.load_policy()
         self.bf16, self.pass_tokens = self.arithmetic()
         self.builder = PromptBuilder(data.databases, self.policy.tokenizer, s.prompts)
@@ -237,7 +237,7 @@ class Trainer:
         run = self.s.run
         self.prepare()
         bar = tqdm(total=run.steps, initial=self.step, desc="GRPO", unit="step", dynamic_ncols=True,
-                   disable=None if distributed.is_main() else True)  # None: only on a terminal, else a line a minute
+                   disable=None if distributed.is_main() else True)  # None: only on a terminal, else a line per minute
         with stop_signals(self), bar:
             while self.step < run.steps and not self.stopping:
                 self.step += 1
@@ -259,7 +259,7 @@ class Trainer:
         return self.finish()
 
     def prepare(self) -> None:
-        """Cold start, reference, rewards, optimizer; a resumed run takes up its state; held-out accuracy before."""
+        """Cold start, reference, rewards, optimizer; restores a resumed run; measures held-out accuracy before."""
         run = self.s.run
         if run.start and not self.checkpoint:
             print(f"begins with {run.start}, without a cold start")
@@ -273,11 +273,11 @@ class Trainer:
         if self.checkpoint:
             self.resume(*self.checkpoint)
         elif distributed.is_main():
-            self.folder.cut_logs(0)  # of a run whose checkpoints are gone
+            self.folder.cut_logs(0)  # those of a run whose checkpoints are gone
         if self.step == 0:
-            self.save()  # step 0 is the reference, and what costs most of a short run
+            self.save()  # step 0 is the reference, and most of a short run's time
             if run.steps and self.evaluation_is_due():
-                found = self.evaluate_dev()  # it may stay the best
+                found = self.evaluate_dev()  # step 0 may remain the best
                 self.at_start = {f"start_{name}": accuracy for name, accuracy in found.items()}
         if not self.before and self.test_sets:
             self.before = self.evaluate_tests()
@@ -301,7 +301,7 @@ class Trainer:
         return record
 
     def log(self, record: StepRecord) -> dict:
-        """Writes what became of a step; returns its line of metrics."""
+        """Logs a step; returns its metrics."""
         print_unreadable(record.sampled, self.step, self.data.databases)
         read = [rollout.readable for rollout in record.rollouts]
         if any(read):
@@ -350,8 +350,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------------- a step's verbs
 
     def passes(self, record: StepRecord) -> list[MicroBatch]:
-        """What goes through the model together in the update: some completions of a group with --micro-batch, else as
-        many whole groups as --tokens-per-pass allows and leave every process something to do; this process's part."""
+        """This process's passes of the update: with --micro-batch, some completions of a group; else as many whole
+        groups as --tokens-per-pass allows, but few enough that every process gets a pass."""
         s, groups = self.s, [rollout.group for rollout in record.rollouts]
         batches = micro_batches(groups, record.advantages, s.grpo)
         if not s.grpo.micro_batch and s.run.engine != "plain":
@@ -359,13 +359,13 @@ class Trainer:
         return distributed.divide(batches, s.grpo)
 
     def compute_reference(self, batches: list[MicroBatch]) -> None:
-        """Gives the micro-batches the reference's log-probabilities, where there is a reference."""
+        """Stores the reference's log-probabilities in the micro-batches, if there is a reference."""
         if self.reference:
             with self.autocast(cache=False), self.reference.active(self.device) as model:
                 reference_logprobs(model, batches, self.s.grpo, ENGINES[self.s.run.engine])  # never sharded
 
     def watch_tokens(self, record: StepRecord) -> dict[int, TokenWatch]:
-        """{number: watch} of the rollout whose tokens' ratios rollouts.jsonl gets; of none in most steps."""
+        """{index: watch} of the rollout whose token ratios go to rollouts.jsonl; empty in most steps."""
         run = self.s.run
         if not run.token_ratios_every or self.step % run.token_ratios_every and self.step != run.steps:
             return {}
@@ -374,26 +374,26 @@ class Trainer:
                                    partial(self.autocast, cache=False))}
 
     def learning_rate(self, steps: int | None = None) -> float:
-        """Linear warm-up, then constant or a linear fall to a tenth at the last of so many steps (default: --steps)."""
+        """Linear warm-up, then constant or a linear decay to a tenth at the last of `steps` (default: --steps)."""
         run = self.s.run
         rate = min(1.0, self.step / max(run.lr_warmup, 1))
         return run.lr * rate * (1 - 0.9 * self.step / max(steps or run.steps, 1) if run.lr_decay else 1.0)
 
     def set_learning_rate(self) -> None:
-        """Gives the optimizer the learning rate of this step."""
+        """Sets the optimizer's learning rate for this step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
 
     def autocast(self, cache: bool = True):
         """bf16 arithmetic where --precision asks for it; master weights stay float32.
 
-        With `cache` autocast keeps the weights' bf16 copies; while weights change it must not.
+        With `cache`, autocast reuses the weights' bf16 copies, so the weights must not change.
         """
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16, cache_enabled=cache)
 
     @contextmanager
     def sampling(self):
-        """Inside, the policy can sample."""
+        """The context in which the policy can sample."""
         with self.autocast(), distributed.unsharded(self.sharded):
             yield
 
@@ -405,8 +405,8 @@ class Trainer:
         return bool(self.dev_set and run.eval_every) and (self.step % run.eval_every == 0 or self.step == run.steps)
 
     def evaluate_dev(self) -> dict[str, float]:
-        """The metric of accuracy on dev; a new best policy is kept in best/. Neither where a database could not be
-        read, because accuracies on other questions cannot be compared."""
+        """The metric of accuracy on dev; saves a new best policy in best/. Does neither if a database could not be
+        read, because accuracies on different questions cannot be compared."""
         measure = self.held_out.measure if self.step else partial(self.held_out.announce, name="dev")
         found = measure(self.dev_set, step=self.step)
         if found["unavailable"]:
@@ -419,17 +419,17 @@ class Trainer:
         return {"dev_accuracy": accuracy}
 
     def evaluate_tests(self) -> dict[str, dict]:
-        """The accuracy of the policy as it is on each set of test questions."""
+        """The accuracy of the current policy on each test set."""
         return {name: self.held_out.announce(questions, name, self.step) for name, questions in self.test_sets.items()}
 
     def compare(self) -> None:
-        """Prints the held-out accuracy of the best policy by dev beside that of the start, which is measured once."""
+        """Prints the held-out accuracy of the best policy on dev beside that of the start, which is measured once."""
         best, after = self.folder.path / "best", self.before
         chosen = bool(self.s.run.eval_every and self.dev_set) and best.exists()
         step = distributed.on_main(self.folder.step_of_best) if chosen else self.step
         if chosen and step:
-            adapters = best / ADAPTERS  # what merging would have rounded away
-            load_weights(self.policy, adapters if adapters.is_dir() else best)  # into the same model: no second one
+            adapters = best / ADAPTERS  # exact, because merging would round them
+            load_weights(self.policy, adapters if adapters.is_dir() else best)  # into the same model, to save memory
         if step:
             after = self.evaluate_tests()
         if not distributed.is_main():
@@ -442,7 +442,7 @@ class Trainer:
     # --------------------------------------------------------------------------------------------- preparation
 
     def share_model(self) -> tuple:
-        """Gives all processes the same weights, or where that is wanted each a part of them.
+        """Gives all processes the same weights, or with sharding a part of them each.
 
         -> the sharded model or None, the engine that computes with it
         """
@@ -454,8 +454,8 @@ class Trainer:
         return sharded, sharded.engine
 
     def load_rewards(self) -> tuple:
-        """The user's reward and the memory, or None; of a memory whose embedder is the policy only `make_scorer` can
-        make one, after the cold start."""
+        """The user's reward and the memory, each None if it is off. `make_scorer` makes a memory whose embedder is the
+        policy, after the cold start."""
         s = self.s
         try:
             user_reward = load_reward_module(s.rewards.reward_module) if s.rewards.reward_module else None
@@ -465,8 +465,8 @@ class Trainer:
         return user_reward, memory
 
     def verified_traces(self) -> list:
-        """Examples with a verified trace, or one made from the gold SQL: where it is asked for, and where the tiny
-        policy, which knows nothing, has no other."""
+        """Examples with a verified trace, or one made from the gold SQL if --traces asks for it or the tiny policy has
+        no other."""
         traced = self.data.traced
         if self.s.run.traces == "template" or not traced and self.s.run.model == "tiny":
             traced = template_traces(self.data.train, self.schemas)
@@ -476,7 +476,7 @@ class Trainer:
         return kept
 
     def cold_start(self) -> None:
-        """Supervised steps on reasoning traces, so that GRPO starts from a policy that knows the format."""
+        """Supervised steps on reasoning traces, so that GRPO starts from a policy that writes the format."""
         s = self.s
         for note in cold_start_notes(s.sft, len(self.traced), len(self.data.train)):
             print(note)
@@ -494,15 +494,15 @@ class Trainer:
         print(f"cold start: {s.sft.cold_start_steps} steps on {len(pairs)} traces, loss {loss:.3f} nats a token")
 
     def freeze_reference(self) -> Reference | None:
-        """The policy of step 0 for the KL penalty (`resume` gives it back its weights); None where there is none."""
+        """The policy of step 0 for the KL penalty (`resume` restores its weights); None without a penalty."""
         if not self.s.grpo.kl_coef:
             return None
         return Reference(self.policy.model, "cpu" if self.s.run.reference_device == "cpu" else None, self.sharded)
 
     def make_scorer(self) -> RewardScorer:
-        """The rewards, with the memory that the verified traces start."""
+        """The scorer, whose memory starts with the verified traces."""
         s, memory = self.s, self.memory
-        if s.rewards.embedder == "policy" and s.rewards.weights["memory"]:  # of step 0, so that embeddings do not move
+        if s.rewards.embedder == "policy" and s.rewards.weights["memory"]:  # of step 0, so that embeddings stay fixed
             if self.checkpoint:
                 frozen = load_policy(str(self.first_checkpoint), device=self.device, dtype=self.base_dtype).model
             else:
@@ -516,7 +516,7 @@ class Trainer:
                             rarity=build_rarity(s.rewards, self.data.train, self.schemas))
 
     def start_memory(self, memory: TraceMemory) -> None:
-        """Thresholds that fit the verified traces (the same again when resumed), and at the start the traces."""
+        """Fits the gate to the verified traces (equally when resumed); a new run's memory also adds them."""
         verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
         memory.gate = gate_for(verified, memory.columns, memory.gate)
         if self.checkpoint:
@@ -530,7 +530,7 @@ class Trainer:
                   "reward is 0 for every wrong answer: give --memory-scope any, or leave memory out of --rewards")
 
     def make_drawing(self) -> Drawing:
-        """Which training questions the steps ask."""
+        """Draws the training questions of the steps."""
         run, examples = self.s.run, [question.example for question in self.questions]
         return Drawing([example.db_id for example in examples], [example.gold_sqls[0] for example in examples],
                        seed=run.seed, informative=run.draw == "informative", per_database=run.questions_per_database)
@@ -565,33 +565,33 @@ class Trainer:
         return policy
 
     def arithmetic(self) -> tuple[bool, int]:
-        """Whether it is in bf16, and how many tokens a pass of the update takes (0: one group)."""
+        """Whether arithmetic is in bf16, and how many tokens a pass of the update takes (0: one group)."""
         run, model = self.s.run, causal_lm(self.policy.model)
         parameters = sum(weight.numel() for weight in model.parameters())
         bf16 = computes_in_bf16(run.precision, parameters, self.device == "cuda")
         try:
             return bf16, planned(self.s, model.config.to_dict(), distributed.size())[1].pass_tokens
-        except UserError:  # an architecture whose needs we cannot tell
+        except UserError:  # an architecture whose memory use is unknown
             return bf16, run.tokens_per_pass
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """Of the weights: float32, but in bf16 arithmetic bf16 where only adapters, themselves float32, are trained,
-        and on a GPU where the optimizer on the CPU has float32 copies. The tiny policy has room for its own."""
+        """The type of the weights: float32. In bf16 arithmetic it is bf16 if only (float32) adapters are trained, or if
+        the optimizer of a GPU's model holds float32 copies on the CPU; the tiny policy does not need that."""
         run = self.s.run
         rounded = run.lora_rank or self.device == "cuda" and run.optimizer_device == "cpu" and run.model != "tiny"
-        asked = computes_in_bf16(run.precision, 0, self.device == "cuda")  # on a CPU only where it is asked for by name
+        asked = computes_in_bf16(run.precision, 0, self.device == "cuda")  # on a CPU only if named explicitly
         return torch.bfloat16 if rounded and asked else torch.float32
 
     @cached_property
     def first_checkpoint(self) -> Path:
-        """The folder of step 0, whose files are verified once."""
+        """The folder of step 0; its files are verified once."""
         return distributed.on_main(self.folder.first_checkpoint)
 
     def usable(self, examples: list, name: str) -> list[Question]:
-        """The questions whose gold SQL runs and whose prompt fits; says what was left out."""
+        """The questions whose gold SQL runs and whose prompt fits; prints what was left out."""
         mine = examples[distributed.share_of(len(examples))]
-        compared = MATCHES[self.s.run.match].prepare  # a gold that fails as it is compared makes no answer right
+        compared = MATCHES[self.s.run.match].prepare  # if the compared form of a gold fails, no answer is right
         asked = [(e.db_id, sql) for e in mine for sql in (e.gold_sqls[0], compared(e.gold_sqls[0]))]
         ran = self.executor.run_gold(asked)  # each once
         golds = [gold if also.status == "ok" else also for gold, also in zip(ran[::2], ran[1::2], strict=True)]
@@ -618,7 +618,7 @@ class Trainer:
         return [Question(example, torch.tensor(ids)) for example, ids in encoded]
 
     def unwritable_among(self, examples: list, what: str, fate: str) -> dict[int, str]:
-        """Of examples whose SQL this model cannot write, the same in every process; says what becomes of them."""
+        """{index: reason} of examples whose SQL this model cannot write, the same in all processes; prints `fate`."""
         lost = distributed.on_main(lambda: unwritable(self.policy.tokenizer, examples, self.executor,
                                                       [self.s.run.match]))
         if lost:
@@ -638,18 +638,18 @@ class Trainer:
                                                                 keep=self.s.run.keep))
 
     def savable_policy(self) -> Policy:
-        """The policy; of a sharded one with its weights put together."""
+        """The policy; if it is sharded, with its weights gathered."""
         if not self.sharded:
             return self.policy
         return replace(self.policy, weights=distributed.full_weights(self.policy.model))
 
     def resume(self, step: int, checkpoint: Path) -> None:
-        """Takes up the state of a checkpoint."""
+        """Restores the state of a checkpoint."""
         state = load_state(checkpoint, lazily=bool(self.sharded))  # only process 0 reads all of it
         self.step = state["step"]
         self.drawing.load(state)
         self.best, self.before = state.get("best_accuracy", -1.0), state["before"]  # `best` was a mean over tiers
-        if self.folder.step_of_best() > step:  # of a step that is done again, and the best one before it is gone
+        if self.folder.step_of_best() > step:  # that step will be redone, and the best one before it is gone
             self.best = -1.0
         self.say_new_length()
         distributed.load_full_state(self.policy.model, self.optimizer, state["optimizer"])
@@ -662,7 +662,7 @@ class Trainer:
         print(f"resuming from {checkpoint}")
 
     def say_new_length(self) -> None:
-        """Says what another number of steps changes in a resumed run."""
+        """Prints what a new number of steps changes in a resumed run."""
         steps, before = self.s.run.steps, self.folder.stored.get("steps", self.s.run.steps)
         if before == steps:
             return
@@ -675,10 +675,10 @@ class Trainer:
 
 @contextmanager
 def stop_signals(trainer: Trainer):
-    """Ctrl-C or SIGTERM lets the step finish and its checkpoint be written; a second one stops at once."""
+    """On Ctrl-C or SIGTERM, finishes the step and writes its checkpoint; a second one stops at once."""
 
     def request(number, frame):
-        if trainer.stop_requested and distributed.size() == 1:  # torchrun passes Ctrl-C on, which then comes twice
+        if trainer.stop_requested and distributed.size() == 1:  # torchrun forwards Ctrl-C, so it comes twice
             raise KeyboardInterrupt
         if not trainer.stop_requested and distributed.is_main():
             tqdm.write("finishing the step; Ctrl-C again to stop at once")

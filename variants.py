@@ -1,7 +1,7 @@
-"""What others have made of GRPO's steps: losses, advantages and weights, one small function each.
+"""Variants of GRPO's steps: losses, advantages and weights, one small function each.
 
-`GRPOConfig` names them, and grpo.py finds them in its tables when it is asked for one. A new loss is a surrogate (or an
-average) and a line in LOSSES; a new kind of advantages is a function and a line in ADVANTAGES (docs/extend.md).
+`GRPOConfig` names them, and grpo.py looks them up in its tables. A new loss is a surrogate (or an average) and a line
+in LOSSES; a new kind of advantage is a function and a line in ADVANTAGES (docs/extend.md).
 """
 
 import math
@@ -21,8 +21,8 @@ from grpo import (
     sequence_mean,
 )
 
-# ---- surrogates: logp, log_ratio [N, T], A [N, 1] or [N, T], mask [N, T], config -> what is maximised for each token,
-# and the log-ratios that it is made of, [N, T] each
+# ---- surrogates: logp, log_ratio [N, T], A [N, 1] or [N, T], mask [N, T], config -> the objective of each token and
+# the log-ratios in it, [N, T] each
 
 
 def sequence_ratio(logp: Tensor, log_ratio: Tensor, A: Tensor, mask: Tensor, config: GRPOConfig):
@@ -39,7 +39,7 @@ def clipped_weight(logp: Tensor, log_ratio: Tensor, A: Tensor, mask: Tensor, con
 
 
 def dual_clip(surrogate: Tensor, A: Tensor, config: GRPOConfig) -> Tensor:
-    """Bounded below where A < 0 (arXiv 1912.09729): a bad token that became far likelier has no larger gradient."""
+    """Bounds the surrogate below where A < 0 (arXiv 1912.09729): beyond the bound, a bad token has no gradient."""
     return torch.where(A < 0, surrogate.maximum(config.dual_clip * A), surrogate)
 
 
@@ -69,7 +69,7 @@ LOSSES |= {
 
 
 def over_batch_std(rewards: Tensor, components=None) -> Tensor:
-    """Centred in the group, over the standard deviation of the batch (REINFORCE++, arXiv 2501.03262)."""
+    """Centred in the group, divided by the batch's standard deviation (REINFORCE++, arXiv 2501.03262)."""
     centred = unscaled(rewards)
     return centred if flat_groups(rewards).all() else centred / rewards.std()
 
@@ -80,8 +80,8 @@ def unscaled(rewards: Tensor, components=None) -> Tensor:
 
 
 def gdpo(rewards: Tensor, components) -> Tensor:
-    """GDPO (arXiv 2601.05242): K rewards, each over its standard deviation in the group, are weighted, summed, and
-    divided by the batch's, so that no reward is drowned by one that varies more.
+    """GDPO (arXiv 2601.05242): K rewards, each divided by its standard deviation in the group, are weighted, summed
+    and divided by the batch's, so that a reward that varies more does not drown the others.
 
     components: rewards [K, B, G] and their weights [K]."""
     if components is None:
@@ -97,16 +97,16 @@ ADVANTAGES |= {"batch": over_batch_std, "none": unscaled, "gdpo": gdpo}
 
 
 def sampler_weights(gap: Tensor, config: GRPOConfig) -> Tensor:
-    """The weight of each token's advantage, by gap = log π_old − log π_sampler, 0 but for rounding. [n, T] -> [n, T]
+    """The weight of each token's advantage, from gap = log π_old − log π_sampler, 0 up to rounding. [n, T] -> [n, T]
 
-    For a sampler whose arithmetic is not that of training: sampler_cap is truncated importance sampling
-    (fengyao.notion.site/off-policy-rl), sampler_veto leaves out completions that the sampler got quite wrong."""
+    For a sampler whose arithmetic differs from that of training: sampler_cap is truncated importance sampling
+    (fengyao.notion.site/off-policy-rl), sampler_veto drops completions with a larger gap."""
     weights = gap.exp().clamp(max=config.sampler_cap) if config.sampler_cap else torch.ones_like(gap)
     return weights.masked_fill(gap.abs().amax(-1, keepdim=True) > (config.sampler_veto or math.inf), 0.0)
 
 
 def overlong_penalty(groups: Sequence[Group], config: GRPOConfig) -> Tensor:
-    """DAPO's soft punishment of length (arXiv 2503.14476, eq. 13), to be added to the rewards. -> [B, G]
+    """DAPO's soft punishment of length (arXiv 2503.14476, eq. 13), added to the rewards. -> [B, G]
 
     0 up to `max_completion_tokens - overlong_buffer` tokens, then falling linearly to -1 at the limit."""
     limit = config.max_completion_tokens
