@@ -49,8 +49,8 @@ FENCE_MARK = re.compile(r"^[ \t]*```[\w+-]*[ \t]*$\n?|```(?:sql(?:ite)?\b)?", re
 class SFTConfig:
     """Settings of the cold start."""
 
-    cold_start_steps: int = option(400, "supervised steps before GRPO; 0: none, which a pretrained model has without "
-                                       "--traces", at_least=0, common=True)
+    cold_start_steps: int = option(400, "supervised steps before GRPO; 0: none, the default of a pretrained model "
+                                       "without --traces", at_least=0, common=True)
     cold_start_batch: int = option(32, "traces per supervised step", at_least=1)
     cold_start_lr: float = option(1e-5, "peak learning rate of the cold start", above=0)
     prompt_loss: float = option(0.0, "weight of the loss on prompt tokens; a policy from random weights learns to copy "

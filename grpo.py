@@ -72,10 +72,10 @@ class GRPOConfig:
     dual_clip: float = option(0.0, "where A < 0 the ratio is clipped above at this (usually 3); 0: not", at_least=0)
     kl_coef: float = option(0.04, "weight of the KL to the reference; 0 needs no reference", at_least=0, common=True)
     kl_estimator: str = option("k3", "per-token estimator of the KL in the loss", choices=("k2", "k3"))
-    loss: str = option("grpo", "how token losses are averaged; gspo: one ratio a completion; cispo: the ratio is a "
-                               "weight", choices=LOSSES, common=True)
-    advantage_scale: str = option("group", "whose std divides advantages; gdpo: each reward's in its group, then the "
-                                           "batch's", choices=ADVANTAGES)
+    loss: str = option("grpo", "how token losses are averaged; gspo: one ratio per completion; cispo: the ratio is "
+                               "a weight", choices=LOSSES, common=True)
+    advantage_scale: str = option("group", "the std that divides advantages; gdpo: that of each reward in its group, "
+                                           "then the batch's", choices=ADVANTAGES)
     sampler_cap: float = option(0.0, "a token weighs min(π / sampler's π, this) (TRL: 2); 0: it weighs 1", at_least=0)
     sampler_veto: float = option(0.0, "drop completions with a larger |log(π / sampler's π)|; 0: none", at_least=0)
     updates_per_rollout: int = option(1, "optimizer steps on each batch of rollouts", at_least=1)

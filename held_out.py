@@ -80,7 +80,7 @@ def before_after_table(before: dict, after: dict, match: str) -> str:
         if shown[0] != "-":  # absent from runs that an older version began
             lines.append(f"{'  over ' + str(end['databases']) + ' databases':<37}{shown[0]:>21}{shown[1]:>21}")
         if not of_the_same(start, end):
-            lines.append(f"  no gain is known: the {start['n']} questions read before are not these")
+            lines.append(f"  the gain is unknown: the {start['n']} questions measured before differ from these")
             continue
         gain = end["execution_accuracy"][match] - start["execution_accuracy"][match]
         lines.append(f"{'':<32}{'':>5}{'gain':>21}{100 * gain:>+20.1f} ")

@@ -68,8 +68,8 @@ class RewardConfig:
                                         "result earns 2; see docs/results/dense-rewards.md", at_least=0, at_most=1)
     atomic_when: str = option("wrong", "which completions earn the atomic reward: all wrong ones, those that run, "
                                        "those that fail", choices=("wrong", "runs", "fails"))
-    atomic_weights: str = option("equal", "what an operation counts in the atomic reward: all alike, or the more the "
-                                          "rarer it is in the training questions", choices=("equal", "rare"))
+    atomic_weights: str = option("equal", "weight of an operation in the atomic reward: equal for all, or larger for "
+                                          "those that are rarer in the training questions", choices=("equal", "rare"))
     atomic_lambda: float = option(0.05, "lambda in the atomic reward for an overlap j, lambda j + (1 - lambda) beta "
                                         "j^gamma", at_least=0, at_most=1)
     atomic_beta: float = option(0.79, "beta in the atomic reward: what its power term adds at full overlap",

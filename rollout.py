@@ -136,8 +136,8 @@ def advantages_of(rewards: Sequence[Sequence[RewardBreakdown]], weights: RewardC
 def step_advantages(rollouts: Sequence[Rollout], s: Settings) -> Tensor:
     """The advantages of a step's rollouts. -> [B, G]
 
-    With --dynamic-sampling those of groups that are not mixed are 0: it goes by execution accuracy, not by the shaped
-    reward, which differs among wrong completions."""
+    With --dynamic-sampling, groups that are not mixed get 0: execution accuracy decides, because the shaped reward
+    differs among wrong completions."""
     advantages = advantages_of([rollout.rewards for rollout in rollouts], s.rewards, s.grpo)
     if s.run.dynamic_sampling:
         advantages[[not rollout.mixed for rollout in rollouts]] = 0.0

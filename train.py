@@ -133,8 +133,8 @@ def run_all(s: Settings) -> int:
         raise UserError("--optimizer-device cpu works in a single process only: leave it out, as --sharding on spreads "
                         "the optimizer")
     if run.sharding == "on" and run.lora_rank and s.grpo.kl_coef and distributed.size() > 1:
-        raise UserError("--sharding on cannot compute the KL to adapters of step 0: leave it out, for with --lora-rank "
-                        "each process has the frozen weights anyway, or give --kl-coef 0")
+        raise UserError("--sharding on cannot compute the KL to adapters of step 0: leave it out, because with "
+                        "--lora-rank each process has the frozen weights anyway, or give --kl-coef 0")
     print(f"{run.model}: {s.grpo.group_size} completions a question, {run.prompts_per_step} questions a step, learning "
           f"rate {run.lr:g}, gradient checkpointing {'on' if run.gradient_checkpointing else 'off'}"
           + (f", sampler cap {s.grpo.sampler_cap:g}" if s.grpo.sampler_cap else "")
@@ -177,8 +177,8 @@ def load_questions(s: Settings) -> tuple[Splits, dict | None]:
         print(f"prompts are written as in the run that made {source}, unless a flag says otherwise: style "
               f"{s.prompts.template or s.prompts.style}, up to {s.prompts.max_prompt_tokens} tokens")
     if earlier and has_changed(earlier):
-        print(f"warning: {earlier['data']} has changed since {source} was trained on it: what is held back now may be "
-              "among what that run saw")
+        print(f"warning: {earlier['data']} has changed since {source} was trained on it: questions held back now may "
+              "have been seen then")
     return not_seen_before(data, run.data, run.data_dir, earlier), earlier
 
 
@@ -436,7 +436,7 @@ class Trainer:
             return
         print(before_after_table(self.before, after, self.s.run.match))
         write_whole(self.folder.path / "result.json", as_json({"before": self.before, "after": after}, indent=1))
-        same = " (that of step 0, for no later one was better on dev)" if self.step and not step else ""
+        same = " (that of step 0, because no later one was better on dev)" if self.step and not step else ""
         print(f"policy: {best if chosen else self.folder.checkpoints()[-1][1]}{same}")
 
     # --------------------------------------------------------------------------------------------- preparation

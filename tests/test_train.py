@@ -200,7 +200,7 @@ def test_the_start_is_kept_where_no_later_policy_is_better_on_dev(small, tmp_pat
     flags = [*small, "--steps", 2, "--eval-every", 1, "--lr", 0.01, "--lr-warmup", 0]
     told = run(*flags, "--output", tmp_path / "run")
     assert asked == [(0, 2), (0, 6), (1, 2), (2, 2)]  # the test once, for it is the same policy
-    assert "step 0: 50.0 % of dev right" in told and "run/best (that of step 0, for no later one was better on dev)" in told
+    assert "step 0: 50.0 % of dev right" in told and "run/best (that of step 0, because no later one was better on dev)" in told
     assert (tmp_path / "run" / "best" / "step.txt").read_text() == "0\n"
     assert [one.get("start_dev_accuracy") for one in lines(tmp_path / "run/metrics.jsonl")] == [0.5, None]
     best, first, last = ((tmp_path / "run" / place / "model.safetensors").read_bytes()
@@ -694,7 +694,7 @@ def test_a_start_that_could_not_be_measured_gives_no_gain(small, tmp_path, monke
     monkeypatch.setattr(HeldOut, "measure", locked)
     monkeypatch.setattr(held_out, "greedy_sqls", lambda policy, prompts, *_, **__: ["SELECT count(*) FROM singer"] * len(prompts))
     printed = run(*small, "--steps", 1, "--sql-timeout", 0.1, "--eval-every", 0, "--cold-start-steps", 0, "--output", tmp_path / "run")
-    assert "no gain is known: the 0 questions read before are not these" in printed and (tmp_path / "run/report.html").is_file()
+    assert "the gain is unknown: the 0 questions measured before differ from these" in printed and (tmp_path / "run/report.html").is_file()
     result = json.loads((tmp_path / "run/result.json").read_text(), parse_constant=pytest.fail)
     (name, before), = result["before"].items()
     assert before["n"] == 0 and before["execution_accuracy"]["bird"] is None and result["after"][name]["n"] > 0
@@ -727,5 +727,5 @@ def test_no_gain_is_told_between_different_questions():
     assert "gain                +0.0" in table(whole, whole)
     for before, after in ((summary([0], "not 0"), whole), (summary([0], "not 0"), summary([1], "not 1")),
                           (summary(range(5), "hard"), whole), (summary(range(10), "none"), whole)):
-        assert " gain  " not in table(before, after) and "no gain is known" in table(before, after)
+        assert " gain  " not in table(before, after) and "the gain is unknown" in table(before, after)
     assert "test: easy                          5                    -    60.0" in table(summary(range(5), "hard"), whole)
