@@ -1,11 +1,12 @@
 """The house: few rooms, imports that point one way, an algorithm that stands alone."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {"train", "evaluate", "ask", "sft", "ablate", "report"}
+COMMANDS = {"minimal", "train", "evaluate", "ask", "sft", "ablate", "report"}
 FOLDERS = {"common", "engine", "models", "partial_credit", "prompts", "questions", "running", "scoring"}
 ROOMS = {path.stem for path in ROOT.glob("*.py")} | FOLDERS
 
@@ -42,6 +43,14 @@ def test_what_is_read_or_lifted_alone_imports_nothing_of_the_project():
     for room in ("grpo", "sql_exec", "common"):  # grpo.py looks variants.py up by name when a config asks for it
         assert rooms_imported(room) == set(), room
     assert rooms_imported("variants") == {"grpo"}
+
+
+def test_minimal_takes_only_its_questions_from_the_project():
+    """The algorithm is the file's own; the demo's questions are imported where they are loaded, so that it can be copied."""
+    assert rooms_imported("minimal") == {"questions"}
+    lines = (ROOT / "minimal.py").read_text().splitlines()
+    ours = [line for line in lines if re.match(rf" *(from|import) ({'|'.join(ROOMS)})\b", line)]
+    assert len(ours) == 1 and ours[0].startswith("    from questions.demo_world import load")
 
 
 def test_a_bench_shadows_no_room():

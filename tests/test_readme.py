@@ -279,7 +279,7 @@ def test_the_file_tree_is_complete():
     files = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).glob("*.*"))]
     assert set(shown) == {str(path.relative_to(ROOT)) for path in files} | {f"{name}/" for name in FOLDERS} | {
         "bench/", "docs/", "tests/", "Makefile", ".ci/run"}
-    assert list(shown)[:6] == ["train.py", "evaluate.py", "grpo.py", "rewards.py", "sql_exec.py", "data.py"]
+    assert list(shown)[:7] == ["minimal.py", "train.py", "evaluate.py", "grpo.py", "rewards.py", "sql_exec.py", "data.py"]
 
 
 def test_every_bench_is_named_and_the_makefile_runs_those_that_exist():
