@@ -61,31 +61,35 @@ class SFTConfig:
 
 def taught_text(example, answer_format: AnswerFormat) -> str:
     """The completion that an example with a trace teaches; an unverified teacher's trace has its own SQL."""
-    return answer_format.write(example.trace, example.trace_sql or example.gold_sqls[0])
+    return answer_format.write(example.trace, example.trace_sql or example.gold_sql)
 
 
 # ---------------------------------------------------------------------------------------------- which traces are taught
 
 
 def template_traces(examples: Sequence[Example], schemas: Mapping) -> list[Example]:
-    """The examples; those without a trace get one made from their gold SQL.
+    """The examples; those without a trace get one made from their gold SQL. Those with neither are left out.
 
     schemas: {db_id: {table: [column, ...]}}.
     """
     return [example if example.trace else replace(
-        example, trace=template_trace(example.gold_sqls[0], schemas[example.db_id])) for example in examples]
+        example, trace=template_trace(example.gold_sql, schemas[example.db_id])) for example in examples
+        if example.trace or example.gold_sqls]
 
 
 def teachable(examples: Sequence[Example], executor, schemas: Mapping,
               answer_format: AnswerFormat) -> tuple[list[Example], list[str]]:
     """The traces that can be taught, without tags and fences, and one sentence per reason on those left out."""
-    known = [example for example in examples if example.db_id in schemas]
-    golds = executor.run_gold([(example.db_id, example.gold_sqls[0]) for example in known])
-    strangers = sorted({example.db_id for example in examples} - set(schemas))
+    with_sql = [example for example in examples if example.gold_sqls or example.trace_sql]
+    known = [example for example in with_sql if example.db_id in schemas]
+    golds = executor.run_gold([(example.db_id, example.golds[0]) for example in known])
+    strangers = sorted({example.db_id for example in with_sql} - set(schemas))
     reasons = Counter()
+    if len(with_sql) < len(examples):
+        reasons["they lead to an answer, and to no SQL (field 'trace_sql')"] = len(examples) - len(with_sql)
     if strangers:
         reasons[f"their db_id is not among the databases of the data (the first: {strangers[0]!r})"] = (
-            len(examples) - len(known))
+            len(with_sql) - len(known))
     kept, failed = [], []
     for example, gold in zip(known, golds, strict=True):
         if gold.status != "ok":
@@ -105,7 +109,7 @@ def teachable(examples: Sequence[Example], executor, schemas: Mapping,
 
 def without_tags(example: Example, answer_format: AnswerFormat) -> tuple[Example, str]:
     """The example in a form that is read back unchanged; and the reason if there is no such form."""
-    trace, sql = bare_trace(example.trace), example.trace_sql or example.gold_sqls[0]
+    trace, sql = bare_trace(example.trace), example.trace_sql or example.gold_sql
     if not trace:
         return example, "without tags and fences they hold no reasoning"
     if TAG.search(trace) or TAG.search(sql):
@@ -154,7 +158,7 @@ def cold_start_notes(config: SFTConfig, traces: int, questions: int) -> list[str
     times = round(steps * config.cold_start_batch / traces)
     if times <= OFTEN:
         return []
-    more = "--traces template makes one for every question; else " if traces < questions else ""
+    more = "--traces template makes one for every question with gold SQL; else " if traces < questions else ""
     return [f"the cold start has only {traces} traces for {questions} training questions and shows each {times} times: "
             f"{more}lower --cold-start-steps"]
 

@@ -53,6 +53,7 @@ from common.options import Parser, add_arguments, build, check, flag_of, option,
 from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset
 from history import load_for_evaluation, run_config_of
 from prompts.answer_format import AnswerFormat
+from questions.example import answers_among
 from questions.question_files import check_excluded, excluded
 from rewards import unwrap_fence
 from running.layers import fold, handed_on
@@ -366,6 +367,15 @@ def chosen(config: EvaluateConfig, examples: Sequence[Example]) -> list[int]:
     return kept[:config.limit or None]
 
 
+def check_golds(config: EvaluateConfig, examples: Sequence[Example]) -> None:
+    """Raises UserError: a flag needs gold SQL, and some questions have an answer instead."""
+    wanted = ["--test-suite"] * config.test_suite + ["--r-ves"] * bool(config.r_ves)
+    found = answers_among(examples)
+    if wanted and found:
+        raise UserError(f"{' and '.join(wanted)} cannot be measured, since {found}: give --exclude FILE with "
+                        "the ids of these questions, or do without")
+
+
 def evaluate_predictions(config: EvaluateConfig, dataset, executor: SQLExecutor, suite) -> None:
     """Score a predictions file."""
     sqls, pairing = load_predictions(config.predictions, dataset.examples)
@@ -374,6 +384,7 @@ def evaluate_predictions(config: EvaluateConfig, dataset, executor: SQLExecutor,
         sqls = [unwrap_fence(sql) for sql in sqls]
     kept = chosen(config, dataset.examples)
     examples = [dataset.examples[i] for i in kept]
+    check_golds(config, examples)
     scores = score_predictions(examples, [sqls[i] for i in kept], executor, config.matches,
                                config.keep_distinct, progress=True, suite=suite)
     report_scores(config, examples, scores, executor, suite, {})
@@ -383,6 +394,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
                    suite) -> None:
     """Let a model answer, and score its answers."""
     examples = [dataset.examples[i] for i in chosen(config, dataset.examples)]
+    check_golds(config, examples)
     progress = Progress(config.progress or (config.json and f"{config.json}.progress"),
                         fingerprint(config, prompts, examples, FREE_TO_CHANGE))
     if progress.done:

@@ -6,7 +6,7 @@ evaluated on questions that trained it or chose it, unless a note says so.
 
 import json
 from collections.abc import Iterator
-from dataclasses import astuple, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def hashes_of(splits: "Splits") -> dict[str, str]:
     """{part: hash of its complete records}: a resumed run checks that they are unchanged."""
     parts = {"training questions": splits.train, "dev questions": splits.dev, "traces": splits.traced,
              "test questions": [example for part in splits.tests.values() for example in part]}
-    return {name: sha256(json.dumps([astuple(example) for example in part]).encode()).hexdigest()[:16]
+    return {name: sha256(json.dumps([example.as_tuple() for example in part]).encode()).hexdigest()[:16]
             for name, part in parts.items()}
 
 

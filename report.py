@@ -39,7 +39,7 @@ from rewards import COMPONENTS, atomic_operations
 from running.plot import Plot, nice_ticks, svg_points
 from running.run_folder import RolloutLog, parse_record
 from scoring.verdicts import of_the_same
-from sql_exec import SQLExecutor
+from sql_exec import Gold, GoldAnswer, SQLExecutor
 
 TEMPLATE = Path(__file__).parent / "running" / "report_template.html"
 PAGE_BYTES = 18_000_000  # of rollouts in a page
@@ -176,8 +176,10 @@ def shown(cell):
     return text[:CELL_CHARS] + "…" if text and len(text) > CELL_CHARS else text
 
 
-def first_gold(group: dict) -> str:
-    """The official gold SQL of a group."""
+def first_gold(group: dict) -> Gold:
+    """The official gold SQL of a group, or the answer that is known instead."""
+    if group.get("answer") is not None:
+        return GoldAnswer(tuple(map(tuple, group["answer"])))
     return next(iter(group.get("gold_sqls") or []), "")
 
 
@@ -234,6 +236,7 @@ def completion_view(completion: dict, group: dict, databases: RunDatabases) -> d
     view = dict(completion)
     if completion.get("sql"):
         view.pop("text", None)  # thought and SQL contain all of it
+    if completion.get("sql") and group.get("answer") is None:
         view |= compare_operations(completion["sql"], group, databases)
     if view.get("rows"):
         view["rows"] = preview(view["rows"])

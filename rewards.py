@@ -16,6 +16,9 @@ w_s + w_u, a correct one at least w_f + 2 w_x + w_m + w_r + w_s, so weights with
 refused, whatever `execution_runs` is. Without the execution reward, a correct completion gets a = φ(1), the
 most that a wrong one can get, so it never ranks below one; `user` is then refused.
 
+If a question has an answer in place of gold SQL, atomic and schema are 0 for right and wrong completions alike;
+execution alone decides the order.
+
 A component that is off is not computed and imports nothing. `format` switched off loses its weight w_f but
 remains the gate, because without it there is no SQL to score. SQL always runs: the memory needs its verdict,
 and every log shows its status.
@@ -40,7 +43,7 @@ from typing import NamedTuple
 from partial_credit.atomic import atomic_operations, atomic_reward, names_in, rarity, shape_atomic
 from partial_credit.memory import SCOPES, MemoryGate, Roles, TraceMemory, check, make_embedder, option
 from prompts.answer_format import AnswerFormat, unwrap_fence
-from sql_exec import Comparison, Execution, Results, soft_f1
+from sql_exec import Comparison, Execution, Gold, Results, soft_f1
 
 __all__ = ["MemoryGate", "RewardBreakdown", "RewardConfig", "RewardError", "RewardItem", "RewardScorer", "TraceMemory",
            "atomic_operations", "atomic_reward", "build_memory", "build_rarity", "load_reward_module", "make_embedder",
@@ -160,9 +163,14 @@ class RewardItem(NamedTuple):
     """One completion to score."""
 
     db_id: str
-    gold_sqls: Sequence[str]
+    golds: Sequence[Gold]
     text: str
     question: str = ""
+
+    @property
+    def gold_sqls(self) -> tuple[str, ...]:
+        """The golds that are queries; none if the answer is known instead."""
+        return tuple(gold for gold in self.golds if isinstance(gold, str))
 
 
 @dataclass(frozen=True)
@@ -189,6 +197,7 @@ class RewardBreakdown:
     rows: tuple = ()  # the first rows of the result, for people to read
     row_count: int = 0  # of the whole result
     neighbours: tuple = ()  # nearest traces of a wrong completion: dicts of db_id, thought, similarity
+    has_gold_sql: bool = True  # else its question has an answer instead
 
     @property
     def unavailable(self) -> bool:
@@ -205,13 +214,16 @@ def rewards_apart(rows: Sequence[Sequence[RewardBreakdown]], config: RewardConfi
     """The rewards that have a weight, [K][B][G], and their weights [K], for GDPO, which standardises each reward.
 
     That changes the rewards' relative weights, so the margin above does not hold. A correct completion still outranks
-    every wrong one of its group, because it has the maximum of each reward: its atomic reward is φ(1) here, not 0.
+    every wrong one of its group, because it has the maximum of each reward: its atomic reward is φ(1) here, not 0
+    (without gold SQL it is 0 for all).
     """
     weights = {name: weight for name, weight in config.weights.items() if weight}
     best = config.shape(1.0)
-    values = [[[best if name == "atomic" and b.correct else getattr(b, name) for b in row] for row in rows]
-              for name in weights]
-    return values, list(weights.values())
+
+    def value(name: str, b: RewardBreakdown) -> float:
+        return best if name == "atomic" and b.correct and b.has_gold_sql else getattr(b, name)
+
+    return [[[value(name, b) for b in row] for row in rows] for name in weights], list(weights.values())
 
 
 @dataclass
@@ -222,7 +234,7 @@ class Scored:
     thought: str
     sql: str
     execution: Execution | None = None  # of the SQL as written
-    golds: Sequence[Execution] = ()  # of the gold queries as written
+    golds: Sequence[Execution] = ()  # of the gold queries as written, or the answer
     correct: bool = False
     unread: Execution | None = None  # the execution, of prediction or gold, that could not read the database
     components: dict[str, float] = field(default_factory=lambda: {"format": 1.0})
@@ -238,7 +250,8 @@ class Scored:
         return RewardBreakdown(**self.components, total=total, status=execution.status, correct=self.correct,
                                text=self.item.text, thought=self.thought, sql=self.sql, error=execution.error or "",
                                columns=tuple(execution.columns), rows=tuple(execution.rows[:5]),
-                               row_count=len(execution.rows), neighbours=tuple(self.neighbours))
+                               row_count=len(execution.rows), neighbours=tuple(self.neighbours),
+                               has_gold_sql=bool(self.item.gold_sqls))
 
 
 class RewardScorer:
@@ -320,7 +333,7 @@ class RewardScorer:
     def _execute(self, records: Sequence[Scored]) -> None:
         """Runs predictions and golds: as written for the status, in the comparison's form for the verdict."""
         with self._clock("execution"):
-            questions = [(record.item.db_id, record.sql, record.item.gold_sqls) for record in records]
+            questions = [(record.item.db_id, record.sql, record.item.golds) for record in records]
             results = Results(self.executor, questions, [self.match])
             for record, (db_id, sql, golds) in zip(records, questions, strict=True):
                 record.execution = results.predicted(db_id, sql)
@@ -336,7 +349,7 @@ class RewardScorer:
         # Without the execution reward, a correct completion must not rank below a wrong one.
         when_correct = 0.0 if self.weights["execution"] else self.config.shape(1.0)
         with self._clock("atomic"):
-            for record in records:
+            for record in with_gold_sql(records):
                 runs = record.execution.status == "ok"
                 if record.correct:
                     record.components["atomic"] = when_correct
@@ -370,7 +383,7 @@ class RewardScorer:
         if not self.weights["schema"]:
             return
         with self._clock("schema"):
-            for record in records:
+            for record in with_gold_sql(records):
                 schema = self.schemas.get(record.item.db_id, {})
                 record.components["schema"] = 1.0 if record.correct else max(
                     schema_overlap(record.sql, gold, schema) for gold in record.item.gold_sqls)
@@ -388,7 +401,7 @@ class RewardScorer:
         where = (f"for the SQL {shorten(record.sql, 200)!r} of the question {shorten(item.question, 200)!r} "
                  f"(database {item.db_id})")
         try:
-            value = self.user_reward(question=item.question, db_id=item.db_id, gold_sqls=tuple(item.gold_sqls),
+            value = self.user_reward(question=item.question, db_id=item.db_id, gold_sqls=item.gold_sqls,
                                      thought=record.thought, sql=record.sql, execution=record.execution)
         except Exception as error:  # whatever the user's function raises is reported as theirs
             raise RewardError(f"the reward function of your module failed {where}: "
@@ -405,6 +418,11 @@ class RewardScorer:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def with_gold_sql(records: Sequence[Scored]) -> list[Scored]:
+    """The records with gold SQL, which a comparison of operations or names needs."""
+    return [record for record in records if record.item.gold_sqls]
 
 
 def _as_number(value) -> float:
@@ -443,13 +461,14 @@ def build_rarity(config: RewardConfig, examples: Sequence, schemas: Mapping) -> 
     """Weights of operations from the first golds of training examples, or None if all weigh the same."""
     if not config.weights["atomic"] or config.atomic_weights == "equal":
         return None
-    return rarity([(example.gold_sqls[0], schemas[example.db_id]) for example in examples])
+    return rarity([(example.gold_sql, schemas[example.db_id]) for example in examples if example.gold_sqls])
 
 
 def load_reward_module(path: str | Path) -> Callable:
     """The function `reward(question, db_id, gold_sqls, thought, sql, execution)` in a file; it returns 0 to 1.
 
-    It is called with keyword arguments for every completion that has the format. `execution` has status,
+    It is called with keyword arguments for every completion that has the format. `gold_sqls` is empty if the
+    question has an answer instead. `execution` has status,
     columns, rows, error and seconds.
 
     Raises:

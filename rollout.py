@@ -100,7 +100,7 @@ class RolloutMaker:
 
     def score(self, examples: Sequence[Example], groups: Sequence[Group]) -> list[Rollout]:
         """The rollouts of all processes; each scores its own groups. The memory adds the thoughts of correct ones."""
-        items = [RewardItem(example.db_id, example.gold_sqls, self.policy.decode(completion), example.question)
+        items = [RewardItem(example.db_id, example.golds, self.policy.decode(completion), example.question)
                  for example, group in zip(examples, groups, strict=True) for completion in group.completions]
         found = distributed.everywhere(lambda: self.scorer.score(items, remember=False), RewardError)
         G = self.s.grpo.group_size

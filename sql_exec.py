@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 MAX_SQL_CHARS = 100_000  # a longer statement is refused unread
 IN_FLIGHT = 16  # statements a worker holds at once: fewer pipe round trips
@@ -75,6 +76,16 @@ class Execution:
     def unread(self) -> bool:
         """Whether there is no verdict on the statement, because its database cannot be read, for now or for good."""
         return self.status == "unavailable" or (self.error or "").startswith((CANNOT_READ, FILE_MISSING))
+
+
+class GoldAnswer(NamedTuple):
+    """A gold result that is known without a query; it takes the place of a gold SQL and is the same on any database."""
+
+    rows: tuple[tuple, ...]
+    ordered: bool = False  # whether the order of the rows counts
+
+
+Gold = str | GoldAnswer
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -693,13 +704,14 @@ class SQLExecutor:
 
         The key is a hash of the database's content, the SQL and the limits. A timeout expires after a day,
         because a busy machine may have caused it. A result is not stored if it depends on time or chance, if its
-        database changed meanwhile or could not be read, or if the worker died.
+        database changed meanwhile or could not be read, or if the worker died. A GoldAnswer in place of
+        the SQL is its own result.
         """
         pairs = list(map(tuple, pairs))
-        if self.cache is None:
-            return self.run_many(pairs)
-        files = {pair: self._cache_file(*pair) for pair in dict.fromkeys(pairs)}
-        found = {pair: _read_execution(file) for pair, file in files.items() if file}
+        found = {pair: Execution("ok", rows=list(pair[1].rows)) for pair in pairs if isinstance(pair[1], GoldAnswer)}
+        asked = [pair for pair in dict.fromkeys(pairs) if pair not in found]
+        files = {pair: self._cache_file(*pair) if self.cache else None for pair in asked}
+        found |= {pair: _read_execution(file) for pair, file in files.items() if file}
         missing = [pair for pair in files if found.get(pair) is None]
         for pair, execution in zip(missing, self.run_many(missing), strict=True):
             found[pair] = execution
@@ -836,9 +848,9 @@ def spider_prepare(sql: str, keep_distinct: bool = False, is_prediction: bool = 
     return re.sub(r"YEAR\s*\(\s*CURDATE\s*\(\s*\)\s*\)\s*", "2020", sql, flags=re.IGNORECASE)
 
 
-def gold_is_ordered(sql: str) -> bool:
-    """Whether Spider's evaluator compares the order of rows: it looks only for the letters `order by`."""
-    return "order by" in sql.lower()
+def gold_is_ordered(gold: Gold) -> bool:
+    """Whether Spider's evaluator compares the order of rows: in SQL it looks only for the letters `order by`."""
+    return gold.ordered if isinstance(gold, GoldAnswer) else "order by" in gold.lower()
 
 
 def spider_match(pred_rows: Rows, gold_rows: Rows, ordered: bool) -> bool:
@@ -959,14 +971,14 @@ class Comparison:
     """
 
     name: str
-    rows_match: Callable[[Rows, Rows, str], bool]  # predicted rows, gold rows, gold SQL
+    rows_match: Callable[[Rows, Rows, Gold], bool]  # predicted rows, gold rows, gold
     rewrites: bool = False  # both queries are rewritten by `spider_prepare` before they run
     keep_distinct: bool = False
     replace_value: bool = True  # the official script's rule for predictions; it makes some right queries wrong
 
-    def prepare(self, sql: str, is_prediction: bool = False) -> str:
-        """The SQL that runs."""
-        if not self.rewrites:
+    def prepare(self, sql: Gold, is_prediction: bool = False) -> Gold:
+        """The SQL that runs; an answer stays as it is."""
+        if not self.rewrites or isinstance(sql, GoldAnswer):
             return sql
         return spider_prepare(sql, self.keep_distinct, is_prediction and self.replace_value)
 
@@ -975,9 +987,15 @@ class Comparison:
         return replace(self, replace_value=False)
 
 
+def _bird_rows_match(predicted: Rows, rows: Rows, gold: Gold) -> bool:
+    """`bird_match`; of an ordered answer the rows must also come in its order, where repeated ones count once."""
+    in_order = isinstance(gold, GoldAnswer) and gold.ordered
+    return list(dict.fromkeys(predicted)) == list(dict.fromkeys(rows)) if in_order else bird_match(predicted, rows)
+
+
 MATCHES = {
-    "bird": Comparison("bird", lambda predicted, gold, sql: bird_match(predicted, gold)),
-    "spider": Comparison("spider", lambda predicted, gold, sql: spider_match(predicted, gold, gold_is_ordered(sql)),
+    "bird": Comparison("bird", _bird_rows_match),
+    "spider": Comparison("spider", lambda predicted, rows, gold: spider_match(predicted, rows, gold_is_ordered(gold)),
                          rewrites=True),
 }
 AS_WRITTEN = MATCHES["bird"]  # rewrites nothing
@@ -988,15 +1006,15 @@ class Results:
 
     Args:
         executor: has `run_many` and `run_gold`; if it has `databases`, concurrent writes are detected.
-        questions: (db_id, predicted SQL, gold SQLs). Identical queries run once.
+        questions: (db_id, predicted SQL, golds). Identical queries run once.
     """
 
-    def __init__(self, executor, questions: Sequence[tuple[str, str, Sequence[str]]],
+    def __init__(self, executor, questions: Sequence[tuple[str, str, Sequence[Gold]]],
                  comparisons: Sequence[Comparison]):
         ways = (AS_WRITTEN, *comparisons)
         predictions = dict.fromkeys((db_id, way.prepare(sql, True)) for way in ways for db_id, sql, _ in questions)
         golds = dict.fromkeys((db_id, way.prepare(gold))
-                              for way in ways for db_id, _, gold_sqls in questions for gold in gold_sqls)
+                              for way in ways for db_id, _, of_question in questions for gold in of_question)
         known = getattr(executor, "databases", {})
         files = {db_id: known[db_id] for db_id, _ in predictions if db_id in known}
         before = {db_id: database_stamp(file) for db_id, file in files.items()}
@@ -1026,21 +1044,23 @@ class Results:
     def predicted(self, db_id: str, sql: str, comparison: Comparison = AS_WRITTEN) -> Execution:
         return self._predicted[db_id, comparison.prepare(sql, True)]
 
-    def gold(self, db_id: str, sql: str, comparison: Comparison = AS_WRITTEN) -> Execution:
-        return self._golds[db_id, comparison.prepare(sql)]
+    def gold(self, db_id: str, gold: Gold, comparison: Comparison = AS_WRITTEN) -> Execution:
+        return self._golds[db_id, comparison.prepare(gold)]
 
-    def unread(self, db_id: str, sql: str, golds: Sequence[str], *comparisons: Comparison) -> Execution | None:
+    def unread(self, db_id: str, sql: str, golds: Sequence[Gold], *comparisons: Comparison) -> Execution | None:
         """An execution that failed because its database cannot be read, so that a prediction has no verdict, or None.
         """
         asked = [one for way in (AS_WRITTEN, *comparisons)
                  for one in (self.predicted(db_id, sql, way), *(self.gold(db_id, gold, way) for gold in golds))]
         return next((execution for execution in asked if execution.unread), None)
 
-    def is_right(self, db_id: str, sql: str, golds: Sequence[str], comparison: Comparison) -> bool:
-        """Whether a prediction ran and matches a gold that ran; a failed gold matches nothing."""
-        predicted = self.predicted(db_id, sql, comparison)
-        if predicted.status != "ok":
-            return False
-        results = ((self.gold(db_id, gold, comparison), gold) for gold in golds)
-        return any(result.status == "ok" and comparison.rows_match(predicted.rows, result.rows, gold)
-                   for result, gold in results)
+    def is_right(self, db_id: str, sql: str, golds: Sequence[Gold], comparison: Comparison) -> bool:
+        """Whether a prediction ran and matches a gold that ran; a failed gold matches nothing.
+
+        With an answer, the prediction is compared as written, because no gold query lost the same DISTINCT."""
+        for gold in golds:
+            predicted = self.predicted(db_id, sql, AS_WRITTEN if isinstance(gold, GoldAnswer) else comparison)
+            result = self.gold(db_id, gold, comparison)
+            if predicted.status == result.status == "ok" and comparison.rows_match(predicted.rows, result.rows, gold):
+                return True
+        return False

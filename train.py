@@ -61,6 +61,7 @@ from policy import (
     load_weights,
     require_model,
 )
+from questions.example import answers_among
 from rewards import (
     COMPONENTS,
     RewardError,
@@ -145,7 +146,7 @@ def run_all(s: Settings) -> int:
                                                    made_of={"began_with": earlier, "questions": hashes_of(data),
                                                             "data_hash": data_hash(run.data),
                                                             "dev_by_database": data.dev_by_database}))
-    for note in data.notes:
+    for note in filter(None, (*data.notes, answers_note(s, data.train))):
         print(note)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; during steps, see `stop_signals`
     with SQLExecutor(data.databases, workers=run.sql_workers, timeout=run.sql_timeout,
@@ -180,6 +181,15 @@ def load_questions(s: Settings) -> tuple[Splits, dict | None]:
         print(f"warning: {earlier['data']} has changed since {source} was trained on it: questions held back now may "
               "have been seen then")
     return not_seen_before(data, run.data, run.data_dir, earlier), earlier
+
+
+def answers_note(s: Settings, examples: list) -> str:
+    """A sentence on training questions that have an answer and no gold SQL, and on the rewards that need gold SQL;
+    empty if there are none."""
+    found = answers_among(examples)
+    silent = [name for name in ("atomic", "schema") if s.rewards.weights[name]]
+    nothing = f", so no {' or '.join(silent)} reward" if silent else ""
+    return f"training: {found}{nothing}" if found else ""
 
 
 @dataclass
@@ -469,7 +479,10 @@ class Trainer:
         no other."""
         traced = self.data.traced
         if self.s.run.traces == "template" or not traced and self.s.run.model == "tiny":
-            traced = template_traces(self.data.train, self.schemas)
+            traced, asked = template_traces(self.data.train, self.schemas), self.data.train
+            if len(traced) < len(asked):
+                print(f"no template makes a trace for {len(asked) - len(traced)} of {len(asked)} training questions: "
+                      "they have no gold SQL")
         kept, notes = teachable(traced, self.executor, self.schemas, self.s.answer_format)
         for note in notes:
             print(note)
@@ -482,7 +495,7 @@ class Trainer:
             print(note)
         if not s.sft.cold_start_steps or not self.traced:
             return
-        taught = [replace(e, gold_sqls=(e.trace_sql or e.gold_sqls[0],)) for e in self.traced]
+        taught = [replace(e, gold_sqls=(e.trace_sql or e.gold_sql,)) for e in self.traced]
         lost = self.unwritable_among(taught, "traces", "they are not taught")
         traced = [example for i, example in enumerate(self.traced) if i not in lost]
         pairs, notes = supervised_pairs(traced, self.builder, self.policy.tokenizer, self.policy.end_id)
@@ -532,7 +545,7 @@ class Trainer:
     def make_drawing(self) -> Drawing:
         """Draws the training questions of the steps."""
         run, examples = self.s.run, [question.example for question in self.questions]
-        return Drawing([example.db_id for example in examples], [example.gold_sqls[0] for example in examples],
+        return Drawing([example.db_id for example in examples], [example.gold_sql for example in examples],
                        seed=run.seed, informative=run.draw == "informative", per_database=run.questions_per_database)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -592,7 +605,7 @@ class Trainer:
         """The questions whose gold SQL runs and whose prompt fits; prints what was left out."""
         mine = examples[distributed.share_of(len(examples))]
         compared = MATCHES[self.s.run.match].prepare  # if the compared form of a gold fails, no answer is right
-        asked = [(e.db_id, sql) for e in mine for sql in (e.gold_sqls[0], compared(e.gold_sqls[0]))]
+        asked = [(e.db_id, sql) for e in mine for sql in (e.golds[0], compared(e.golds[0]))]
         ran = self.executor.run_gold(asked)  # each once
         golds = [gold if also.status == "ok" else also for gold, also in zip(ran[::2], ran[1::2], strict=True)]
         golds = distributed.merge([(gold.status if gold.status != "ok" or gold.rows else "empty", gold.error or "")

@@ -49,10 +49,11 @@ def in_order(a: float, b: float) -> float:
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """The config.json of a run and its logged groups. Raises UserError: they cannot be read."""
+    """The config.json of a run and its logged groups that have gold SQL. Raises UserError: they cannot be read."""
     config, rollouts = folder / "config.json", folder / "rollouts.jsonl"
     settings = parse_json(read_text(config), config)
-    return settings, [parse_json(line, rollouts) for line in read_text(rollouts).splitlines()]
+    records = [parse_json(line, rollouts) for line in read_text(rollouts).splitlines()]
+    return settings, [record for record in records if record["gold_sqls"]]
 
 
 def splits_of(config: dict) -> Splits:

@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+
+from sql_exec import Gold, GoldAnswer
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question. `gold_sqls[0]` is the official gold, the others are known to be equivalent."""
+    """One question. `gold_sqls[0]` is the official gold, the others are known to be equivalent. There are none
+    if the answer is known instead."""
     id: str
     db_id: str
     question: str
@@ -18,6 +21,29 @@ class Example:
     trace_sql: str = ""  # the SQL that the trace leads to, if an unverified teacher missed the gold query
     messages: tuple[tuple[str, str], ...] = ()  # a ready-made prompt as a chat: (role, content) of each message
     prompt: str = ""  # a ready-made prompt as a text
+    answer: GoldAnswer | None = None  # in place of gold SQL
+
+    @property
+    def gold_sql(self) -> str:
+        """The official gold SQL; empty if the answer is known instead."""
+        return self.gold_sqls[0] if self.gold_sqls else ""
+
+    @property
+    def golds(self) -> tuple[Gold, ...]:
+        """What a right result may equal: that of any gold SQL, or the answer."""
+        return self.gold_sqls or (self.answer,)
+
+    def as_tuple(self) -> tuple:
+        """All fields, for a hash; the answer only if there is one, so that hashes of older runs stay valid."""
+        values = astuple(self)
+        return values if self.answer else values[:-1]
+
+
+def answers_among(examples: Sequence[Example]) -> str:
+    """`3 of 10 questions have an answer and no gold SQL`; empty if none has."""
+    count = sum(not example.gold_sqls for example in examples)
+    have = "has" if count == 1 else "have"
+    return f"{count} of {len(examples)} questions {have} an answer and no gold SQL" if count else ""
 
 
 def id_text(value) -> str:

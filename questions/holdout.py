@@ -43,8 +43,10 @@ def normalised_sql(sql: str) -> str:
 
 
 def twins_key(example: Example) -> str:
-    """A short hash that is equal for questions with the same official gold query (on one database)."""
-    return hashlib.sha256(normalised_sql(example.gold_sqls[0]).encode("utf-8", "replace")).hexdigest()[:12]
+    """A short hash that is equal for questions with the same official gold query (on one database); without gold SQL,
+    for those with the same text, because equal answers do not mean equal queries."""
+    shared = normalised_sql(example.gold_sql) if example.gold_sqls else str(question_key(example))
+    return hashlib.sha256(shared.encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def groups_of(examples: Iterable[Example]) -> list[list[Example]]:

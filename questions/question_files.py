@@ -6,9 +6,10 @@ Expected layouts
     bird     DIR/dev.json + DIR/dev_databases/<db_id>/<db_id>.sqlite, DIR/train/train.json +
              DIR/train/train_databases/..., DIR/mini_dev_sqlite.json + DIR/dev_databases/...
     a path   your own .json (a list) or .jsonl: question, db_id, sql (or SQL or query; a list means several
-             equivalent golds), and optionally evidence, difficulty, id, trace, trace_sql, split, and a ready-made
-             prompt: messages (a chat: a list of role and content) or prompt (a text). Databases are
-             DIR/<db_id>.sqlite, DIR/<db_id>/<db_id>.sqlite or the same with .db; DIR is the file's own
+             equivalent golds) or in its place the answer (a value, a row as a list, or rows as a list of lists; with
+             ordered: true, the order of the rows counts), and optionally evidence, difficulty, id, trace, trace_sql,
+             split, and a ready-made prompt: messages (a chat: a list of role and content) or prompt (a text).
+             Databases are DIR/<db_id>.sqlite, DIR/<db_id>/<db_id>.sqlite or the same with .db; DIR is the file's own
              folder by default, and a missing database is an error. Records with a `split` field (train, dev or
              test) belong only to that split, others to all.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from common.errors import UserError, parse_json, read_text
 from questions.example import Example, id_text, unique_ids
 from questions.schema import is_sqlite
+from sql_exec import GoldAnswer
 
 SPIDER_FILES = {"train": ("train_spider.json", "train_others.json"), "dev": ("dev.json",),
                 "test": ("test.json",)}
@@ -31,6 +33,7 @@ BIRD_FILES = {  # split -> (the question file's paths in the official archives, 
                   "minidev/MINIDEV/mini_dev_sqlite.json"), "dev_databases"),
 }
 ROLES = ("system", "user", "assistant")  # of ready-made messages
+SQL_FIELDS = ("sql", "SQL", "query")
 OWN_SPLITS = ("train", "dev", "test")  # values of the field `split` in a user's own records
 
 
@@ -137,10 +140,10 @@ def own_labels(file: Path, asked: str) -> list[str | None]:
 
 
 def has_golds(file: Path, asked: str) -> bool:
-    """Whether any record of this split in a user's own file has gold SQL; those of a hidden test have none."""
+    """Whether any record of this split in a user's own file has gold SQL or an answer, which a hidden test lacks."""
     records = read_records(file)
     labels = _labels(records, file, asked)
-    return any(record.keys() & {"sql", "SQL", "query"} for record, label in zip(records, labels, strict=True)
+    return any(record.keys() & {*SQL_FIELDS, "answer"} for record, label in zip(records, labels, strict=True)
                if label == asked)
 
 
@@ -257,11 +260,12 @@ def _example(record, source, number, identity) -> Example:
         complain("field 'prompt' must hold a text; a chat belongs in 'messages'")
     if messages and prompt:
         complain("fields 'messages' and 'prompt' both hold a prompt: leave one out")
+    answer = _answer(record, complain)
     asked = messages[-1][1].strip() if messages else prompt.strip()  # the question, if it has no field of its own
     return Example(id=identity, db_id=text("db_id"), question=text("question", asked or None),
-                   gold_sqls=_gold_sqls(record, complain), evidence=text("evidence", ""),
+                   gold_sqls=() if answer else _gold_sqls(record, complain), evidence=text("evidence", ""),
                    difficulty=text("difficulty", ""), trace=text("trace", ""), trace_sql=text("trace_sql", ""),
-                   messages=messages, prompt=prompt)
+                   messages=messages, prompt=prompt, answer=answer)
 
 
 def _messages(record, complain) -> tuple[tuple[str, str], ...]:
@@ -282,15 +286,36 @@ def _messages(record, complain) -> tuple[tuple[str, str], ...]:
 
 def _gold_sqls(record, complain) -> tuple[str, ...]:
     """The gold queries, from the first field that holds text (Spider's own `sql` field is a parse tree)."""
-    for field in ("sql", "SQL", "query"):
+    for field in SQL_FIELDS:
         value = record.get(field)
         golds = value if isinstance(value, list) else [value]
         if golds and all(isinstance(gold, str) and gold.strip() for gold in golds):
             return tuple(gold.strip() for gold in golds)
-    present = [field for field in ("sql", "SQL", "query") if field in record]
+    present = [field for field in SQL_FIELDS if field in record]
     if present:
         complain(f"field {present[0]!r} must hold a query, or a list of queries")
-    complain("field 'sql' (or 'SQL' or 'query') is missing")
+    complain("field 'sql' (or 'SQL' or 'query') is missing, and so is 'answer'")
+
+
+def _answer(record, complain) -> GoldAnswer | None:
+    """The answer that is known in place of gold SQL; None where there is none (a lone null is [null])."""
+    value, ordered = record.get("answer"), record.get("ordered") or False
+    if value is None:
+        return None
+    if both := [field for field in SQL_FIELDS if record.get(field)]:
+        complain(f"fields {both[0]!r} and 'answer' are both given: leave one out")
+    if not isinstance(ordered, bool):
+        complain("field 'ordered' must be true or false")
+    rows = value if isinstance(value, list) else [value]
+    if not any(isinstance(row, list) for row in rows):
+        rows = [rows] if rows else []  # of an empty list there is no row
+    if not all(isinstance(row, list) and row and len(row) == len(rows[0]) for row in rows):
+        complain("field 'answer' must hold rows that are lists of the same number of values, at least one")
+    if any(isinstance(cell, list | dict) for row in rows for cell in row):
+        complain("field 'answer' must hold a value, a row (a list of values) or rows (a list of lists), without "
+                 "objects or further lists in them")
+    return GoldAnswer(tuple(tuple(int(cell) if isinstance(cell, bool) else cell for cell in row) for row in rows),
+                      ordered)
 
 
 def shortlist(names, shown=5, between=", ") -> str:

@@ -453,6 +453,7 @@ def rollout_records(step: int, rollouts, components, advantages, watched: dict) 
     return [{"step": step, "id": rollout.example.id, "db_id": rollout.example.db_id,
              "question": rollout.example.question, "evidence": rollout.example.evidence,
              "difficulty": rollout.example.difficulty, "gold_sqls": list(rollout.example.gold_sqls),
+             **({"answer": rollout.example.answer.rows} if rollout.example.answer else {}),
              "completions": [{
                  "text": b.text, "thought": b.thought, "sql": b.sql, "status": b.status, "error": b.error,
                  "correct": b.correct,

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from textwrap import fill
 
-from common.errors import UserError, run_main, visible
+from common.errors import UserError, as_json, run_main, visible
 from common.options import Parser
 from running.run_folder import RolloutLog
 
@@ -32,7 +32,7 @@ def group_text(group: dict, *, colour: bool, thoughts: bool = False) -> str:
     names = [name for name in completions[0]["rewards"] if name != "total"
              and (name in ("format", "execution") or any(c["rewards"][name] for c in completions))]
     lines = [paint("strong", f"{heading:<{WIDTH - len(right)}}{right}"), fill(one_line(group["question"]), WIDTH),
-             paint("soft", fill(f"gold: {one_line(group['gold_sqls'][0])}", WIDTH, subsequent_indent="      ")),
+             paint("soft", fill(f"gold: {one_line(gold_text(group))}", WIDTH, subsequent_indent="      ")),
              paint("soft", f"{'':>3} {'advantage':>9} {'reward':>7}" + "".join(f" {name:>9}" for name in names))]
     alike = {}
     for completion in sorted(completions, key=lambda c: -c["rewards"]["total"]):
@@ -40,6 +40,11 @@ def group_text(group: dict, *, colour: bool, thoughts: bool = False) -> str:
     for same in alike.values():
         lines.append(completion_lines(same[0], len(same), names, paint, thoughts))
     return "\n".join(lines)
+
+
+def gold_text(group: dict) -> str:
+    """The gold SQL, or the answer that is known instead."""
+    return next(iter(group["gold_sqls"]), None) or f"the answer {as_json(group['answer'])}"
 
 
 def completion_lines(completion: dict, count: int, names: list[str], paint, thoughts: bool) -> str:

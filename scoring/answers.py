@@ -220,8 +220,8 @@ def fingerprint(config, prompts, examples: Sequence[Example], free: Collection[s
 
 
 def questions_hash(examples: Sequence[Example]) -> str:
-    """A hash of the questions with their gold SQL, evidence and ready-made prompts."""
-    asked = [[example.id, example.db_id, example.question, example.evidence, example.gold_sqls, example.messages,
+    """A hash of the questions with their gold SQL or answer, evidence and ready-made prompts."""
+    asked = [[example.id, example.db_id, example.question, example.evidence, example.golds, example.messages,
               example.prompt] for example in examples]
     return sha256(json.dumps(asked).encode()).hexdigest()
 

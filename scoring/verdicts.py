@@ -86,10 +86,10 @@ def comparisons_named(names: Sequence[str], keep_distinct: bool = False) -> tupl
 
 
 def difficulty_levels(examples: Sequence[Example]) -> list[str]:
-    """The data's own difficulty or tier; Spider's hardness of the gold if no example has one."""
+    """The data's own difficulty or tier; Spider's hardness of the gold SQL if no example has one."""
     if any(example.difficulty for example in examples):
         return [example.difficulty or "unlabelled" for example in examples]
-    return [hardness(example.gold_sqls[0]) for example in examples]
+    return [hardness(example.gold_sql) if example.gold_sqls else "unknown" for example in examples]
 
 
 def judge(examples, sqls, levels, executor, comparisons: Sequence[Comparison],
@@ -97,12 +97,12 @@ def judge(examples, sqls, levels, executor, comparisons: Sequence[Comparison],
     """Run predictions and golds, rewritten for each comparison, and compare them. The Execution is that of the
     prediction as written."""
     verifying = [comparison.without_value_rule() for comparison in comparisons]
-    questions = [(example.db_id, sql, example.gold_sqls) for example, sql in zip(examples, sqls, strict=True)]
+    questions = [(example.db_id, sql, example.golds) for example, sql in zip(examples, sqls, strict=True)]
     results = Results(executor, questions, [*comparisons, *verifying])
     judged = []
     for example, level, question in zip(examples, levels, questions, strict=True):
-        db_id, sql, gold_sqls = question
-        prediction, golds = results.predicted(db_id, sql), [results.gold(db_id, gold) for gold in gold_sqls]
+        db_id, sql, _ = question
+        prediction, golds = results.predicted(db_id, sql), [results.gold(db_id, gold) for gold in example.golds]
         correct = {comparison.name: results.is_right(*question, comparison) for comparison in comparisons}
         verified = all(results.is_right(*question, comparison) for comparison in verifying)
         gold, file = gold_status(golds), str(executor.databases.get(db_id, ""))
