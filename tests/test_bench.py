@@ -25,6 +25,7 @@ from sql_exec import MATCHES, SQLExecutor
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
+import by_chance  # noqa: E402
 import dense  # noqa: E402
 import first_step  # noqa: E402
 import knows  # noqa: E402
@@ -127,6 +128,28 @@ def test_what_the_dense_rewards_of_a_run_say(tmp_path):
                     "(3) memory agrees with soft-F1 in 50.0 % of pairs"]
     done = bench_here(dense, tmp_path)
     assert done.returncode == 2 and "config.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_answers_that_are_right_by_chance_differ_on_a_changed_copy(tmp_path):
+    tiny_database(tmp_path / "music.sqlite")
+    gold = "SELECT COUNT(*) FROM singer"
+    record = {"db_id": "music", "question": "How many singers?", "sql": gold}
+    sqls = {gold: True, "SELECT COUNT(name) FROM singer": True, "SELECT COUNT(*) FROM concert": True, "SELECT 3": True,
+            "SELECT 4": False}
+    completions = [{"sql": sql, "correct": correct} for sql, correct in sqls.items()]
+    (tmp_path / "mine.jsonl").write_text(json.dumps(record))
+    (tmp_path / "config.json").write_text(json.dumps(parse_settings(["--data", str(tmp_path / "mine.jsonl")]).as_dict()))
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(record | golds | {"completions": completions}) + "\n" for golds
+                                                     in ({"gold_sqls": [gold]}, {"gold_sqls": [], "answer": [[3]]})))
+    done = bench_here(by_chance, tmp_path)
+    assert done.stdout.startswith("4 samples are right; 2 of them (50.0 %) return another result"), done.stderr
+    copy = by_chance.thinned(tmp_path / "music.sqlite", tmp_path / "copy.sqlite", 0)
+    with sqlite3.connect(copy) as connection:
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        assert connection.execute("SELECT COUNT(*) FROM concert").fetchone()[0] < 3
+    connection.close()
+    (tmp_path / "rollouts.jsonl").write_text("")
+    assert "no sample of this run is right" in bench_here(by_chance, tmp_path).stderr
 
 
 def test_what_rewards_know_of_answers(tmp_path):
