@@ -582,11 +582,8 @@ def test_too_little_disk_is_refused_before_anything_is_written(small_data, monke
         train.main()
 
 
-class Scored:
-    """A group's scores, as far as sampling looks at them."""
-
-    def __init__(self, correct, total):
-        self.correct, self.total, self.status = correct, total, "ok"
+def scored(correct, total):
+    return RewardBreakdown(correct=correct, total=total, status="ok")
 
 
 class Script:
@@ -604,7 +601,7 @@ class Script:
 
 
 def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_reward(monkeypatch):
-    right, wrong = Scored(True, 4.0), [Scored(False, 1.0 + i) for i in range(3)]
+    right, wrong = scored(True, 4.0), [scored(False, 1.0 + i) for i in range(3)]
     rows = {0: [right, wrong[0]], 1: [wrong[0], wrong[1]], 2: [right, right], 3: [wrong[2], right], 4: [wrong[1], right]}
     policy = SimpleNamespace(model=None, eos_ids=())
     monkeypatch.setattr(rollout, "sample_groups", lambda model, prompts, *_, **__: [f"group {int(p)}" for p in prompts])
