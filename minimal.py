@@ -10,15 +10,14 @@ question it samples a group of G answers o_1 … o_G. Each answer gets a reward 
 
 numbered as in grpo.py. There is no value model: the mean of the group is the baseline. A tiny policy is built here from
 random weights and first taught the format by a careless teacher, half of whose answers to the harder questions contain
-a slip. GRPO sees no answers, only whether its own are right. On two CPU cores, without a download, in some 3 minutes
-(here 5, for others computed beside it):
+a slip. GRPO sees no answers, only whether its own are right. On two CPU cores, without a download:
 
     $ python minimal.py
-    before GRPO: 45.1% of 206 held-out questions right (112 s)
+    before GRPO: 45.1% of 206 held-out questions right (24 s)
     step 10: reward 0.59, right 55%
     …
     step 80: reward 0.52, right 47%
-    after GRPO: 62.6% of 206 held-out questions right (311 s)
+    after GRPO: 62.6% of 206 held-out questions right (87 s)
 
 What it leaves out, and where that is:
  1. clipping in eq. (3) and several updates per rollout, for which π_old must be kept: grpo.py, `clipped_surrogate`
