@@ -1,6 +1,6 @@
 """Train a small language model to write SQL with GRPO.
 
-    python train.py                                        # the demo: no download, under 7 minutes on 2 CPU cores
+    python train.py                                        # the demo: no download, 5 minutes on 2 CPU cores
     python train.py --model qwen2.5-3b --data bird --data-dir BIRD   # all weights, or adapters where they do not fit
     python train.py --data spider --data-dir SPIDER --steps 20 --output runs/spider
     python train.py --plan --model qwen2.5-3b --lora-rank 16   # what memory it will need; loads nothing
