@@ -159,11 +159,12 @@ def policy_update(model, optimizer, batches: list[MicroBatch], config: GRPOConfi
         return grpo.policy_update(model, optimizer, batches, config, engine)
     sums, skipped = UpdateSums(), 0
     own = sum(has_gradient(batch, config) for batch in batches)
+    most = max(gather(own))  # before the passes, because each pass of a sharded model waits for all processes
     with dropout_off(model):
         for update in range(config.updates_per_rollout):
             optimizer.zero_grad(set_to_none=True)
             loss = sum(backward(model, batch, update == 0, config, sums, engine) for batch in batches)
-            make_idle_passes(model, engine, max(gather(own)) - own)
+            make_idle_passes(model, engine, most - own)
             sum_gradients(model)
             norm = clip(optimizer, config)
             grad_norm = step_if_finite(optimizer, (norm.full_tensor() if is_sharded(norm) else norm).item())
