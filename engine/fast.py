@@ -4,7 +4,7 @@ A model that it does not support takes the plain engine, with one warning.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 
@@ -14,20 +14,32 @@ from grpo import Engine, plain_decode, plain_logprobs
 
 
 def checkpointed(logprobs: Callable) -> Callable:
-    """Log-probabilities with gradient checkpointing, if it is on, of a model in evaluation mode. transformers
-    checkpoints a layer in training mode only; the layer's inner modules, such as dropout, stay in evaluation mode."""
+    """Log-probabilities with gradient checkpointing, if it is on. transformers checkpoints a layer in training mode
+    only; the layer itself runs in its own mode, here and again in backward, so that dropout is as without it."""
     @wraps(logprobs)
     def compute(model, *rows):
-        layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-        modes = [layer.training for layer in layers]
+        layers = [(layer, layer.training, layer._gradient_checkpointing_func) for layer in model.modules()
+                  if getattr(layer, "gradient_checkpointing", False)]
         try:
-            for layer in layers:
+            for layer, mode, checkpoint in layers:
                 layer.training = torch.is_grad_enabled()
+                layer._gradient_checkpointing_func = partial(_in_mode, layer, mode, checkpoint)
             return logprobs(model, *rows)
         finally:
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.training = mode
+            for layer, mode, checkpoint in layers:
+                layer.training, layer._gradient_checkpointing_func = mode, checkpoint
     return compute
+
+
+def _in_mode(layer, mode: bool, checkpoint: Callable, forward: Callable, *inputs):
+    """`checkpoint(forward, *inputs)`, with the layer in this mode whenever `forward` runs."""
+    def run(*inputs):
+        outside, layer.training = layer.training, mode
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = outside
+    return checkpoint(run, *inputs)
 
 
 FAST = Engine(decode, checkpointed(logprobs))

@@ -30,9 +30,10 @@ from transformers import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 import grpo
+import policy
 import variants
 from engine import attention, decoding, draw, grid, lean, packing, row_attention, tree
-from engine.fast import ENGINES, FAST
+from engine.fast import ENGINES, FAST, checkpointed
 from grpo import PLAIN, GRPOConfig
 from models import memory_plan
 
@@ -776,7 +777,7 @@ def test_packed_equals_padded_in_logprobs_and_gradients(family, tied, checkpoint
     for forward in (packed_logprobs, padded_logprobs):
         model.zero_grad()
         with grpo.dropout_off(model):
-            logp = forward(model, packed, 0.7)
+            logp = checkpointed(forward)(model, packed, 0.7)
             (logp * weights).sum().backward()
         results.append((logp.detach(), gradients(model)))
     assert packing.can_pack(model)
@@ -913,7 +914,7 @@ def test_rows_that_begin_alike_have_the_logprobs_and_gradients_of_padded_ones(fa
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     monkeypatch.setattr(tree, "LEAST", 0)
     results = []
-    for engine in (FAST, PLAIN):
+    for engine in ENGINES.values():
         model.zero_grad()
         with grpo.dropout_off(model):
             logp = engine.logprobs(model, prompts, completions, 0.7)
@@ -922,6 +923,35 @@ def test_rows_that_begin_alike_have_the_logprobs_and_gradients_of_padded_ones(fa
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
     assert all(attention._verdicts[model].values())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_checkpointing_a_layer_that_applies_dropout_itself_changes_nothing(name):
+    """OPT's does, from its own mode, which transformers wants to be training if it is to checkpoint the layer."""
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(
+        vocab_size=40, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=40, dropout=0.3)).double()
+    prompts, completions = nested_rows(seed=1)
+    results, forwards = [], []
+    model.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: forwards.append(1))
+    for checkpointing, modes in ((False, False), (True, False), (False, True), (True, True)):
+        model.zero_grad()
+        if checkpointing:
+            policy.checkpoint_activations(model)
+        for layer in model.model.decoder.layers:
+            layer.gradient_checkpointing = checkpointing
+        with contextlib.nullcontext() if modes else grpo.dropout_off(model):  # as in the cold start, as in the update
+            model.train(modes)
+            torch.manual_seed(1)
+            logp = ENGINES[name].logprobs(model, prompts, completions, 0.7)
+            forwards.clear()
+            logp.sum().backward()
+            assert len(forwards) == checkpointing  # backward computes the layer again
+        results.append((logp.detach(), gradients(model)))
+    for (one, one_gradients), (two, two_gradients) in (results[:2], results[2:]):
+        torch.testing.assert_close(one, two)
+        torch.testing.assert_close(one_gradients, two_gradients)
 
 
 def test_copies_of_a_prompt_are_one_prompt():
