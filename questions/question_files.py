@@ -314,6 +314,8 @@ def _answer(record, complain) -> GoldAnswer | None:
     if any(isinstance(cell, list | dict) for row in rows for cell in row):
         complain("field 'answer' must hold a value, a row (a list of values) or rows (a list of lists), without "
                  "objects or further lists in them")
+    if any(cell != cell for row in rows for cell in row):  # pandas writes NULL so; it would equal no result
+        complain("field 'answer' holds NaN, which SQL does not have: write null")
     return GoldAnswer(tuple(tuple(int(cell) if isinstance(cell, bool) else cell for cell in row) for row in rows),
                       ordered)
 
