@@ -21,6 +21,7 @@ time, so they are passed in as an `Engine`: `PLAIN` is the one to read, engine/f
     groups = sample_groups(model, prompts, config, eos_ids=[2])      # rollout
     advantages = group_advantages(rewards)                           # [B, G], from your rewards of the completions
     batches = micro_batches(groups, advantages, config)
+    reference_logprobs(reference, batches, config)                   # unless kl_coef is 0
     stats = policy_update(model, optimizer, batches, config)
 
 Variants of each step (DAPO, Dr. GRPO, GSPO, …) are in variants.py, one small function each. It is imported when a
@@ -395,10 +396,13 @@ def backward(model, batch: MicroBatch, first: bool, config: GRPOConfig, sums: "U
              engine: Engine = PLAIN) -> float:
     """Adds a micro-batch's gradient to the model's and its statistics to the sums. -> its part of the loss
 
-    first: whether this is the first update on the rollout."""
+    first: whether this is the first update on the rollout.
+    Raises ValueError: the loss has a KL term, but `reference_logprobs` was not called."""
     if not has_gradient(batch, config):
         sums.add(batch, {"ratio_mean": 1.0})
         return 0.0
+    if config.kl_coef and batch.ref_logps is None:
+        raise ValueError("kl_coef needs a reference: call reference_logprobs, or set kl_coef to 0")
     logp = engine.logprobs(model, batch.prompts, batch.completions, config.temperature)  # [n, T]
     if first:
         batch.old_logps = logp.detach()  # on policy: this is the old policy, so the ratio is exactly 1

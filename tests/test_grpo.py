@@ -1153,6 +1153,13 @@ def _apply(model, groups, advantages, config, lr, reference=None, engine=FAST):
     return grpo.policy_update(model, optimizer, batches, config, engine)
 
 
+def test_an_update_never_leaves_the_kl_out_without_a_word():
+    model, config = make_model(), GRPOConfig(group_size=3, max_completion_tokens=5)
+    with pytest.raises(ValueError, match="kl_coef needs a reference"):
+        _update(model, config, lr=0.1)
+    _update(model, replace(config, kl_coef=0.0), lr=0.1)
+
+
 def _update(model, config, lr, reference=None, engine=FAST):
     groups = sampled_groups(model, config, engine=engine)
     return groups, _apply(model, groups, _advantages(config.group_size), config, lr, reference, engine)

@@ -103,7 +103,7 @@ def test_any_text_can_be_shown_on_any_terminal(tmp_path, monkeypatch, encoding):
 @pytest.mark.parametrize("micro_batch", [0, 2])
 def test_token_ratios_are_those_of_the_update(micro_batch, engine):
     policy = build_tiny(["a b c d e f g"] * 3, seed=0, vocab_size=300, width=16, layers=1)
-    config = GRPOConfig(group_size=4, max_completion_tokens=5, micro_batch=micro_batch)
+    config = GRPOConfig(group_size=4, max_completion_tokens=5, micro_batch=micro_batch, kl_coef=0.0)
     groups = sample_groups(policy.model, [torch.tensor([1, 2, 3])] * 2, config, eos_ids=policy.eos_ids, seeds=[0, 1])
     advantages = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, -1.0]])
     assert widest_group(advantages) == 1
