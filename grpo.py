@@ -77,8 +77,8 @@ class GRPOConfig:
                                "a weight", choices=LOSSES, common=True)
     advantage_scale: str = option("group", "the std that divides advantages; gdpo: that of each reward in its group, "
                                            "then the batch's", choices=ADVANTAGES)
-    sampler_cap: float = option(0.0, "a token weighs min(π_old / sampler's π, this) (TRL: 2); 0: it weighs 1", at_least=0)
-    sampler_veto: float = option(0.0, "drop completions with a larger |log(π_old / sampler's π)|; 0: none", at_least=0)
+    sampler_cap: float = option(0.0, "a token weighs min(π_old / sampler's, this) (TRL: 2); 0: it weighs 1", at_least=0)
+    sampler_veto: float = option(0.0, "drop completions with a larger |log(π_old / sampler's)|; 0: none", at_least=0)
     updates_per_rollout: int = option(1, "optimizer steps on each batch of rollouts", at_least=1)
     micro_batch: int = option(0, "completions per forward pass of the update; 0: whole groups", at_least=0)
     rollout_batch: int = option(256, "completions decoded side by side", at_least=1)

@@ -22,8 +22,8 @@ from engine.attention import causal_lm, enable, is_exact, no_mask
 from engine.row_attention import RowLayout
 from engine.tree import Node, Tree
 from grpo import GRPOConfig, MicroBatch, dropout_off, has_gradient, plain_logprobs, target_logprobs
-from models.memory_plan import MOST as LONGEST
 
+LONGEST = 2**14  # tokens of a pass: more gain nothing, and a group of more is split
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
 

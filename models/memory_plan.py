@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine.packing import LONGEST as MOST
+
 CHUNK = 2**24  # elements of logits that exist at once (packing.py)
 PASS = 1.5e8  # bytes stored for backward by a pass of several groups of the tiny policy on a CPU
 LIBRARIES = 0.45e9  # bytes of Python with torch and transformers on a CPU, and of a CUDA context on a GPU
-LEAST, MOST = 2**10, 2**14  # tokens per pass: more gain nothing; a larger group is split (packing.py)
+LEAST = 2**10  # tokens per pass
 BLOCK, BLOCK_BYTES = 128, 64  # the side of a mask block on a GPU in tokens, and the bytes of its entry in the mask
 SLACK = 0.4  # share of temporary memory: the C library's heap, for blocks under 32 MiB, does not return all of it
 SHARE = 0.95  # of a card's or machine's memory that a plan may use

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -43,6 +46,17 @@ def test_what_is_read_or_lifted_alone_imports_nothing_of_the_project():
     for room in ("grpo", "sql_exec", "common"):  # grpo.py looks variants.py up by name when a config asks for it
         assert rooms_imported(room) == set(), room
     assert rooms_imported("variants") == {"grpo"}
+
+
+def test_the_algorithm_and_its_engine_run_elsewhere(tmp_path):
+    """As docs/extend.md says; `common` is for several processes, which only torchrun starts."""
+    for name in ("grpo.py", "variants.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "engine", tmp_path / "engine", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import engine.fast, grpo; print(grpo.GRPOConfig(loss='dapo').loss)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "dapo\n", done.stderr
+    assert rooms_imported("engine") == {"grpo", "common"}
 
 
 def test_minimal_takes_only_its_questions_from_the_project():
