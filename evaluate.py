@@ -416,7 +416,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
                               matches=config.matches, keep_distinct=config.keep_distinct,
                               suite=suite).run(examples, progress)
         report_scores(config, examples, scores_of(records, config.answer), executor, suite, written, records,
-               [examples[i].id for i in sorted(lost)])
+                      [examples[i].id for i in sorted(lost)])
     except KeyboardInterrupt:
         if progress.file:
             print(f"\nwhat is done is kept in {progress.file}; the same command continues")
@@ -425,7 +425,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
 
 
 def report_scores(config: EvaluateConfig, examples, scores, executor: SQLExecutor, suite, written: dict,
-           records=None, unwritable_ids: Sequence[str] = ()) -> None:
+                  records=None, unwritable_ids: Sequence[str] = ()) -> None:
     """Writes the files, then prints the tables, so that neither a closed terminal nor an unwritable file loses results.
 
     written: for a model, how its prompts were written, and its precision.
