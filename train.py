@@ -297,8 +297,8 @@ class Trainer:
         s, record = self.s, StepRecord()
         record.rollouts, record.sampled = self.rollout_maker.make(record.timed)  # B questions, G completions each
         record.advantages = step_advantages(record.rollouts, s)  # [B, G]
-        batches = self.passes(record)
         with record.timed("reference"):
+            batches = self.passes(record)
             self.compute_reference(batches)
         with record.timed("update"):
             self.set_learning_rate()

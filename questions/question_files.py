@@ -301,6 +301,8 @@ def _answer(record, complain) -> GoldAnswer | None:
     """The answer that is known in place of gold SQL; None where there is none (a lone null is [null])."""
     value, ordered = record.get("answer"), record.get("ordered") or False
     if value is None:
+        if ordered:
+            complain("field 'ordered' belongs to an 'answer': leave it out, because ORDER BY in the gold SQL decides")
         return None
     if both := [field for field in SQL_FIELDS if record.get(field)]:
         complain(f"fields {both[0]!r} and 'answer' are both given: leave one out")

@@ -74,6 +74,7 @@ def test_an_answer_is_a_value_a_row_or_rows(tiny_db, value, rows):
     ({"answer": [[]]}, "the same number of values, at least one"),
     ({"answer": [["Ana", float("nan")]]}, "field 'answer' holds NaN, which SQL does not have: write null"),
     ({"answer": 3, "ordered": "yes"}, "field 'ordered' must be true or false"),
+    ({"sql": "SELECT 1", "ordered": True}, "field 'ordered' belongs to an 'answer'"),
 ])
 def test_what_is_no_answer_is_named_with_file_record_and_field(tiny_db, record, words):
     file = records_file(tiny_db.parent, {"answer": 3}, record)
