@@ -38,7 +38,7 @@ class HeldOut:
         """`summarise` of the greedy answers, and a hash of the questions whose database could be read."""
         examples, mine = [question.example for question in questions], distributed.share_of(len(questions))
         with self.inside():
-            sqls = greedy_sqls(self.policy, [question.prompt.tolist() for question in questions[mine]], self.s.exam,
+            sqls = greedy_sqls(self.policy, [question.prompt for question in questions[mine]], self.s.exam,
                                progress=distributed.is_main())
         scores = score_predictions(examples[mine], sqls, self.executor, levels=difficulty_levels(examples)[mine])
         scores = distributed.merge([score if sql or score.unavailable else replace(score, status="format")

@@ -17,12 +17,13 @@ from cold_start import SFTConfig
 from common import options
 from common.errors import UserError, stored_settings
 from common.options import HIGHEST_SEED, check, option, shared
+from common.run_layout import ADAPTERS
 from data import PromptConfig
 from grpo import GRPOConfig
 from history import run_config_of
 from models import memory_plan
 from models.adapters import import_peft
-from policy import ADAPTERS, ALIASES, computes_in_bf16, config_of
+from policy import ALIASES, computes_in_bf16, config_of
 from prompts.answer_format import AnswerFormat
 from rewards import MemoryGate, RewardConfig
 from running.guards import GuardConfig

@@ -36,6 +36,7 @@ from cold_start import (
     template_traces,
 )
 from common.errors import UserError, as_json, run_main, write_whole
+from common.run_layout import ADAPTERS, BEST
 from data import PromptBuilder, Splits, columns_of, load_splits
 from engine import distributed
 from engine.attention import causal_lm
@@ -49,7 +50,6 @@ from history import began_with, data_hash, has_changed, hashes_of, not_seen_befo
 from models import memory_plan
 from partial_credit.memory import TraceMemory, gate_for
 from policy import (
-    ADAPTERS,
     Policy,
     Reference,
     build_tiny,
@@ -434,7 +434,7 @@ class Trainer:
 
     def compare(self) -> None:
         """Prints the held-out accuracy of the best policy on dev beside that of the start, which is measured once."""
-        best, after = self.folder.path / "best", self.before
+        best, after = self.folder.path / BEST, self.before
         chosen = bool(self.s.run.eval_every and self.dev_set) and best.exists()
         step = distributed.on_main(self.folder.step_of_best) if chosen else self.step
         if chosen and step:

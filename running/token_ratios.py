@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from grpo import Engine, Group, GRPOConfig, dropout_off
+from grpo import Engine, Group, GRPOConfig, dropout_off, micro_batches
 
 
 def widest_group(advantages: Tensor) -> int:
@@ -26,13 +26,12 @@ class TokenWatch:
     @torch.no_grad()
     def logps(self) -> list[Tensor]:
         """Log-probabilities of the completions under the current policy. -> G times [C_i]"""
-        completions, size, logps = self.group.completions, self.config.micro_batch or len(self.group.completions), []
+        logps, no_advantages = [], torch.zeros(1, len(self.group.completions))
         with self.inside(), dropout_off(self.policy.model):
-            for start in range(0, len(completions), size):
-                part = completions[start:start + size]
-                rows = self.engine.logprobs(self.policy.model, [self.group.prompt] * len(part), part,
+            for batch in micro_batches([self.group], no_advantages, self.config):
+                rows = self.engine.logprobs(self.policy.model, batch.prompts, batch.completions,
                                             self.config.temperature)
-                logps += [row[:len(c)] for row, c in zip(rows.float().cpu(), part, strict=True)]
+                logps += [row[:len(c)] for row, c in zip(rows.float().cpu(), batch.completions, strict=True)]
         return logps
 
     def ratios(self) -> Sequence[dict]:

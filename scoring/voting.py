@@ -86,7 +86,7 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], exam: Ex
     with tqdm(total=len(lengths), desc="answering", unit="question", leave=False,
               disable=None if progress else True) as bar:
         for part in side_by_side(lengths, exam):
-            groups = sample_groups(policy.model, [torch.tensor(encoded_prompts[i], dtype=torch.long) for i in part],
+            groups = sample_groups(policy.model, [torch.as_tensor(encoded_prompts[i], dtype=torch.long) for i in part],
                                    config, eos_ids=policy.eos_ids, group_size=exam.samples,
                                    temperature=exam.temperature, seeds=[exam.seed * 1_000_003 + i for i in part],
                                    engine=FAST)
