@@ -237,7 +237,9 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        query, key, value, out, total = ctx.saved_tensors
+        *saved, total = ctx.saved_tensors
+        kind = torch.promote_types(saved[0].dtype, torch.float32)  # in bf16, this backward takes up to 4 times as long
+        query, key, value, out, grad = (x.to(kind) for x in (*saved, grad))
         to_query, to_key, to_value = (torch.zeros_like(x) for x in (query, key, value))
         for queries, keys, _ in ctx.layout.parts:
             log = queries.take(total).masked_fill(queries.padding[:, None], float("inf"))  # [m, H, A], padding weighs 0
@@ -246,4 +248,4 @@ class _Parts(torch.autograd.Function):
                 0.0, True, scale=ctx.scaling)
             for to, rows, part in zip((to_query, to_key, to_value), (queries, keys, keys), found, strict=True):
                 to[rows.index()] += rows.flat(part)
-        return to_query, to_key, to_value, None, None
+        return *(x.to(saved[0].dtype) for x in (to_query, to_key, to_value)), None, None
