@@ -18,8 +18,12 @@ becomes one record per question, its SQL as people write it:
 Of several queries, the first counts, as in the paper of that repository. Questions are left out whose query fails on
 the database or returns no row, because every empty result would be right. Small datasets have folds in place of
 splits; their records have no `split`, so that train.py holds questions back itself.
+
+--traces 100 also writes what a user with few queries and many answers has: traces.jsonl, 100 training questions with
+their SQL and a trace made from it, and answers.jsonl, in which the other training questions have an answer and no SQL.
 """
 
+import random
 import re
 import shutil
 from collections import Counter
@@ -29,7 +33,9 @@ from pathlib import Path
 from common.errors import UserError, json_lines, parse_json, read_text, run_main, write_whole
 from common.options import Parser
 from common.wording import plural
+from partial_credit.traces import template_trace
 from questions.question_files import OWN_SPLITS
+from questions.schema import columns_of
 from sql_exec import SQLExecutor
 
 STRING = re.compile(r"""("[^"]*"|'[^']*')""")
@@ -144,6 +150,27 @@ def convert(questions: list[Question], db_id: str, database: Path) -> tuple[list
     return records, left_out
 
 
+def few_traces(records: list[dict], db_id: str, database: Path, count: int, seed: int) -> tuple[list, list]:
+    """`count` random training questions with a trace each; all records, where the other training questions have the
+    result of their SQL in place of it.
+
+    Raises UserError where there are not so many training questions.
+    """
+    train = [record for record in records if record.get("split", "train") == "train"]
+    if not 0 < count <= len(train):
+        raise UserError(f"--traces is {count}; it must be from 1 to the number of training questions, {len(train)}")
+    schema = columns_of({db_id: database})[db_id]
+    chosen = random.Random(seed).sample(train, count)
+    traces = [record | {"trace": template_trace(record["sql"], schema)} for record in chosen]
+    kept = {record["id"] for record in records} - {record["id"] for record in train} | {one["id"] for one in chosen}
+    with SQLExecutor({db_id: database}) as executor:
+        results = executor.run_many((db_id, record["sql"]) for record in records)
+    answers = [record if record["id"] in kept else
+               {name: value for name, value in record.items() if name != "sql"} | {"answer": [*map(list, result.rows)]}
+               for record, result in zip(records, results, strict=True)]
+    return traces, answers
+
+
 def find_database(folder: Path, name: str) -> Path:
     """The SQLite database of a dataset."""
     found = sorted(folder.glob(f"{name}-db*.sqlite"))
@@ -159,6 +186,10 @@ def main() -> None:
     parser.add_argument("clone", type=Path, help="folder of the cloned repository")
     parser.add_argument("out", type=Path, help="folder of the question file and the database")
     parser.add_argument("--database", default="geography", help="the dataset (default: geography)")
+    parser.add_argument("--traces", type=int, default=0, metavar="N",
+                        help="also write traces.jsonl, N training questions with a trace, and answers.jsonl, where the "
+                             "other training questions have answers in place of SQL")
+    parser.add_argument("--seed", type=int, default=0, help="draws the N questions (default: 0)")
     given = parser.parse_args()
     data, name = given.clone / "data", given.database
     questions, database = read_questions(data / f"{name}.json"), find_database(data, name)
@@ -176,6 +207,12 @@ def main() -> None:
           + ", ".join(f"{count} {split}" for split, count in splits.most_common()) + ")")
     for reason, count in left_out.most_common():
         print(f"left out {plural(count, 'question')}: {reason}")
+    if given.traces:
+        files = few_traces(records, name, database, given.traces, given.seed)
+        for file, some in zip(("traces.jsonl", "answers.jsonl"), files, strict=True):
+            write_whole(given.out / file, json_lines(some))
+        print(f"{given.out / 'traces.jsonl'}: {plural(given.traces, 'trace')}\n{given.out / 'answers.jsonl'}: all "
+              f"questions, {sum('answer' in record for record in files[1])} with an answer in place of SQL")
 
 
 if __name__ == "__main__":

@@ -140,3 +140,33 @@ def test_geoquery_is_what_was_measured_with(tmp_path, shared_data):
                       for folder in (tmp_path, shared_data / "geoquery"))
     assert made == expected and Counter(record["split"] for record in made) == {"train": 526, "dev": 48, "test": 270}
     assert (tmp_path / "geography.sqlite").read_bytes() == (shared_data / "geoquery" / "geography.sqlite").read_bytes()
+
+
+def test_traces_writes_a_few_traces_and_the_answers_to_the_other_training_questions(tmp_path):
+    clone, out = tiny_clone(tmp_path / "clone"), tmp_path / "out"
+    status, shown, _ = run_in_process(text2sql_data, clone, out, "--traces", 2, "--seed", 3)
+
+    def read(name):
+        return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+    questions, traces, answers = read("questions.jsonl"), read("traces.jsonl"), read("answers.jsonl")
+    assert status == 0 and shown.splitlines()[-2:] == [
+        f"{out}/traces.jsonl: 2 traces", f"{out}/answers.jsonl: all questions, 2 with an answer in place of SQL"]
+    chosen = {trace["id"] for trace in traces}
+    train = {q["id"] for q in questions if q.get("split", "train") == "train"}
+    assert len(chosen) == 2 and chosen < train and all(trace["trace"].startswith("tables city") for trace in traces)
+    values = {"how big is austin": [[345496]], "how many live in the capital": [[102249]],
+              "what is the largest city": [["austin"]], "how many cities are there": [[3]]}
+    for question, record in zip(questions, answers, strict=True):
+        if question["id"] in train - chosen:
+            assert "sql" not in record and record["answer"] == values[question["question"]]
+        else:
+            assert record == question
+    run_in_process(text2sql_data, clone, tmp_path / "again", "--traces", 2, "--seed", 3)
+    assert (tmp_path / "again" / "traces.jsonl").read_text() == (out / "traces.jsonl").read_text()
+
+
+@pytest.mark.parametrize("count", [-1, 5])
+def test_more_traces_than_training_questions_are_refused(tmp_path, count):
+    status, _, errors = run_in_process(text2sql_data, tiny_clone(tmp_path / "clone"), tmp_path / "out", "--traces", count)
+    assert status == 2 and f"--traces is {count}; it must be from 1 to the number of training questions, 4" in errors
