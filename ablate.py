@@ -25,7 +25,7 @@ Measures of a run
   reward spread   standard deviation of the rewards in a group, mean over the run
   does not run    share of sampled answers without SQL that runs; greedy does not run: of greedy ones
   pass@N          whether any of the N = --samples answers to a question is right
-  joins           JOINs per greedy answer with SQL: fewer than at the start means that queries have become simpler
+  joins           joined tables per greedy answer with SQL; fewer than at the start: queries have become simpler
   result groups   number of different results among the --samples answers to a question
   collapse        1 if the last accuracy on dev is more than 5 points below the best, including the start's
   seconds         of its steps, without evaluations
@@ -61,11 +61,11 @@ from common.run_layout import BEST, CHECKPOINTS, checkpoint_of, checkpoints_of, 
 from common.wording import html_text
 from data import PromptConfig
 from history import has_changed, reported_split
-from partial_credit.atomic import split_tokens
 from questions.question_files import check_excluded, excluded
 from running.guards import step_seconds
 from running.plot import Plot, svg_points
 from running.run_folder import check_settings, lock, owner_of_lock
+from scoring.hardness import joins_in
 from scoring.verdicts import student_quantile, widened
 from settings import DEFAULTS_BEFORE, MAY_CHANGE_ON_RESUME, RunConfig, Settings, make_parser, parse_settings
 
@@ -389,11 +389,6 @@ def measures_of(run: Run, evaluation: dict) -> dict:
     file = run.folder / "metrics.jsonl"
     steps = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return measures | (training_measures(steps) if steps else {})
-
-
-def joins_in(sql: str) -> int:
-    """The number of JOINs in a query; the word in strings, names and comments does not count."""
-    return split_tokens(sql).count("join")
 
 
 def marks_of(examples: Sequence[dict], match: str) -> dict[str, str]:

@@ -10,8 +10,9 @@ from engine import distributed
 from policy import Policy
 from rollout import Question, print_first_reasons
 from scoring.answers import questions_hash
+from scoring.hardness import joins_in
 from scoring.verdicts import difficulty_levels, of_the_same, score_predictions, summarise
-from scoring.voting import greedy_sqls
+from scoring.voting import greedy_sqls, sample_candidates
 from settings import Settings
 from sql_exec import SQLExecutor
 
@@ -35,7 +36,7 @@ class HeldOut:
         return found
 
     def measure(self, questions: Sequence[Question], step: int) -> dict:
-        """`summarise` of the greedy answers, and a hash of the questions whose database could be read."""
+        """`summarise` of the greedy answers, their joins, and a hash of the questions whose database could be read."""
         examples, mine = [question.example for question in questions], distributed.share_of(len(questions))
         with self.inside():
             sqls = greedy_sqls(self.policy, [question.prompt for question in questions[mine]], self.s.exam,
@@ -44,13 +45,27 @@ class HeldOut:
         scores = distributed.merge([score if sql or score.unavailable else replace(score, status="format")
                                     for score, sql in zip(scores, sqls, strict=True)])
         read = [example for example, score in zip(examples, scores, strict=True) if not score.unavailable]
-        found = summarise(scores) | {"questions": questions_hash(read)}
+        found = summarise(scores) | {"questions": questions_hash(read),
+                                     "joins": sum(joins_in(score.sql) for score in scores) / max(1, len(scores))}
         if unread := found["unavailable"]:
             tqdm.write(f"warning, step {step}: {len(unread)} of {len(questions)} questions are left out of this "
                        "evaluation, since their database could not be read")
             print_first_reasons([(one["id"], "unavailable", one["error"], one["db_id"]) for one in unread],
                                 self.databases, tqdm.write)
         return found
+
+    def sample(self, questions: Sequence[Question], n: int) -> dict[str, float]:
+        """`samples`, the accuracy of n samples per question at the temperature of training, and `pass_at_n`, the share
+        of questions with a right one. The same policy gives the same samples."""
+        asked = questions[distributed.share_of(len(questions))]
+        exam = replace(self.s.exam, samples=n, temperature=self.s.grpo.temperature)
+        with self.inside():
+            candidates = sample_candidates(self.policy, [question.prompt for question in asked], exam)
+        scores = score_predictions([question.example for question in asked for _ in range(n)],
+                                   [candidate.sql for some in candidates for candidate in some], self.executor)
+        right = distributed.merge([score.correct[self.s.run.match] for score in scores])
+        return {"samples": sum(right) / len(right),
+                "pass_at_n": sum(any(right[i:i + n]) for i in range(0, len(right), n)) / (len(right) // n)}
 
 
 def before_after_table(before: dict, after: dict, match: str) -> str:

@@ -447,7 +447,9 @@ SQL_FATES = ("ok", "error", "format", "timeout", "refused", "too_large", "unavai
 CHARTS = (
     Chart("Reward", ("reward", "reward_std"), ("mean", "spread within a group")),
     Chart("Reward components", ("reward/*",), known=COMPONENTS),
-    Chart("Execution accuracy", ("execution_accuracy", "dev_accuracy"), ("samples", "dev, greedy"), share=True),
+    Chart("Execution accuracy", ("execution_accuracy", "dev_accuracy", "dev_samples", "dev_pass_at_n"),
+          ("samples", "dev, greedy", "dev, samples", "dev, one of the samples"), share=True),
+    Chart("Joined tables", ("dev_joins",), ("per greedy answer to dev",)),
     Chart("Uniform groups", ("flat_groups", "all_wrong_groups", "all_right_groups"),
           ("flat: no gradient", "all wrong", "all right"), share=True),
     Chart("What became of the SQL", ("status/*",), share=True, stacked=True, known=SQL_FATES),

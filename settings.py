@@ -141,6 +141,8 @@ class RunConfig:
     eval_every: int = option(50, "steps between greedy evaluations on held-back questions; 0: never",
                              at_least=0, common=True)
     eval_questions: int = option(200, "at most this many questions in such an evaluation", at_least=0)
+    eval_samples: int = option(0, "samples per question in such an evaluation, for the curves of their accuracy and of "
+                                  "pass@k; 0: only the greedy answer", at_least=0)
     test_questions: int = option(1000, "at most this many questions in the evaluations before and after; 0: none",
                                  at_least=0, common=True)
     save_every: int = option(50, "steps between checkpoints; 0: only at the end", at_least=0)
@@ -166,8 +168,8 @@ CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptCon
 # The values in runs that are older than the setting.
 DEFAULTS_BEFORE = {"draw": "epochs", "questions_per_database": 1, "execution_runs": 1.0, "atomic_weights": "equal",
                    "memory_names": "written"}
-MAY_CHANGE_ON_RESUME = ("resume", "output", "steps", "threads", "sharding", "eval_every", "save_every", "sql_workers",
-                        "log", "verbose", "token_ratios_every", "keep",
+MAY_CHANGE_ON_RESUME = ("resume", "output", "steps", "threads", "sharding", "eval_every", "eval_samples", "save_every",
+                        "sql_workers", "log", "verbose", "token_ratios_every", "keep",
                         "max_skipped", "warn_flat_steps", "warn_format_steps", "warn_kl", "warn_truncated",
                         "warn_sampler_gap",
                         "reference_device", "gradient_checkpointing", "plan")

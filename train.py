@@ -415,8 +415,8 @@ class Trainer:
         return bool(self.dev_set and run.eval_every) and (self.step % run.eval_every == 0 or self.step == run.steps)
 
     def evaluate_dev(self) -> dict[str, float]:
-        """The metric of accuracy on dev; saves a new best policy in best/. Does neither if a database could not be
-        read, because accuracies on different questions cannot be compared."""
+        """The metrics of dev; saves a new best policy in best/. Does neither if a database could not be read, because
+        accuracies on different questions cannot be compared."""
         measure = self.held_out.measure if self.step else partial(self.held_out.announce, name="dev")
         found = measure(self.dev_set, step=self.step)
         if found["unavailable"]:
@@ -426,7 +426,10 @@ class Trainer:
             self.best = accuracy
             policy = self.savable_policy()
             distributed.on_main(lambda: self.folder.save_best(policy, self.step))
-        return {"dev_accuracy": accuracy}
+        found = {"accuracy": accuracy, "joins": found["joins"]}
+        if self.s.run.eval_samples:
+            found |= self.held_out.sample(self.dev_set, self.s.run.eval_samples)
+        return {f"dev_{name}": value for name, value in found.items()}
 
     def evaluate_tests(self) -> dict[str, dict]:
         """The accuracy of the current policy on each test set."""

@@ -15,7 +15,7 @@ Written on the flat tokens of atomic.py, so a query that the official parser rej
 
 from sqlparse import tokens as T
 
-from partial_credit.atomic import SET_OPERATIONS, is_comment, lex
+from partial_credit.atomic import SET_OPERATIONS, Unparsable, is_comment, lex, split_tokens
 
 LEVELS = ("easy", "medium", "hard", "extra")
 AGGREGATES = ("max", "min", "count", "sum", "avg")
@@ -131,6 +131,26 @@ def count_subqueries(words: list) -> int:
 def count_tables(words: list) -> int:
     """Tables and subqueries that FROM joins."""
     return 1 + sum(word in ("join", ",") for word in words) if words else 0
+
+
+def joins_in(sql: str) -> int:
+    """The number of tables and subqueries that FROM clauses join to their first, by JOIN or by a comma, in all queries
+    of a statement; 0 if it has too many tokens to be read."""
+    clauses, found = [""], 0  # the clause at each depth
+    try:
+        words = split_tokens(sql)
+    except Unparsable:
+        return 0
+    for word in words:
+        if word == "(":
+            clauses.append("")
+        elif word == ")":
+            clauses = clauses[:-1] or [""]
+        elif word in CLAUSES or word in SET_OPERATIONS:
+            clauses[-1] = word
+        else:
+            found += word == "join" or word == "," and clauses[-1] == "from"
+    return found
 
 
 def count_derived_tables(words: list) -> int:

@@ -184,13 +184,6 @@ def test_area_under_a_curve():
     assert ablate.area_under([[0, 0.2], [10, 0.4], [40, 0.4]]) == pytest.approx((10 * 0.3 + 30 * 0.4) / 40)
 
 
-@pytest.mark.parametrize("sql, count", [
-    ("SELECT a FROM t LEFT OUTER JOIN u USING (x) join v NATURAL JOIN w", 3), ("SELECT a FROM t, u", 0),
-    ("SELECT [join] FROM t WHERE kind = 'inner join' -- join", 0), ("", 0)])
-def test_joins_are_counted_where_they_join(sql, count):
-    assert ablate.joins_in(sql) == count
-
-
 def test_what_the_metrics_say():
     def step(number, **more):
         return {"step": number, "flat_groups": 0.25 * number, "all_wrong_groups": 0.5, "reward_std": 0.1 * number,

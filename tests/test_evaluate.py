@@ -27,7 +27,7 @@ from evaluate import (
     summarise,
 )
 from questions.holdout import twins_key
-from scoring.hardness import LEVELS, hardness, level
+from scoring.hardness import LEVELS, hardness, joins_in, level
 from scoring.predictions import one_line, save_predictions
 from scoring.verdicts import first_reasons
 from sql_exec import Execution, SQLExecutor
@@ -283,6 +283,15 @@ def test_hardness_table(components, nestings, others, expected):
     ("(SELECT a FROM t)", "easy"), ("", "easy"), ("SELECT (", "easy")])
 def test_hardness(sql, expected):
     assert hardness(sql) == expected
+
+
+@pytest.mark.parametrize("sql, count", [
+    ("SELECT a FROM t LEFT OUTER JOIN u USING (x) join v NATURAL JOIN w", 3), ("SELECT a FROM t, u", 1),
+    ("SELECT a, b FROM t, u JOIN v USING (x, y) WHERE z IN (SELECT c, d FROM t, (SELECT e, f FROM w)) ORDER BY a, b", 3),
+    ("SELECT a FROM t UNION SELECT b, c FROM u", 0), (") , (", 0), ("SELECT " + "a, " * 10**5, 0),
+    ("SELECT [join] FROM t WHERE kind = 'inner join' -- join", 0), ("", 0)])
+def test_joins_are_counted_where_they_join(sql, count):
+    assert joins_in(sql) == count
 
 
 def test_hardness_of_spider_dev_in_the_official_counts(shared_data):

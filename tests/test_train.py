@@ -39,6 +39,7 @@ from rewards import RewardBreakdown, RewardConfig
 from rollout import Rollout
 from running.drawing import HALF_LIFE
 from scoring.verdicts import ExampleScore
+from scoring.voting import Candidate
 from settings import DEFAULTS_BEFORE
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +209,26 @@ def test_the_start_is_kept_where_no_later_policy_is_better_on_dev(small, tmp_pat
     assert best == first != last
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["before"] == result["after"]
+
+
+def test_samples_on_dev_are_counted_one_by_one_and_together(small, tmp_path, monkeypatch):
+    """Of four answers to each dev question, two are right to the first and none to the second."""
+    asked = []
+
+    def sampled(policy, prompts, exam, progress=False):
+        asked.append((len(prompts), exam.samples, exam.temperature))
+        counts = [re.search(r"older than ([0-9]+)", policy.decode(prompt))[1] for prompt in prompts]
+        gold = [f"SELECT COUNT(*) FROM singer WHERE age > {n}" for n in counts]
+        wrong = ["SELECT COUNT(*) + 1000 FROM singer", "SELECT nothing", ""]
+        return [[Candidate("", "", sql, 0.0, 1, False) for sql in some]
+                for some in ([gold[0], gold[0], *wrong[:2]], [wrong[0], *wrong])]
+
+    monkeypatch.setattr(held_out, "sample_candidates", sampled)
+    run(*small, "--steps", 2, "--eval-every", 2, "--eval-samples", 4, "--temperature", 0.9, "--test-questions", 0,
+        "--output", tmp_path / "run")
+    assert asked == [(2, 4, 0.9)] * 2  # of step 0 and of step 2
+    first, last = lines(tmp_path / "run" / "metrics.jsonl")
+    assert (first["start_dev_samples"], first["start_dev_pass_at_n"]) == (last["dev_samples"], last["dev_pass_at_n"]) == (0.25, 0.5)
 
 
 def test_a_dev_that_could_not_be_read_wholly_chooses_no_policy(small, tmp_path, monkeypatch):
