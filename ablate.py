@@ -66,7 +66,7 @@ from running.guards import step_seconds
 from running.plot import Plot, svg_points
 from running.run_folder import check_settings, lock, owner_of_lock
 from scoring.hardness import joins_in
-from scoring.verdicts import student_quantile, widened
+from scoring.verdicts import crossed_interval, student_quantile
 from settings import DEFAULTS_BEFORE, MAY_CHANGE_ON_RESUME, RunConfig, Settings, make_parser, parse_settings
 
 ROOT = Path(__file__).resolve().parent
@@ -452,21 +452,6 @@ def drawn_intervals(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict[
         found["over databases"] = crossed_interval(np.add.reduceat(changes, first, axis=1),
                                                    np.add.reduceat(sizes, first))
     return found
-
-
-def crossed_interval(changes: np.ndarray, sizes: np.ndarray, draws: int = 2000) -> list[float]:
-    """A 95 % bootstrap interval of the mean change per question. Each draw takes S seeds and K groups of questions,
-    with replacement. sizes: questions per group. [S, K], [K] -> [low, high]
-
-    Few seeds underestimate the spread between seeds: with three, it counts 2.6 times less than in Student's interval,
-    and with one not at all.
-    """
-    (S, K), rng = changes.shape, np.random.default_rng(0)
-    means = []
-    for _ in range(draws):
-        seeds, groups = rng.integers(S, size=S), rng.integers(K, size=K)
-        means.append(changes[seeds][:, groups].sum() / (S * sizes[groups].sum()))
-    return list(widened(*np.percentile(means, (2.5, 97.5)), float(changes.sum() / (S * sizes.sum())), K, (-1.0, 1.0)))
 
 
 def summarise(results: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:

@@ -4,6 +4,7 @@
     python evaluate.py --model runs/demo/best --split test -n 30 --json A.json  # and 30 samples, value-aware voting
     python evaluate.py --predictions FILE --data spider --data-dir DIR --split dev --json B.json
     python evaluate.py --compare A.json B.json                                  # difference, and what flipped
+    python evaluate.py --compare A0.json B0.json A1.json B1.json                # of seeds 0 and 1, and the mean
 
 What is measured, for every question
   (1) status    the outcome of the answer as written: ok, error, timeout, refused, too_large, unavailable (the
@@ -58,7 +59,7 @@ from questions.question_files import check_excluded, excluded
 from rewards import unwrap_fence
 from running.layers import fold, handed_on
 from scoring.answers import Examination, Progress, fingerprint, questions_hash, scores_of
-from scoring.compare import compare, print_comparison
+from scoring.compare import compare, compare_seeds, print_comparison, print_seeds
 from scoring.predictions import load_predictions, save_predictions
 from scoring.verdicts import (
     ExampleScore,
@@ -292,7 +293,8 @@ def parse_arguments(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", "--samples", type=int, default=argparse.SUPPRESS, metavar="N",
                         help="answers per question, which vote (default: 1, the greedy answer)")
-    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="compare two --json files")
+    parser.add_argument("--compare", nargs="+", metavar=("A.json", "B.json"),
+                        help="compare two --json files; more pairs: one per seed, and the mean over them")
     parser.add_argument("--anyway", action="store_true", help="compare what was measured under different protocols")
     add_arguments(parser, EvaluateConfig)
     add_arguments(parser, PromptConfig)
@@ -325,8 +327,10 @@ def main() -> None:
     """Evaluate a model or a predictions file, or compare two evaluations."""
     given, config, prompts = parse_arguments()
     if config is None:
-        result = compare(*given.compare, anyway=given.anyway)
-        print_comparison(result)
+        if len(given.compare) == 2:
+            print_comparison(result := compare(*given.compare, given.anyway))
+        else:
+            print_seeds(result := compare_seeds(given.compare, given.anyway))
         if getattr(given, "json", None):
             write_text(given.json, as_json(result, indent=1) + "\n")
         return

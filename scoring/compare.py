@@ -1,13 +1,16 @@
-"""Two evaluations side by side: the difference with its interval, and the questions whose verdict flipped."""
+"""Two evaluations side by side: the difference with its interval, and the questions whose verdict flipped. Several such
+pairs, one per seed: the mean difference, with its interval over seeds and questions."""
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 
+import numpy as np
+
 from common.errors import UserError, parse_json, read_text, visible
 from questions.example import unique_ids
-from scoring.verdicts import bootstrap_interval, mean
+from scoring.verdicts import bootstrap_interval, crossed_interval, mean
 from sql_exec import MATCHES
 
 
@@ -77,10 +80,52 @@ def compare(file_a, file_b, anyway: bool = False) -> dict:
     if not matches:
         raise UserError(f"{file_a} and {file_b} have no comparison in common")
     sql = {labels[key]: [side[key].get("sql", "") for side in (in_a, in_b)] for key in shared}
-    return {"a": str(file_a), "b": str(file_b), "n": len(shared), "twins_known": all(known.values()),
+    number = {}
+    groups = {labels[key]: number.setdefault(twin, len(number)) for key, twin in zip(shared, twins, strict=True)}
+    return {"a": str(file_a), "b": str(file_b), "n": len(shared), "groups": groups, "twins_known": all(known.values()),
             "twin_groups": len(set(twins)), "databases": len(set(databases)), "matches": matches, "sql": sql,
             "only_in_one": len(in_a.keys() ^ in_b.keys()), "unavailable": len(unavailable),
             "bad_golds": len(both) - len(shared)}
+
+
+def compare_seeds(files: Sequence, anyway: bool = False) -> dict:
+    """`compare` of each pair [A of seed 0, B of seed 0, A of seed 1, …], and over all of them the mean difference.
+
+    Raises:
+        UserError: as `compare`; an odd number of files; pairs with different questions.
+    """
+    if len(files) < 2 or len(files) % 2:
+        raise UserError(f"--compare takes pairs of files, A and B of each seed, but was given {len(files)}")
+    pairs = [compare(*pair, anyway) for pair in zip(files[::2], files[1::2], strict=True)]
+    for pair in pairs:
+        if pair["groups"] != pairs[0]["groups"] or pair["matches"].keys() != pairs[0]["matches"].keys():
+            raise UserError(f"{pair['a']} and {pairs[0]['a']} are evaluations of different questions")
+    members = list(pairs[0]["groups"].values())
+    over_seeds = {}
+    for name in pairs[0]["matches"]:
+        changes = np.zeros((len(pairs), max(members) + 1), int)  # of right answers, per seed and group of twins
+        for row, pair in zip(changes, pairs, strict=True):
+            for verb, sign in (("gained", 1), ("lost", -1)):
+                np.add.at(row, [pair["groups"][label] for label in pair["matches"][name][verb]], sign)
+        over_seeds[name] = {**{side: mean([pair["matches"][name][side] for pair in pairs])
+                               for side in ("a", "b", "difference")},
+                            "interval": crossed_interval(changes, np.bincount(members))}
+    return {"pairs": pairs, "over_seeds": over_seeds}
+
+
+def print_seeds(result: dict) -> None:
+    """A line per pair, and the mean over all."""
+    rows = [(f"{pair['a']}, {pair['b']}", pair["matches"]) for pair in result["pairs"]]
+    rows.append((f"mean of {len(rows)}, over seeds and questions", result["over_seeds"]))
+    for name in result["over_seeds"]:
+        print(f"{f'{name}, %':<39}{'A':>7}{'B':>7}{'B - A [95 % interval]':>27}")
+        for label, matches in rows:
+            low, high = matches[name]["interval"]
+            a, b, difference = (100 * matches[name][side] for side in ("a", "b", "difference"))
+            if len(label) > 39:
+                print(label)
+            change = f"{difference:+.1f} [{100 * low:+6.1f},{100 * high:+6.1f}]"
+            print(f"{label if len(label) <= 39 else '':<39}{a:>7.1f}{b:>7.1f}{change:>27}")
 
 
 def print_comparison(result: dict) -> None:

@@ -256,6 +256,21 @@ def bootstrap_interval(values: Sequence[float], groups: Sequence | None = None, 
     return widened(low, high, values.mean(), len(sums), span)
 
 
+def crossed_interval(changes: np.ndarray, sizes: np.ndarray, draws: int = 2000) -> list[float]:
+    """A 95 % bootstrap interval of the mean change per question. Each draw takes S seeds and K groups of questions,
+    with replacement. sizes: questions per group. [S, K], [K] -> [low, high]
+
+    Few seeds underestimate the spread between seeds: with three, it counts 2.6 times less than in Student's interval,
+    and with one not at all.
+    """
+    (S, K), rng = changes.shape, np.random.default_rng(0)
+    means = []
+    for _ in range(draws):
+        seeds, groups = rng.integers(S, size=S), rng.integers(K, size=K)
+        means.append(changes[seeds][:, groups].sum() / (S * sizes[groups].sum()))
+    return list(widened(*np.percentile(means, (2.5, 97.5)), float(changes.sum() / (S * sizes.sum())), K, (-1.0, 1.0)))
+
+
 def widened(low: float, high: float, mean: float, count: int, span: tuple[float, float]) -> tuple[float, float]:
     """A bootstrap interval over `count` groups, widened by the ratio of Student's interval to the normal one, because
     few groups vary less than their population. With a single group the interval is the whole span.

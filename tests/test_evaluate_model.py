@@ -12,8 +12,9 @@ import time
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_in_process
 from little_policy import LESSONS, little_policy_folder
 
 import ask
@@ -33,8 +34,9 @@ from evaluate import (
 from prompts.answer_format import ANSWER_STYLES, AnswerFormat
 from scoring import answers, voting
 from scoring.answers import NO_CANDIDATE, Examination, Progress, verified_traces
+from scoring.compare import compare_seeds, print_seeds
 from scoring.predictions import one_line, save_predictions
-from scoring.verdicts import ExampleScore, bootstrap_interval, score_predictions, suite_databases
+from scoring.verdicts import ExampleScore, bootstrap_interval, crossed_interval, score_predictions, suite_databases
 from scoring.voting import Candidate
 from sql_exec import Execution, SQLExecutor
 
@@ -564,6 +566,33 @@ def test_compare_draws_twins_and_databases(tmp_path, capsys):
     print_comparison(compare(*[scores_file(tmp_path / name, [1, 0]) for name in "ab"]))  # of an older version
     printed = capsys.readouterr().out
     assert "over single questions" in printed and "databases" not in printed
+
+
+def test_compare_takes_a_pair_per_seed(tmp_path, capsys):
+    def file(name, verdicts):
+        examples = [{"id": str(i), "db_id": "music", "twins": f"t{i // 2}", "status": "ok", "gold_status": "ok", "bird": right}
+                    for i, right in enumerate(verdicts)]
+        (tmp_path / name).write_text(json.dumps({"examples": examples}))
+        return tmp_path / name
+
+    sides = [[0, 1, 0, 0] * 10, [1, 1, 1, 0] * 10, [0, 0, 0, 0] * 10, [1, 0, 0, 0] * 5 + [0, 0, 0, 0] * 5]  # A0 B0 A1 B1
+    files = [file(f"{number}.json", verdicts) for number, verdicts in enumerate(sides)]
+    json_file = tmp_path / "out.json"
+    assert run_in_process(evaluate, "--compare", *files, "--json", json_file)[0] == 0
+    found = json.loads(json_file.read_text())["over_seeds"]["bird"]
+    assert (found["a"], found["b"], found["difference"]) == pytest.approx((0.125, 0.4375, 0.3125))
+    changes = np.array([[1, 1] * 10, [1, 0] * 5 + [0, 0] * 5])  # of each seed, per pair of twins
+    assert found["interval"] == crossed_interval(changes, np.full(20, 2))
+    assert [pair["matches"]["bird"]["difference"] for pair in json.loads(json_file.read_text())["pairs"]] == [0.5, 0.125]
+    print_seeds(compare_seeds(files))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "mean of 2, over seeds and questions 12.5 43.8 +31.2 [" in printed and "+50.0" in printed
+    for wrong in ([files[0]], files[:3]):
+        status, _, errors = run_in_process(evaluate, "--compare", *wrong)
+        assert status == 2 and f"pairs of files, A and B of each seed, but was given {len(wrong)}" in errors
+    others = [file("others.json", [0, 1])] * 2
+    status, _, errors = run_in_process(evaluate, "--compare", *files[:2], *others)
+    assert status == 2 and "evaluations of different questions" in errors
 
 
 @pytest.mark.parametrize("bad", ["a", "b"])
