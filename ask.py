@@ -35,6 +35,7 @@ from data import Example, PromptBuilder, PromptConfig, Schema, read_schema, sche
 from history import lineage, run_config_of, training_questions
 from prompts.answer_format import AnswerFormat
 from prompts.builder import full_schema
+from prompts.names import name_rules
 from questions import demo_world
 from running.layers import fold, handed_on
 from scoring.voting import VOTES, Candidate, Exam, choose, rank_groups, sample_candidates
@@ -65,6 +66,7 @@ class AskConfig:
     think: bool = option(False, "show the model's reasoning")
     rows: int = option(20, "rows of a result that are shown", at_least=1)
     max_completion_tokens: int = shared("max_completion_tokens")
+    constrain: str = shared("constrain", " (default: as the run that made the model)")
     lenient_format: bool | None = shared("lenient_format", " (default: as the run that made the model)")
     seed: int = shared("seed", ": the same question gets the same answer", at_most=2**32)
     threads: int = shared("threads")
@@ -140,6 +142,7 @@ class Asker:
             policy = load_for_sampling(config.model, config.threads)
         self.policy = policy
         self.builder = PromptBuilder({"database": self.path}, self.policy.tokenizer, prompts)
+        self.names = name_rules(config.constrain, self.policy, {"database": self.path}, self.exam.answer_format)
         self.executor = SQLExecutor({"database": self.path}, config.workers, config.timeout,
                                     config.max_rows)
 
@@ -158,7 +161,8 @@ class Asker:
             raise UserError("the prompt for this database and question is longer than "
                             f"{self.builder.config.max_prompt_tokens} tokens: ask a shorter question, or "
                             "raise --max-prompt-tokens if the model reads more")
-        candidates, = sample_candidates(self.policy, [prompt], self.exam)
+        rules = self.names and self.names.of_all([example])
+        candidates, = sample_candidates(self.policy, [prompt], self.exam, rules=rules)
         executions = self.executor.run_many([("database", candidate.sql) for candidate in candidates])
         if unread := next((one for one in executions if one.unread), None):  # without them the vote could differ
             raise UserError(f"{self.path} could not be read ({unread.error}), so the candidates cannot vote: ask again")

@@ -54,6 +54,7 @@ from common.options import Parser, add_arguments, build, check, flag_of, option,
 from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset
 from history import load_for_evaluation, run_config_of
 from prompts.answer_format import AnswerFormat
+from prompts.names import name_rules
 from questions.example import answers_among
 from questions.question_files import check_excluded, excluded
 from rewards import unwrap_fence
@@ -90,7 +91,8 @@ __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "c
 FREE_TO_CHANGE = ("predictions", "vote", "r_ves", "skip_bad_gold", "json", "progress", "predictions_out", "save_traces",
                   "workers", "gold_cache")
 # Settings of how a model answers, meaningless for a file of predictions; so are those of PromptConfig.
-OF_A_MODEL = ("samples", "temperature", "vote", "greedy", "max_completion_tokens", "progress", "save_traces")
+OF_A_MODEL = ("samples", "temperature", "vote", "greedy", "max_completion_tokens", "constrain", "progress",
+              "save_traces")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class EvaluateConfig:
     greedy: bool = option(True, "also give the greedy answer, beside the samples")
     max_completion_tokens: int = shared("max_completion_tokens")
     batch: int = shared("batch")
+    constrain: str = shared("constrain", "; of a policy trained here by default as in its run")
     lenient_format: bool | None = shared("lenient_format", " (default: as the run that made the model; in "
                                                            "--predictions no)")
     seed: int = shared("seed", ", and of the demo world")
@@ -407,6 +410,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
 
     policy = load_for_sampling(config.model, config.threads)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
+    names = name_rules(config.constrain, policy, dataset.databases, config.exam(prompts.answer_style).answer_format)
     written = builder.protocol() | {"precision": str(policy.model.dtype).removeprefix("torch.")}
     if any(example.messages or example.prompt for example in examples):
         written["prompt_style"] = "ready-made"
@@ -418,7 +422,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
     try:
         records = Examination(policy, builder, executor, config.exam(prompts.answer_style), config.ways,
                               matches=config.matches, keep_distinct=config.keep_distinct,
-                              suite=suite).run(examples, progress)
+                              suite=suite, names=names).run(examples, progress)
         report_scores(config, examples, scores_of(records, config.answer), executor, suite, written, records,
                       [examples[i].id for i in sorted(lost)])
     except KeyboardInterrupt:
@@ -500,7 +504,7 @@ def protocol_of(config: EvaluateConfig, examples, summary: dict, written: dict) 
         return shown
     return shown | written | {
         "answer": config.answer, "samples": config.samples, "temperature": config.sampling_temperature,
-        "max_completion_tokens": config.max_completion_tokens}
+        "max_completion_tokens": config.max_completion_tokens, "constrain": config.constrain}
 
 
 def spider_metric(config: EvaluateConfig, suite: dict[str, list[str]] | None) -> str:

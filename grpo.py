@@ -106,13 +106,14 @@ class Group:
     logps: list[Tensor]  # G times [C_i], log-probabilities under the sampling distribution
     truncated: list[bool]  # G, True where no EOS came within max_completion_tokens
     entropies: Sequence[Tensor] = ()  # G times [C_i], of the distribution each token was drawn from, in nats
+    rule: object = None  # which tokens may be sampled, as prompts/names.py; None: all
 
 
 @dataclass(frozen=True)
 class Engine:
     """The two operations that take most of the time; a faster implementation can be passed in."""
-    decode: Callable  # (model, B prompts, uniform [B, G, T], temperature, eos_ids) -> B groups of G completions
-    logprobs: Callable  # (model, N prompts, N completions, temperature) -> log-probabilities [N, T] with gradient
+    decode: Callable  # (model, B prompts, uniform [B, G, T], temperature, eos_ids, rules) -> B groups of G completions
+    logprobs: Callable  # (model, N prompts, N completions, temperature, rules) -> logp [N, T] with gradient
 
 
 @contextmanager
@@ -128,9 +129,11 @@ def dropout_off(model):
 
 
 # ---- sample
-def plain_decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature: float, eos_ids) -> list[Group]:
+def plain_decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature: float, eos_ids,
+                 rules: Sequence | None = None) -> list[Group]:
     """Samples B groups: one prefill of B·G rows, then one token per row at a time. uniform: random [B, G, T]"""
     (B, G, T), device = uniform.shape, next(model.parameters()).device
+    written = [rule.start() for rule in rules or () for _ in range(G)]  # N, or none
     uniform = uniform.reshape(B * G, T).to(device)
     ids, mask = left_pad([prompt for prompt in prompts for _ in range(G)], device)  # [N, P] each, N = B·G
     position = (mask.cumsum(-1) - 1).clamp(min=0)  # [N, P]
@@ -139,25 +142,42 @@ def plain_decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature:
     for t in range(T):
         out = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
                     logits_to_keep=1)
-        drawn.append((*sample_token(out.logits[:, -1], temperature, uniform[:, t]), ~ended))  # 4 times [N]
+        logits = forbid(out.logits[:, -1], [one.bits() for one in written])
+        drawn.append((*sample_token(logits, temperature, uniform[:, t]), ~ended))  # 4 times [N]
+        for one, token in zip(written, drawn[-1][0].tolist() if written else (), strict=True):
+            one.take(token)
         ended = ended | torch.isin(drawn[-1][0], eos)
         if ended.all():
             break
         cache, ids = out.past_key_values, drawn[-1][0][:, None]  # rows that have ended continue, ignored
         mask, position = F.pad(mask, (0, 1), value=1), position[:, -1:] + 1
     tokens, logps, entropies, alive = (torch.stack(column, dim=1) for column in zip(*drawn, strict=True))  # [N, t]
-    return as_groups(prompts, G, tokens, logps, entropies, alive.sum(1), ended)
+    return as_groups(prompts, G, tokens, logps, entropies, alive.sum(1), ended, rules)
 
 
 def as_groups(prompts, G: int, tokens: Tensor, logps: Tensor, entropies: Tensor, lengths: Tensor,
-              ended: Tensor) -> list[Group]:
+              ended: Tensor, rules: Sequence | None = None) -> list[Group]:
     """Decoded rows as groups, on the CPU. tokens, logps, entropies [B·G, T], lengths, ended [B·G], prompt-major."""
     tokens, logps, entropies = ([row[:n] for row, n in zip(values.cpu(), lengths.tolist(), strict=True)]
                                 for values in (tokens, logps, entropies))
     truncated = (~ended).tolist()
     parts = [slice(b * G, b * G + G) for b in range(len(prompts))]
-    return [Group(prompt.cpu(), tokens[part], logps[part], truncated[part], entropies[part])
-            for prompt, part in zip(prompts, parts, strict=True)]
+    return [Group(prompt.cpu(), tokens[part], logps[part], truncated[part], entropies[part], rule)
+            for prompt, part, rule in zip(prompts, parts, rules or [None] * len(prompts), strict=True)]
+
+
+def forbid(logits: Tensor, bits: Sequence[Tensor | None]) -> Tensor:
+    """Logits of -inf for the tokens that a rule forbids, whose bit is 0. [N, V], N times int32 [⌈V / 32⌉] -> [N, V]
+
+    None stands for a row without a rule; no rows at all, for none with one."""
+    limited = [i for i, row in enumerate(bits) if row is not None]
+    if not limited:
+        return logits
+    rows = torch.stack([bits[i] for i in limited])[..., None].to(logits.device)  # [n, ⌈V / 32⌉, 1]
+    allowed = (rows >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1).flatten(1)[:, :logits.shape[1]]
+    logits = logits.clone()
+    logits[limited] = logits[limited].masked_fill(allowed == 0, -math.inf)
+    return logits
 
 
 def sample_token(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,21 +201,42 @@ def left_pad(prompts: Sequence[Tensor], device) -> tuple[Tensor, Tensor]:
 
 
 # ---- log-probabilities
-def plain_logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float) -> Tensor:
+def plain_logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float,
+                   rules: Sequence | None = None) -> Tensor:
     """Log-probability of every completion token under softmax(logits / temperature), with gradient. -> [N, T]
 
-    N rows `prompt + completion`, padded on the right; T is the longest completion, and padding gets 0."""
+    N rows `prompt + completion`, padded on the right; T is the longest completion, and padding gets 0.
+    rules: one per row, that it was sampled under; tokens that it forbade have no probability."""
     device, T = next(model.parameters()).device, max(len(c) for c in completions)
     rows = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
     lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]  # [N, 1]
     ids = pad_sequence(rows, batch_first=True).to(device)  # [N, L]
     seen = torch.arange(ids.shape[1], device=device) < lengths  # [N, L]
     logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits  # [N, L, V]
+    if has_rules(rules):
+        logits = torch.stack([forbid(row, [*[None] * (len(p) - 1), *allowed(rule, c)])
+                              for row, p, c, rule in zip(logits, prompts, completions, rules, strict=True)])
     logp = target_logprobs(logits[:, :-1], ids[:, 1:], temperature)  # [N, L - 1], of tokens 1 … L - 1
     starts = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # [N, 1]
     index = starts - 1 + torch.arange(T, device=device)  # completion token t is at P + t in its row, P + t - 1 in logp
     mask = index < lengths - 1  # [N, T]
     return logp.gather(1, index.clamp(max=logp.shape[1] - 1)) * mask
+
+
+def has_rules(rules: Sequence | None) -> bool:
+    """Whether some row has a rule."""
+    return any(rule is not None for rule in rules or ())
+
+
+def allowed(rule, completion: Tensor) -> list[Tensor | None]:
+    """The tokens that a rule allowed in place of each token of a completion [C], as `forbid` takes them. -> C rows"""
+    if rule is None:
+        return [None] * len(completion)
+    written, rows = rule.start(), []
+    for token in completion.tolist():
+        rows.append(written.bits())
+        written.take(token)
+    return rows
 
 
 def target_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -210,12 +251,14 @@ PLAIN = Engine(plain_decode, plain_logprobs)
 @torch.no_grad()
 def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_ids: Sequence[int],
                   group_size: int | None = None, temperature: float | None = None,
-                  seeds: Sequence[int] | None = None, engine: Engine = PLAIN) -> list[Group]:
+                  seeds: Sequence[int] | None = None, engine: Engine = PLAIN,
+                  rules: Sequence | None = None) -> list[Group]:
     """Samples a group of completions for each prompt [P], in order, from a causal language model from transformers.
 
     eos_ids: the tokens that end a completion.
     group_size, temperature: override the config's; 1 completion and temperature 0 (greedy) are allowed here.
-    seeds: one per prompt, the only source of its randomness; None: drawn from PyTorch's global generator."""
+    seeds: one per prompt, the only source of its randomness; None: drawn from PyTorch's global generator.
+    rules: one per prompt, for tokens that must not be sampled, as prompts/names.py makes them; None: no rules."""
     G = config.group_size if group_size is None else group_size
     temperature = config.temperature if temperature is None else temperature
     per_batch = max(1, config.rollout_batch // G)
@@ -227,7 +270,8 @@ def sample_groups(model, prompts: Sequence[Tensor], config: GRPOConfig, *, eos_i
             # One random number per token that may be sampled, the same on every device: [B, G, T]
             uniform = torch.stack([torch.rand(G, config.max_completion_tokens, dtype=torch.float64,
                                               generator=torch.Generator().manual_seed(s)) for s in seeds[batch]])
-            groups += engine.decode(model, list(prompts[batch]), uniform, temperature, eos_ids)
+            groups += engine.decode(model, list(prompts[batch]), uniform, temperature, eos_ids,
+                                    None if rules is None else rules[batch])
     return groups
 
 
@@ -343,6 +387,7 @@ class MicroBatch:
     advantages: Tensor  # [n]
     mask: Tensor  # bool [n, T], true on the tokens that count in the loss
     normalizer: float  # `loss_normalizer` of the whole rollout
+    rules: list  # n, each None or the rule that the completion was sampled under
     ref_logps: Tensor | None = None  # [n, T], of the reference
     old_logps: Tensor | None = None  # [n, T], of the policy before the first update
 
@@ -360,7 +405,7 @@ def micro_batches(groups: Sequence[Group], advantages: Tensor, config: GRPOConfi
             completions = group.completions[part]
             mask = torch.arange(max(map(len, completions))) < torch.tensor(counted[part])[:, None]  # [n, T]
             batches.append(MicroBatch([group.prompt] * len(completions), completions, group.logps[part], A[part], mask,
-                                      0.0))
+                                      0.0, [group.rule] * len(completions)))
     normalizer = sum(loss_normalizer(batch.mask, config) for batch in batches)
     for batch in batches:
         batch.normalizer = normalizer
@@ -372,7 +417,8 @@ def reference_logprobs(model, batches: Sequence[MicroBatch], config: GRPOConfig,
     """Stores each micro-batch's log-probabilities under the reference in its `ref_logps`."""
     with dropout_off(model):
         for batch in batches:
-            batch.ref_logps = engine.logprobs(model, batch.prompts, batch.completions, config.temperature)
+            batch.ref_logps = engine.logprobs(model, batch.prompts, batch.completions, config.temperature,
+                                              batch.rules)
 
 
 def policy_update(model, optimizer, batches: Sequence[MicroBatch], config: GRPOConfig,
@@ -403,7 +449,7 @@ def backward(model, batch: MicroBatch, first: bool, config: GRPOConfig, sums: "U
         return 0.0
     if config.kl_coef and batch.ref_logps is None:
         raise ValueError("kl_coef needs a reference: call reference_logprobs, or set kl_coef to 0")
-    logp = engine.logprobs(model, batch.prompts, batch.completions, config.temperature)  # [n, T]
+    logp = engine.logprobs(model, batch.prompts, batch.completions, config.temperature, batch.rules)  # [n, T]
     if first:
         batch.old_logps = logp.detach()  # on policy: this is the old policy, so the ratio is exactly 1
     gap = batch.old_logps - pad_sequence(batch.sampled_logps, batch_first=True).to(logp)  # [n, T]

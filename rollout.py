@@ -17,6 +17,7 @@ from tqdm import tqdm
 from engine import distributed
 from grpo import Engine, Group, GRPOConfig, group_advantages, sample_groups
 from policy import Policy
+from prompts.names import NameRules
 from questions.example import Example
 from rewards import RewardBreakdown, RewardConfig, RewardError, RewardItem, RewardScorer, readable, rewards_apart
 from running.drawing import Drawing
@@ -56,9 +57,9 @@ class RolloutMaker:
     """Makes the rollouts of a run's steps."""
 
     def __init__(self, s: Settings, policy: Policy, engine: Engine, questions: Sequence[Question], drawing: Drawing,
-                 scorer: RewardScorer, inside: Callable[[], AbstractContextManager]):
-        """inside: the context in which the policy samples, such as bf16 arithmetic."""
-        self.s, self.policy, self.engine, self.questions = s, policy, engine, questions
+                 scorer: RewardScorer, inside: Callable[[], AbstractContextManager], names: NameRules | None = None):
+        """inside: the context in which the policy samples, such as bf16 arithmetic. names: of --constrain names."""
+        self.s, self.policy, self.engine, self.questions, self.names = s, policy, engine, questions, names
         self.drawing, self.scorer, self.inside = drawing, scorer, inside
 
     def make(self, timed: Callable[[str], AbstractContextManager]) -> tuple[list[Rollout], list[Rollout]]:
@@ -96,7 +97,8 @@ class RolloutMaker:
         """A group of completions per question."""
         with self.inside():
             return sample_groups(self.policy.model, [question.prompt for question in questions], self.s.grpo,
-                                 eos_ids=self.policy.eos_ids, seeds=seeds, engine=self.engine)
+                                 eos_ids=self.policy.eos_ids, seeds=seeds, engine=self.engine,
+                                 rules=self.names and self.names.of_all(question.example for question in questions))
 
     def score(self, examples: Sequence[Example], groups: Sequence[Group]) -> list[Rollout]:
         """The rollouts of all processes; each scores its own groups. The memory adds the thoughts of correct ones."""

@@ -146,6 +146,7 @@ class RunConfig:
     test_questions: int = option(1000, "at most this many questions in the evaluations before and after; 0: none",
                                  at_least=0, common=True)
     save_every: int = option(50, "steps between checkpoints; 0: only at the end", at_least=0)
+    constrain: str = shared("constrain", "; in rollouts and evaluations")
     match: str = option("bird", "how results are compared with the gold result", choices=("bird", "spider"))
     empty_gold: str = option("keep", "training questions whose gold result has no rows", choices=("keep", "drop"))
     sql_workers: int = option(2, "processes that run SQL", at_least=1)

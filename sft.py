@@ -30,6 +30,7 @@ from history import run_config_of
 from partial_credit.memory import MemoryGate, TraceMemory, gate_for
 from policy import load_for_sampling
 from prompts.answer_format import AnswerFormat
+from prompts.names import name_rules
 from questions.example import Example
 from rewards import RewardConfig, build_memory
 from running.layers import fold, handed_on
@@ -56,6 +57,7 @@ class MineConfig:
     temperature: float = shared("temperature")
     max_completion_tokens: int = shared("max_completion_tokens")
     batch: int = shared("batch")
+    constrain: str = shared("constrain", "; of a policy trained here by default as in its run")
     lenient_format: bool = shared("lenient_format", "; of a policy trained here by default as in its run",
                                   default=False)
     max_per_question: int = option(2, "at most this many traces of a question", at_least=1)
@@ -99,7 +101,9 @@ def main() -> None:
         raise UserError(str(error)) from error
     builder, exam = PromptBuilder(dataset.databases, policy.tokenizer, prompts), config.exam(prompts.answer_style)
     with SQLExecutor(dataset.databases, config.workers, config.timeout) as executor:
-        examination = Examination(policy, builder, executor, exam, ("sample",), keep_distinct=True, traces=exam.samples)
+        names = name_rules(config.constrain, policy, dataset.databases, exam.answer_format)
+        examination = Examination(policy, builder, executor, exam, ("sample",), keep_distinct=True, traces=exam.samples,
+                                  names=names)
         records = sample(examination, examples, progress)
     write_traces(config, records, memory, progress, exam.answer_format)
 

@@ -61,6 +61,7 @@ from policy import (
     load_weights,
     require_model,
 )
+from prompts.names import name_rules
 from questions.example import answers_among
 from rewards import (
     COMPONENTS,
@@ -238,7 +239,8 @@ class Trainer:
         self.user_reward, self.memory = self.load_rewards()  # before anything is trained
         self.trackers = open_trackers(s.run.log, folder.path, s.as_dict()) if distributed.is_main() else []
         self.sharded, self.engine = self.share_model()
-        self.held_out = HeldOut(s, self.policy, executor, data.databases, self.sampling)
+        self.names = name_rules(s.run.constrain, self.policy, data.databases, s.answer_format)
+        self.held_out = HeldOut(s, self.policy, executor, data.databases, self.sampling, self.names)
         self.drawing = self.make_drawing()
         self.reference = self.optimizer = self.scorer = self.rollout_maker = None  # `prepare` makes them
 
@@ -279,7 +281,7 @@ class Trainer:
         self.scorer = self.make_scorer()
         self.optimizer = self.make_optimizer()
         self.rollout_maker = RolloutMaker(self.s, self.policy, self.engine, self.questions, self.drawing, self.scorer,
-                                          self.sampling)
+                                          self.sampling, self.names)
         if self.checkpoint:
             self.resume(*self.checkpoint)
         elif distributed.is_main():

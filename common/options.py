@@ -44,6 +44,9 @@ SHARED = {  # settings that several commands share
     "temperature": {"default": 1.0, "help": "of sampling", "above": 0},
     "max_completion_tokens": {"default": 512, "help": "a completion is cut at this many tokens; of a policy trained "
                                                       "here by default as in its run", "at_least": 1},
+    "constrain": {"default": "none", "choices": ("none", "names"), "common": True,
+                  "help": "names: SQL contains only keywords, functions, names of its database and aliases (needs "
+                          "llguidance)"},
     "lenient_format": {"default": None, "help": "also take SQL inside a code fence"},
     "batch": {"default": 256, "help": "completions decoded side by side", "at_least": 1},
     "seed": {"default": 0, "help": "seed of sampling", "at_least": 0, "at_most": HIGHEST_SEED},

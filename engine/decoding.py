@@ -22,27 +22,27 @@ WORTH = 2  # factor by which one row must save tokens on a GPU, because its atte
 
 
 def decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature: float,
-           eos_ids: Sequence[int]) -> list[Group]:
+           eos_ids: Sequence[int], rules: Sequence | None = None) -> list[Group]:
     """Samples the groups of B prompts. uniform: [B, G, T], as `grpo.plain_decode` takes it."""
     if not can_share(model):
-        return plain_decode(model, prompts, uniform, temperature, eos_ids)
+        return plain_decode(model, prompts, uniform, temperature, eos_ids, rules)
     with weights_to_sample_with(model) as sampler:
-        return grid_decode(sampler, forward_of(model), prompts, uniform, temperature, eos_ids)
+        return grid_decode(sampler, forward_of(model), prompts, uniform, temperature, eos_ids, rules)
 
 
-def grid_decode(model, forward: Callable, prompts, uniform, temperature, eos_ids) -> list[Group]:
+def grid_decode(model, forward: Callable, prompts, uniform, temperature, eos_ids, rules=None) -> list[Group]:
     """`decode` with a forward pass of one token, as `forward_of` chooses it."""
     grid, (_, G, T) = _grids.setdefault(causal_lm(model), Grid()), uniform.shape
     step = partial(forward, model)
     addresses = tuple(weight.data_ptr() for weight in model.parameters())
-    grid.start(*prefill(model, prompts), uniform, temperature, eos_ids, addresses)
-    if grid.device.type in GRAPHS and not can_replay(model, forward):
+    grid.start(*prefill(model, prompts), uniform, temperature, eos_ids, addresses, rules)
+    if grid.device.type in GRAPHS and not rules and not can_replay(model, forward):
         grid.refuse_graphs("the model asks for a value, as dynamic rotary positions do")
     for t in range(1, T):
         if (t - 1) % LOOK.get(grid.device.type, 16) == 0 and not grid.look(t):
             break
         grid.advance(t, step)
-    return as_groups(prompts, G, *grid.results())
+    return as_groups(prompts, G, *grid.results(), rules)
 
 
 def prefill(model, prompts) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.draw import draw
+from grpo import forbid
 
 GRAPHS = ("cuda",)  # types of device that replay a step
 LOOK = {"cuda": 16, "cpu": 4}  # tokens between two looks
@@ -35,15 +36,18 @@ class Grid:
         self.weights: tuple[int, ...] = ()  # addresses of the weights
 
     def start(self, prompts: list[tuple[Tensor, Tensor]], mask: Tensor, logits: Tensor, uniform: Tensor,
-              temperature: float, eos_ids: Sequence[int], weights: tuple[int, ...] = ()) -> None:
+              temperature: float, eos_ids: Sequence[int], weights: tuple[int, ...] = (),
+              rules: Sequence | None = None) -> None:
         """Stores the prompts from `prefill` and draws the first token of G completions per prompt.
 
-        uniform: [B, G, T]. weights: addresses of the weights that `advance` will use.
+        uniform: [B, G, T]. weights: addresses of the weights that `advance` will use. rules: B, as
+        `grpo.sample_groups` takes them; each token then waits for the one before, so that no graph is used.
         """
         if weights != self.weights:
             self.graphs, self.weights = {}, weights
         self.device, self.temperature = logits.device, temperature
         (self.B, self.M, self.T), N = uniform.shape, uniform.shape[0] * uniform.shape[1]
+        self.written = [rule.start() for rule in rules or () for _ in range(self.M)]  # N, or none
         P = mask.shape[1]
         more = -P % PADDING.get(self.device.type, 1)
         self.prompts = [  # per layer [B, Hk, P, d] each; with a window, only the last of P
@@ -98,7 +102,7 @@ class Grid:
 
         forward: (token [R], position [R], grid) -> logits [R, V]; it calls `attend` once per layer.
         """
-        if self.device.type not in GRAPHS:
+        if self.device.type not in GRAPHS or self.written:
             self.attended = min(self.T, -(-t // 16) * 16)
             return self.step(forward)
         self.attended = min(self.T, max(64, 1 << (t - 1).bit_length()))
@@ -147,7 +151,12 @@ class Grid:
     def draw(self, logits: Tensor) -> None:
         """Draws token t of every completion from its logits [B·M, V]."""
         rows, t = self.rows, self.t
+        written = [(self.written + [None])[i] for i in rows.tolist()] if self.written else []  # None: an empty place
+        logits = forbid(logits, [one and one.bits() for one in written])
         token, logp, entropy = draw(logits, self.temperature, self.uniform[rows, t])
+        for one, chosen in zip(written, token.tolist() if written else (), strict=True):
+            if one:
+                one.take(chosen)
         self.tokens[rows, t], self.logps[rows, t], self.entropies[rows, t] = token, logp, entropy
         self.lengths[rows] = torch.where(self.ended, self.lengths[rows], t + 1)
         self.token.copy_(token)

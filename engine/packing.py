@@ -21,9 +21,20 @@ from torch.utils.checkpoint import checkpoint
 from engine.attention import causal_lm, enable, is_exact, no_mask
 from engine.row_attention import RowLayout
 from engine.tree import Node, Tree
-from grpo import GRPOConfig, MicroBatch, dropout_off, has_gradient, plain_logprobs, target_logprobs
+from grpo import (
+    GRPOConfig,
+    MicroBatch,
+    allowed,
+    dropout_off,
+    forbid,
+    has_gradient,
+    has_rules,
+    plain_logprobs,
+    target_logprobs,
+)
 
 LONGEST = 2**14  # tokens of a pass: more gain nothing, and a group of more is split
+LISTS = ("prompts", "completions", "sampled_logps", "rules")  # of a MicroBatch, one entry per completion
 LOGIT_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
 
@@ -98,11 +109,12 @@ def _mask(lengths: Sequence[int]) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float) -> Tensor:
+def logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float,
+             rules: Sequence | None = None) -> Tensor:
     """`grpo.plain_logprobs` in one packed row. -> [N, T]"""
     if not can_pack(model):
-        return plain_logprobs(model, prompts, completions, temperature)
-    return packed_logprobs(model, pack(prompts, completions), temperature)
+        return plain_logprobs(model, prompts, completions, temperature, rules)
+    return packed_logprobs(model, pack(prompts, completions), temperature, rules)
 
 
 # ---- passes
@@ -149,18 +161,19 @@ def _split(batch: MicroBatch, tokens: int) -> list[MicroBatch]:
     parts = []
     for some in fill([[row] for row in _rows(batch.prompts, batch.completions)], tokens):
         some = sorted(some)
-        lists = [[values[i] for i in some] for values in (batch.prompts, batch.completions, batch.sampled_logps)]
-        mask = batch.mask[some, :max(map(len, lists[1]))]
-        parts.append(MicroBatch(*lists, batch.advantages[some], mask, batch.normalizer))
+        prompts, completions, sampled, rules = ([getattr(batch, name)[i] for i in some] for name in LISTS)
+        mask = batch.mask[some, :max(map(len, completions))]
+        parts.append(MicroBatch(prompts, completions, sampled, batch.advantages[some], mask, batch.normalizer, rules))
     return parts
 
 
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
     T = max(batch.mask.shape[1] for batch in batches)
-    lists = [[one for batch in batches for one in getattr(batch, name)]
-             for name in ("prompts", "completions", "sampled_logps")]
+    prompts, completions, sampled, rules = ([one for batch in batches for one in getattr(batch, name)]
+                                            for name in LISTS)
     mask = torch.cat([F.pad(batch.mask, (0, T - batch.mask.shape[1])) for batch in batches])
-    return MicroBatch(*lists, torch.cat([batch.advantages for batch in batches]), mask, batches[0].normalizer)
+    return MicroBatch(prompts, completions, sampled, torch.cat([batch.advantages for batch in batches]), mask,
+                      batches[0].normalizer, rules)
 
 
 # ---- log-probabilities
@@ -196,8 +209,8 @@ def _gap(model) -> float:
         return (packed - plain_logprobs(model, prompts, completions, 1.0)).abs().max().item()
 
 
-def packed_logprobs(model, packed: PackedRow, temperature: float) -> Tensor:
-    """Log-probability of every completion token of a row, with gradient. -> [N, T]"""
+def packed_logprobs(model, packed: PackedRow, temperature: float, rules: Sequence | None = None) -> Tensor:
+    """Log-probability of every completion token of a row, with gradient. rules: as `grpo.plain_logprobs`. -> [N, T]"""
     causal = causal_lm(model)
     lm_head = causal.get_output_embeddings()
     device, layout = lm_head.weight.device, RowLayout(packed.nodes, lm_head.weight.device)
@@ -207,23 +220,30 @@ def packed_logprobs(model, packed: PackedRow, temperature: float) -> Tensor:
         attention_mask=no_mask(device), layout=layout).last_hidden_state[0]  # [L, D]
     place, which = packed.targets.unique(return_inverse=True)  # [n], [ΣC]: tokens of a common prefix count once
     before = torch.empty_like(place).scatter_(0, which, packed.predictors).to(device)  # [n]
-    logp = token_logprobs(lm_head, hidden[before], packed.input_ids[0, place].to(device), temperature)  # [n]
+    bits = []
+    if has_rules(rules):
+        every = [row for one in zip(rules, packed.completions, strict=True) for row in allowed(*one)]  # ΣC
+        owner = torch.empty_like(place).scatter_(0, which, torch.arange(len(which)))  # [n], a completion token there
+        bits = [every[i] for i in owner.tolist()]
+    logp = token_logprobs(lm_head, hidden[before], packed.input_ids[0, place].to(device), temperature, bits)  # [n]
     return packed.unpack(logp[which.to(device)])
 
 
-def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Log-probability of each target. hidden [N, D], targets [N] -> [N]
+def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, temperature: float, bits: Sequence = ()) -> Tensor:
+    """Log-probability of each target. hidden [N, D], targets [N], bits as `grpo.forbid` takes them -> [N]
 
     The [N, V] logits never exist at once: lm_head runs on chunks, which backward recomputes. If one chunk is enough,
     its logits are stored.
     """
     chunk = max(1, LOGIT_CHUNK_ELEMENTS // lm_head.weight.shape[0])
     if len(hidden) <= chunk:
-        return target_logprobs(lm_head(hidden), targets, temperature)
+        return target_logprobs(forbid(lm_head(hidden), bits), targets, temperature)
+    bits = [bits[start:start + chunk] for start in range(0, len(hidden), chunk)]  # per chunk
     if type(lm_head) is torch.nn.Linear and lm_head.bias is None:
-        return _ChunkedLogprobs.apply(lm_head.weight, hidden, targets, temperature, chunk)
-    return torch.cat([checkpoint(lambda h, y: target_logprobs(lm_head(h), y, temperature), h, y, use_reentrant=False)
-                      for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)])
+        return _ChunkedLogprobs.apply(lm_head.weight, hidden, targets, temperature, chunk, bits)
+    return torch.cat([checkpoint(lambda h, y, b: target_logprobs(forbid(lm_head(h), b), y, temperature), *one,
+                                 use_reentrant=False)
+                      for one in zip(hidden.split(chunk), targets.split(chunk), bits, strict=True)])
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -231,12 +251,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
     would hold several, each as large as the weight."""
 
     @staticmethod
-    def forward(ctx, weight, hidden, targets, temperature, chunk):
+    def forward(ctx, weight, hidden, targets, temperature, chunk, bits):
         ctx.save_for_backward(weight, hidden, targets)
-        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, F.linear(hidden[:1], weight[:1]).dtype  # autocast's
+        ctx.dtype = F.linear(hidden[:1], weight[:1]).dtype  # autocast's
+        ctx.temperature, ctx.chunk, ctx.bits = temperature, chunk, bits
         w = weight.to(ctx.dtype)  # once; autocast would cast it per chunk
-        return torch.cat([target_logprobs(F.linear(h.to(ctx.dtype), w), y, temperature)
-                          for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)])
+        return torch.cat([target_logprobs(forbid(F.linear(h.to(ctx.dtype), w), b), y, temperature)
+                          for h, y, b in zip(hidden.split(chunk), targets.split(chunk), bits, strict=True)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -244,12 +265,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight, hidden, targets = ctx.saved_tensors
         w, to_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[0] else None
-        for h, y, g, out in zip(*(x.split(ctx.chunk) for x in (hidden, targets, grad, to_hidden)), strict=True):
+        parts = (x.split(ctx.chunk) for x in (hidden, targets, grad, to_hidden))
+        for h, y, g, out, b in zip(*parts, ctx.bits, strict=True):
             h = h.to(ctx.dtype)
-            p = (F.linear(h, w).to(grad.dtype) / ctx.temperature).softmax(-1)
+            p = (forbid(F.linear(h, w), b).to(grad.dtype) / ctx.temperature).softmax(-1)
             d = p.mul_(-g[:, None]).scatter_add_(1, y[:, None], g[:, None]).div_(ctx.temperature)  # of the logits
             d = d.to(ctx.dtype)
             out.copy_(d @ w)
             if to_weight is not None:
                 to_weight.addmm_(d.T, h) if weight.dtype == ctx.dtype else to_weight.add_(d.T @ h)
-        return to_weight, to_hidden, None, None, None
+        return to_weight, to_hidden, None, None, None, None

@@ -30,7 +30,7 @@ class TokenWatch:
         with self.inside(), dropout_off(self.policy.model):
             for batch in micro_batches([self.group], no_advantages, self.config):
                 rows = self.engine.logprobs(self.policy.model, batch.prompts, batch.completions,
-                                            self.config.temperature)
+                                            self.config.temperature, batch.rules)
                 logps += [row[:len(c)] for row, c in zip(rows.float().cpu(), batch.completions, strict=True)]
         return logps
 

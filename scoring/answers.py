@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, as_json, parse_json, read_text, write_text, write_whole
 from prompts.builder import PromptBuilder
+from prompts.names import NameRules
 from questions.example import Example
 from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge, without_verdict
 from scoring.voting import VOTES, Candidate, Exam, choose, group_results, sample_candidates
@@ -35,8 +36,9 @@ class Examination:
     """
 
     def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, exam: Exam, ways: Sequence[str], *,
-                 matches: Sequence[str] = tuple(MATCHES), keep_distinct: bool = False, suite=None, traces: int = 1):
-        self.policy, self.builder, self.exam, self.ways = policy, builder, exam, ways
+                 matches: Sequence[str] = tuple(MATCHES), keep_distinct: bool = False, suite=None, traces: int = 1,
+                 names: NameRules | None = None):
+        self.policy, self.builder, self.exam, self.ways, self.names = policy, builder, exam, ways, names
         self.matches, self.traces = matches, traces
         self.how_to_judge = (executor, comparisons_named(matches, keep_distinct), suite)
 
@@ -58,7 +60,8 @@ class Examination:
         prompts = [self.builder.encode(example) for example in examples]  # None if one does not fit
         prompt_seconds = (time.perf_counter() - began) / len(examples)
         fitting = [i for i, prompt in enumerate(prompts) if prompt is not None]
-        greedy, samples, seconds = self.complete([prompts[i] for i in fitting], number)
+        rules = self.names and self.names.of_all(examples[i] for i in fitting)
+        greedy, samples, seconds = self.complete([prompts[i] for i in fitting], number, rules)
         candidates = {i: ([], []) for i in range(len(examples))}
         candidates |= dict(zip(fitting, zip(greedy, samples, strict=True), strict=True))
         records = []
@@ -71,15 +74,15 @@ class Examination:
                 for i, verdict in zip(part, verdicts, strict=True)]
         return records
 
-    def complete(self, prompts, number: int) -> tuple[list, list, float]:
+    def complete(self, prompts, number: int, rules=None) -> tuple[list, list, float]:
         """For each prompt a list with its greedy candidate (or none) and its n samples; seconds per prompt."""
         exam = replace(self.exam, seed=self.exam.seed * 1_000_003 + number)
         began, greedy = time.perf_counter(), [[] for _ in prompts]
         if "greedy" in self.ways:
-            greedy = samples = sample_candidates(self.policy, prompts, exam.greedy)
+            greedy = samples = sample_candidates(self.policy, prompts, exam.greedy, rules=rules)
         if exam.temperature:
             began = time.perf_counter()
-            samples = sample_candidates(self.policy, prompts, exam)
+            samples = sample_candidates(self.policy, prompts, exam, rules=rules)
         return greedy, samples, (time.perf_counter() - began) / max(1, len(prompts))
 
     def verdicts(self, questions) -> list[dict]:

@@ -61,16 +61,17 @@ class Exam:
         return replace(self, samples=1, temperature=0.0)
 
 
-def greedy_sqls(policy, prompts: Sequence[Sequence[int]], exam: Exam, progress: bool = False) -> list[str]:
+def greedy_sqls(policy, prompts: Sequence[Sequence[int]], exam: Exam, progress: bool = False,
+                rules: Sequence | None = None) -> list[str]:
     """The SQL of the greedy completion for each prompt, in order; empty if the format is broken."""
-    return [greedy.sql for greedy, in sample_candidates(policy, prompts, exam.greedy, progress)]
+    return [greedy.sql for greedy, in sample_candidates(policy, prompts, exam.greedy, progress, rules)]
 
 
 def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], exam: Exam,
-                      progress: bool = False) -> list[list[Candidate]]:
+                      progress: bool = False, rules: Sequence | None = None) -> list[list[Candidate]]:
     """`exam.samples` candidates per prompt, in prompt order. The same arguments give the same candidates.
 
-    progress: show the number of answered questions.
+    progress: show the number of answered questions. rules: one per prompt, as `grpo.sample_groups` takes them.
     Raises UserError: a prompt and its answer are longer than the model has positions.
     """
     import torch  # here, so that scoring a predictions file does not import it
@@ -89,7 +90,7 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], exam: Ex
             groups = sample_groups(policy.model, [torch.as_tensor(encoded_prompts[i], dtype=torch.long) for i in part],
                                    config, eos_ids=policy.eos_ids, group_size=exam.samples,
                                    temperature=exam.temperature, seeds=[exam.seed * 1_000_003 + i for i in part],
-                                   engine=FAST)
+                                   engine=FAST, rules=rules and [rules[i] for i in part])
             candidates |= {i: read_group(policy, group, exam.answer_format)
                            for i, group in zip(part, groups, strict=True)}
             bar.update(len(part))
