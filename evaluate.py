@@ -61,6 +61,7 @@ from rewards import unwrap_fence
 from running.layers import fold, handed_on
 from scoring.answers import Examination, Progress, fingerprint, questions_hash, scores_of
 from scoring.compare import compare, compare_seeds, print_comparison, print_seeds
+from scoring.failures import failures_of, shares
 from scoring.predictions import load_predictions, save_predictions
 from scoring.verdicts import (
     ExampleScore,
@@ -192,6 +193,7 @@ def summarise_records(records: Sequence[dict], config: EvaluateConfig) -> dict:
                              for k in range(1, config.samples + 1)] for name in config.matches},
         "result_groups": mean([sample["groups"] for sample in samples]),
         "sample_statuses": {status: count / total for status, count in fates.most_common()},
+        "sample_failures": shares(sum((Counter(sample.get("failures")) for sample in samples), Counter()), total),
         "truncated": sum(sample["truncated"] for sample in samples) / total,
         "timing": timing(records)}
 
@@ -220,6 +222,8 @@ def print_model_table(summary: dict) -> None:
         print_accuracies("answered by", rows)
         print(f"groups of equal results: {summary['result_groups']:.2f} a question")
         print(fill(f"samples: {percentages(summary['sample_statuses'])}", 80))
+        if summary["sample_failures"]:
+            print(fill(f"samples that do not run: {percentages(summary['sample_failures'])} of all", 80))
     print(f"completions cut at the limit: {100 * summary['truncated']:.1f} %")
     answer_format = AnswerFormat(summary["protocol"]["answer_style"], summary["lenient_format"])
     advice = answer_format.advice(summary["sample_statuses"])
@@ -446,6 +450,7 @@ def report_scores(config: EvaluateConfig, examples, scores, executor: SQLExecuto
                         "could not be read")
     if "spider" in config.matches:
         summary["spider_metric"] = spider_metric(config, suite)
+    summary["failures"] = failures_of(scores, executor.databases, config.skip_bad_gold)
     content = scores_as_json(scores, summary) | {"protocol": protocol_of(config, examples, summary, written)}
     if records:
         content |= summarise_records(records, config) | {"unwritable": list(unwritable_ids)}

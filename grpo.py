@@ -106,7 +106,7 @@ class Group:
     logps: list[Tensor]  # G times [C_i], log-probabilities under the sampling distribution
     truncated: list[bool]  # G, True where no EOS came within max_completion_tokens
     entropies: Sequence[Tensor] = ()  # G times [C_i], of the distribution each token was drawn from, in nats
-    rule: object = None  # which tokens may be sampled, as prompts/names.py; None: all
+    rules: Sequence = ()  # G, which tokens may be sampled, as prompts/names.py; none: all
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,9 @@ def as_groups(prompts, G: int, tokens: Tensor, logps: Tensor, entropies: Tensor,
                                 for values in (tokens, logps, entropies))
     truncated = (~ended).tolist()
     parts = [slice(b * G, b * G + G) for b in range(len(prompts))]
-    return [Group(prompt.cpu(), tokens[part], logps[part], truncated[part], entropies[part], rule)
-            for prompt, part, rule in zip(prompts, parts, rules or [None] * len(prompts), strict=True)]
+    limits = [[rule] * G for rule in rules] if rules else [()] * len(prompts)
+    return [Group(prompt.cpu(), tokens[part], logps[part], truncated[part], entropies[part], limit)
+            for prompt, part, limit in zip(prompts, parts, limits, strict=True)]
 
 
 def forbid(logits: Tensor, bits: Sequence[Tensor | None]) -> Tensor:
@@ -404,8 +405,9 @@ def micro_batches(groups: Sequence[Group], advantages: Tensor, config: GRPOConfi
             part = slice(start, start + (size or len(counted)))
             completions = group.completions[part]
             mask = torch.arange(max(map(len, completions))) < torch.tensor(counted[part])[:, None]  # [n, T]
+            rules = list(group.rules[part]) or [None] * len(completions)
             batches.append(MicroBatch([group.prompt] * len(completions), completions, group.logps[part], A[part], mask,
-                                      0.0, [group.rule] * len(completions)))
+                                      0.0, rules))
     normalizer = sum(loss_normalizer(batch.mask, config) for batch in batches)
     for batch in batches:
         batch.normalizer = normalizer

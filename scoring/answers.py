@@ -18,6 +18,7 @@ from common.errors import UserError, as_json, parse_json, read_text, write_text,
 from prompts.builder import PromptBuilder
 from prompts.names import NameRules
 from questions.example import Example
+from scoring.failures import kinds_of
 from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge, without_verdict
 from scoring.voting import VOTES, Candidate, Exam, choose, group_results, sample_candidates
 from sql_exec import MATCHES, SQLExecutor
@@ -103,6 +104,10 @@ class Examination:
         executions = [verdicts[candidate.sql][1] for candidate in samples]
         fates = Counter("unavailable" if score.unavailable else candidate.broken or score.status
                         for candidate, score in zip(samples, scores, strict=True))
+        failed = [(candidate.broken or score.status, score.error, candidate.sql)
+                  for candidate, score in zip(samples, scores, strict=True)
+                  if not score.unavailable and (candidate.broken or score.status != "ok")]
+        failures = Counter(kinds_of(failed, self.builder.databases.get(example.db_id)))
         distinct = {candidate.sql: verdicts[candidate.sql][1].seconds for candidate in samples}
         return {
             "id": example.id,
@@ -110,7 +115,8 @@ class Examination:
                         for way, candidate in self.picks(greedy, samples, executions).items()},
             "samples": {
                 "correct": {name: sum(score.correct[name] for score in scores) for name in self.matches},
-                "statuses": dict(sorted(fates.items())), "groups": len(group_results(executions)),
+                "statuses": dict(sorted(fates.items())), "failures": dict(failures),
+                "groups": len(group_results(executions)),
                 "truncated": sum(candidate.truncated for candidate in samples),
                 "tokens": sum(candidate.tokens for candidate in samples)},
             "traces": verified_traces(example, greedy + samples, verdicts)[:self.traces],

@@ -305,6 +305,8 @@ def print_table(summary: dict) -> None:
     if summary["twin_groups"] < summary["n"]:
         print(f"intervals draw questions that share a gold query together: {summary['twin_groups']} groups")
     print(fill(f"soft-F1 {100 * summary['soft_f1']:.1f} %;  answers: {percentages(summary['statuses'])}", 80))
+    if summary.get("failures"):
+        print(fill(f"answers that do not run: {percentages(summary['failures'])} of all", 80))
     if summary["empty_golds"]:
         print(f"golds without any row: {summary['empty_golds']}")
     if summary["bad_golds"]:
