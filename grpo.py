@@ -142,7 +142,9 @@ def plain_decode(model, prompts: Sequence[Tensor], uniform: Tensor, temperature:
     for t in range(T):
         out = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
                     logits_to_keep=1)
-        logits = forbid(out.logits[:, -1], [one.bits() for one in written])
+        logits = out.logits[:, -1]
+        if written:
+            logits = variant("forbid")(logits, [one.bits() for one in written])
         drawn.append((*sample_token(logits, temperature, uniform[:, t]), ~ended))  # 4 times [N]
         for one, token in zip(written, drawn[-1][0].tolist() if written else (), strict=True):
             one.take(token)
@@ -165,20 +167,6 @@ def as_groups(prompts, G: int, tokens: Tensor, logps: Tensor, entropies: Tensor,
     limits = [[rule] * G for rule in rules] if rules else [()] * len(prompts)
     return [Group(prompt.cpu(), tokens[part], logps[part], truncated[part], entropies[part], limit)
             for prompt, part, limit in zip(prompts, parts, limits, strict=True)]
-
-
-def forbid(logits: Tensor, bits: Sequence[Tensor | None]) -> Tensor:
-    """Logits of -inf for the tokens that a rule forbids, whose bit is 0. [N, V], N times int32 [⌈V / 32⌉] -> [N, V]
-
-    None stands for a row without a rule; no rows at all, for none with one."""
-    limited = [i for i, row in enumerate(bits) if row is not None]
-    if not limited:
-        return logits
-    rows = torch.stack([bits[i] for i in limited])[..., None].to(logits.device)  # [n, ⌈V / 32⌉, 1]
-    allowed = (rows >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1).flatten(1)[:, :logits.shape[1]]
-    logits = logits.clone()
-    logits[limited] = logits[limited].masked_fill(allowed == 0, -math.inf)
-    return logits
 
 
 def sample_token(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,30 +202,13 @@ def plain_logprobs(model, prompts: Sequence[Tensor], completions: Sequence[Tenso
     ids = pad_sequence(rows, batch_first=True).to(device)  # [N, L]
     seen = torch.arange(ids.shape[1], device=device) < lengths  # [N, L]
     logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits  # [N, L, V]
-    if has_rules(rules):
-        logits = torch.stack([forbid(row, [*[None] * (len(p) - 1), *allowed(rule, c)])
-                              for row, p, c, rule in zip(logits, prompts, completions, rules, strict=True)])
+    if any(rules or ()):
+        logits = variant("forbid_in_rows")(logits, prompts, completions, rules)
     logp = target_logprobs(logits[:, :-1], ids[:, 1:], temperature)  # [N, L - 1], of tokens 1 … L - 1
     starts = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # [N, 1]
     index = starts - 1 + torch.arange(T, device=device)  # completion token t is at P + t in its row, P + t - 1 in logp
     mask = index < lengths - 1  # [N, T]
     return logp.gather(1, index.clamp(max=logp.shape[1] - 1)) * mask
-
-
-def has_rules(rules: Sequence | None) -> bool:
-    """Whether some row has a rule."""
-    return any(rule is not None for rule in rules or ())
-
-
-def allowed(rule, completion: Tensor) -> list[Tensor | None]:
-    """The tokens that a rule allowed in place of each token of a completion [C], as `forbid` takes them. -> C rows"""
-    if rule is None:
-        return [None] * len(completion)
-    written, rows = rule.start(), []
-    for token in completion.tolist():
-        rows.append(written.bits())
-        written.take(token)
-    return rows
 
 
 def target_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -113,3 +113,37 @@ def overlong_penalty(groups: Sequence[Group], config: GRPOConfig) -> Tensor:
     buffer = min(config.overlong_buffer or limit // 5 or 1, limit)
     lengths = torch.tensor([[float(len(c)) for c in group.completions] for group in groups])  # [B, G]
     return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
+
+
+# ---- rules: which tokens a completion may contain, as prompts/names.py
+
+
+def forbid(logits: Tensor, bits: Sequence[Tensor | None]) -> Tensor:
+    """Logits of -inf for the tokens that a rule forbids, whose bit is 0. [N, V], N times int32 [⌈V / 32⌉] -> [N, V]
+
+    None stands for a row without a rule; no rows at all, for none with one."""
+    limited = [i for i, row in enumerate(bits) if row is not None]
+    if not limited:
+        return logits
+    rows = torch.stack([bits[i] for i in limited])[..., None].to(logits.device)  # [n, ⌈V / 32⌉, 1]
+    free = (rows >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1).flatten(1)[:, :logits.shape[1]]
+    logits = logits.clone()
+    logits[limited] = logits[limited].masked_fill(free == 0, -math.inf)
+    return logits
+
+
+def allowed(rule, completion: Tensor) -> list[Tensor | None]:
+    """The tokens that a rule allowed in place of each token of a completion [C], as `forbid` takes them. -> C rows"""
+    if rule is None:
+        return [None] * len(completion)
+    written, rows = rule.start(), []
+    for token in completion.tolist():
+        rows.append(written.bits())
+        written.take(token)
+    return rows
+
+
+def forbid_in_rows(logits: Tensor, prompts: Sequence[Tensor], completions: Sequence[Tensor], rules: Sequence) -> Tensor:
+    """`forbid` in rows `prompt + completion`, where the logits of a token stand one before it. [N, L, V] -> [N, L, V]"""
+    return torch.stack([forbid(row, [*[None] * (len(prompt) - 1), *allowed(rule, completion)])
+                        for row, prompt, completion, rule in zip(logits, prompts, completions, rules, strict=True)])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.draw import draw
-from grpo import forbid
+from variants import forbid
 
 GRAPHS = ("cuda",)  # types of device that replay a step
 LOOK = {"cuda": 16, "cpu": 4}  # tokens between two looks

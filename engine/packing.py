@@ -21,17 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from engine.attention import causal_lm, enable, is_exact, no_mask
 from engine.row_attention import RowLayout
 from engine.tree import Node, Tree
-from grpo import (
-    GRPOConfig,
-    MicroBatch,
-    allowed,
-    dropout_off,
-    forbid,
-    has_gradient,
-    has_rules,
-    plain_logprobs,
-    target_logprobs,
-)
+from grpo import GRPOConfig, MicroBatch, dropout_off, has_gradient, plain_logprobs, target_logprobs
+from variants import allowed, forbid
 
 LONGEST = 2**14  # tokens of a pass: more gain nothing, and a group of more is split
 LISTS = ("prompts", "completions", "sampled_logps", "rules")  # of a MicroBatch, one entry per completion
@@ -221,7 +212,7 @@ def packed_logprobs(model, packed: PackedRow, temperature: float, rules: Sequenc
     place, which = packed.targets.unique(return_inverse=True)  # [n], [ΣC]: tokens of a common prefix count once
     before = torch.empty_like(place).scatter_(0, which, packed.predictors).to(device)  # [n]
     bits = []
-    if has_rules(rules):
+    if any(rules or ()):
         every = [row for one in zip(rules, packed.completions, strict=True) for row in allowed(*one)]  # ΣC
         owner = torch.empty_like(place).scatter_(0, which, torch.arange(len(which)))  # [n], a completion token there
         bits = [every[i] for i in owner.tolist()]

@@ -44,6 +44,7 @@ DECLARED = re.compile(rf"\bas\s+({NAME})(?=\W)|(?:\b(?:with|recursive)\s+|\)\s*,
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]")
 PLACE = re.compile(r"(?:\w+\s*\.?\s*)?\w*\Z")
 DECLARES = re.compile(r"\b(?:as|with|recursive)\s", re.IGNORECASE)  # before a name
+MOST_PLACES = 4096  # remembered per database, 6 KB each with 49,152 tokens
 # Where the SQL of an answer begins and what follows it, for each style of answer_format.py
 FENCE = r"```(?i:sql(ite)?3?)?\s"
 OPENING = {"think-sql": r"</think>", "think-answer": r"</think>\s*<answer>", "fence": FENCE}
@@ -157,7 +158,7 @@ class Writing:
             return self.rule.known[place]
         bits = torch.zeros(self.rule.words, dtype=torch.int32)
         self.matcher.unsafe_compute_mask_ptr(bits.data_ptr(), bits.numel() * bits.element_size())
-        if place:
+        if place and len(self.rule.known) < MOST_PLACES:
             self.rule.known[place] = bits
         return bits
 

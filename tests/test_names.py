@@ -15,6 +15,7 @@ from test_grpo import make_model
 import evaluate
 import grpo
 import train
+import variants
 from common.errors import UserError
 from data import columns_of, load_dataset
 from engine.fast import FAST
@@ -293,7 +294,7 @@ def test_a_missing_llguidance_is_said_in_one_sentence(policy, monkeypatch):
 def test_forbidden_tokens_have_no_logit():
     logits = torch.arange(80.0).view(2, 40)
     bits = torch.tensor([0b101, 1 << 7], dtype=torch.int32)
-    found = grpo.forbid(logits, [None, bits])
+    found = variants.forbid(logits, [None, bits])
     assert torch.equal(found[0], logits[0])
     assert [i for i in range(40) if found[1, i] > -math.inf] == [0, 2, 39]
-    assert grpo.forbid(logits, []) is logits and grpo.forbid(logits, [None, None]) is logits
+    assert variants.forbid(logits, []) is logits and variants.forbid(logits, [None, None]) is logits
