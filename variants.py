@@ -144,6 +144,6 @@ def allowed(rule, completion: Tensor) -> list[Tensor | None]:
 
 
 def forbid_in_rows(logits: Tensor, prompts: Sequence[Tensor], completions: Sequence[Tensor], rules: Sequence) -> Tensor:
-    """`forbid` in rows `prompt + completion`, where the logits of a token stand one before it. [N, L, V] -> [N, L, V]"""
+    """`forbid` in rows `prompt + completion`, where the logits of a token stand one before it. -> [N, L, V]"""
     return torch.stack([forbid(row, [*[None] * (len(prompt) - 1), *allowed(rule, completion)])
                         for row, prompt, completion, rule in zip(logits, prompts, completions, rules, strict=True)])
