@@ -107,7 +107,7 @@ class Examination:
         failed = [(candidate.broken or score.status, score.error, candidate.sql)
                   for candidate, score in zip(samples, scores, strict=True)
                   if not score.unavailable and (candidate.broken or score.status != "ok")]
-        failures = Counter(kinds_of(failed, self.builder.databases.get(example.db_id)))
+        failures = Counter(kinds_of(failed, self.how_to_judge[0].databases.get(example.db_id)))
         distinct = {candidate.sql: verdicts[candidate.sql][1].seconds for candidate in samples}
         return {
             "id": example.id,

@@ -56,7 +56,7 @@ def test_the_algorithm_and_its_engine_run_elsewhere(tmp_path):
     code = "import engine.fast, grpo; print(grpo.GRPOConfig(loss='dapo').loss)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "dapo\n", done.stderr
-    assert rooms_imported("engine") == {"grpo", "common"}
+    assert rooms_imported("engine") == {"grpo", "variants", "common"}
 
 
 def test_minimal_takes_only_its_questions_from_the_project():

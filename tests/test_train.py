@@ -215,7 +215,7 @@ def test_samples_on_dev_are_counted_one_by_one_and_together(small, tmp_path, mon
     """Of four answers to each dev question, two are right to the first and none to the second."""
     asked = []
 
-    def sampled(policy, prompts, exam, progress=False):
+    def sampled(policy, prompts, exam, rules):
         asked.append((len(prompts), exam.samples, exam.temperature))
         counts = [re.search(r"older than ([0-9]+)", policy.decode(prompt))[1] for prompt in prompts]
         gold = [f"SELECT COUNT(*) FROM singer WHERE age > {n}" for n in counts]
