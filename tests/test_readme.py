@@ -47,7 +47,7 @@ SMALLER = {  # appended to a command, so that it takes a second or two
                 "--max-completion-tokens 12 --test-questions 0 --save-every 0 --threads 1 --sql-workers 1",
     "evaluate.py": "--workers 1", "ask.py": "-n 100 --max-completion-tokens 24 --workers 1",
     "sft.py": "--max-completion-tokens 24 --workers 1 --memory-min-words 2 --memory-min-columns 0 --memory-min-density 0",
-    "report.py": "", "running.show": "--step 1", "questions.text2sql_data": ""}
+    "report.py": "", "running.show": "--step 1", "questions.text2sql_data": "--traces 2"}
 
 
 def commands():
@@ -221,7 +221,7 @@ def workplace(tmp_path_factory):
 def test_every_command_runs(command, workplace, monkeypatch):
     """As it stands on the page, with a small model and data, and fewer steps; all in one folder, in their order."""
     folder, model = workplace
-    words = ["0" if word == "S" else model if word == "path/to/checkpoint" or re.search("runs/.*/best|qwen|smollm2-135|OmniSQL-7B|finer-sql-3b", word)
+    words = ["0" if word == "S" else model if word == "path/to/checkpoint" or re.search("runs/.*/(best|checkpoints)|qwen|smollm2-135|OmniSQL-7B|finer-sql-3b", word)
              else word for word in shlex.split(command)]
     if words[0] in ("make", "pip"):
         assert_named_in_makefile(words)
