@@ -414,7 +414,8 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
 
     policy = load_for_sampling(config.model, config.threads)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
-    names = name_rules(config.constrain, policy, dataset.databases, config.exam(prompts.answer_style).answer_format)
+    exam = config.exam(prompts.answer_style)
+    names = name_rules(config.constrain, policy, dataset.databases, exam.answer_format)
     written = builder.protocol() | {"precision": str(policy.model.dtype).removeprefix("torch.")}
     if any(example.messages or example.prompt for example in examples):
         written["prompt_style"] = "ready-made"
@@ -424,7 +425,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
         print(fill(unwritable_note(lost, examples, "golds", "no answer to these questions can be right, and they count "
                                    "as wrong"), 80, break_on_hyphens=False))
     try:
-        records = Examination(policy, builder, executor, config.exam(prompts.answer_style), config.ways,
+        records = Examination(policy, builder, executor, exam, config.ways,
                               matches=config.matches, keep_distinct=config.keep_distinct,
                               suite=suite, names=names).run(examples, progress)
         report_scores(config, examples, scores_of(records, config.answer), executor, suite, written, records,

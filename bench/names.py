@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common.options import build
 from data import PromptBuilder, PromptConfig, load_dataset
 from engine.fast import FAST
 from grpo import GRPOConfig, sample_groups
@@ -20,6 +21,7 @@ from history import run_config_of
 from policy import load_for_sampling
 from prompts.answer_format import AnswerFormat
 from prompts.names import name_rules
+from running.layers import handed_on
 
 
 def main() -> None:
@@ -31,16 +33,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    run = run_config_of(given.model) or {}
+    made_by = handed_on(run_config_of(given.model))  # as evaluate.py asks it
     dataset = load_dataset(given.data, given.data_dir, given.split)
     policy = load_for_sampling(given.model)
-    config = PromptConfig(**{name: run[name] for name in ("style", "answer_style", "max_prompt_tokens") if name in run})
+    config = build(PromptConfig, made_by)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, config)
     asked = builder.encode_all(dataset.examples)[0][:given.rows]
     prompts = [torch.tensor(ids) for _, ids in asked]
     names = name_rules("names", policy, dataset.databases, AnswerFormat(config.answer_style))
     rules = names.of_all(example for example, _ in asked)
-    settings = GRPOConfig(max_completion_tokens=run.get("max_completion_tokens", 128))
+    settings = GRPOConfig(max_completion_tokens=made_by.get("max_completion_tokens", 128))
 
     def seconds_per_step(rules, seed: int) -> float:
         began = time.perf_counter()

@@ -47,7 +47,8 @@ class Grid:
             self.graphs, self.weights = {}, weights
         self.device, self.temperature = logits.device, temperature
         (self.B, self.M, self.T), N = uniform.shape, uniform.shape[0] * uniform.shape[1]
-        self.written = [rule.start() for rule in rules or () for _ in range(self.M)]  # N, or none
+        self.written = [rule.start() for rule in rules or () for _ in range(self.M)]  # N, and None for an empty place
+        self.written += [None] if rules else []
         P = mask.shape[1]
         more = -P % PADDING.get(self.device.type, 1)
         self.prompts = [  # per layer [B, Hk, P, d] each; with a window, only the last of P
@@ -151,7 +152,7 @@ class Grid:
     def draw(self, logits: Tensor) -> None:
         """Draws token t of every completion from its logits [B·M, V]."""
         rows, t = self.rows, self.t
-        written = [(self.written + [None])[i] for i in rows.tolist()] if self.written else []  # None: an empty place
+        written = [self.written[i] for i in rows.tolist()] if self.written else []
         logits = forbid(logits, [one and one.bits() for one in written])
         token, logp, entropy = draw(logits, self.temperature, self.uniform[rows, t])
         for one, chosen in zip(written, token.tolist() if written else (), strict=True):

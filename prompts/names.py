@@ -41,7 +41,7 @@ QUOTES = r"""'([^']|'')*'|"[^"]*"|`[^`]*`|\[[^\]]*\]"""
 BETWEEN = rf"[\s(),.*=<>!+%|&~/-]|{QUOTES}"  # what may stand between words
 DECLARED = re.compile(rf"\bas\s+({NAME})(?=\W)|(?:\b(?:with|recursive)\s+|\)\s*,\s*)({NAME})\s*(?:\([^()]*\)\s*)?as\b",
                       re.IGNORECASE)
-QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]")
+QUOTED = re.compile(QUOTES)
 PLACE = re.compile(r"(?:\w+\s*\.?\s*)?\w*\Z")
 DECLARES = re.compile(r"\b(?:as|with|recursive)\s", re.IGNORECASE)  # before a name
 MOST_PLACES = 4096  # remembered per database, 6 KB each with 49,152 tokens
@@ -145,6 +145,7 @@ class Writing:
     def __init__(self, rule: NameRule):
         self.rule, self.tokens = rule, rule.rules.tokens
         self.text, self.taken = b"", []  # of the answer, then of its SQL; the SQL's tokens
+        self.bare = ""  # the SQL with empty quotes
         self.declared, self.ctes, self.matcher, self.over = frozenset(), False, None, False
 
     def bits(self):
@@ -165,10 +166,9 @@ class Writing:
     def place(self) -> tuple | None:
         """The current word, the one before it, and the names declared: what may come next depends on nothing else. None
         within quotes, where a name is declared, in a query with WITH, and in the other styles of answers."""
-        sql = QUOTED.sub("''", self.text.decode(errors="replace"))
-        words = PLACE.search(sql)[0].lower()
-        if (self.ctes or self.rule.rules.style != "think-sql" or re.search(r"[\"`\[;\ufffd]", sql) or sql.count("'") % 2
-                or DECLARES.match(words)):
+        words = PLACE.search(self.bare)[0].lower()
+        if (self.ctes or self.rule.rules.style != "think-sql" or re.search(r"[\"`\[;\ufffd]", self.bare)
+                or self.bare.count("'") % 2 or DECLARES.match(words)):
             return None
         return words, self.declared
 
@@ -188,9 +188,10 @@ class Writing:
         """Adds tokens of the SQL. Names that it has declared become words of the rule."""
         self.taken += tokens
         self.over = not self.matcher.consume_tokens(tokens)
-        sql = QUOTED.sub("''", self.text.decode(errors="replace"))
-        ctes = bool(re.match(r"[\s(]*with\b", sql, re.IGNORECASE))
-        declared = {name.lower() for pair in DECLARED.findall(sql) for name in pair if not re.fullmatch(SHORT, name)}
+        self.bare = QUOTED.sub("''", self.text.decode(errors="replace"))
+        ctes = bool(re.match(r"[\s(]*with\b", self.bare, re.IGNORECASE))
+        declared = {name.lower() for pair in DECLARED.findall(self.bare) for name in pair
+                    if not re.fullmatch(SHORT, name)}
         declared -= self.rule.names | {""}
         if not self.over and (declared, ctes) != (self.declared, self.ctes):
             self.declared, self.ctes = frozenset(declared), ctes

@@ -162,12 +162,12 @@ def few_traces(records: list[dict], db_id: str, database: Path, count: int, seed
     schema = columns_of({db_id: database})[db_id]
     chosen = random.Random(seed).sample(train, count)
     traces = [record | {"trace": template_trace(record["sql"], schema)} for record in chosen]
-    kept = {record["id"] for record in records} - {record["id"] for record in train} | {one["id"] for one in chosen}
+    others = [record for record in train if record not in chosen]
     with SQLExecutor({db_id: database}) as executor:
-        results = executor.run_many((db_id, record["sql"]) for record in records)
-    answers = [record if record["id"] in kept else
-               {name: value for name, value in record.items() if name != "sql"} | {"answer": [*map(list, result.rows)]}
-               for record, result in zip(records, results, strict=True)]
+        results = executor.run_many((db_id, record["sql"]) for record in others)
+    rows = {record["id"]: [*map(list, result.rows)] for record, result in zip(others, results, strict=True)}
+    answers = [{name: value for name, value in record.items() if name != "sql"} | {"answer": rows[record["id"]]}
+               if record["id"] in rows else record for record in records]
     return traces, answers
 
 

@@ -18,7 +18,8 @@ from common.errors import UserError, as_json, parse_json, read_text, write_text,
 from prompts.builder import PromptBuilder
 from prompts.names import NameRules
 from questions.example import Example
-from scoring.failures import kinds_of
+from questions.schema import columns_of
+from scoring.failures import kind_of
 from scoring.verdicts import ExampleScore, comparisons_named, difficulty_levels, judge, without_verdict
 from scoring.voting import VOTES, Candidate, Exam, choose, group_results, sample_candidates
 from sql_exec import MATCHES, SQLExecutor
@@ -41,6 +42,7 @@ class Examination:
                  names: NameRules | None = None):
         self.policy, self.builder, self.exam, self.ways, self.names = policy, builder, exam, ways, names
         self.matches, self.traces = matches, traces
+        self.schemas: dict[str, dict] = {}  # those read so far
         self.how_to_judge = (executor, comparisons_named(matches, keep_distinct), suite)
 
     def run(self, examples: Sequence[Example], progress: "Progress") -> list[dict]:
@@ -107,7 +109,7 @@ class Examination:
         failed = [(candidate.broken or score.status, score.error, candidate.sql)
                   for candidate, score in zip(samples, scores, strict=True)
                   if not score.unavailable and (candidate.broken or score.status != "ok")]
-        failures = Counter(kinds_of(failed, self.how_to_judge[0].databases.get(example.db_id)))
+        failures = Counter(kind_of(*one, self.schema(example.db_id)) for one in failed)
         distinct = {candidate.sql: verdicts[candidate.sql][1].seconds for candidate in samples}
         return {
             "id": example.id,
@@ -121,6 +123,13 @@ class Examination:
                 "tokens": sum(candidate.tokens for candidate in samples)},
             "traces": verified_traces(example, greedy + samples, verdicts)[:self.traces],
             "seconds": seconds | {"sql": sum(distinct.values())}}
+
+    def schema(self, db_id: str) -> dict:
+        """{table: [column, ...]} of a database; empty if there is none of that name."""
+        databases = self.how_to_judge[0].databases
+        if db_id not in self.schemas:
+            self.schemas |= columns_of({db_id: databases[db_id]}) if db_id in databases else {db_id: {}}
+        return self.schemas[db_id]
 
     def picks(self, greedy, samples, executions) -> dict[str, Candidate]:
         """The candidate that each way of answering picks."""

@@ -11,7 +11,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 from partial_credit.atomic import Unparsable, is_name, plain_name, split_tokens
@@ -44,27 +45,20 @@ def defined(sql: str) -> set[str]:
         words = split_tokens(sql)
     except Unparsable:
         return set()
-    found, after = set(), ["", *words]
-    for before, word in zip(after, words, strict=False):
+    found = set()
+    for before, word in pairwise(["", *words]):
         if is_name(word) and (before in ("as", ")") or is_name(before)):
             found.add(plain_name(word))
     return found
 
 
-def kinds_of(failed: Sequence[tuple[str, str, str]], database: Path | None) -> list[str]:
-    """The kind of each failed answer to one database. failed: (status, error, SQL)"""
-    schema = columns_of({"": database})[""] if failed and database else {}
-    return [kind_of(*one, schema) for one in failed]
-
-
 def failures_of(scores: Iterable, databases: Mapping[str, Path], skip_bad_gold: bool = False) -> dict[str, float]:
     """{kind: share of all answers}, of those that do not run. scores: ExampleScores"""
-    counted, failed = [score for score in scores if not score.left_out(skip_bad_gold)], {}
-    for score in counted:
-        if score.status != "ok":
-            failed.setdefault(score.db_id, []).append((score.status, score.error, score.sql))
-    kinds = (kind for db_id, some in failed.items() for kind in kinds_of(some, databases.get(db_id)))
-    return shares(Counter(kinds), len(counted))
+    counted = [score for score in scores if not score.left_out(skip_bad_gold)]
+    failed = [score for score in counted if score.status != "ok"]
+    schemas = columns_of({db_id: databases[db_id] for db_id in {score.db_id for score in failed} & databases.keys()})
+    return shares(Counter(kind_of(score.status, score.error, score.sql, schemas.get(score.db_id, {}))
+                          for score in failed), len(counted))
 
 
 def shares(counts: Mapping[str, int], total: int) -> dict[str, float]:
