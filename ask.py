@@ -35,10 +35,10 @@ from data import Example, PromptBuilder, PromptConfig, Schema, read_schema, sche
 from history import lineage, run_config_of, training_questions
 from prompts.answer_format import AnswerFormat
 from prompts.builder import full_schema
-from prompts.names import name_rules
 from questions import demo_world
 from running.layers import fold, handed_on
 from scoring.voting import VOTES, Candidate, Exam, choose, rank_groups, sample_candidates
+from second_try import support_of
 from sql_exec import Execution, SQLExecutor
 
 HISTORY = Path("~/.ask_history").expanduser()
@@ -67,6 +67,8 @@ class AskConfig:
     rows: int = option(20, "rows of a result that are shown", at_least=1)
     max_completion_tokens: int = shared("max_completion_tokens")
     constrain: str = shared("constrain", " (default: as the run that made the model)")
+    turns: int = shared("turns", " (default: as the run that made the model)")
+    feedback: str = shared("feedback", " (default: as the run that made the model)")
     lenient_format: bool | None = shared("lenient_format", " (default: as the run that made the model)")
     seed: int = shared("seed", ": the same question gets the same answer", at_most=2**32)
     threads: int = shared("threads")
@@ -115,7 +117,8 @@ class Reply:
 
     def as_json(self) -> dict:
         """What a page shows; cells are text or null."""
-        content = {"sql": self.answer.sql, "thought": self.answer.thought, "verdict": self.verdict,
+        content = {"sql": self.answer.sql, "thought": self.answer.thought, "first_try": self.answer.first_try,
+                   "observation": self.answer.observation, "verdict": self.verdict,
                    "votes": [f"{votes} x {plural(rows, 'row')}: {sql}" for votes, sql, rows in self.groups]
                    + [f"{count} x {status}" for status, count in self.failures.items()]}
         execution = self.execution
@@ -142,9 +145,9 @@ class Asker:
             policy = load_for_sampling(config.model, config.threads)
         self.policy = policy
         self.builder = PromptBuilder({"database": self.path}, self.policy.tokenizer, prompts)
-        self.names = name_rules(config.constrain, self.policy, {"database": self.path}, self.exam.answer_format)
         self.executor = SQLExecutor({"database": self.path}, config.workers, config.timeout,
                                     config.max_rows)
+        self.support = support_of(config, self.policy, self.builder, self.executor, self.exam.answer_format)
 
     def __enter__(self):
         return self
@@ -161,8 +164,7 @@ class Asker:
             raise UserError("the prompt for this database and question is longer than "
                             f"{self.builder.config.max_prompt_tokens} tokens: ask a shorter question, or "
                             "raise --max-prompt-tokens if the model reads more")
-        rules = self.names and self.names.of_all([example])
-        candidates, = sample_candidates(self.policy, [prompt], self.exam, rules=rules)
+        candidates, = sample_candidates(self.policy, [prompt], self.exam, support=self.support, asked=[example])
         executions = self.executor.run_many([("database", candidate.sql) for candidate in candidates])
         if unread := next((one for one in executions if one.unread), None):  # without them the vote could differ
             raise UserError(f"{self.path} could not be read ({unread.error}), so the candidates cannot vote: ask again")
@@ -292,6 +294,8 @@ def print_reply(reply: Reply, config: AskConfig, think: bool) -> None:
         print(f"None of the {reply.count} answers has a query in it; the likeliest one begins:\n"
               f"  {printable(answer.text)[:300]}\n{reply.advice}")
         return
+    if answer.first_try:
+        print(f"first try: {printable(answer.first_try)}\n{printable(answer.observation)}\n")
     print(printable(answer.sql, keep="\n"))
     if reply.execution.status == "ok":
         print()

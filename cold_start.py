@@ -28,7 +28,7 @@ from engine import distributed
 from engine.fast import FAST
 from engine.packing import fill
 from grpo import Engine
-from partial_credit.traces import template_trace
+from partial_credit.traces import failing_query, template_trace
 from prompts.answer_format import AnswerFormat
 from prompts.plain_text import encode_answers
 from questions.example import Example
@@ -75,6 +75,13 @@ def template_traces(examples: Sequence[Example], schemas: Mapping) -> list[Examp
     return [example if example.trace else replace(
         example, trace=template_trace(example.gold_sql, schemas[example.db_id])) for example in examples
         if example.trace or example.gold_sqls]
+
+
+def second_tries(examples: Sequence[Example], schemas: Mapping, answer_format: AnswerFormat) -> list[Example]:
+    """For each trace, one that corrects a failing answer to its question: that of `failing_query`."""
+    wrong = [failing_query(example.gold_sql, schemas[example.db_id]) for example in examples]
+    return [replace(example, first_try=answer_format.write(template_trace(sql, schemas[example.db_id]), sql))
+            for example, sql in zip(examples, wrong, strict=True) if sql]
 
 
 def teachable(examples: Sequence[Example], executor, schemas: Mapping,
@@ -129,21 +136,32 @@ def bare_trace(text: str) -> str:
     return FENCE_MARK.sub("", pieces[1] if closing[:1] == [False] else pieces[0]).strip()
 
 
-def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder, tokenizer,
-                     end_id: int) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder, tokenizer, end_id: int,
+                     second=None) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
     """(prompt, completion with `end_id`) of the traces whose prompt fits, and a sentence on those left out.
 
+    second: second_try.SecondTry, or None. A trace that is a second try is taught after the failing answer and what is
+    observed then, which belong to its prompt.
     Raises:
         UserError: there are traces, but no prompt fits.
     """
-    encoded, notes = builder.encode_all(examples)
+    tried = [example for example in examples if example.first_try]
+    seen = second.observe(tried, [example.first_try for example in tried]) if second else [None] * len(tried)
+    seen = {id(example): ids for example, ids in zip(tried, seen, strict=True)}
+    idle = sum(ids is None for ids in seen.values())
+    encoded, notes = builder.encode_all(example for example in examples if seen.get(id(example), ()) is not None)
+    if idle:
+        notes += (f"left out {idle} of {len(tried)} second tries: "
+                  + ("their first try does not fail" if second else "only --turns 2 teaches them"),)
     if examples and not encoded:
         raise UserError(f"no trace can be taught: the prompts of all {len(examples)} are longer than "
                         f"--max-prompt-tokens {builder.config.max_prompt_tokens}, even shortened")
     answer_format = AnswerFormat(builder.config.answer_style)
     answers = encode_answers(tokenizer, [taught_text(example, answer_format) for example, _ in encoded])
-    pairs = [(torch.tensor(ids), torch.tensor([*answer, end_id]))
-             for (_, ids), answer in zip(encoded, answers, strict=True)]
+    first = iter(encode_answers(tokenizer, [example.first_try for example, _ in encoded if example.first_try]))
+    prompts = [torch.tensor(ids if not example.first_try else [*ids, *next(first), end_id, *seen[id(example)].tolist()])
+               for example, ids in encoded]
+    pairs = [(prompt, torch.tensor([*answer, end_id])) for prompt, answer in zip(prompts, answers, strict=True)]
     return pairs, [f"cold start: {note}" for note in notes]
 
 

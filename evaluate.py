@@ -54,7 +54,6 @@ from common.options import Parser, add_arguments, build, check, flag_of, option,
 from data import Dataset, Example, PromptBuilder, PromptConfig, load_dataset
 from history import load_for_evaluation, run_config_of
 from prompts.answer_format import AnswerFormat
-from prompts.names import name_rules
 from questions.example import answers_among
 from questions.question_files import check_excluded, excluded
 from rewards import unwrap_fence
@@ -80,6 +79,7 @@ from scoring.verdicts import (
 )
 from scoring.voting import VOTES, Exam, pass_at_k
 from scoring.writable import unwritable, unwritable_note
+from second_try import support_of
 from sql_exec import MATCHES, SQLExecutor, r_ves_reward
 
 __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "compare", "difficulty_levels",
@@ -92,8 +92,8 @@ __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "c
 FREE_TO_CHANGE = ("predictions", "vote", "r_ves", "skip_bad_gold", "json", "progress", "predictions_out", "save_traces",
                   "workers", "gold_cache")
 # Settings of how a model answers, meaningless for a file of predictions; so are those of PromptConfig.
-OF_A_MODEL = ("samples", "temperature", "vote", "greedy", "max_completion_tokens", "constrain", "progress",
-              "save_traces")
+OF_A_MODEL = ("samples", "temperature", "vote", "greedy", "max_completion_tokens", "constrain", "turns",
+              "feedback", "progress", "save_traces")
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class EvaluateConfig:
     max_completion_tokens: int = shared("max_completion_tokens")
     batch: int = shared("batch")
     constrain: str = shared("constrain", "; of a policy trained here by default as in its run")
+    turns: int = shared("turns", "; of a policy trained here by default as in its run")
+    feedback: str = shared("feedback", "; of a policy trained here by default as in its run")
     lenient_format: bool | None = shared("lenient_format", " (default: as the run that made the model; in "
                                                            "--predictions no)")
     seed: int = shared("seed", ", and of the demo world")
@@ -195,6 +197,7 @@ def summarise_records(records: Sequence[dict], config: EvaluateConfig) -> dict:
         "sample_statuses": {status: count / total for status, count in fates.most_common()},
         "sample_failures": shares(sum((Counter(sample.get("failures")) for sample in samples), Counter()), total),
         "truncated": sum(sample["truncated"] for sample in samples) / total,
+        "second_tries": sum(sample.get("second_tries", 0) for sample in samples) / total,
         "timing": timing(records)}
 
 
@@ -224,6 +227,8 @@ def print_model_table(summary: dict) -> None:
         print(fill(f"samples: {percentages(summary['sample_statuses'])}", 80))
         if summary["sample_failures"]:
             print(fill(f"samples that do not run: {percentages(summary['sample_failures'])} of all", 80))
+    if summary["protocol"]["turns"] > 1:
+        print(f"answers that are second tries: {100 * summary['second_tries']:.1f} %")
     print(f"completions cut at the limit: {100 * summary['truncated']:.1f} %")
     answer_format = AnswerFormat(summary["protocol"]["answer_style"], summary["lenient_format"])
     advice = answer_format.advice(summary["sample_statuses"])
@@ -415,7 +420,6 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
     policy = load_for_sampling(config.model, config.threads)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
     exam = config.exam(prompts.answer_style)
-    names = name_rules(config.constrain, policy, dataset.databases, exam.answer_format)
     written = builder.protocol() | {"precision": str(policy.model.dtype).removeprefix("torch.")}
     if any(example.messages or example.prompt for example in examples):
         written["prompt_style"] = "ready-made"
@@ -427,7 +431,8 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
     try:
         records = Examination(policy, builder, executor, exam, config.ways,
                               matches=config.matches, keep_distinct=config.keep_distinct,
-                              suite=suite, names=names).run(examples, progress)
+                              suite=suite, support=support_of(config, policy, builder, executor, exam.answer_format)
+                              ).run(examples, progress)
         report_scores(config, examples, scores_of(records, config.answer), executor, suite, written, records,
                       [examples[i].id for i in sorted(lost)])
     except KeyboardInterrupt:
@@ -510,7 +515,8 @@ def protocol_of(config: EvaluateConfig, examples, summary: dict, written: dict) 
         return shown
     return shown | written | {
         "answer": config.answer, "samples": config.samples, "temperature": config.sampling_temperature,
-        "max_completion_tokens": config.max_completion_tokens, "constrain": config.constrain}
+        "max_completion_tokens": config.max_completion_tokens, "constrain": config.constrain,
+        "turns": config.turns, **({"feedback": config.feedback} if config.turns > 1 else {})}
 
 
 def spider_metric(config: EvaluateConfig, suite: dict[str, list[str]] | None) -> str:

@@ -107,6 +107,7 @@ class Group:
     truncated: list[bool]  # G, True where no EOS came within max_completion_tokens
     entropies: Sequence[Tensor] = ()  # G times [C_i], of the distribution each token was drawn from, in nats
     rules: Sequence = ()  # G, which tokens may be sampled, as prompts/names.py; none: all
+    sampled: Sequence[Tensor] = ()  # G times bool [C_i], false on what second_try.py put in between; none: all true
 
 
 @dataclass(frozen=True)
@@ -376,6 +377,8 @@ def micro_batches(groups: Sequence[Group], advantages: Tensor, config: GRPOConfi
             part = slice(start, start + (size or len(counted)))
             completions = group.completions[part]
             mask = torch.arange(max(map(len, completions))) < torch.tensor(counted[part])[:, None]  # [n, T]
+            if group.sampled:
+                mask &= pad_sequence(list(group.sampled[part]), batch_first=True)
             rules = list(group.rules[part]) or [None] * len(completions)
             batches.append(MicroBatch([group.prompt] * len(completions), completions, group.logps[part], A[part], mask,
                                       0.0, rules))
@@ -400,7 +403,7 @@ def policy_update(model, optimizer, batches: Sequence[MicroBatch], config: GRPOC
 
     Returns the statistics of `policy_loss`, averaged over `tokens` and updates; `loss` and `grad_norm` (before
     clipping) of the last update; `skipped_updates`, those without a finite gradient; `sampler_gap`, the mean
-    |log-probability of sampler − training| over `trained_tokens`, the tokens that went through the model."""
+    |log-probability of sampler − training| over `trained_tokens`, those of the `tokens` that went through the model."""
     sums, skipped = UpdateSums(), 0
     with dropout_off(model):
         for update in range(config.updates_per_rollout):
@@ -426,6 +429,7 @@ def backward(model, batch: MicroBatch, first: bool, config: GRPOConfig, sums: "U
     if first:
         batch.old_logps = logp.detach()  # on policy: this is the old policy, so the ratio is exactly 1
     gap = batch.old_logps - pad_sequence(batch.sampled_logps, batch_first=True).to(logp)  # [n, T]
+    gap = gap * batch.mask.to(gap)
     A = batch.advantages.to(logp)[:, None]  # [n, 1]
     if config.sampler_cap or config.sampler_veto:
         A = A * variant("sampler_weights")(gap, config)  # [n, T]
@@ -468,7 +472,7 @@ class UpdateSums:
         self.ratio_max = max(self.ratio_max, stats.pop("ratio_max", 1.0))
         self.totals.update({name: value * tokens for name, value in stats.items()} | {"tokens": tokens})
         if gap is not None:
-            self.totals.update(sampler_gap=gap.abs().sum().item(), trained_tokens=sum(map(len, batch.completions)))
+            self.totals.update(sampler_gap=gap.abs().sum().item(), trained_tokens=tokens)
 
     def means(self) -> dict[str, float]:
         """The averages over all passes."""

@@ -8,12 +8,12 @@ from tqdm import tqdm
 
 from engine import distributed
 from policy import Policy
-from prompts.names import NameRules
 from rollout import Question, print_first_reasons
 from scoring.answers import questions_hash
 from scoring.hardness import joins_in
 from scoring.verdicts import difficulty_levels, of_the_same, score_predictions, summarise
 from scoring.voting import greedy_sqls, sample_candidates
+from second_try import Support
 from settings import Settings
 from sql_exec import SQLExecutor
 
@@ -22,10 +22,10 @@ class HeldOut:
     """Measures a policy on held-out questions, by all processes together."""
 
     def __init__(self, s: Settings, policy: Policy, executor: SQLExecutor, databases: Mapping,
-                 inside: Callable[[], AbstractContextManager], names: NameRules | None = None):
-        """inside: the context in which the policy samples, such as bf16 arithmetic. names: of --constrain names."""
+                 inside: Callable[[], AbstractContextManager], support: Support | None = None):
+        """inside: the context in which the policy samples, such as bf16 arithmetic. support: that of rollouts."""
         self.s, self.policy, self.executor, self.databases, self.inside = s, policy, executor, databases, inside
-        self.names = names
+        self.support = support
 
     def announce(self, questions: Sequence[Question], name: str, step: int) -> dict:
         """Runs `measure`; prints a line before it and the accuracy after it."""
@@ -42,7 +42,7 @@ class HeldOut:
         examples, mine = [question.example for question in questions], distributed.share_of(len(questions))
         with self.inside():
             sqls = greedy_sqls(self.policy, [question.prompt for question in questions[mine]], self.s.exam,
-                               distributed.is_main(), self.names and self.names.of_all(examples[mine]))
+                               distributed.is_main(), self.support, examples[mine])
         scores = score_predictions(examples[mine], sqls, self.executor, levels=difficulty_levels(examples)[mine])
         scores = distributed.merge([score if sql or score.unavailable else replace(score, status="format")
                                     for score, sql in zip(scores, sqls, strict=True)])
@@ -61,9 +61,9 @@ class HeldOut:
         of questions with a right one. The same policy gives the same samples."""
         asked = questions[distributed.share_of(len(questions))]
         exam = replace(self.s.exam, samples=n, temperature=self.s.grpo.temperature)
-        rules = self.names and self.names.of_all(question.example for question in asked)
         with self.inside():
-            candidates = sample_candidates(self.policy, [question.prompt for question in asked], exam, rules=rules)
+            candidates = sample_candidates(self.policy, [question.prompt for question in asked], exam,
+                                           support=self.support, asked=[question.example for question in asked])
         scores = score_predictions([question.example for question in asked for _ in range(n)],
                                    [candidate.sql for some in candidates for candidate in some], self.executor,
                                    levels=[""] * (len(asked) * n))  # nobody reads them

@@ -458,6 +458,7 @@ CHARTS = (
     Chart("Clip fractions", ("clip_fraction_low", "clip_fraction_high"), ("low", "high"), share=True),
     Chart("Completion length", ("completion_length", "completion_length_max"), ("mean", "longest")),
     Chart("Truncated completions", ("truncated",), ("truncated",), share=True),
+    Chart("Second tries", ("second_tries",), ("of completions",), share=True),
     Chart("Seconds by phase", ("seconds/*",), stacked=True, known=("rollout", "rewards", "reference", "update")),
     Chart("Seconds by reward", ("seconds/rewards/*",), stacked=True, known=COMPONENTS),
     Chart("Speed", ("tokens_per_second",), ("tokens a second",)),

@@ -15,14 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import distributed
-from grpo import Engine, Group, GRPOConfig, group_advantages, sample_groups
+from grpo import Engine, Group, GRPOConfig, group_advantages
 from policy import Policy
-from prompts.names import NameRules
 from questions.example import Example
 from rewards import RewardBreakdown, RewardConfig, RewardError, RewardItem, RewardScorer, readable, rewards_apart
 from running.drawing import Drawing
 from scoring.verdicts import first_reasons
-from settings import Settings
+from second_try import Support, answers, before
+from settings import Settings, rollout_room
 from variants import overlong_penalty
 
 
@@ -41,6 +41,7 @@ class Rollout:
     example: Example
     group: Group  # G completions
     rewards: list[RewardBreakdown]  # G
+    tried: Sequence[dict[str, str]] = ()  # G, what came before each answer: second_try.before
 
     @property
     def readable(self) -> bool:
@@ -57,10 +58,10 @@ class RolloutMaker:
     """Makes the rollouts of a run's steps."""
 
     def __init__(self, s: Settings, policy: Policy, engine: Engine, questions: Sequence[Question], drawing: Drawing,
-                 scorer: RewardScorer, inside: Callable[[], AbstractContextManager], names: NameRules | None = None):
-        """inside: the context in which the policy samples, such as bf16 arithmetic. names: of --constrain names."""
-        self.s, self.policy, self.engine, self.questions, self.names = s, policy, engine, questions, names
-        self.drawing, self.scorer, self.inside = drawing, scorer, inside
+                 scorer: RewardScorer, inside: Callable[[], AbstractContextManager], support: Support | None = None):
+        """inside: the context in which the policy samples, such as bf16 arithmetic. support: none by default."""
+        self.s, self.policy, self.engine, self.questions = s, policy, engine, questions
+        self.drawing, self.scorer, self.inside, self.support = drawing, scorer, inside, support or Support()
 
     def make(self, timed: Callable[[str], AbstractContextManager]) -> tuple[list[Rollout], list[Rollout]]:
         """The B rollouts that a step learns from, and all that were sampled for it.
@@ -96,20 +97,21 @@ class RolloutMaker:
     def sample(self, questions: Sequence[Question], seeds: Sequence[int]) -> list[Group]:
         """A group of completions per question."""
         with self.inside():
-            return sample_groups(self.policy.model, [question.prompt for question in questions], self.s.grpo,
-                                 eos_ids=self.policy.eos_ids, seeds=seeds, engine=self.engine,
-                                 rules=self.names and self.names.of_all(question.example for question in questions))
+            return self.support.sample(self.policy, [question.prompt for question in questions],
+                                       [question.example for question in questions], self.s.grpo, seeds=seeds,
+                                       engine=self.engine, room=rollout_room(self.s)[1])
 
     def score(self, examples: Sequence[Example], groups: Sequence[Group]) -> list[Rollout]:
         """The rollouts of all processes; each scores its own groups. The memory adds the thoughts of correct ones."""
-        items = [RewardItem(example.db_id, example.golds, self.policy.decode(completion), example.question)
-                 for example, group in zip(examples, groups, strict=True) for completion in group.completions]
+        items = [RewardItem(example.db_id, example.golds, self.policy.decode(answer), example.question)
+                 for example, group in zip(examples, groups, strict=True) for answer in answers(group)]
         found = distributed.everywhere(lambda: self.scorer.score(items, remember=False), RewardError)
         G = self.s.grpo.group_size
         rewards = [found[i:i + G] for i in range(0, len(found), G)]  # [B][G]
         if self.s.grpo.overlong == "penalise":  # half the margin, so that a correct one still outranks a wrong one
             rewards = penalise(rewards, 0.5 * self.s.rewards.margin * overlong_penalty(groups, self.s.grpo))
-        rollouts = distributed.merge([Rollout(*parts) for parts in zip(examples, groups, rewards, strict=True)])
+        tried = [[before(self.policy, group, i) for i in range(G)] if group.sampled else () for group in groups]
+        rollouts = distributed.merge([Rollout(*parts) for parts in zip(examples, groups, rewards, tried, strict=True)])
         if self.scorer.memory is not None and distributed.size() > 1:
             self.scorer.memory.exchange(((item.db_id, b.thought) for item, b in zip(items, found, strict=True)
                                          if b.status != "format"), distributed.gather)

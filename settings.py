@@ -30,6 +30,7 @@ from running.guards import GuardConfig
 from running.layers import PROMPTS, fold, handed_on
 from running.recipes import RECIPES, recipe_values
 from scoring.voting import Exam
+from second_try import longest
 
 # The tiny policy starts from random weights and needs far larger steps than a pretrained model.
 TINY = {"steps": 140, "draw": "informative", "lr": 4e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32,
@@ -147,6 +148,8 @@ class RunConfig:
                                  at_least=0, common=True)
     save_every: int = option(50, "steps between checkpoints; 0: only at the end", at_least=0)
     constrain: str = shared("constrain", "; in rollouts and evaluations")
+    turns: int = shared("turns", "; in rollouts and evaluations")
+    feedback: str = shared("feedback")
     match: str = option("bird", "how results are compared with the gold result", choices=("bird", "spider"))
     empty_gold: str = option("keep", "training questions whose gold result has no rows", choices=("keep", "drop"))
     sql_workers: int = option(2, "processes that run SQL", at_least=1)
@@ -358,7 +361,8 @@ def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tupl
         raise UserError(f"cannot plan for {run.model}: {error}") from error
     gpu = isinstance(run.plan, float) or torch.cuda.is_available()
     work = memory_plan.Work(
-        prompt=s.prompts.max_prompt_tokens, completion=s.grpo.max_completion_tokens, group=s.grpo.group_size,
+        prompt=s.prompts.max_prompt_tokens, completion=longest(s.grpo.max_completion_tokens, run.turns),
+        group=s.grpo.group_size,
         prompts=math.ceil(run.prompts_per_step / processes), micro_batch=s.grpo.micro_batch,
         rollout_batch=s.grpo.rollout_batch,
         reference=s.grpo.kl_coef > 0, reference_on_cpu=run.reference_device == "cpu", lora_rank=run.lora_rank,

@@ -7,6 +7,7 @@ policy trained here is asked as in its run: prompts and answers are written, lim
     python sft.py --mine mined.jsonl --model runs/demo/best
     python sft.py --mine mined.jsonl --model qwen2.5-coder-3b --data spider --data-dir SPIDER -n 4 --lenient-format
     python train.py --traces mined.jsonl
+    python sft.py --mine mined.jsonl --model runs/demo/best --repair        # also for a second try, train.py --turns 2
 
 A trace is kept when
   (1) verified   its SQL returns the gold result under BIRD's and under Spider's comparison, and the result has rows
@@ -18,11 +19,12 @@ A trace is kept when
 import argparse
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from cold_start import template_traces
 from common.errors import UserError, check_folder, json_lines, run_main, write_whole
 from common.options import Parser, add_arguments, build, check, option, shared
 from data import PromptBuilder, PromptConfig, columns_of, load_dataset
@@ -30,16 +32,16 @@ from history import run_config_of
 from partial_credit.memory import MemoryGate, TraceMemory, gate_for
 from policy import load_for_sampling
 from prompts.answer_format import AnswerFormat
-from prompts.names import name_rules
 from questions.example import Example
 from rewards import RewardConfig, build_memory
 from running.layers import fold, handed_on
-from scoring.answers import Examination, Progress, fingerprint
+from scoring.answers import Examination, Progress, fingerprint, ready_made
 from scoring.voting import Exam
+from second_try import support_of
 from sql_exec import SQLExecutor
 
 # Settings that do not affect the samples.
-FREE_TO_CHANGE = ("mine", "max_per_question", "max_per_cell", "embedder", "threads", "workers")
+FREE_TO_CHANGE = ("mine", "repair", "max_per_question", "max_per_cell", "embedder", "threads", "workers")
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,13 @@ class MineConfig:
     max_completion_tokens: int = shared("max_completion_tokens")
     batch: int = shared("batch")
     constrain: str = shared("constrain", "; of a policy trained here by default as in its run")
+    turns: int = shared("turns", "; of a policy trained here by default as in its run")
+    feedback: str = shared("feedback", "; of a policy trained here by default as in its run")
     lenient_format: bool = shared("lenient_format", "; of a policy trained here by default as in its run",
                                   default=False)
-    max_per_question: int = option(2, "at most this many traces of a question", at_least=1)
+    repair: bool = option(False, "also write, for --turns 2, answers that do not run, each with the trace that "
+                                 "corrects it: the question's own, else one made from its gold SQL")
+    max_per_question: int = option(2, "at most this many traces of a question, and as many failing answers", at_least=1)
     max_per_cell: int = option(20, "at most this many traces per database and difficulty", at_least=1)
     embedder: str = option("hash", "compares traces: hash (no model), policy (--model), or a Hugging Face "
                                    "encoder")
@@ -101,11 +107,12 @@ def main() -> None:
         raise UserError(str(error)) from error
     builder, exam = PromptBuilder(dataset.databases, policy.tokenizer, prompts), config.exam(prompts.answer_style)
     with SQLExecutor(dataset.databases, config.workers, config.timeout) as executor:
-        names = name_rules(config.constrain, policy, dataset.databases, exam.answer_format)
         examination = Examination(policy, builder, executor, exam, ("sample",), keep_distinct=True, traces=exam.samples,
-                                  names=names)
+                                  support=support_of(config, policy, builder, executor, exam.answer_format),
+                                  failures=exam.samples)
         records = sample(examination, examples, progress)
-    write_traces(config, records, memory, progress, exam.answer_format)
+    repairs = choose_repairs(records, examples, columns_of(dataset.databases), config) if config.repair else []
+    write_traces(config, records, memory, progress, exam.answer_format, repairs)
 
 
 def sample(examination: Examination, examples: Sequence[Example], progress: Progress) -> list[dict]:
@@ -118,8 +125,8 @@ def sample(examination: Examination, examples: Sequence[Example], progress: Prog
 
 
 def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemory, progress: Progress,
-                 answer_format: AnswerFormat) -> None:
-    """Chooses traces and writes the file. Raises UserError, with the reason, if there is none."""
+                 answer_format: AnswerFormat, repairs: Sequence[dict] = ()) -> None:
+    """Chooses traces and writes the file, repairs last. Raises UserError, with the reason, if there is no trace."""
     verified = [(trace["db_id"], trace["trace"]) for record in records for trace in record["traces"]]
     memory.gate = gate_for(verified, memory.columns, memory.gate)
     kept = choose_traces(records, memory, config)
@@ -132,8 +139,9 @@ def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemor
         raise UserError(f"no trace to write to {config.mine}: {summary}: the gate refused "
                         f"{memory.gate.explain(memory.rejections)}; what was sampled is kept in {progress.file}, so "
                         "the same command with another gate is done at once")
-    write_whole(Path(config.mine), json_lines(kept))
-    print(f"{config.mine}: {summary}")
+    write_whole(Path(config.mine), json_lines([*kept, *repairs]))
+    corrected = f"; and {len(repairs)} answers that do not run, each with the trace that corrects it"
+    print(f"{config.mine}: {summary}" + corrected * config.repair)
     progress.finish()
 
 
@@ -162,6 +170,27 @@ def why_none_verified(records: Sequence[dict], answer_format: AnswerFormat) -> s
     met = 1 - (fates["format"] + fates["truncated"]) / fates.total()
     return answer_format.advice(fates) or (f"{met:.0%} of the completions met the format, but none returned the gold "
                                            "result; try a larger -n, another --model or easier questions")
+
+
+def choose_repairs(records: Sequence[dict], examples: Sequence[Example], schemas: Mapping,
+                   config: MineConfig) -> list[dict]:
+    """Failing answers to questions with gold SQL, each with the trace that corrects it, as records for --traces.
+
+    schemas: {db_id: {table: [column, ...]}}.
+    """
+    of_cell, kept = Counter(), []
+    traced = {example.id: example for example in template_traces(examples, schemas)}
+    for record in records:
+        example = traced.get(record["id"])
+        for number, text in enumerate(record["failing"][:config.max_per_question] if example else (), 1):
+            if of_cell[example.db_id, example.difficulty] == config.max_per_cell:
+                break
+            of_cell[example.db_id, example.difficulty] += 1
+            kept.append({"id": f"{example.id}-repair-{number}", "db_id": example.db_id, "question": example.question,
+                         "sql": example.gold_sql, "evidence": example.evidence, "difficulty": example.difficulty,
+                         "trace": example.trace, "trace_sql": example.trace_sql, "first_try": text,
+                         **ready_made(example)})
+    return kept
 
 
 def choose_traces(records: Sequence[dict], memory: TraceMemory, config: MineConfig) -> list[dict]:

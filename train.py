@@ -26,10 +26,12 @@ import torch
 from tqdm import tqdm
 
 import report
+import second_try
 from cold_start import (
     PASS_TOKENS,
     cold_start,
     cold_start_notes,
+    second_tries,
     supervised_pairs,
     taught_text,
     teachable,
@@ -61,7 +63,6 @@ from policy import (
     load_weights,
     require_model,
 )
-from prompts.names import name_rules
 from questions.example import answers_among
 from rewards import (
     COMPONENTS,
@@ -235,12 +236,12 @@ class Trainer:
         self.dev_set = self.usable(data.dev, "dev")
         usable = {name: self.usable(examples, name) for name, examples in data.tests.items()}
         self.test_sets = {name: questions for name, questions in usable.items() if questions}
-        check_positions(self.policy, s.prompts.max_prompt_tokens, s.grpo.max_completion_tokens)
         self.user_reward, self.memory = self.load_rewards()  # before anything is trained
         self.trackers = open_trackers(s.run.log, folder.path, s.as_dict()) if distributed.is_main() else []
         self.sharded, self.engine = self.share_model()
-        self.names = name_rules(s.run.constrain, self.policy, data.databases, s.answer_format)
-        self.held_out = HeldOut(s, self.policy, executor, data.databases, self.sampling, self.names)
+        self.support = second_try.support_of(s.run, self.policy, self.builder, executor, s.answer_format)
+        check_positions(self.policy, s.prompts.max_prompt_tokens, self.support.longest(s.grpo.max_completion_tokens))
+        self.held_out = HeldOut(s, self.policy, executor, data.databases, self.sampling, self.support)
         self.drawing = self.make_drawing()
         self.reference = self.optimizer = self.scorer = self.rollout_maker = None  # `prepare` makes them
 
@@ -281,7 +282,7 @@ class Trainer:
         self.scorer = self.make_scorer()
         self.optimizer = self.make_optimizer()
         self.rollout_maker = RolloutMaker(self.s, self.policy, self.engine, self.questions, self.drawing, self.scorer,
-                                          self.sampling, self.names)
+                                          self.sampling, self.support)
         if self.checkpoint:
             self.resume(*self.checkpoint)
         elif distributed.is_main():
@@ -322,6 +323,8 @@ class Trainer:
         extra |= {"lr": self.learning_rate(), "memory_size": len(self.scorer.memory or ()),
                   "sql_worker_restarts": sum(distributed.gather(self.executor.worker_restarts)),
                   "questions_drawn": self.drawing.drawn}
+        if self.support.second:
+            extra["second_tries"] = second_try.share([rollout.group for rollout in record.sampled])
         parts = (*COMPONENTS, "overlong") if self.s.grpo.overlong == "penalise" else COMPONENTS
         metrics = step_metrics(self.step, record.sampled, parts, record.stats, record.seconds, extra)
         if not distributed.is_main():
@@ -488,6 +491,9 @@ class Trainer:
             if len(traced) < len(asked):
                 print(f"no template makes a trace for {len(asked) - len(traced)} of {len(asked)} training questions: "
                       "they have no gold SQL")
+            if self.s.run.turns > 1:
+                with_sql = [example for example in traced if example.gold_sqls]
+                traced = [*traced, *second_tries(with_sql, self.schemas, self.s.answer_format)]
         kept, notes = teachable(traced, self.executor, self.schemas, self.s.answer_format)
         for note in notes:
             print(note)
@@ -503,7 +509,8 @@ class Trainer:
         taught = [replace(e, gold_sqls=(e.trace_sql or e.gold_sql,)) for e in self.traced]
         lost = self.unwritable_among(taught, "traces", "they are not taught")
         traced = [example for i, example in enumerate(self.traced) if i not in lost]
-        pairs, notes = supervised_pairs(traced, self.builder, self.policy.tokenizer, self.policy.end_id)
+        pairs, notes = supervised_pairs(traced, self.builder, self.policy.tokenizer, self.policy.end_id,
+                                        self.support.second)
         for note in notes:
             print(note)
         loss = cold_start(self.policy.model, pairs, s.sft, seed=s.run.seed, quiet=not distributed.is_main(),
@@ -535,7 +542,7 @@ class Trainer:
 
     def start_memory(self, memory: TraceMemory) -> None:
         """Fits the gate to the verified traces (equally when resumed); a new run's memory also adds them."""
-        verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql]
+        verified = [(e.db_id, e.trace) for e in self.traced if not e.trace_sql and not e.first_try]
         memory.gate = gate_for(verified, memory.columns, memory.gate)
         if self.checkpoint:
             return

@@ -108,10 +108,12 @@ def sampler_weights(gap: Tensor, config: GRPOConfig) -> Tensor:
 def overlong_penalty(groups: Sequence[Group], config: GRPOConfig) -> Tensor:
     """DAPO's soft punishment of length (arXiv 2503.14476, eq. 13), added to the rewards. -> [B, G]
 
-    0 up to `max_completion_tokens - overlong_buffer` tokens, then falling linearly to -1 at the limit."""
+    0 up to `max_completion_tokens - overlong_buffer` tokens, then falling linearly to -1 at the limit. Of a second try,
+    the tokens since what was not sampled count."""
     limit = config.max_completion_tokens
     buffer = min(config.overlong_buffer or limit // 5 or 1, limit)
-    lengths = torch.tensor([[float(len(c)) for c in group.completions] for group in groups])  # [B, G]
+    sampled = [group.sampled or [torch.ones(len(c)) for c in group.completions] for group in groups]
+    lengths = torch.tensor([[mask.float().flip(0).cumprod(0).sum() for mask in masks] for masks in sampled])  # [B, G]
     return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
 
 

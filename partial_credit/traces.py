@@ -8,6 +8,8 @@ It depends only on the SQL and the schema: the same query, the same reasoning. A
 what, joins, filters, order) taught less in as many steps, docs/results/pretrained.md.
 """
 
+import random
+import re
 from collections.abc import Mapping, Sequence
 
 from partial_credit.atomic import Unparsable, plain_name, split_tokens
@@ -33,3 +35,26 @@ def template_trace(sql: str, schema: Mapping[str, Sequence[str]]) -> str:
     nested = ["subquery"] if words.count("select") > 1 else []
     return " ; ".join(f"{name} {' '.join(items)}" for name, items in
                       (("tables", tables), ("columns", columns), ("clauses", clauses + nested or ["select"])) if items)
+
+
+def failing_query(sql: str, schema: Mapping[str, Sequence[str]]) -> str:
+    """The query with one of its columns misnamed, as models do: by a column of a table that it does not read, or else
+    by the column's name with `_name` or `_id` behind it. It may still run where the column is an alias. The same query,
+    the same mistake; empty if it names no column.
+
+    Args:
+        schema: {table: [column, ...]} of the database.
+    """
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"", lambda quoted: " " * len(quoted[0]), sql)  # as long, without quoted words
+    words = [(word.start(), word[0]) for word in re.finditer(r"\w+", bare)]
+    spoken, rng = {word.lower() for _, word in words}, random.Random(sql)
+    read = [table for table in schema if table.lower() in spoken]
+    own = {column.lower() for table in read for column in schema[table]}
+    places = [(at, word) for at, word in words if word.lower() in own]
+    if not places:
+        return ""
+    others = sorted({column for table in schema if table not in read for column in schema[table]
+                     if re.fullmatch(r"[A-Za-z]\w*", column) and column.lower() not in own})
+    at, word = rng.choice(places)
+    wrong = rng.choice(others or [f"{word}_name", f"{word}_id"])
+    return sql[:at] + wrong + sql[at + len(word):]

@@ -61,6 +61,7 @@ __all__ = ["PromptBuilder", "PromptConfig", "full_schema", "mentioned_tables", "
            "only_tables", "space_out"]
 
 SHORTENINGS = range(6)  # how far a prompt is shortened: 0 is the whole prompt
+ANSWER = "\ufdd3"  # stands for an answer in a chat, a noncharacter as those of plain_text.py
 OF_A_STYLE = {"omnisql": "fence"}  # the answer style of a shipped prompt style, if not think-sql
 
 
@@ -112,6 +113,7 @@ class PromptBuilder:
         self.template_text = config.template_text or shipped(self.style)
         self._template = PromptTemplate.of(self.template_text, config.template or f"{self.style}.jinja")
         self._control = control_tokens(tokenizer)
+        self._templated: bool | None = None  # whether this style's prompts are chats
         self._schemas: dict[str, Schema] = {}
         self._indexes: dict[str, ValueIndex] = {}  # as old as the schemas, even if a live writer changes the file
         self._schema_texts: dict[tuple[str, int], SchemaText] = {}
@@ -136,6 +138,25 @@ class PromptBuilder:
             return kept, ()
         return kept, (f"left out {len(encoded) - len(kept)} of {len(encoded)} questions: their prompt, even "
                       f"shortened, is longer than {self.config.max_prompt_tokens} tokens",)
+
+    def turn(self, example: Example, said: str, ends: Iterable[str]) -> list[int]:
+        """The token ids between an answer to this prompt and the next one, if the user says this in between: a message
+        in a chat, else a line of its own. The token that ended the answer, one of `ends`, is not among them."""
+        said = guarded(said, self._control)
+        if not self._in_chat(example):
+            return self._ids(f"\n{said}\nanswer :\n", templated=True)
+        chat = self._wrap([("user", "question"), ("assistant", ANSWER), ("user", said)])
+        after = chat.rpartition(ANSWER)[2].lstrip()
+        end = next((end for end in ends if after.startswith(end)), "")
+        return self._ids(after.removeprefix(end), templated=True)
+
+    def _in_chat(self, example: Example) -> bool:
+        """Whether this prompt is a chat in the model's template."""
+        if example.messages or example.prompt:
+            return bool(example.messages) and self.has_chat_template
+        if self._templated is None:
+            self._templated = self._written(example, [], 0)[1]
+        return self._templated
 
     def hints(self, example: Example) -> list[Hint]:
         """The cells of the database that the question or the evidence mentions."""

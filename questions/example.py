@@ -22,6 +22,7 @@ class Example:
     messages: tuple[tuple[str, str], ...] = ()  # a ready-made prompt as a chat: (role, content) of each message
     prompt: str = ""  # a ready-made prompt as a text
     answer: GoldAnswer | None = None  # in place of gold SQL
+    first_try: str = ""  # of a trace: an answer that fails, after whose error the trace is the second try
 
     @property
     def gold_sql(self) -> str:
@@ -34,9 +35,9 @@ class Example:
         return self.gold_sqls or (self.answer,)
 
     def as_tuple(self) -> tuple:
-        """All fields, for a hash; the answer only if there is one, so that hashes of older runs stay valid."""
-        values = astuple(self)
-        return values if self.answer else values[:-1]
+        """All fields, for a hash; the last two only if they are there, so that hashes of older runs stay valid."""
+        *values, answer, first_try = astuple(self)
+        return (*values, *([answer] if self.answer else []), *([first_try] if first_try else []))
 
 
 def answers_among(examples: Sequence[Example]) -> str:

@@ -8,7 +8,8 @@ Expected layouts
     a path   your own .json (a list) or .jsonl: question, db_id, sql (or SQL or query; a list means several
              equivalent golds) or in its place the answer (a value, a row as a list, or rows as a list of lists; with
              ordered: true, the order of the rows counts), and optionally evidence, difficulty, id, trace, trace_sql,
-             split, and a ready-made prompt: messages (a chat: a list of role and content) or prompt (a text).
+             first_try (a failing answer that the trace corrects), split, and a ready-made prompt: messages (a chat: a
+             list of role and content) or prompt (a text).
              Databases are DIR/<db_id>.sqlite, DIR/<db_id>/<db_id>.sqlite or the same with .db; DIR is the file's own
              folder by default, and a missing database is an error. Records with a `split` field (train, dev or
              test) belong only to that split, others to all.
@@ -265,7 +266,7 @@ def _example(record, source, number, identity) -> Example:
     return Example(id=identity, db_id=text("db_id"), question=text("question", asked or None),
                    gold_sqls=() if answer else _gold_sqls(record, complain), evidence=text("evidence", ""),
                    difficulty=text("difficulty", ""), trace=text("trace", ""), trace_sql=text("trace_sql", ""),
-                   messages=messages, prompt=prompt, answer=answer)
+                   messages=messages, prompt=prompt, answer=answer, first_try=text("first_try", ""))
 
 
 def _messages(record, complain) -> tuple[tuple[str, str], ...]:

@@ -43,6 +43,12 @@ function add(parent, tag, text, style) {
 function show(answer) {
   reply.replaceChildren();
   if (answer.error) add(reply, "p", answer.error, "error");
+  if (answer.first_try) {
+    const box = add(reply, "details");
+    add(box, "summary", "First try, which failed");
+    add(box, "pre", answer.first_try);
+    add(box, "p", answer.observation, "error");
+  }
   if (answer.thought) {
     const box = add(reply, "details");
     add(box, "summary", "Reasoning");

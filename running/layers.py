@@ -18,7 +18,7 @@ from prompts.builder import PromptConfig
 
 LAYERS = ("kind", "bf16", "recipe", "made_by", "resumed", "flags")
 PROMPTS = tuple(field.name for field in fields(PromptConfig) if field.name != "tables")  # they belong to one database
-ANSWERS = ("max_completion_tokens", "lenient_format", "constrain")
+ANSWERS = ("max_completion_tokens", "lenient_format", "constrain", "turns", "feedback")
 
 
 def fold(**layers: Mapping) -> dict:
@@ -37,6 +37,7 @@ def fold(**layers: Mapping) -> dict:
 
 def handed_on(run: Mapping | None, names: Iterable[str] = PROMPTS + ANSWERS) -> dict:
     """The settings among `names` that a training run hands on to later uses of its policy: how prompts are written, how
-    long answers may be, what limits their words and how they are parsed. Empty without a run."""
+    long answers may be, what limits their words, whether a second try follows, how they are parsed. Empty without a
+    run."""
     older = {"descriptions": "off"}  # in runs older than this setting
     return older | {name: run[name] for name in names if name in run} if run else {}

@@ -29,6 +29,7 @@ import torch
 from common.errors import UserError, as_json, flush, is_config_of_run, stored_settings, write_whole
 from common.run_layout import BEST, CHECKPOINTS, checkpoint_of, checkpoints_of
 from common.wording import exact_text
+from second_try import masks
 
 TRACE_CHARS = 200  # of a neighbouring trace in rollouts.jsonl
 
@@ -419,11 +420,12 @@ def step_metrics(step: int, rollouts, components, stats: dict, seconds: dict, ex
     flat = [b for rollout in rollouts for b in rollout.rewards]
     read = [rollout.rewards for rollout in rollouts if rollout.readable]
     groups = [rollout.group for rollout in rollouts]
-    lengths = torch.tensor([float(len(c)) for group in groups for c in group.completions])
+    sampled = [mask for group in groups for mask in masks(group)]
+    lengths = torch.tensor([float(mask.sum()) for mask in sampled])
     truncated = [cut for group in groups for cut in group.truncated]
     statuses = Counter(b.status for b in flat)
     return {"step": step, **(reward_metrics(read, components) if read else {}), **stats,
-            "entropy": torch.cat([e for group in groups for e in group.entropies]).mean().item(),
+            "entropy": torch.cat([e for group in groups for e in group.entropies])[torch.cat(sampled)].mean().item(),
             "completion_length": lengths.mean().item(), "completion_length_max": lengths.max().item(),
             "truncated": sum(truncated) / len(truncated),
             **{f"status/{name}": count / len(flat) for name, count in sorted(statuses.items())},
@@ -458,8 +460,9 @@ def rollout_records(step: int, rollouts, components, advantages, watched: dict) 
                  "text": b.text, "thought": b.thought, "sql": b.sql, "status": b.status, "error": b.error,
                  "correct": b.correct,
                  "rewards": {"total": b.total} | {name: getattr(b, name) for name in components},
-                 "advantage": advantages[i, j].item(), "tokens": len(rollout.group.completions[j]),
-                 "truncated": rollout.group.truncated[j], "columns": list(b.columns),
+                 "advantage": advantages[i, j].item(), "tokens": int(masks(rollout.group)[j].sum()),
+                 "truncated": rollout.group.truncated[j], **(rollout.tried[j] if rollout.tried else {}),
+                 "columns": list(b.columns),
                  "rows": [[exact_text(cell) if isinstance(cell, bytes) or cell in (math.inf, -math.inf) else cell
                            for cell in row] for row in b.rows],
                  "row_count": b.row_count,

@@ -36,7 +36,7 @@ def group_text(group: dict, *, colour: bool, thoughts: bool = False) -> str:
              paint("soft", f"{'':>3} {'advantage':>9} {'reward':>7}" + "".join(f" {name:>9}" for name in names))]
     alike = {}
     for completion in sorted(completions, key=lambda c: -c["rewards"]["total"]):
-        alike.setdefault(completion["text"], []).append(completion)
+        alike.setdefault((completion.get("first_try"), completion["text"]), []).append(completion)
     for same in alike.values():
         lines.append(completion_lines(same[0], len(same), names, paint, thoughts))
     return "\n".join(lines)
@@ -55,7 +55,9 @@ def completion_lines(completion: dict, count: int, names: list[str], paint, thou
     numbers = "".join(f" {rewards[name]:>9.2f}" for name in names)
     verdict = "another result" if completion["status"] == "ok" else one_line(completion["status"])
     head = f"{times:>3} {advantage:>+9.2f} {rewards['total']:>7.2f}{numbers}  "
-    body = [completion["thought"] if thoughts else "", completion["sql"] or completion["text"], completion["error"]]
+    first = f"first try: {completion['first_try']}" if completion.get("first_try") else ""
+    body = [first, completion.get("observation", ""), completion["thought"] if thoughts else "",
+            completion["sql"] or completion["text"], completion["error"]]
     return "\n".join([paint(tone, head + ("right" if completion["correct"] else verdict)),
                       *(fill(one_line(text), WIDTH, initial_indent="    ", subsequent_indent="      ", max_lines=3,
                              placeholder=" …") for text in body if text)])

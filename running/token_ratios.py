@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grpo import Engine, Group, GRPOConfig, dropout_off, micro_batches
+from second_try import masks
 
 
 def widest_group(advantages: Tensor) -> int:
@@ -36,6 +37,7 @@ class TokenWatch:
 
     def ratios(self) -> Sequence[dict]:
         """Per completion, its tokens as text and their ratios."""
-        return [{"tokens_text": [self.policy.tokenizer.decode([token]) for token in tokens.tolist()],
-                 "ratios": [round(ratio, 4) for ratio in (new - old).exp().tolist()]}
-                for tokens, old, new in zip(self.group.completions, self.before, self.logps(), strict=True)]
+        return [{"tokens_text": [self.policy.tokenizer.decode([token]) for token in tokens[mask].tolist()],
+                 "ratios": [round(ratio, 4) for ratio in (new - old)[mask].exp().tolist()]}
+                for tokens, mask, old, new in zip(self.group.completions, masks(self.group), self.before, self.logps(),
+                                                  strict=True)]

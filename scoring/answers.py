@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from common.errors import UserError, as_json, parse_json, read_text, write_text, write_whole
 from prompts.builder import PromptBuilder
-from prompts.names import NameRules
 from questions.example import Example
 from questions.schema import columns_of
 from scoring.failures import kind_of
@@ -39,9 +38,10 @@ class Examination:
 
     def __init__(self, policy, builder: PromptBuilder, executor: SQLExecutor, exam: Exam, ways: Sequence[str], *,
                  matches: Sequence[str] = tuple(MATCHES), keep_distinct: bool = False, suite=None, traces: int = 1,
-                 names: NameRules | None = None):
-        self.policy, self.builder, self.exam, self.ways, self.names = policy, builder, exam, ways, names
-        self.matches, self.traces = matches, traces
+                 support=None, failures: int = 0):
+        """support: second_try.Support of the policy. failures: how many failing answers a record keeps."""
+        self.policy, self.builder, self.exam, self.ways, self.support = policy, builder, exam, ways, support
+        self.matches, self.traces, self.failures = matches, traces, failures
         self.schemas: dict[str, dict] = {}  # those read so far
         self.how_to_judge = (executor, comparisons_named(matches, keep_distinct), suite)
 
@@ -63,8 +63,7 @@ class Examination:
         prompts = [self.builder.encode(example) for example in examples]  # None if one does not fit
         prompt_seconds = (time.perf_counter() - began) / len(examples)
         fitting = [i for i, prompt in enumerate(prompts) if prompt is not None]
-        rules = self.names and self.names.of_all(examples[i] for i in fitting)
-        greedy, samples, seconds = self.complete([prompts[i] for i in fitting], number, rules)
+        greedy, samples, seconds = self.complete([prompts[i] for i in fitting], number, [examples[i] for i in fitting])
         candidates = {i: ([], []) for i in range(len(examples))}
         candidates |= dict(zip(fitting, zip(greedy, samples, strict=True), strict=True))
         records = []
@@ -77,15 +76,15 @@ class Examination:
                 for i, verdict in zip(part, verdicts, strict=True)]
         return records
 
-    def complete(self, prompts, number: int, rules=None) -> tuple[list, list, float]:
+    def complete(self, prompts, number: int, asked: Sequence[Example] = ()) -> tuple[list, list, float]:
         """For each prompt a list with its greedy candidate (or none) and its n samples; seconds per prompt."""
         exam = replace(self.exam, seed=self.exam.seed * 1_000_003 + number)
         began, greedy = time.perf_counter(), [[] for _ in prompts]
         if "greedy" in self.ways:
-            greedy = samples = sample_candidates(self.policy, prompts, exam.greedy, rules=rules)
+            greedy = samples = sample_candidates(self.policy, prompts, exam.greedy, support=self.support, asked=asked)
         if exam.temperature:
             began = time.perf_counter()
-            samples = sample_candidates(self.policy, prompts, exam, rules=rules)
+            samples = sample_candidates(self.policy, prompts, exam, support=self.support, asked=asked)
         return greedy, samples, (time.perf_counter() - began) / max(1, len(prompts))
 
     def verdicts(self, questions) -> list[dict]:
@@ -120,8 +119,10 @@ class Examination:
                 "statuses": dict(sorted(fates.items())), "failures": dict(failures),
                 "groups": len(group_results(executions)),
                 "truncated": sum(candidate.truncated for candidate in samples),
+                "second_tries": sum(bool(candidate.observation) for candidate in samples),
                 "tokens": sum(candidate.tokens for candidate in samples)},
             "traces": verified_traces(example, greedy + samples, verdicts)[:self.traces],
+            **({"failing": failing_answers(samples, verdicts)[:self.failures]} if self.failures else {}),
             "seconds": seconds | {"sql": sum(distinct.values())}}
 
     def schema(self, db_id: str) -> dict:
@@ -173,11 +174,22 @@ def verified_traces(example: Example, candidates: Sequence[Candidate], verdicts:
 
     right = sorted(filter(verified, candidates), key=lambda candidate: -candidate.logprob)
     answers = dict.fromkeys((candidate.thought.strip(), candidate.sql) for candidate in right)
-    chat = [{"role": role, "content": content} for role, content in example.messages]
-    ready_made = {"messages": chat} if chat else {"prompt": example.prompt} if example.prompt else {}
     return [{"id": example.id, "db_id": example.db_id, "question": example.question, "sql": sql,
-             "evidence": example.evidence, "difficulty": example.difficulty, "trace": thought, **ready_made}
+             "evidence": example.evidence, "difficulty": example.difficulty, "trace": thought, **ready_made(example)}
             for thought, sql in answers]
+
+
+def ready_made(example: Example) -> dict:
+    """The fields of a record with a prompt of its own."""
+    chat = [{"role": role, "content": content} for role, content in example.messages]
+    return {"messages": chat} if chat else {"prompt": example.prompt} if example.prompt else {}
+
+
+def failing_answers(candidates: Sequence[Candidate], verdicts: dict) -> list[str]:
+    """The different answers whose SQL does not run, the likeliest first; none that was cut."""
+    failed = [candidate for candidate in candidates
+              if candidate.sql and verdicts[candidate.sql][0].status in ("error", "timeout", "refused", "too_large")]
+    return list(dict.fromkeys(one.text for one in sorted(failed, key=lambda one: -one.logprob)))
 
 
 class Progress:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from prompts.answer_format import AnswerFormat
+from questions.example import Example
 from running.guards import Heartbeat
 from sql_exec import Execution, Rows, result_key
 
@@ -32,8 +33,10 @@ class Candidate:
     thought: str     # its reasoning
     sql: str         # empty if the format is broken
     logprob: float   # mean over its tokens, under the sampling distribution
-    tokens: int
+    tokens: int      # sampled ones
     truncated: bool  # no end within the allowed length
+    first_try: str = ""    # of an answer that is a second try (second_try.py), and what was observed after it
+    observation: str = ""
 
     @property
     def broken(self) -> str:
@@ -62,35 +65,37 @@ class Exam:
 
 
 def greedy_sqls(policy, prompts: Sequence[Sequence[int]], exam: Exam, progress: bool = False,
-                rules: Sequence | None = None) -> list[str]:
+                support=None, asked: Sequence[Example] = ()) -> list[str]:
     """The SQL of the greedy completion for each prompt, in order; empty if the format is broken."""
-    return [greedy.sql for greedy, in sample_candidates(policy, prompts, exam.greedy, progress, rules)]
+    return [greedy.sql for greedy, in sample_candidates(policy, prompts, exam.greedy, progress, support, asked)]
 
 
-def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], exam: Exam,
-                      progress: bool = False, rules: Sequence | None = None) -> list[list[Candidate]]:
+def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], exam: Exam, progress: bool = False,
+                      support=None, asked: Sequence[Example] = ()) -> list[list[Candidate]]:
     """`exam.samples` candidates per prompt, in prompt order. The same arguments give the same candidates.
 
-    progress: show the number of answered questions. rules: one per prompt, as `grpo.sample_groups` takes them.
+    progress: show the number of answered questions. support: second_try.Support, which needs the question of each
+    prompt, `asked`; None: no support.
     Raises UserError: a prompt and its answer are longer than the model has positions.
     """
     import torch  # here, so that scoring a predictions file does not import it
 
     from engine.fast import FAST
-    from grpo import GRPOConfig, sample_groups
+    from grpo import GRPOConfig
     from policy import check_positions
+    from second_try import Support
 
-    lengths = [len(prompt) for prompt in encoded_prompts]
-    check_positions(policy, max(lengths, default=0), exam.max_completion_tokens)
+    support, lengths = support or Support(), [len(prompt) for prompt in encoded_prompts]
+    check_positions(policy, max(lengths, default=0), support.longest(exam.max_completion_tokens))
     config = GRPOConfig(max_completion_tokens=exam.max_completion_tokens, rollout_batch=exam.batch)
     candidates, heartbeat = {}, Heartbeat()
     with tqdm(total=len(lengths), desc="answering", unit="question", leave=False,
               disable=None if progress else True) as bar:
         for part in side_by_side(lengths, exam):
-            groups = sample_groups(policy.model, [torch.as_tensor(encoded_prompts[i], dtype=torch.long) for i in part],
-                                   config, eos_ids=policy.eos_ids, group_size=exam.samples,
-                                   temperature=exam.temperature, seeds=[exam.seed * 1_000_003 + i for i in part],
-                                   engine=FAST, rules=rules and [rules[i] for i in part])
+            groups = support.sample(policy, [torch.as_tensor(encoded_prompts[i], dtype=torch.long) for i in part],
+                                    [asked[i] for i in part] if asked else (), config, engine=FAST,
+                                    group_size=exam.samples, temperature=exam.temperature,
+                                    seeds=[exam.seed * 1_000_003 + i for i in part], room=exam.room[1])
             candidates |= {i: read_group(policy, group, exam.answer_format)
                            for i, group in zip(part, groups, strict=True)}
             bar.update(len(part))
@@ -119,14 +124,19 @@ def fits(count: int, length: int, exam: Exam) -> bool:
 
 def read_group(policy, group, answer_format: AnswerFormat) -> list[Candidate]:
     """The completions of a `grpo.Group` as candidates."""
-    return [read_text(policy.decode(tokens), logps.double().mean().item(), len(tokens), truncated, answer_format)
-            for tokens, logps, truncated in zip(group.completions, group.logps, group.truncated, strict=True)]
+    from second_try import answers, before, masks
+
+    return [read_text(policy.decode(tokens), logps[mask].double().mean().item(), int(mask.sum()), truncated,
+                      answer_format, **before(policy, group, i))
+            for i, (tokens, logps, mask, truncated)
+            in enumerate(zip(answers(group), group.logps, masks(group), group.truncated, strict=True))]
 
 
-def read_text(text: str, logprob: float, tokens: int, truncated: bool, answer_format: AnswerFormat) -> Candidate:
-    """A completion as a candidate, read as the reward reads it."""
+def read_text(text: str, logprob: float, tokens: int, truncated: bool, answer_format: AnswerFormat,
+              **before: str) -> Candidate:
+    """A completion as a candidate, read as the reward reads it. before: its first try and what was observed"""
     thought, sql = answer_format.read(text) or ("", "")
-    return Candidate(text, thought, sql, logprob, tokens, truncated)
+    return Candidate(text, thought, sql, logprob, tokens, truncated, **before)
 
 
 # -------------------------------------------------------------------------------------------------- vote

@@ -46,7 +46,7 @@ def candidates(script):
 @pytest.fixture
 def asker(tiny_db, monkeypatch):
     """An Asker whose model answers by the script; a test may put another script in `asker.script`."""
-    def sample(policy, prompts, exam, rules):
+    def sample(policy, prompts, exam, support, asked):
         made.prompts += prompts
         return [candidates(made.script)[:exam.samples]]
 

@@ -312,7 +312,7 @@ def test_a_record_by_hand(tiny_db):
         "greedy": False, "sample": False, "majority": False, "value-aware": True}
     assert record["answers"]["value-aware"]["sql"] == same  # the likelier of the winning group
     assert record["answers"]["greedy"]["status"] == "format"
-    assert record["samples"] == {"correct": {"bird": 2, "spider": 2}, "groups": 2, "truncated": 1,
+    assert record["samples"] == {"correct": {"bird": 2, "spider": 2}, "groups": 2, "truncated": 1, "second_tries": 0,
                                  "tokens": 70, "statuses": {"error": 1, "ok": 5, "truncated": 1},
                                  "failures": {"unknown name": 1, "cut": 1}}
     assert [(one["sql"], one["trace"]) for one in record["traces"]] == [(right, "think")]  # `same` has no reasoning
@@ -407,7 +407,7 @@ def test_a_full_disk_takes_no_answers_that_were_kept(tmp_path):
 
 def test_batches_draw_their_own_samples(monkeypatch):
     exams = []
-    monkeypatch.setattr(answers, "sample_candidates", lambda policy, prompts, exam, rules: exams.append(exam) or [])
+    monkeypatch.setattr(answers, "sample_candidates", lambda policy, prompts, exam, support, asked: exams.append(exam) or [])
     config = EvaluateConfig(model="m", samples=4, seed=2)
     examination = Examination(None, None, None, config.exam("fence"), config.ways)
     examination.complete([], 0)
@@ -689,7 +689,7 @@ def test_evaluations_state_their_protocol_and_only_equal_ones_are_compared(own_d
     assert protocol.pop("questions") and len(protocol.pop("template")) == 16
     assert protocol == {
         "data": "own.json", "split": "dev", "spider_metric": "test-suite comparison on a single database, DISTINCT ignored",
-        "test_suite": False, "timeout": 30.0, "max_rows": 1_000_000, "constrain": "none",
+        "test_suite": False, "timeout": 30.0, "max_rows": 1_000_000, "constrain": "none", "turns": 1,
         "prompt_style": "compact", "answer_style": "think-sql", "descriptions": "auto", "tables": "", "sample_values": 3,
         "max_value_hints": 6, "max_prompt_tokens": 2048, "precision": "float32", "lenient_format": False, "answer": "greedy",
         "samples": 1, "temperature": 0.0, "max_completion_tokens": 60}

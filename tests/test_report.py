@@ -249,7 +249,7 @@ def test_cells_that_differ_are_shown_differently_and_equal_ones_alike(tmp_path):
               for gold, one in zip(golds, found, strict=True)]
     for number, breakdown in enumerate(scored):
         example = Example(str(number), "cells", "q", (golds[number],))
-        sampled = SimpleNamespace(completions=[[1]], truncated=[False])
+        sampled = SimpleNamespace(completions=[[1]], truncated=[False], sampled=())
         folder.log("rollouts", rollout_records(1, [Rollout(example, sampled, [breakdown])], (), torch.zeros(1, 1), {}))
     folder.log("metrics", [metrics_of(1, kl=math.inf, grad_norm=math.nan)])
     for file in ("rollouts.jsonl", "metrics.jsonl"):

@@ -213,10 +213,10 @@ def test_the_start_is_kept_where_no_later_policy_is_better_on_dev(small, tmp_pat
 
 def test_samples_on_dev_are_counted_one_by_one_and_together(small, tmp_path, monkeypatch):
     """Of four answers to each dev question, two are right to the first and none to the second."""
-    asked = []
+    calls = []
 
-    def sampled(policy, prompts, exam, rules):
-        asked.append((len(prompts), exam.samples, exam.temperature))
+    def sampled(policy, prompts, exam, support, asked):
+        calls.append((len(prompts), exam.samples, exam.temperature))
         counts = [re.search(r"older than ([0-9]+)", policy.decode(prompt))[1] for prompt in prompts]
         gold = [f"SELECT COUNT(*) FROM singer WHERE age > {n}" for n in counts]
         wrong = ["SELECT COUNT(*) + 1000 FROM singer", "SELECT nothing", ""]
@@ -226,7 +226,7 @@ def test_samples_on_dev_are_counted_one_by_one_and_together(small, tmp_path, mon
     monkeypatch.setattr(held_out, "sample_candidates", sampled)
     run(*small, "--steps", 2, "--eval-every", 2, "--eval-samples", 4, "--temperature", 0.9, "--test-questions", 0,
         "--output", tmp_path / "run")
-    assert asked == [(2, 4, 0.9)] * 2  # of step 0 and of step 2
+    assert calls == [(2, 4, 0.9)] * 2  # of step 0 and of step 2
     first, last = lines(tmp_path / "run" / "metrics.jsonl")
     assert (first["start_dev_samples"], first["start_dev_pass_at_n"]) == (last["dev_samples"], last["dev_pass_at_n"]) == (0.25, 0.5)
 
@@ -477,7 +477,7 @@ def test_a_group_that_is_left_out_moves_no_other():
         assert torch.equal(advantages_of(rows, scale)[[0, 2]], alone) and alone.any()
         assert not advantages_of(rows, scale)[1].any()
         assert not advantages_of(rows[1:2], scale).any()
-    group = SimpleNamespace(completions=[torch.ones(3), torch.ones(5)], truncated=[False, True], entropies=[torch.ones(3)] * 2)
+    group = SimpleNamespace(completions=[torch.ones(3), torch.ones(5)], truncated=[False, True], entropies=[torch.ones(3), torch.ones(5)], sampled=())
     rollouts = [Rollout(None, group, row(1.0, 3.0)), Rollout(None, group, [*row(1.0), *row(0.0, status="unavailable")])]
     found = train.step_metrics(1, rollouts, ["format"], {}, {"all": 1.0}, {})
     assert (found["reward"], found["reward_std"], found["execution_accuracy"]) == (2.0, pytest.approx(2 ** 0.5), 0.0)
@@ -625,7 +625,7 @@ def test_a19_dynamic_sampling_goes_by_execution_accuracy_not_by_the_shaped_rewar
     right, wrong = scored(True, 4.0), [scored(False, 1.0 + i) for i in range(3)]
     rows = {0: [right, wrong[0]], 1: [wrong[0], wrong[1]], 2: [right, right], 3: [wrong[2], right], 4: [wrong[1], right]}
     policy = SimpleNamespace(model=None, eos_ids=())
-    monkeypatch.setattr(rollout, "sample_groups", lambda model, prompts, *_, **__: [f"group {int(p)}" for p in prompts])
+    monkeypatch.setattr("second_try.sample_groups", lambda model, prompts, *_, **__: [f"group {int(p)}" for p in prompts])
 
     def rolled(extra, questions, B=2):
         s = train.parse_settings(["--prompts-per-step", str(B), "--dynamic-sampling", str(extra), "--output", "x"])

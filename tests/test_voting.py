@@ -106,7 +106,7 @@ def test_reading_a_group():
     texts = ["<think> a </think> SELECT 1", "SELECT 1", "<think> a"]
     policy = SimpleNamespace(decode=lambda tokens: texts[tokens[0]])
     group = SimpleNamespace(completions=[torch.tensor([i, 7]) for i in range(3)],
-                            logps=[torch.tensor([-1.0, -3.0])] * 3, truncated=[False, False, True])
+                            logps=[torch.tensor([-1.0, -3.0])] * 3, truncated=[False, False, True], sampled=())
     first, second, third = read_group(policy, group, AnswerFormat())
     assert (first.thought.strip(), first.sql, first.logprob, first.tokens) == ("a", "SELECT 1", -2.0, 2)
     assert [one.broken for one in (first, second, third)] == ["", "format", "truncated"]
@@ -149,9 +149,9 @@ def test_greedy_answers_are_read_in_the_format_of_the_exam(monkeypatch):
     def greedy(model, prompts, config, *, group_size, temperature, **_):
         assert (group_size, temperature, config.max_completion_tokens) == (1, 0.0, 5)
         sizes.append(len(prompts))
-        return [SimpleNamespace(completions=[prompt], logps=[torch.zeros(1)], truncated=[False]) for prompt in prompts]
+        return [SimpleNamespace(completions=[prompt], logps=[torch.zeros(len(prompt))], truncated=[False], sampled=()) for prompt in prompts]
 
-    monkeypatch.setattr("grpo.sample_groups", greedy)
+    monkeypatch.setattr("second_try.sample_groups", greedy)
     monkeypatch.setattr("policy.check_positions", lambda *_: None)
     policy = SimpleNamespace(model=None, eos_ids=(), decode=lambda tokens: f"<think> a </think> ```sql SELECT {len(tokens)}```")
     exam, lengths = Exam(AnswerFormat(lenient=True), 5, samples=3, temperature=1.0, batch=4), [5, 1, 2, 2, 7, 9]
