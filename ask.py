@@ -38,7 +38,6 @@ from prompts.builder import full_schema
 from questions import demo_world
 from running.layers import fold, handed_on
 from scoring.voting import VOTES, Candidate, Exam, choose, rank_groups, sample_candidates
-from second_try import support_of
 from sql_exec import Execution, SQLExecutor
 
 HISTORY = Path("~/.ask_history").expanduser()
@@ -66,9 +65,9 @@ class AskConfig:
     think: bool = option(False, "show the model's reasoning")
     rows: int = option(20, "rows of a result that are shown", at_least=1)
     max_completion_tokens: int = shared("max_completion_tokens")
-    constrain: str = shared("constrain", " (default: as the run that made the model)")
-    turns: int = shared("turns", " (default: as the run that made the model)")
-    feedback: str = shared("feedback", " (default: as the run that made the model)")
+    constrain: str = shared("constrain", "; of a policy trained here by default as in its run")
+    turns: int = shared("turns", "; of a policy trained here by default as in its run")
+    feedback: str = shared("feedback", "; of a policy trained here by default as in its run")
     lenient_format: bool | None = shared("lenient_format", " (default: as the run that made the model)")
     seed: int = shared("seed", ": the same question gets the same answer", at_most=2**32)
     threads: int = shared("threads")
@@ -140,8 +139,9 @@ class Asker:
         self.config, self.exam = config, config.exam(prompts.answer_style)
         self.path = check_database(config.database)
         self.note = unknown_database(config.model, run_config_of(config.model) or {}, self.path)
+        from second_try import support_of  # here, so that --help does not wait for PyTorch
         if policy is None:
-            from policy import load_for_sampling  # here, so that --help does not wait for PyTorch
+            from policy import load_for_sampling
             policy = load_for_sampling(config.model, config.threads)
         self.policy = policy
         self.builder = PromptBuilder({"database": self.path}, self.policy.tokenizer, prompts)

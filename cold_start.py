@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from os.path import commonprefix
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,19 @@ class SFTConfig:
                                      "from them", at_least=0)
 
     __post_init__ = check
+
+
+class Pair(NamedTuple):
+    """A completion to teach, and what it follows. A plain (prompt, completion) is one without a failing first try."""
+
+    prompt: Tensor  # [P]
+    completion: Tensor  # [C], with EOS
+    own: int | None = None  # tokens of the prompt before a failing first try, which must not be taught; None: P
+
+    @property
+    def read(self) -> int:
+        """Tokens that `prompt_loss` teaches, counted from the prompt's beginning."""
+        return len(self.prompt) if self.own is None else self.own
 
 
 def taught_text(example, answer_format: AnswerFormat) -> str:
@@ -137,31 +151,37 @@ def bare_trace(text: str) -> str:
 
 
 def supervised_pairs(examples: Sequence[Example], builder: PromptBuilder, tokenizer, end_id: int,
-                     second=None) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+                     second=None) -> tuple[list[tuple[Tensor, Tensor] | Pair], list[str]]:
     """(prompt, completion with `end_id`) of the traces whose prompt fits, and a sentence on those left out.
 
-    second: second_try.SecondTry, or None. A trace that is a second try is taught after the failing answer and what is
-    observed then, which belong to its prompt.
+    second: second_try.SecondTry, or None. A trace that is a second try gives a Pair: it is taught after the failing
+    answer and what is observed then, which belong to its prompt.
     Raises:
         UserError: there are traces, but no prompt fits.
     """
-    tried = [example for example in examples if example.first_try]
-    seen = second.observe(tried, [example.first_try for example in tried]) if second else [None] * len(tried)
-    seen = {id(example): ids for example, ids in zip(tried, seen, strict=True)}
-    idle = sum(ids is None for ids in seen.values())
-    encoded, notes = builder.encode_all(example for example in examples if seen.get(id(example), ()) is not None)
-    if idle:
-        notes += (f"left out {idle} of {len(tried)} second tries: "
+    firsts, others = ([example for example in examples if bool(example.first_try) is tried] for tried in (False, True))
+    seen = [None] * len(others)
+    if second:
+        seen = distributed.on_main(lambda: second.observe(others, [example.first_try for example in others]))
+    again = [(example, ids) for example, ids in zip(others, seen, strict=True) if ids is not None]
+    fitting, notes = builder.encode_all([*firsts, *(example for example, _ in again)])
+    if len(again) < len(others):
+        notes += (f"left out {len(others) - len(again)} of {len(others)} second tries: "
                   + ("their first try does not fail" if second else "only --turns 2 teaches them"),)
-    if examples and not encoded:
+    if (firsts or again) and not fitting:
         raise UserError(f"no trace can be taught: the prompts of all {len(examples)} are longer than "
                         f"--max-prompt-tokens {builder.config.max_prompt_tokens}, even shortened")
     answer_format = AnswerFormat(builder.config.answer_style)
-    answers = encode_answers(tokenizer, [taught_text(example, answer_format) for example, _ in encoded])
-    first = iter(encode_answers(tokenizer, [example.first_try for example, _ in encoded if example.first_try]))
-    prompts = [torch.tensor(ids if not example.first_try else [*ids, *next(first), end_id, *seen[id(example)].tolist()])
-               for example, ids in encoded]
-    pairs = [(prompt, torch.tensor([*answer, end_id])) for prompt, answer in zip(prompts, answers, strict=True)]
+    answers = encode_answers(tokenizer, [taught_text(example, answer_format) for example, _ in fitting])
+    tries = encode_answers(tokenizer, [example.first_try for example, _ in fitting])
+    observed, pairs = {id(example): ids for example, ids in again}, []
+    for (example, ids), answer, first in zip(fitting, answers, tries, strict=True):
+        prompt, completion = torch.tensor(ids), torch.tensor([*answer, end_id])
+        if example.first_try:
+            between = torch.cat([torch.tensor([*first, end_id]), observed[id(example)]])
+            pairs.append(Pair(torch.cat([prompt, between]), completion, len(prompt)))
+        else:
+            pairs.append((prompt, completion))
     return pairs, [f"cold start: {note}" for note in notes]
 
 
@@ -187,7 +207,8 @@ def cold_start_notes(config: SFTConfig, traces: int, questions: int) -> list[str
 def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig, *, seed: int,
                autocast: Callable = nullcontext, quiet: bool = False, tokens_per_pass: int = PASS_TOKENS,
                engine: Engine = FAST) -> float:
-    """Trains on (prompt [P], completion [C] with EOS) pairs; returns the loss of the last tenth, nats per token.
+    """Trains on pairs (`Pair`, or prompt [P] and completion [C] with EOS); returns the loss of the last tenth, nats per
+    token.
 
     tokens_per_pass: the most that go through the model together; a batch takes as many passes as it needs, and
     several processes share them.
@@ -202,7 +223,7 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
     warmup = max(1, min(50, steps // 10))
     losses, heartbeat = [], Heartbeat()
     model.train()
-    kin = families([prompt for prompt, _ in pairs]) if not config.prompt_loss else None
+    kin = families([prompt for prompt, *_ in pairs]) if not config.prompt_loss else None
     with tqdm(_batches(len(pairs), config.cold_start_batch, steps, seed, kin), desc="cold start", unit="step",
               dynamic_ncols=True, disable=quiet or None) as bar:  # None: only on a terminal, else a line per minute
         for step, batch in enumerate(bar, 1):
@@ -223,13 +244,14 @@ def cold_start(model, pairs: Sequence[tuple[Tensor, Tensor]], config: SFTConfig,
     return sum(tail) / len(tail)
 
 
-def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float, autocast: Callable,
+def _backward(model, pairs: Sequence[Pair], prompt_loss: float, autocast: Callable,
               tokens_per_pass: int, engine: Engine) -> float:
     """Adds the gradient of a batch's loss; returns its completion loss. Each process makes as many passes as its share
     of the batch needs."""
     def tokens(part):  # numbers of tokens with a loss: of completions, of prompts
-        return sum(len(completion) for _, completion in part), sum(len(prompt) - 1 for prompt, _ in part)
+        return sum(len(pair.completion) for pair in part), sum(pair.read - 1 for pair in part)
 
+    pairs = [Pair(*pair) for pair in pairs]
     total, loss = tokens(pairs), 0.0
     parts = passes(pairs, tokens_per_pass)
     most = max(distributed.gather(len(parts)))
@@ -245,28 +267,31 @@ def _backward(model, pairs: Sequence[tuple[Tensor, Tensor]], prompt_loss: float,
     return sum(distributed.gather(loss))
 
 
-def passes(pairs: Sequence[tuple[Tensor, Tensor]], tokens: int) -> list[list]:
+def passes(pairs: Sequence[Pair], tokens: int) -> list[list]:
     """Splits this process's share of a batch into passes of up to `tokens` tokens, or of a single pair. Sorting puts
     pairs with a common prefix into one share."""
-    rows = [torch.cat(pair) for pair in pairs]
+    rows = [torch.cat(pair[:2]) for pair in pairs]
     mine = sorted(range(len(pairs)), key=lambda i: rows[i].tolist())[distributed.share_of(len(pairs))]
     return [[pairs[mine[i]] for i in part] for part in fill([[rows[i]] for i in mine], tokens)]
 
 
-def supervised_losses(model, pairs: Sequence[tuple[Tensor, Tensor]], with_prompts: bool = False,
+def supervised_losses(model, pairs: Sequence[Pair], with_prompts: bool = False,
                       engine: Engine = FAST) -> tuple[Tensor, Tensor]:
     """Mean cross-entropies of the completion tokens and of the prompt tokens (scalars, nats).
 
     A prompt's first token has no loss; the second mean is 0 unless `with_prompts`. The fast engine packs all pairs into
     one row without padding, in which a common prefix appears once.
     """
-    rows, given = [torch.cat(pair) for pair in pairs], [prompt[:1] if with_prompts else prompt for prompt, _ in pairs]
+    pairs = [Pair(*pair) for pair in pairs]
+    rows = [torch.cat(pair[:2]) for pair in pairs]
+    given = [pair.prompt[:1] if with_prompts else pair.prompt for pair in pairs]
     logp = engine.logprobs(model, given, [row[len(tokens):] for row, tokens in zip(rows, given, strict=True)],
                            1.0)  # [N, T]
-    first, prompt, total = (torch.tensor(list(map(len, sizes)))[:, None]
-                            for sizes in (given, [prompt for prompt, _ in pairs], rows))
+    lengths = [(len(tokens), pair.read, len(pair.prompt), len(row))
+               for tokens, pair, row in zip(given, pairs, rows, strict=True)]
+    first, own, prompt, total = torch.tensor(lengths).T[..., None]  # [N, 1] each
     position = first + torch.arange(logp.shape[1])  # [N, T], of each token in its row
-    taught, read = (mask.to(logp.device) for mask in ((position >= prompt) & (position < total), position < prompt))
+    taught, read = (mask.to(logp.device) for mask in ((position >= prompt) & (position < total), position < own))
     return -logp[taught].mean(), -logp[read].mean() if with_prompts else logp.new_zeros(())
 
 

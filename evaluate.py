@@ -79,7 +79,6 @@ from scoring.verdicts import (
 )
 from scoring.voting import VOTES, Exam, pass_at_k
 from scoring.writable import unwritable, unwritable_note
-from second_try import support_of
 from sql_exec import MATCHES, SQLExecutor, r_ves_reward
 
 __all__ = ["EvaluateConfig", "ExampleScore", "MATCHES", "bootstrap_interval", "compare", "difficulty_levels",
@@ -416,6 +415,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
     if progress.done:
         print(f"continuing: {sum(map(len, progress.done.values()))} of {len(examples)} questions are done")
     from policy import load_for_sampling  # here, so that scoring a predictions file does not wait for PyTorch
+    from second_try import support_of
 
     policy = load_for_sampling(config.model, config.threads)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)

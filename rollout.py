@@ -99,7 +99,7 @@ class RolloutMaker:
         with self.inside():
             return self.support.sample(self.policy, [question.prompt for question in questions],
                                        [question.example for question in questions], self.s.grpo, seeds=seeds,
-                                       engine=self.engine, room=rollout_room(self.s)[1])
+                                       engine=self.engine, room=rollout_room(self.s))
 
     def score(self, examples: Sequence[Example], groups: Sequence[Group]) -> list[Rollout]:
         """The rollouts of all processes; each scores its own groups. The memory adds the thoughts of correct ones."""

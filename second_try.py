@@ -16,6 +16,8 @@ observation is a message of the user in the model's chat template; without a tem
 tokens of prompt and first try stay as they were sampled, even where the template would strip earlier reasoning.
 """
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from common.wording import plural
+from common.wording import exact_text, plural
 from grpo import Engine, Group, GRPOConfig, sample_groups
 from prompts.answer_format import AnswerFormat
 from prompts.names import NameRules, name_rules
@@ -33,6 +35,9 @@ from sql_exec import Execution, SQLExecutor
 OBSERVED = 128  # tokens of an observation at most
 ROWS, CELL = 3, 40  # of a result that are shown; characters of a cell
 APART = 2**40  # between the seeds of a question's completions and those of their second tries
+AT_ONCE = 64  # results held in memory at once
+UNBOUNDED = (math.inf, math.inf)
+OBSERVATION = re.compile(r"^(error|\d+ rows?): .*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,9 @@ class Support:
 
     def sample(self, policy, prompts: Sequence[Tensor], asked: Sequence[Example], config: GRPOConfig, *,
                seeds: Sequence[int], engine: Engine, temperature: float | None = None, group_size: int | None = None,
-               room: float = torch.inf) -> list[Group]:
+               room: tuple[float, float] = UNBOUNDED) -> list[Group]:
         """`grpo.sample_groups` with this support. asked: the question of each prompt. room: tokens of second tries that
-        are decoded side by side, with what comes before them."""
+        are decoded side by side: what comes before them; that and themselves."""
         sample = partial(sample_groups, policy.model, config=config, eos_ids=policy.eos_ids, temperature=temperature,
                          engine=engine)
         groups = sample(prompts, group_size=group_size, seeds=seeds, rules=self.names and self.names.of_all(asked))
@@ -82,11 +87,10 @@ class SecondTry:
     feedback: str = "error"
 
     def go_on(self, groups: Sequence[Group], asked: Sequence[Example], seeds: Sequence[int], sample: Callable,
-              limit: int, room: float = torch.inf) -> list[Group]:
+              limit: int, room: tuple[float, float] = UNBOUNDED) -> list[Group]:
         """The groups with second tries.
 
         sample: (prompts, seeds=…, rules=…) -> a group of one completion per prompt, of up to `limit` tokens.
-        room: tokens that are decoded side by side, prompts included.
         """
         ended = [(b, i) for b, group in enumerate(groups) for i, cut in enumerate(group.truncated) if not cut]
         texts = [self.policy.decode(groups[b].completions[i]) for b, i in ended]
@@ -95,8 +99,10 @@ class SecondTry:
         prompts = [torch.cat([groups[b].prompt, groups[b].completions[i], observed[b, i]]) for b, i in again]
         own = [seeds[b] + APART * (1 + i) for b, i in again]
         second = {}
-        for part in parts([len(prompt) + limit for prompt in prompts], room):
+        for part in parts([len(prompt) for prompt in prompts], limit, room):
             rules = [groups[again[k][0]].rules[again[k][1]] for k in part] if groups[0].rules else None
+            if self.policy.device.type == "cuda" and not rules:  # a graph needs a number of rows that comes again
+                part = part + part[-1:] * (-len(part) % 16)
             found = sample([prompts[k] for k in part], seeds=[own[k] for k in part], rules=rules)
             second |= {again[k]: one for k, one in zip(part, found, strict=True)}
         return [joined(group, {i: (observed[b, i], second[b, i]) for i in range(len(group.completions))
@@ -105,9 +111,13 @@ class SecondTry:
     def observe(self, asked: Sequence[Example], texts: Sequence[str]) -> list[Tensor | None]:
         """The tokens [O] between an answer and the next, per answer; None where the answer stands."""
         read = [self.answer_format.read(text) for text in texts]
-        run = [i for i, parsed in enumerate(read) if parsed]
-        found = dict(zip(run, self.executor.run_many([(asked[i].db_id, read[i][1]) for i in run]), strict=True))
-        return [self.tokens(example, self.words(found.get(i))) for i, example in enumerate(asked)]
+        words, run = [self.words(None)] * len(texts), [i for i, parsed in enumerate(read) if parsed]
+        for start in range(0, len(run), AT_ONCE):
+            part = run[start:start + AT_ONCE]
+            ran = self.executor.run_many([(asked[i].db_id, read[i][1]) for i in part])
+            for i, execution in zip(part, ran, strict=True):
+                words[i] = self.words(execution)
+        return [self.tokens(example, said) for example, said in zip(asked, words, strict=True)]
 
     def words(self, execution: Execution | None) -> str:
         """What is observed, in one line; empty if nothing is. execution: of the answer's SQL, None without one"""
@@ -116,10 +126,11 @@ class SecondTry:
         if execution.unread or execution.status == "ok" and self.feedback == "error":
             return ""
         if execution.status != "ok":
-            return f"error: {' '.join((execution.error or execution.status).split())}"
+            return one_line(f"error: {execution.error or execution.status}")
         shown = [execution.columns, *execution.rows[:ROWS]]
-        rows = ", ".join(f"({', '.join(str(cell)[:CELL] for cell in row)})" for row in shown)
-        return f"{plural(len(execution.rows), 'row')}: {rows}" + ", …" * (len(execution.rows) > ROWS)
+        rows = ", ".join(f"({', '.join('NULL' if cell is None else exact_text(cell)[:CELL] for cell in row)})"
+                         for row in shown)
+        return one_line(f"{plural(len(execution.rows), 'row')}: {rows}" + ", …" * (len(execution.rows) > ROWS))
 
     def tokens(self, example: Example, words: str) -> Tensor | None:
         """An observation as the model reads it, shortened if it is long. -> [O]; None for no words"""
@@ -131,11 +142,17 @@ class SecondTry:
         return torch.tensor(ids)
 
 
-def parts(lengths: Sequence[int], room: float) -> list[list[int]]:
-    """Splits rows of these lengths, similar ones together, into parts of up to `room` tokens, or of a single row."""
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def parts(lengths: Sequence[int], limit: int, room: tuple[float, float]) -> list[list[int]]:
+    """Splits prompts of these lengths, similar ones together, into parts for which there is room, or of a single one.
+    limit: tokens of a completion."""
     found, width = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not found or (len(found[-1]) + 1) * width > room:
+        count = len(found[-1]) + 1 if found else 0
+        if not found or count * width > room[0] or count * (width + limit) > room[1]:
             found.append([])
             width = lengths[i]
         found[-1].append(i)
@@ -186,11 +203,13 @@ def share(groups: Sequence[Group]) -> float:
 
 
 def before(policy, group: Group, i: int) -> dict[str, str]:
-    """`first_try` and `observation` of a completion as text; nothing if its first try stands."""
+    """`first_try` and `observation` of a completion as text, without the chat template's part; nothing if its first try
+    stands."""
     first, *observed = tries(group, i)[:2]
     if not observed:
         return {}
-    return {"first_try": policy.decode(first), "observation": policy.tokenizer.decode(observed[0].tolist()).strip()}
+    text = policy.tokenizer.decode(observed[0].tolist(), skip_special_tokens=True)
+    return {"first_try": policy.decode(first), "observation": OBSERVATION.search(text)[0]}
 
 
 @dataclass(frozen=True)

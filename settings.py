@@ -30,7 +30,6 @@ from running.guards import GuardConfig
 from running.layers import PROMPTS, fold, handed_on
 from running.recipes import RECIPES, recipe_values
 from scoring.voting import Exam
-from second_try import longest
 
 # The tiny policy starts from random weights and needs far larger steps than a pretrained model.
 TINY = {"steps": 140, "draw": "informative", "lr": 4e-4, "lr_decay": True, "group_size": 8, "prompts_per_step": 32,
@@ -171,7 +170,7 @@ class RunConfig:
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
 # The values in runs that are older than the setting.
 DEFAULTS_BEFORE = {"draw": "epochs", "questions_per_database": 1, "execution_runs": 1.0, "atomic_weights": "equal",
-                   "memory_names": "written"}
+                   "memory_names": "written", "constrain": "none", "turns": 1, "feedback": "error"}
 MAY_CHANGE_ON_RESUME = ("resume", "output", "steps", "threads", "sharding", "eval_every", "eval_samples", "save_every",
                         "sql_workers", "log", "verbose", "token_ratios_every", "keep",
                         "max_skipped", "warn_flat_steps", "warn_format_steps", "warn_kl", "warn_truncated",
@@ -277,6 +276,8 @@ def check_together(s: Settings) -> None:
     if s.grpo.advantage_scale == "gdpo" and (s.grpo.overlong == "penalise" or s.rewards.weights["user"]):
         raise UserError("--advantage-scale gdpo standardises each reward by itself, so with --overlong penalise or the "
                         "reward user a wrong completion could outrank a correct one: leave one of them out")
+    if s.run.feedback != "error" and s.run.turns == 1:
+        raise UserError(f"--feedback {s.run.feedback} says what a second try reads: give --turns 2 as well")
     if 0 < s.grpo.dual_clip <= 1:
         raise UserError(f"--dual-clip is {s.grpo.dual_clip:g}; it must be above 1, or 0 for none")
     if s.run.prompts_per_step % s.run.questions_per_database:
@@ -361,7 +362,7 @@ def planned(s: Settings, config: dict | None = None, processes: int = 1) -> tupl
         raise UserError(f"cannot plan for {run.model}: {error}") from error
     gpu = isinstance(run.plan, float) or torch.cuda.is_available()
     work = memory_plan.Work(
-        prompt=s.prompts.max_prompt_tokens, completion=longest(s.grpo.max_completion_tokens, run.turns),
+        prompt=s.prompts.max_prompt_tokens, completion=s.grpo.max_completion_tokens, turns=run.turns,
         group=s.grpo.group_size,
         prompts=math.ceil(run.prompts_per_step / processes), micro_batch=s.grpo.micro_batch,
         rollout_batch=s.grpo.rollout_batch,

@@ -32,12 +32,13 @@ from history import run_config_of
 from partial_credit.memory import MemoryGate, TraceMemory, gate_for
 from policy import load_for_sampling
 from prompts.answer_format import AnswerFormat
+from prompts.names import name_rules
 from questions.example import Example
 from rewards import RewardConfig, build_memory
 from running.layers import fold, handed_on
 from scoring.answers import Examination, Progress, fingerprint, ready_made
 from scoring.voting import Exam
-from second_try import support_of
+from second_try import Support
 from sql_exec import SQLExecutor
 
 # Settings that do not affect the samples.
@@ -60,8 +61,6 @@ class MineConfig:
     max_completion_tokens: int = shared("max_completion_tokens")
     batch: int = shared("batch")
     constrain: str = shared("constrain", "; of a policy trained here by default as in its run")
-    turns: int = shared("turns", "; of a policy trained here by default as in its run")
-    feedback: str = shared("feedback", "; of a policy trained here by default as in its run")
     lenient_format: bool = shared("lenient_format", "; of a policy trained here by default as in its run",
                                   default=False)
     repair: bool = option(False, "also write, for --turns 2, answers that do not run, each with the trace that "
@@ -107,9 +106,9 @@ def main() -> None:
         raise UserError(str(error)) from error
     builder, exam = PromptBuilder(dataset.databases, policy.tokenizer, prompts), config.exam(prompts.answer_style)
     with SQLExecutor(dataset.databases, config.workers, config.timeout) as executor:
+        names = name_rules(config.constrain, policy, dataset.databases, exam.answer_format)
         examination = Examination(policy, builder, executor, exam, ("sample",), keep_distinct=True, traces=exam.samples,
-                                  support=support_of(config, policy, builder, executor, exam.answer_format),
-                                  failures=exam.samples)
+                                  support=Support(names), failures=exam.samples)
         records = sample(examination, examples, progress)
     repairs = choose_repairs(records, examples, columns_of(dataset.databases), config) if config.repair else []
     write_traces(config, records, memory, progress, exam.answer_format, repairs)
@@ -126,16 +125,16 @@ def sample(examination: Examination, examples: Sequence[Example], progress: Prog
 
 def write_traces(config: MineConfig, records: Sequence[dict], memory: TraceMemory, progress: Progress,
                  answer_format: AnswerFormat, repairs: Sequence[dict] = ()) -> None:
-    """Chooses traces and writes the file, repairs last. Raises UserError, with the reason, if there is no trace."""
+    """Chooses traces and writes the file, repairs last. Raises UserError, with the reason, if there is neither."""
     verified = [(trace["db_id"], trace["trace"]) for record in records for trace in record["traces"]]
     memory.gate = gate_for(verified, memory.columns, memory.gate)
     kept = choose_traces(records, memory, config)
     summary = summary_of(records, kept, memory)
-    if not verified:
+    if not verified and not repairs:
         progress.finish()  # useless to a command that parses answers differently
         raise UserError(f"no trace to write to {config.mine}: {summary}: "
                         + why_none_verified(records, answer_format))
-    if not kept:
+    if not kept and not repairs:
         raise UserError(f"no trace to write to {config.mine}: {summary}: the gate refused "
                         f"{memory.gate.explain(memory.rejections)}; what was sampled is kept in {progress.file}, so "
                         "the same command with another gate is done at once")
@@ -174,23 +173,28 @@ def why_none_verified(records: Sequence[dict], answer_format: AnswerFormat) -> s
 
 def choose_repairs(records: Sequence[dict], examples: Sequence[Example], schemas: Mapping,
                    config: MineConfig) -> list[dict]:
-    """Failing answers to questions with gold SQL, each with the trace that corrects it, as records for --traces.
+    """Failing answers to questions with gold SQL, each with the trace that corrects it, as records for --traces; with
+    the limits of traces per question, and per database and difficulty.
 
     schemas: {db_id: {table: [column, ...]}}.
     """
+    traced = {example.id: example for example in template_traces(examples, schemas) if example.gold_sqls}
     of_cell, kept = Counter(), []
-    traced = {example.id: example for example in template_traces(examples, schemas)}
-    for record in records:
-        example = traced.get(record["id"])
-        for number, text in enumerate(record["failing"][:config.max_per_question] if example else (), 1):
-            if of_cell[example.db_id, example.difficulty] == config.max_per_cell:
-                break
-            of_cell[example.db_id, example.difficulty] += 1
-            kept.append({"id": f"{example.id}-repair-{number}", "db_id": example.db_id, "question": example.question,
-                         "sql": example.gold_sql, "evidence": example.evidence, "difficulty": example.difficulty,
-                         "trace": example.trace, "trace_sql": example.trace_sql, "first_try": text,
-                         **ready_made(example)})
+    for rank in range(config.max_per_question):  # every question gives one before any gives two
+        for record in records:
+            example, failing = traced.get(record["id"]), record["failing"][rank:rank + 1]
+            cell = example and (example.db_id, record["answers"]["sample"]["difficulty"])
+            if example and failing and of_cell[cell] < config.max_per_cell:
+                of_cell[cell] += 1
+                kept.append(repair_of(example, failing[0], rank + 1))
     return kept
+
+
+def repair_of(example: Example, failing: str, number: int) -> dict:
+    """A record for --traces: a question's trace, after an answer that fails."""
+    return {"id": f"{example.id}-repair-{number}", "db_id": example.db_id, "question": example.question,
+            "sql": example.gold_sql, "evidence": example.evidence, "difficulty": example.difficulty,
+            "trace": example.trace, "trace_sql": example.trace_sql, "first_try": failing, **ready_made(example)}
 
 
 def choose_traces(records: Sequence[dict], memory: TraceMemory, config: MineConfig) -> list[dict]:

@@ -236,11 +236,12 @@ class Trainer:
         self.dev_set = self.usable(data.dev, "dev")
         usable = {name: self.usable(examples, name) for name, examples in data.tests.items()}
         self.test_sets = {name: questions for name, questions in usable.items() if questions}
+        check_positions(self.policy, s.prompts.max_prompt_tokens,
+                        second_try.longest(s.grpo.max_completion_tokens, s.run.turns))
         self.user_reward, self.memory = self.load_rewards()  # before anything is trained
         self.trackers = open_trackers(s.run.log, folder.path, s.as_dict()) if distributed.is_main() else []
         self.sharded, self.engine = self.share_model()
         self.support = second_try.support_of(s.run, self.policy, self.builder, executor, s.answer_format)
-        check_positions(self.policy, s.prompts.max_prompt_tokens, self.support.longest(s.grpo.max_completion_tokens))
         self.held_out = HeldOut(s, self.policy, executor, data.databases, self.sampling, self.support)
         self.drawing = self.make_drawing()
         self.reference = self.optimizer = self.scorer = self.rollout_maker = None  # `prepare` makes them

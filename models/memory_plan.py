@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.packing import LONGEST as MOST
+from second_try import longest
 
 CHUNK = 2**24  # elements of logits that exist at once (packing.py)
 PASS = 1.5e8  # bytes stored for backward by a pass of several groups of the tiny policy on a CPU
@@ -90,7 +91,7 @@ class Work:
     """The settings of a step that determine its memory."""
 
     prompt: int  # tokens, P
-    completion: int  # tokens, T
+    completion: int  # tokens of a try, T
     group: int  # completions per question, G
     prompts: int  # questions per step, B
     micro_batch: int  # completions per packed row; 0: the whole group
@@ -106,6 +107,12 @@ class Work:
     optimizer_on_cpu: bool = False  # engine/offload.py
     shards: int = 1  # processes over which parameters, gradients and optimizer are spread (distributed.py)
     half_base: bool = True  # in bf16 arithmetic the frozen weights under adapters are bf16 too
+    turns: int = 1  # tries of a completion
+
+    @property
+    def longest(self) -> int:
+        """The tokens of a whole completion. Second tries are sampled in the room of the first ones."""
+        return longest(self.completion, self.turns)
 
     @property
     def half(self) -> bool:
@@ -193,7 +200,7 @@ def sampling(shape: Shape, work: Work) -> dict[str, float]:
     rows = prompts * work.group
     cache = prompts * work.prompt * 2 * shape.kv_heads * shape.head * shape.layers * number  # before it is copied
     prefill = prompts * work.prompt * (3 * shape.inner + 6 * shape.width) * number + prompts * work.prompt**2 + cache
-    token = 3 * rows * shape.heads * (work.prompt + work.completion) * 4  # scores of attention
+    token = 3 * rows * shape.heads * (work.prompt + work.longest) * 4  # scores of attention
     return {"activations": max(prefill, token), "logits chunk": rows * shape.vocabulary * (20 + number)}
 
 
@@ -223,12 +230,12 @@ def update(shape: Shape, work: Work) -> dict[str, float]:
 def together(work: Work) -> int:
     """Completions of a group in a packed row: all, unless --micro-batch is smaller or they are too long."""
     return work.micro_batch or min(
-        work.group, max(1, (max(MOST, work.pass_tokens) - work.prompt) // work.completion))
+        work.group, max(1, (max(MOST, work.pass_tokens) - work.prompt) // work.longest))
 
 
 def group_tokens(work: Work) -> int:
     """Tokens of a prompt and its completions in one row."""
-    return work.prompt + together(work) * work.completion
+    return work.prompt + together(work) * work.longest
 
 
 def row_tokens(work: Work) -> int:
@@ -245,7 +252,7 @@ def mask_bytes(work: Work) -> int:
 def logits_of(shape: Shape, work: Work) -> int:
     """Elements of logits in memory at once."""
     completions = row_tokens(work) // group_tokens(work) * together(work)
-    return min(max(CHUNK, shape.vocabulary), completions * work.completion * shape.vocabulary)
+    return min(max(CHUNK, shape.vocabulary), completions * work.longest * shape.vocabulary)
 
 
 def layer_bytes(shape: Shape, work: Work) -> int:
@@ -329,7 +336,7 @@ def text(name: str, shape: Shape, work: Work, limit: float) -> str:
     place = "a card" if work.gpu else "this machine's memory"
     trained = f", {shape.adapters(work.lora_rank) / 1e6:.1f} M of adapters trained" if work.lora_rank else ""
     lines = [f"{name}: {shape.parameters() / 1e6:,.1f} M parameters{trained}",
-             f"prompts of {work.prompt} and completions of {work.completion} tokens, the longest allowed; {work.group} "
+             f"prompts of {work.prompt} and completions of {work.longest} tokens, the longest allowed; {work.group} "
              f"completions a question; gradient checkpointing {'on' if work.checkpointing else 'off'}", "",
              table(found), ""]
     if work.gpu and work.optimizer_on_cpu:

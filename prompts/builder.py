@@ -144,9 +144,9 @@ class PromptBuilder:
         in a chat, else a line of its own. The token that ended the answer, one of `ends`, is not among them."""
         said = guarded(said, self._control)
         if not self._in_chat(example):
-            return self._ids(f"\n{said}\nanswer :\n", templated=True)
+            return self._ids(f"\n{said}\n{'answer :' if self.style == 'compact' else 'Answer:'}\n", templated=True)
         chat = self._wrap([("user", "question"), ("assistant", ANSWER), ("user", said)])
-        after = chat.rpartition(ANSWER)[2].lstrip()
+        after = chat.partition(ANSWER)[2].lstrip()
         end = next((end for end in ends if after.startswith(end)), "")
         return self._ids(after.removeprefix(end), templated=True)
 

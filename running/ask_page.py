@@ -45,9 +45,9 @@ function show(answer) {
   if (answer.error) add(reply, "p", answer.error, "error");
   if (answer.first_try) {
     const box = add(reply, "details");
-    add(box, "summary", "First try, which failed");
+    add(box, "summary", "First try");
     add(box, "pre", answer.first_try);
-    add(box, "p", answer.observation, "error");
+    add(box, "p", answer.observation);
   }
   if (answer.thought) {
     const box = add(reply, "details");

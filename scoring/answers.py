@@ -31,8 +31,9 @@ class Examination:
     """A policy answers questions, one batch at a time. Each question gives a record, ready for JSON:
 
     answers   {way of answering: ExampleScore as a dict}; ways are greedy, sample (the first) and the votes
-    samples   counts over the n candidates: correct (per comparison), statuses, groups, truncated, tokens
+    samples   counts over the n candidates: correct (per comparison), statuses, groups, truncated, second_tries, tokens
     traces    verified answers with their reasoning, the likeliest first, at most `traces` of them
+    failing   texts of answers whose SQL does not run, likewise, at most `failures` of them; if any are wanted
     seconds   for the prompt, for generation (a batch's time divided evenly) and for the candidates' SQL
     """
 
@@ -173,10 +174,11 @@ def verified_traces(example: Example, candidates: Sequence[Candidate], verdicts:
         return candidate.thought.strip() and score.gold_status == "ok" and score.verified
 
     right = sorted(filter(verified, candidates), key=lambda candidate: -candidate.logprob)
-    answers = dict.fromkeys((candidate.thought.strip(), candidate.sql) for candidate in right)
+    answers = dict.fromkeys((candidate.thought.strip(), candidate.sql, candidate.first_try) for candidate in right)
     return [{"id": example.id, "db_id": example.db_id, "question": example.question, "sql": sql,
-             "evidence": example.evidence, "difficulty": example.difficulty, "trace": thought, **ready_made(example)}
-            for thought, sql in answers]
+             "evidence": example.evidence, "difficulty": example.difficulty, "trace": thought,
+             **({"first_try": first} if first else {}), **ready_made(example)}
+            for thought, sql, first in answers]
 
 
 def ready_made(example: Example) -> dict:

@@ -29,11 +29,11 @@ VOTES = ("value-aware", "majority")
 class Candidate:
     """A completion and its parts."""
 
-    text: str        # as the model wrote it
+    text: str        # of the answer, as the model wrote it
     thought: str     # its reasoning
     sql: str         # empty if the format is broken
-    logprob: float   # mean over its tokens, under the sampling distribution
-    tokens: int      # sampled ones
+    logprob: float   # mean over the tokens of all its tries, under the sampling distribution
+    tokens: int      # of all its tries
     truncated: bool  # no end within the allowed length
     first_try: str = ""    # of an answer that is a second try (second_try.py), and what was observed after it
     observation: str = ""
@@ -95,7 +95,7 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], exam: Ex
             groups = support.sample(policy, [torch.as_tensor(encoded_prompts[i], dtype=torch.long) for i in part],
                                     [asked[i] for i in part] if asked else (), config, engine=FAST,
                                     group_size=exam.samples, temperature=exam.temperature,
-                                    seeds=[exam.seed * 1_000_003 + i for i in part], room=exam.room[1])
+                                    seeds=[exam.seed * 1_000_003 + i for i in part], room=exam.room)
             candidates |= {i: read_group(policy, group, exam.answer_format)
                            for i, group in zip(part, groups, strict=True)}
             bar.update(len(part))

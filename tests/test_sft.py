@@ -370,7 +370,7 @@ def test_a_bad_embedder_or_a_folder_in_the_way_is_one_sentence(own_data, tmp_pat
 
 @pytest.mark.parametrize("config, bad", [
     (cold_start.SFTConfig, {"cold_start_steps": -1, "cold_start_batch": 0, "cold_start_lr": 0.0, "prompt_loss": -0.1}),
-    (sft.MineConfig, {"limit": -1, "samples": 0, "temperature": 0.0, "max_completion_tokens": 0, "batch": 0, "turns": 3,
+    (sft.MineConfig, {"limit": -1, "samples": 0, "temperature": 0.0, "max_completion_tokens": 0, "batch": 0,
                       "max_per_question": 0, "max_per_cell": 0, "threads": -3, "workers": 0, "timeout": 0.0})])
 def test_every_number_states_its_range(config, bad):
     given = {"mine": "x.jsonl", "model": "m"} if config is sft.MineConfig else {}
