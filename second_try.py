@@ -209,7 +209,8 @@ def before(policy, group: Group, i: int) -> dict[str, str]:
     if not observed:
         return {}
     text = policy.tokenizer.decode(observed[0].tolist(), skip_special_tokens=True)
-    return {"first_try": policy.decode(first), "observation": OBSERVATION.search(text)[0]}
+    line = OBSERVATION.search(text)
+    return {"first_try": policy.decode(first), "observation": line[0] if line else text.strip()}
 
 
 @dataclass(frozen=True)
