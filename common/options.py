@@ -47,8 +47,8 @@ SHARED = {  # settings that several commands share
     "constrain": {"default": "none", "choices": ("none", "names"), "common": True,
                   "help": "names: SQL contains only keywords, functions, names of its database and aliases (needs "
                           "llguidance)"},
-    "turns": {"default": 1, "choices": (1, 2), "help": "2: after an answer that does not run, the error and a second "
-                                                       "try follow"},
+    "turns": {"default": 1, "choices": (1, 2), "at_least": 1,
+              "help": "2: after an answer that does not run, the error and a second try follow"},
     "feedback": {"default": "error", "choices": ("error", "results"),
                  "help": "what a second try reads: the error; results: also columns and three rows of what ran"},
     "lenient_format": {"default": None, "help": "also take SQL inside a code fence"},
