@@ -420,6 +420,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
     policy = load_for_sampling(config.model, config.threads)
     builder = PromptBuilder(dataset.databases, policy.tokenizer, prompts)
     exam = config.exam(prompts.answer_style)
+    support = support_of(config, policy, builder, executor, exam.answer_format)
     written = builder.protocol() | {"precision": str(policy.model.dtype).removeprefix("torch.")}
     if any(example.messages or example.prompt for example in examples):
         written["prompt_style"] = "ready-made"
@@ -431,8 +432,7 @@ def evaluate_model(config: EvaluateConfig, prompts: PromptConfig, dataset, execu
     try:
         records = Examination(policy, builder, executor, exam, config.ways,
                               matches=config.matches, keep_distinct=config.keep_distinct,
-                              suite=suite, support=support_of(config, policy, builder, executor, exam.answer_format)
-                              ).run(examples, progress)
+                              suite=suite, support=support).run(examples, progress)
         report_scores(config, examples, scores_of(records, config.answer), executor, suite, written, records,
                       [examples[i].id for i in sorted(lost)])
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ share each step's questions; every process then gathers the rollouts of all.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from questions.example import Example
 from rewards import RewardBreakdown, RewardConfig, RewardError, RewardItem, RewardScorer, readable, rewards_apart
 from running.drawing import Drawing
 from scoring.verdicts import first_reasons
+from scoring.voting import side_by_side
 from second_try import Support, answers, before
-from settings import Settings, rollout_room
+from settings import Settings
 from variants import overlong_penalty
 
 
@@ -96,10 +98,11 @@ class RolloutMaker:
 
     def sample(self, questions: Sequence[Question], seeds: Sequence[int]) -> list[Group]:
         """A group of completions per question."""
+        split = partial(side_by_side, exam=replace(self.s.exam, batch=self.s.grpo.rollout_batch))
         with self.inside():
             return self.support.sample(self.policy, [question.prompt for question in questions],
                                        [question.example for question in questions], self.s.grpo, seeds=seeds,
-                                       engine=self.engine, room=rollout_room(self.s))
+                                       engine=self.engine, split=split)
 
     def score(self, examples: Sequence[Example], groups: Sequence[Group]) -> list[Rollout]:
         """The rollouts of all processes; each scores its own groups. The memory adds the thoughts of correct ones."""
@@ -110,7 +113,7 @@ class RolloutMaker:
         rewards = [found[i:i + G] for i in range(0, len(found), G)]  # [B][G]
         if self.s.grpo.overlong == "penalise":  # half the margin, so that a correct one still outranks a wrong one
             rewards = penalise(rewards, 0.5 * self.s.rewards.margin * overlong_penalty(groups, self.s.grpo))
-        tried = [[before(self.policy, group, i) for i in range(G)] if group.sampled else () for group in groups]
+        tried = [before(self.policy, group) for group in groups]
         rollouts = distributed.merge([Rollout(*parts) for parts in zip(examples, groups, rewards, tried, strict=True)])
         if self.scorer.memory is not None and distributed.size() > 1:
             self.scorer.memory.exchange(((item.db_id, b.thought) for item, b in zip(items, found, strict=True)

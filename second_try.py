@@ -16,7 +16,6 @@ observation is a message of the user in the model's chat template; without a tem
 tokens of prompt and first try stay as they were sampled, even where the template would strip earlier reasoning.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +35,6 @@ OBSERVED = 128  # tokens of an observation at most
 ROWS, CELL = 3, 40  # of a result that are shown; characters of a cell
 APART = 2**40  # between the seeds of a question's completions and those of their second tries
 AT_ONCE = 64  # results held in memory at once
-UNBOUNDED = (math.inf, math.inf)
 OBSERVATION = re.compile(r"^(error|\d+ rows?): .*$", re.MULTILINE)
 
 
@@ -52,17 +50,16 @@ class Support:
         return longest(limit, 1 if self.second is None else 2)
 
     def sample(self, policy, prompts: Sequence[Tensor], asked: Sequence[Example], config: GRPOConfig, *,
-               seeds: Sequence[int], engine: Engine, temperature: float | None = None, group_size: int | None = None,
-               room: tuple[float, float] = UNBOUNDED) -> list[Group]:
-        """`grpo.sample_groups` with this support. asked: the question of each prompt. room: tokens of second tries that
-        are decoded side by side: what comes before them; that and themselves."""
+               seeds: Sequence[int], engine: Engine, split: Callable, temperature: float | None = None,
+               group_size: int | None = None) -> list[Group]:
+        """`grpo.sample_groups` with this support. asked: the question of each prompt. split: (lengths of prompts) ->
+        indices of those to decode together, for second tries."""
         sample = partial(sample_groups, policy.model, config=config, eos_ids=policy.eos_ids, temperature=temperature,
                          engine=engine)
         groups = sample(prompts, group_size=group_size, seeds=seeds, rules=self.names and self.names.of_all(asked))
         if self.second is None:
             return groups
-        return self.second.go_on(groups, asked, seeds, partial(sample, group_size=1), config.max_completion_tokens,
-                                 room)
+        return self.second.go_on(groups, asked, seeds, partial(sample, group_size=1), split)
 
 
 def longest(limit: int, turns: int) -> int:
@@ -87,10 +84,10 @@ class SecondTry:
     feedback: str = "error"
 
     def go_on(self, groups: Sequence[Group], asked: Sequence[Example], seeds: Sequence[int], sample: Callable,
-              limit: int, room: tuple[float, float] = UNBOUNDED) -> list[Group]:
+              split: Callable) -> list[Group]:
         """The groups with second tries.
 
-        sample: (prompts, seeds=…, rules=…) -> a group of one completion per prompt, of up to `limit` tokens.
+        sample: (prompts, seeds=…, rules=…) -> a group of one completion per prompt. split: as in `Support.sample`.
         """
         ended = [(b, i) for b, group in enumerate(groups) for i, cut in enumerate(group.truncated) if not cut]
         texts = [self.policy.decode(groups[b].completions[i]) for b, i in ended]
@@ -98,12 +95,13 @@ class SecondTry:
         again = [place for place in ended if observed[place] is not None]
         prompts = [torch.cat([groups[b].prompt, groups[b].completions[i], observed[b, i]]) for b, i in again]
         own = [seeds[b] + APART * (1 + i) for b, i in again]
+        rules = [groups[b].rules[i] for b, i in again if groups[b].rules]
         second = {}
-        for part in parts([len(prompt) for prompt in prompts], limit, room):
-            rules = [groups[again[k][0]].rules[again[k][1]] for k in part] if groups[0].rules else None
+        for part in split([len(prompt) for prompt in prompts]):
             if self.policy.device.type == "cuda" and not rules:  # a graph needs a number of rows that comes again
                 part = part + part[-1:] * (-len(part) % 16)
-            found = sample([prompts[k] for k in part], seeds=[own[k] for k in part], rules=rules)
+            found = sample([prompts[k] for k in part], seeds=[own[k] for k in part],
+                           rules=[rules[k] for k in part] if rules else None)
             second |= {again[k]: one for k, one in zip(part, found, strict=True)}
         return [joined(group, {i: (observed[b, i], second[b, i]) for i in range(len(group.completions))
                                if (b, i) in second}) for b, group in enumerate(groups)]
@@ -146,19 +144,6 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def parts(lengths: Sequence[int], limit: int, room: tuple[float, float]) -> list[list[int]]:
-    """Splits prompts of these lengths, similar ones together, into parts for which there is room, or of a single one.
-    limit: tokens of a completion."""
-    found, width = [], 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        count = len(found[-1]) + 1 if found else 0
-        if not found or count * width > room[0] or count * (width + limit) > room[1]:
-            found.append([])
-            width = lengths[i]
-        found[-1].append(i)
-    return found
-
-
 # ---- tries of a completion
 
 
@@ -185,30 +170,33 @@ def masks(group: Group) -> list[Tensor]:
     return list(group.sampled) or [torch.ones(len(completion), dtype=torch.bool) for completion in group.completions]
 
 
-def tries(group: Group, i: int) -> list[Tensor]:
-    """The tokens of the first try, of the observation and of the second try; of the first alone if it stands."""
-    mask, completion = masks(group)[i].int(), group.completions[i]
-    return list(completion.tensor_split((mask.diff().nonzero()[:, 0] + 1).tolist()))
+def tries(group: Group) -> list[list[Tensor]]:
+    """The tokens of each completion's first try, observation and second try; of the first try alone if it stands."""
+    if not group.sampled:
+        return [[completion] for completion in group.completions]
+    return [list(completion.tensor_split((mask.int().diff().nonzero()[:, 0] + 1).tolist()))
+            for completion, mask in zip(group.completions, group.sampled, strict=True)]
 
 
 def answers(group: Group) -> list[Tensor]:
     """The tokens of the last try, which is the answer. -> G times [C_i]"""
-    return [tries(group, i)[-1] for i in range(len(group.completions))]
+    return [parts[-1] for parts in tries(group)]
 
 
 def share(groups: Sequence[Group]) -> float:
     """The share of completions that have a second try."""
-    sampled = [mask for group in groups for mask in masks(group)]
-    return sum(not mask.all() for mask in sampled) / len(sampled)
+    again = sum(not mask.all() for group in groups for mask in group.sampled)
+    return again / sum(len(group.completions) for group in groups)
 
 
-def before(policy, group: Group, i: int) -> dict[str, str]:
-    """`first_try` and `observation` of a completion as text, without the chat template's part; nothing if its first try
-    stands."""
-    first, *observed = tries(group, i)[:2]
-    if not observed:
-        return {}
-    text = policy.tokenizer.decode(observed[0].tolist(), skip_special_tokens=True)
+def before(policy, group: Group) -> list[dict[str, str]]:
+    """`first_try` and `observation` of each completion as text, without the chat template's part; nothing if its first
+    try stands."""
+    return [before_answer(policy, *parts[:2]) if parts[1:] else {} for parts in tries(group)]
+
+
+def before_answer(policy, first: Tensor, observed: Tensor) -> dict[str, str]:
+    text = policy.tokenizer.decode(observed.tolist(), skip_special_tokens=True)
     line = OBSERVATION.search(text)
     return {"first_try": policy.decode(first), "observation": line[0] if line else text.strip()}
 

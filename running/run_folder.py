@@ -460,14 +460,15 @@ def rollout_records(step: int, rollouts, components, advantages, watched: dict) 
                  "text": b.text, "thought": b.thought, "sql": b.sql, "status": b.status, "error": b.error,
                  "correct": b.correct,
                  "rewards": {"total": b.total} | {name: getattr(b, name) for name in components},
-                 "advantage": advantages[i, j].item(), "tokens": int(masks(rollout.group)[j].sum()),
+                 "advantage": advantages[i, j].item(), "tokens": int(mask.sum()),
                  "truncated": rollout.group.truncated[j], **(rollout.tried[j] if rollout.tried else {}),
                  "columns": list(b.columns),
                  "rows": [[exact_text(cell) if isinstance(cell, bytes) or cell in (math.inf, -math.inf) else cell
                            for cell in row] for row in b.rows],
                  "row_count": b.row_count,
                  "neighbours": [trace | {"thought": trace["thought"][:TRACE_CHARS]} for trace in b.neighbours],
-                 **(watched[i][j] if i in watched else {})} for j, b in enumerate(rollout.rewards)]}
+                 **(watched[i][j] if i in watched else {})}
+                 for j, (b, mask) in enumerate(zip(rollout.rewards, masks(rollout.group), strict=True))]}
             for i, rollout in enumerate(rollouts) if rollout.readable]
 
 

@@ -190,7 +190,7 @@ def ready_made(example: Example) -> dict:
 def failing_answers(candidates: Sequence[Candidate], verdicts: dict) -> list[str]:
     """The different answers whose SQL does not run, the likeliest first; none that was cut."""
     failed = [candidate for candidate in candidates
-              if candidate.sql and verdicts[candidate.sql][0].status in ("error", "timeout", "refused", "too_large")]
+              if candidate.sql and verdicts[candidate.sql][0].status not in ("ok", "unavailable")]
     return list(dict.fromkeys(one.text for one in sorted(failed, key=lambda one: -one.logprob)))
 
 

@@ -12,6 +12,7 @@ Ties go to the group with the higher mean log-probability per token, never to an
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tqdm import tqdm
 
@@ -95,7 +96,8 @@ def sample_candidates(policy, encoded_prompts: Sequence[Sequence[int]], exam: Ex
             groups = support.sample(policy, [torch.as_tensor(encoded_prompts[i], dtype=torch.long) for i in part],
                                     [asked[i] for i in part] if asked else (), config, engine=FAST,
                                     group_size=exam.samples, temperature=exam.temperature,
-                                    seeds=[exam.seed * 1_000_003 + i for i in part], room=exam.room)
+                                    seeds=[exam.seed * 1_000_003 + i for i in part],
+                                    split=partial(side_by_side, exam=replace(exam, samples=1)))
             candidates |= {i: read_group(policy, group, exam.answer_format)
                            for i, group in zip(part, groups, strict=True)}
             bar.update(len(part))
@@ -127,9 +129,9 @@ def read_group(policy, group, answer_format: AnswerFormat) -> list[Candidate]:
     from second_try import answers, before, masks
 
     return [read_text(policy.decode(tokens), logps[mask].double().mean().item(), int(mask.sum()), truncated,
-                      answer_format, **before(policy, group, i))
-            for i, (tokens, logps, mask, truncated)
-            in enumerate(zip(answers(group), group.logps, masks(group), group.truncated, strict=True))]
+                      answer_format, **earlier)
+            for tokens, logps, mask, truncated, earlier
+            in zip(answers(group), group.logps, masks(group), group.truncated, before(policy, group), strict=True)]
 
 
 def read_text(text: str, logprob: float, tokens: int, truncated: bool, answer_format: AnswerFormat,

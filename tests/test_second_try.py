@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,7 @@ from prompts.answer_format import AnswerFormat
 from running.run_folder import step_metrics
 from running.show import group_text
 from scoring.answers import verified_traces
-from scoring.voting import Candidate
+from scoring.voting import Candidate, Exam, side_by_side
 from second_try import SecondTry, Support, answers, masks, tries
 from sql_exec import Execution, SQLExecutor
 from variants import overlong_penalty
@@ -49,13 +50,14 @@ class Scripted(SecondTry):
 POLICY = SimpleNamespace(decode=lambda tokens: str(tokens[0].item()), eos_ids=ENDS, device=torch.device("cpu"))
 
 
-def sampled_by(engine, model, rules=None, temperature=0.8, room=second_try.UNBOUNDED, turns=2):
+def sampled_by(engine, model, rules=None, temperature=0.8, room=Exam.room, turns=2):
     prompts = [torch.arange(3, 9), torch.arange(4, 13), torch.arange(3, 9)]
     config = GRPOConfig(group_size=6, max_completion_tokens=7, temperature=temperature, kl_coef=0.0)
     names = SimpleNamespace(of_all=lambda asked: rules) if rules else None
     support = Support(names, Scripted(POLICY, None, None, AnswerFormat()) if turns == 2 else None)
     policy = SimpleNamespace(model=model, eos_ids=ENDS)
-    return support.sample(policy, prompts, [None] * 3, config, seeds=[1, 2, 3], engine=engine, room=room), config
+    split = partial(side_by_side, exam=Exam(AnswerFormat(), 7, room=room))
+    return support.sample(policy, prompts, [None] * 3, config, seeds=[1, 2, 3], engine=engine, split=split), config
 
 
 def test_a_second_try_follows_the_first_and_all_that_was_sampled_before_stays():
@@ -65,7 +67,7 @@ def test_a_second_try_follows_the_first_and_all_that_was_sampled_before_stays():
     again = 0
     for first, group in zip(alone, groups, strict=True):
         for i, completion in enumerate(first.completions):
-            parts, mask = tries(group, i), masks(group)[i]
+            parts, mask = tries(group)[i], masks(group)[i]
             assert torch.equal(parts[0], completion) and torch.equal(answers(group)[i], parts[-1])
             if first.truncated[i] or completion[0] % 2 == 0:
                 assert len(parts) == 1 and mask.all()
@@ -127,7 +129,7 @@ def test_log_probabilities_are_those_of_the_second_try_in_its_context():
     checked = 0
     for group in groups:
         for i, completion in enumerate(group.completions):
-            if len(tries(group, i)) == 1:
+            if len(tries(group)[i]) == 1:
                 continue
             logits = model(torch.cat([group.prompt, completion])[None]).logits[0, len(group.prompt) - 1:-1] / config.temperature
             writing, before = EvenWriting(), True
