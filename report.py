@@ -264,7 +264,8 @@ def add_to_index(index: dict, step: int, groups: list[dict]) -> None:
         rewards = [completion.get("rewards", {}) for completion in completions]
         for name, value in (item for reward in rewards for item in reward.items()):
             index["scales"][name] = max(abs(value), index["scales"].get(name, 0))
-        rows.append([sum(bool(completion.get("correct")) for completion in completions), len(completions),
+        sampled = [completion for completion in completions if not completion.get("from_trace")]
+        rows.append([sum(bool(completion.get("correct")) for completion in sampled), len(sampled),
                      all(completion.get("advantage") == 0 for completion in completions), index["tiers"].index(tier),
                      any(completion.get("ratios") for completion in completions)])
     index["steps"].append(step)

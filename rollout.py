@@ -2,7 +2,8 @@
 
     questions = drawing.draw(B)  →  groups = sample_groups(…)  →  rewards = scorer.score(…)
 
-With --dynamic-sampling, fresh questions replace those whose completions are all right or all wrong. Several processes
+With --dynamic-sampling, fresh questions replace those whose completions are all right or all wrong. With --guided, a trace
+stands in for a completion where all are wrong (guide.py). Several processes
 share each step's questions; every process then gathers the rollouts of all.
 """
 
@@ -43,6 +44,8 @@ class Rollout:
     example: Example
     group: Group  # G completions
     rewards: list[RewardBreakdown]  # G
+    number: int = 0  # of its question in the run
+    guided: bool = False  # whether its last completion is a trace: guide.py
     tried: Sequence[dict[str, str]] = ()  # G, what came before each answer: second_try.before
 
     @property
@@ -60,10 +63,13 @@ class RolloutMaker:
     """Makes the rollouts of a run's steps."""
 
     def __init__(self, s: Settings, policy: Policy, engine: Engine, questions: Sequence[Question], drawing: Drawing,
-                 scorer: RewardScorer, inside: Callable[[], AbstractContextManager], support: Support | None = None):
-        """inside: the context in which the policy samples, such as bf16 arithmetic. support: none by default."""
+                 scorer: RewardScorer, inside: Callable[[], AbstractContextManager], support: Support | None = None,
+                 guide=None):
+        """inside: the context in which the policy samples, such as bf16 arithmetic. support: none by default. guide:
+        guide.Guide, for --guided."""
         self.s, self.policy, self.engine, self.questions = s, policy, engine, questions
         self.drawing, self.scorer, self.inside, self.support = drawing, scorer, inside, support or Support()
+        self.guide = guide
 
     def make(self, timed: Callable[[str], AbstractContextManager]) -> tuple[list[Rollout], list[Rollout]]:
         """The B rollouts that a step learns from, and all that were sampled for it.
@@ -74,12 +80,19 @@ class RolloutMaker:
         B, extra = self.s.run.prompts_per_step, self.s.run.dynamic_sampling
         sampled = self.sample_and_score(B, timed)
         if not extra:
-            return sampled, sampled
+            return self.guided(sampled, timed), sampled
         while extra and sum(rollout.mixed for rollout in sampled) < B:
             sampled, extra = sampled + self.sample_and_score(B, timed), extra - 1
         mixed = [rollout for rollout in sampled if rollout.mixed]
         others = [rollout for rollout in sampled if not rollout.mixed]
-        return mixed[:B] + others[len(others) - max(0, B - len(mixed)):], sampled
+        return self.guided(mixed[:B] + others[len(others) - max(0, B - len(mixed)):], timed), sampled
+
+    def guided(self, rollouts: list[Rollout], timed: Callable[[str], AbstractContextManager]) -> list[Rollout]:
+        """The rollouts; with --guided, those that are all wrong have a trace."""
+        if not self.guide:
+            return rollouts
+        with timed("rollout"):
+            return self.guide.guided(rollouts)
 
     def sample_and_score(self, count: int, timed: Callable[[str], AbstractContextManager]) -> list[Rollout]:
         """Rollouts of the next questions, by all processes together."""
@@ -91,9 +104,12 @@ class RolloutMaker:
             groups = self.sample(questions, seeds[mine])
         with timed("rewards"):  # the seconds of each component are in scorer.seconds
             rollouts = self.score([question.example for question in questions], groups)
-        read = [(number, rollout) for number, rollout in zip(numbers, rollouts, strict=True) if rollout.readable]
-        correct = [[b.correct for b in rollout.rewards] for _, rollout in read]  # [B][G]
-        self.drawing.learn([number for number, _ in read], correct)
+        rollouts = [replace(rollout, number=number) for number, rollout in zip(numbers, rollouts, strict=True)]
+        read = [rollout for rollout in rollouts if rollout.readable]
+        correct = [[b.correct for b in rollout.rewards] for rollout in read]  # [B][G]
+        for row, rollout in zip(correct, read, strict=True):
+            row[-1] |= bool(self.guide and self.guide.helps(rollout))  # a trace makes the group mixed
+        self.drawing.learn([rollout.number for rollout in read], correct)
         return rollouts
 
     def sample(self, questions: Sequence[Question], seeds: Sequence[int]) -> list[Group]:
@@ -114,7 +130,8 @@ class RolloutMaker:
         if self.s.grpo.overlong == "penalise":  # half the margin, so that a correct one still outranks a wrong one
             rewards = penalise(rewards, 0.5 * self.s.rewards.margin * overlong_penalty(groups, self.s.grpo))
         tried = [before(self.policy, group) for group in groups]
-        rollouts = distributed.merge([Rollout(*parts) for parts in zip(examples, groups, rewards, tried, strict=True)])
+        rollouts = distributed.merge([Rollout(example, group, row, tried=first) for example, group, row, first
+                                      in zip(examples, groups, rewards, tried, strict=True)])
         if self.scorer.memory is not None and distributed.size() > 1:
             self.scorer.memory.exchange(((item.db_id, b.thought) for item, b in zip(items, found, strict=True)
                                          if b.status != "format"), distributed.gather)

@@ -135,6 +135,8 @@ class RunConfig:
     dynamic_sampling: int = option(0, "at most this many extra rollouts per step, to replace questions whose "
                                        "completions are all right or all wrong (DAPO); those left over have advantage "
                                        "0, so dense rewards do not count there", at_least=0)
+    guided: bool = option(False, "where all completions of a question are wrong, one gives way to a trace with the gold SQL "
+                                 "(guide.py, after LUFFY)")
     lr: float = option(1e-6, "peak learning rate of GRPO", above=0, common=True)
     lr_warmup: int = option(10, "steps of linear warm-up", at_least=0)
     lr_decay: bool = option(False, "let the learning rate fall linearly to a tenth at the last step")
@@ -170,7 +172,8 @@ class RunConfig:
 CONFIGS = (RunConfig, GRPOConfig, RewardConfig, MemoryGate, SFTConfig, PromptConfig, GuardConfig)
 # The values in runs that are older than the setting.
 DEFAULTS_BEFORE = {"draw": "epochs", "questions_per_database": 1, "execution_runs": 1.0, "atomic_weights": "equal",
-                   "memory_names": "written", "constrain": "none", "turns": 1, "feedback": "error"}
+                   "memory_names": "written", "constrain": "none", "turns": 1, "feedback": "error",
+                   "guided": False}
 MAY_CHANGE_ON_RESUME = ("resume", "output", "steps", "threads", "sharding", "eval_every", "eval_samples", "save_every",
                         "sql_workers", "log", "verbose", "token_ratios_every", "keep",
                         "max_skipped", "warn_flat_steps", "warn_format_steps", "warn_kl", "warn_truncated",

@@ -47,6 +47,7 @@ from engine.fast import ENGINES
 from engine.offload import CPUAdamW
 from engine.packing import join
 from grpo import MicroBatch, micro_batches, reference_logprobs
+from guide import Guide
 from held_out import HeldOut, before_after_table
 from history import began_with, data_hash, has_changed, hashes_of, not_seen_before, run_config_of, with_ancestors
 from models import memory_plan
@@ -63,6 +64,7 @@ from policy import (
     load_weights,
     require_model,
 )
+from prompts.plain_text import encode_answers
 from questions.example import answers_among
 from rewards import (
     COMPONENTS,
@@ -282,8 +284,9 @@ class Trainer:
         self.reference = self.freeze_reference()  # the policy of step 0, or None
         self.scorer = self.make_scorer()
         self.optimizer = self.make_optimizer()
+        guide = self.make_guide() if run.guided else None
         self.rollout_maker = RolloutMaker(self.s, self.policy, self.engine, self.questions, self.drawing, self.scorer,
-                                          self.sampling, self.support)
+                                          self.sampling, self.support, guide)
         if self.checkpoint:
             self.resume(*self.checkpoint)
         elif distributed.is_main():
@@ -554,6 +557,24 @@ class Trainer:
         if memory.scope == "other" and len({e.db_id for e in (*self.data.train, *self.traced)}) == 1:
             print("warning: all questions are on one database, and the memory compares with traces of others, so its "
                   "reward is 0 for every wrong answer: give --memory-scope any, or leave memory out of --rewards")
+
+    def make_guide(self) -> Guide:
+        """The traces for groups that are all wrong: those of --traces, else made from the gold SQL."""
+        s, known = self.s, {(e.db_id, e.question): e for e in self.traced if not e.first_try}
+        examples = [known.get((question.example.db_id, question.example.question), question.example)
+                    for question in self.questions]
+        numbers = [i for i, example in enumerate(examples) if example.trace or example.gold_sqls]
+        taught = template_traces([examples[i] for i in numbers], self.schemas)
+        texts = encode_answers(self.policy.tokenizer, [taught_text(example, s.answer_format) for example in taught])
+        traces = {i: torch.tensor([*ids, self.policy.end_id]) for i, ids in zip(numbers, texts, strict=True)
+                  if len(ids) < s.grpo.max_completion_tokens}
+        if not traces:
+            raise UserError(f"--guided has no traces for {s.run.data}: no training question has gold SQL that fits "
+                            f"--max-completion-tokens {s.grpo.max_completion_tokens}")
+        print(f"guided: {len(traces)} of {len(examples)} training questions have a trace that fits "
+              f"--max-completion-tokens {s.grpo.max_completion_tokens}")
+        return Guide([traces.get(i) for i in range(len(examples))], self.policy, self.engine, self.scorer, s.grpo,
+                     partial(self.autocast, cache=False))
 
     def make_drawing(self) -> Drawing:
         """Draws the training questions of the steps."""

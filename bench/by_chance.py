@@ -52,7 +52,7 @@ def by_chance(records: list[dict], databases: dict[str, Path], match: str, folde
     """(right samples, those of them that differ from every gold SQL on a changed copy). Raises UserError: a copy cannot
     be read."""
     right = [(record["db_id"], c["sql"], record["gold_sqls"]) for record in records for c in record["completions"]
-             if c["correct"]]
+             if c["correct"] and not c.get("from_trace")]
     copies = {f"{db_id}/{seed}": thinned(databases[db_id], folder / f"{number}-{seed}.sqlite", seed)
               for number, db_id in enumerate(sorted({db_id for db_id, _, _ in right})) for seed in range(COPIES)}
     asked = [(f"{db_id}/{seed}", sql, golds) for db_id, sql, golds in right for seed in range(COPIES)]

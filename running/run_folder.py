@@ -467,6 +467,7 @@ def rollout_records(step: int, rollouts, components, advantages, watched: dict) 
                            for cell in row] for row in b.rows],
                  "row_count": b.row_count,
                  "neighbours": [trace | {"thought": trace["thought"][:TRACE_CHARS]} for trace in b.neighbours],
+                 **({"from_trace": True} if rollout.guided and j == len(rollout.rewards) - 1 else {}),
                  **(watched[i][j] if i in watched else {})}
                  for j, (b, mask) in enumerate(zip(rollout.rewards, masks(rollout.group), strict=True))]}
             for i, rollout in enumerate(rollouts) if rollout.readable]

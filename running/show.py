@@ -27,7 +27,8 @@ def group_text(group: dict, *, colour: bool, thoughts: bool = False) -> str:
     """A record of rollouts.jsonl for a terminal of 80 columns, the best completions first, equal ones once."""
     paint = painter(colour)
     completions = group["completions"]
-    right = f"{sum(c['correct'] for c in completions)} of {len(completions)} right"
+    sampled = [c for c in completions if not c.get("from_trace")]
+    right = f"{sum(c['correct'] for c in sampled)} of {len(sampled)} right"
     heading = one_line(" · ".join(filter(None, (f"step {group['step']}", group["db_id"], group["difficulty"]))))
     names = [name for name in completions[0]["rewards"] if name != "total"
              and (name in ("format", "execution") or any(c["rewards"][name] for c in completions))]
@@ -36,7 +37,7 @@ def group_text(group: dict, *, colour: bool, thoughts: bool = False) -> str:
              paint("soft", f"{'':>3} {'advantage':>9} {'reward':>7}" + "".join(f" {name:>9}" for name in names))]
     alike = {}
     for completion in sorted(completions, key=lambda c: -c["rewards"]["total"]):
-        alike.setdefault((completion.get("first_try"), completion["text"]), []).append(completion)
+        alike.setdefault((completion.get("from_trace"), completion.get("first_try"), completion["text"]), []).append(completion)
     for same in alike.values():
         lines.append(completion_lines(same[0], len(same), names, paint, thoughts))
     return "\n".join(lines)
@@ -58,7 +59,9 @@ def completion_lines(completion: dict, count: int, names: list[str], paint, thou
     first = f"first try: {completion['first_try']}" if completion.get("first_try") else ""
     body = [first, completion.get("observation", ""), completion["thought"] if thoughts else "",
             completion["sql"] or completion["text"], completion["error"]]
-    return "\n".join([paint(tone, head + ("right" if completion["correct"] else verdict)),
+    verdict = "right" if completion["correct"] else verdict
+    source = ", a trace in place of a sample" if completion.get("from_trace") else ""
+    return "\n".join([paint(tone, head + verdict + source),
                       *(fill(one_line(text), WIDTH, initial_indent="    ", subsequent_indent="      ", max_lines=3,
                              placeholder=" …") for text in body if text)])
 
