@@ -1,8 +1,8 @@
 """Guided groups: where all completions of a question are wrong, the last gives way to a trace with the gold SQL.
 
 Policy gradient prefers one completion to another, so a question that no sample answers teaches nothing. After LUFFY
-(arXiv 2504.14945), without its shaping of the ratio: a trace stands in for a sample, at the reward that a sample would get.
-Its log-probabilities are the policy's own, so its ratio is 1 at the first update. All metrics are of the samples.
+(arXiv 2504.14945), without its shaping of the ratio: a trace stands in for a sample, at the reward that a sample would
+get. Its log-probabilities are the policy's own, so its ratio is 1 at the first update. All metrics are of samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,9 +40,9 @@ class Guide:
         if not stuck:
             return found
         traces = [self.traces[found[i].number] for i in stuck]
-        rewards = self.scorer.score([RewardItem(found[i].example.db_id, found[i].example.golds, self.policy.decode(trace),
-                                                found[i].example.question)
-                                     for i, trace in zip(stuck, traces, strict=True)], remember=False)
+        examples = [found[i].example for i in stuck]
+        rewards = self.scorer.score([RewardItem(e.db_id, e.golds, self.policy.decode(trace), e.question)
+                                     for e, trace in zip(examples, traces, strict=True)], remember=False)
         logps = self.logps([found[i] for i in stuck], traces)
         for i, trace, reward, logp in zip(stuck, traces, rewards, logps, strict=True):
             if reward.correct and logp.isfinite().all():  # --constrain may forbid it
@@ -63,7 +63,8 @@ def with_trace(rollout: Rollout, trace: Tensor, reward: RewardBreakdown, logp: T
     """A rollout with a trace [C] in place of its last completion. logp: [C]"""
     group = rollout.group
     return replace(
-        rollout, guided=True, rewards=[*rollout.rewards[:-1], reward], tried=[*rollout.tried[:-1], {}] if rollout.tried else (),
+        rollout, guided=True, rewards=[*rollout.rewards[:-1], reward],
+        tried=[*rollout.tried[:-1], {}] if rollout.tried else (),
         group=replace(group, completions=[*group.completions[:-1], trace], logps=[*group.logps[:-1], logp],
                       truncated=[*group.truncated[:-1], False], entropies=(),
                       sampled=[*group.sampled[:-1], torch.ones(len(trace), dtype=torch.bool)] if group.sampled else ()))

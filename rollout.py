@@ -2,9 +2,9 @@
 
     questions = drawing.draw(B)  →  groups = sample_groups(…)  →  rewards = scorer.score(…)
 
-With --dynamic-sampling, fresh questions replace those whose completions are all right or all wrong. With --guided, a trace
-stands in for a completion where all are wrong (guide.py). Several processes
-share each step's questions; every process then gathers the rollouts of all.
+With --dynamic-sampling, fresh questions replace those whose completions are all right or all wrong. With --guided, a
+trace stands in for a completion where all are wrong (guide.py). Several processes share each step's questions; every
+process then gathers the rollouts of all.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -135,8 +135,8 @@ class RunConfig:
     dynamic_sampling: int = option(0, "at most this many extra rollouts per step, to replace questions whose "
                                        "completions are all right or all wrong (DAPO); those left over have advantage "
                                        "0, so dense rewards do not count there", at_least=0)
-    guided: bool = option(False, "where all completions of a question are wrong, one gives way to a trace with the gold SQL "
-                                 "(guide.py, after LUFFY)")
+    guided: bool = option(False, "where all completions of a question are wrong, one gives way to a trace with gold "
+                                 "SQL (guide.py, after LUFFY)")
     lr: float = option(1e-6, "peak learning rate of GRPO", above=0, common=True)
     lr_warmup: int = option(10, "steps of linear warm-up", at_least=0)
     lr_decay: bool = option(False, "let the learning rate fall linearly to a tenth at the last step")

@@ -44,9 +44,9 @@ SHARED = {  # settings that several commands share
     "temperature": {"default": 1.0, "help": "of sampling", "above": 0},
     "max_completion_tokens": {"default": 512, "help": "a completion is cut at this many tokens; of a policy trained "
                                                       "here by default as in its run", "at_least": 1},
-    "constrain": {"default": "none", "choices": ("none", "names"), "common": True,
-                  "help": "names: SQL contains only keywords, functions, names of its database and aliases (needs "
-                          "llguidance)"},
+    "constrain": {"default": "none", "choices": ("none", "names", "scope"), "common": True,
+                  "help": "names: SQL contains only keywords, functions, names of its database and aliases; scope: and "
+                          "only columns of the tables that it reads (both need llguidance)"},
     "turns": {"default": 1, "choices": (1, 2), "at_least": 1,
               "help": "2: after an answer that does not run, the error and a second try follow"},
     "feedback": {"default": "error", "choices": ("error", "results"),

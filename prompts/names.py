@@ -7,37 +7,24 @@ an alias. Punctuation and whatever is in quotes are free. These are aliases:
     one or two characters                  before a point, s.name, and after a name, FROM singer s
     t1, derived1, …                        everywhere, because they may come before their declaration
 
-Scope is not checked: a column of a table that the query does not read is a name of the database, too. Until the SQL
-begins, everything is allowed.
+A column of a table that the query does not read is a name of the database, too; --constrain scope allows only those
+that it can read (scope.py). Until the SQL begins, everything is allowed.
 
 `NameRules(policy, schemas, format).of(db_id)` is a rule as `grpo.sample_groups` takes it. llguidance
 (requirements-extra.txt) finds the tokens that keep a text within a regular expression; the expression is ours.
 """
 
 import re
-import sqlite3
 from collections.abc import Iterable, Mapping
-from contextlib import closing
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
 from prompts.answer_format import AnswerFormat
+from prompts.sql_words import KEYWORDS, NAME, NUMBERED, QUOTES, SHORT, functions, one_of
 from questions.example import Example
 from questions.schema import columns_of
 
-# Of a query, from sqlite.org/lang_keywords.html; and words that are keywords to SQLite in some places only
-KEYWORDS = """
-    all and as asc between by case cast collate cross current desc distinct else end escape except exclude exists
-    false filter first following from full glob group groups having in indexed inner intersect is isnull join last
-    left like limit match materialized natural not notnull null nulls offset on or order others outer over partition
-    preceding range recursive regexp right row rowid rows select then ties true unbounded union using values when
-    where window with
-"""
-NAME = "[A-Za-z_][A-Za-z0-9_]*"
-NUMBERED = "(?i:t|derived|field|sub|subquery|temp|cte)[0-9][0-9]?"
-SHORT = f"[A-Za-z_][A-Za-z0-9_]?|{NUMBERED}"
-QUOTES = r"""'([^']|'')*'|"[^"]*"|`[^`]*`|\[[^\]]*\]"""
 BETWEEN = rf"[\s(),.*=<>!+%|&~/-]|{QUOTES}"  # what may stand between words
 DECLARED = re.compile(rf"\bas\s+({NAME})(?=\W)|(?:\b(?:with|recursive)\s+|\)\s*,\s*)({NAME})\s*(?:\([^()]*\)\s*)?as\b",
                       re.IGNORECASE)
@@ -54,20 +41,22 @@ CLOSING = {"think-sql": "", "think-answer": r"\s*(```\s*)?</answer>", "fence": r
 class NameRules:
     """The rules of the databases that a policy is asked about."""
 
-    def __init__(self, policy, schemas: Mapping[str, Mapping[str, Iterable[str]]], answer_format: AnswerFormat):
-        """schemas: {db_id: {table: [column, …]}}. Raises UserError: llguidance is missing or cannot read the
-        tokenizer."""
+    def __init__(self, policy, schemas: Mapping[str, Mapping[str, Iterable[str]]], answer_format: AnswerFormat,
+                 scope: bool = False):
+        """schemas: {db_id: {table: [column, …]}}. scope: also limit names to what the query can read.
+        Raises UserError: llguidance is missing or cannot read the tokenizer."""
         self.schemas, self.style = schemas, answer_format.style
         self.fenced = answer_format.lenient or self.style == "think-answer"
         self.tokens, self.eos = tokens_of(policy), frozenset(policy.eos_ids)
         self.rules: dict[str, NameRule] = {}
+        self.scope_of = scope_of(self.tokens, self.eos) if scope else lambda schema: None
 
     def of(self, db_id: str) -> "NameRule":
         """The rule of a database."""
         if db_id not in self.rules:
             schema = self.schemas[db_id]
             names = [*schema, *(column for columns in schema.values() for column in columns)]
-            self.rules[db_id] = NameRule(self, names)
+            self.rules[db_id] = NameRule(self, names, self.scope_of(schema))
         return self.rules[db_id]
 
     def of_all(self, examples: Iterable[Example]) -> "list[NameRule]":
@@ -77,7 +66,16 @@ class NameRules:
 
 def name_rules(constrain: str, policy, databases: Mapping[str, Path], answer_format: AnswerFormat) -> NameRules | None:
     """The rules of --constrain; None if it is `none`. Raises UserError as `NameRules`."""
-    return NameRules(policy, columns_of(databases), answer_format) if constrain == "names" else None
+    if constrain == "none":
+        return None
+    return NameRules(policy, columns_of(databases), answer_format, constrain == "scope")
+
+
+def scope_of(tokens, eos):
+    """A function that makes the ScopeTokens of a schema."""
+    from prompts.scope_tokens import ScopeTokens, tokens_that_end_words  # which needs llguidance
+
+    return partial(ScopeTokens, tokens, tokens_that_end_words(tokens, eos))
 
 
 def tokens_of(policy):
@@ -85,26 +83,17 @@ def tokens_of(policy):
     try:
         from llguidance.hf import from_tokenizer
     except ImportError as error:
-        raise UserError("--constrain names needs llguidance: pip install -r requirements-extra.txt") from error
+        raise UserError("--constrain needs llguidance: pip install -r requirements-extra.txt") from error
     width = policy.model.get_output_embeddings().weight.shape[0]
     try:
         return from_tokenizer(policy.tokenizer, n_vocab=width, eos_token=list(policy.eos_ids))
     except ValueError as error:
-        raise UserError(f"--constrain names cannot read this model's tokenizer: {error}") from error
-
-
-@cache
-def functions() -> tuple[str, ...]:
-    """The functions of this SQLite."""
-    with closing(sqlite3.connect(":memory:")) as connection:
-        found = {name.lower() for name, in connection.execute("SELECT name FROM pragma_function_list")}
-    return tuple(sorted(name for name in found if re.fullmatch(r"\w+", name)))
+        raise UserError(f"--constrain cannot read this model's tokenizer: {error}") from error
 
 
 def expression(names: Iterable[str], style: str = "think-sql", fenced: bool = False, ctes: bool = False) -> str:
     """The regular expression of the SQL of an answer, as llguidance reads it. ctes: whether WITH defines tables."""
-    known = {name.lower() for name in names if re.fullmatch(r"[^\W\d]\w*", name)} | {*KEYWORDS.split(), *functions()}
-    known = f"(?i:{'|'.join(sorted(known))})"
+    known = one_of({*names, *KEYWORDS, *functions()})
     words = "|".join([known, NUMBERED, "[0-9]+([eE][0-9]+)?", rf"(?i:as|with|recursive)\s+{NAME}",
                       rf"({SHORT})\s*\.\s*({known}|{NUMBERED}|[*]|{QUOTES})", rf"{known}\s+({SHORT})"])
     between = BETWEEN
@@ -118,7 +107,9 @@ def expression(names: Iterable[str], style: str = "think-sql", fenced: bool = Fa
 class NameRule:
     """The rule of one database."""
 
-    def __init__(self, rules: NameRules, names: Iterable[str]):
+    def __init__(self, rules: NameRules, names: Iterable[str], scope=None):
+        """scope: ScopeTokens of the database."""
+        self.scope = scope
         self.rules, self.names = rules, frozenset(name.lower() for name in names)
         self.expressions: dict[tuple, str] = {}
         self.known: dict[tuple, object] = {}  # {place: the tokens allowed there}
@@ -150,10 +141,15 @@ class Writing:
 
     def bits(self):
         """Which tokens may come next, a bit per token: a tensor of int32 [⌈V / 32⌉]; None if all may."""
-        import torch  # here, so that scoring a predictions file does not import it
-
         if self.matcher is None:
             return None
+        bits = self.of_names()
+        return self.rule.scope.narrow(bits, self.bare) if self.rule.scope else bits
+
+    def of_names(self):
+        """The tokens that keep to the names."""
+        import torch  # here, so that scoring a predictions file does not import it
+
         place = self.place()
         if place in self.rule.known:
             return self.rule.known[place]

@@ -37,7 +37,8 @@ def group_text(group: dict, *, colour: bool, thoughts: bool = False) -> str:
              paint("soft", f"{'':>3} {'advantage':>9} {'reward':>7}" + "".join(f" {name:>9}" for name in names))]
     alike = {}
     for completion in sorted(completions, key=lambda c: -c["rewards"]["total"]):
-        alike.setdefault((completion.get("from_trace"), completion.get("first_try"), completion["text"]), []).append(completion)
+        key = completion.get("from_trace"), completion.get("first_try"), completion["text"]
+        alike.setdefault(key, []).append(completion)
     for same in alike.values():
         lines.append(completion_lines(same[0], len(same), names, paint, thoughts))
     return "\n".join(lines)

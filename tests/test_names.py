@@ -286,7 +286,7 @@ def test_a_run_with_names_samples_only_names_and_hands_the_rule_on(songs, tmp_pa
 
 def test_a_missing_llguidance_is_said_in_one_sentence(policy, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance.hf", None)
-    with pytest.raises(UserError, match="--constrain names needs llguidance: pip install -r requirements-extra.txt"):
+    with pytest.raises(UserError, match="--constrain needs llguidance: pip install -r requirements-extra.txt"):
         name_rules("names", policy, {}, AnswerFormat())
     assert name_rules("none", policy, {}, AnswerFormat()) is None
 
