@@ -560,7 +560,8 @@ class Trainer:
 
     def make_guide(self) -> Guide:
         """The traces for groups that are all wrong: those of --traces, else made from the gold SQL."""
-        s, known = self.s, {(e.db_id, e.question): e for e in self.traced if not e.first_try}
+        s, known = self.s, {(e.db_id, e.question): e for e in self.traced
+                          if not e.first_try and not e.trace_sql}
         examples = [known.get((question.example.db_id, question.example.question), question.example)
                     for question in self.questions]
         numbers = [i for i, example in enumerate(examples) if example.trace or example.gold_sqls]

@@ -1,4 +1,4 @@
-"""What --constrain names costs: seconds per decoding step of a trained policy, with the rule and without, in turn.
+"""What --constrain costs: seconds per decoding step of a trained policy, with the rule and without, in turn.
 
     python bench/names.py --model runs/geoquery/best --data geoquery/questions.jsonl --data-dir geoquery
 """
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--data-dir")
     parser.add_argument("--split", default="test")
+    parser.add_argument("--constrain", choices=("names", "scope"), default="names")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
@@ -40,7 +41,7 @@ def main() -> None:
     builder = PromptBuilder(dataset.databases, policy.tokenizer, config)
     asked = builder.encode_all(dataset.examples)[0][:given.rows]
     prompts = [torch.tensor(ids) for _, ids in asked]
-    names = name_rules("names", policy, dataset.databases, AnswerFormat(config.answer_style))
+    names = name_rules(given.constrain, policy, dataset.databases, AnswerFormat(config.answer_style))
     rules = names.of_all(example for example, _ in asked)
     settings = GRPOConfig(max_completion_tokens=made_by.get("max_completion_tokens", 128))
 

@@ -59,10 +59,10 @@ class Next:
         ends = "" if self.open else ");"
         marks = rf"[\s{self.marks}{ends}]" if self.marks else rf"[^A-Za-z0-9_'\"`\[{'' if ends else ');'}]"
         after = r"([^A-Za-z0-9_.][\s\S]*)?"
-        word = rf"({marks}|{QUOTES})*(({'|'.join(self.words())}){after})"
+        word = rf"({marks}|{QUOTES})*(({'|'.join(self.alternatives())}){after})"
         return word if self.open else rf"{word}?|\s*(```|</answer>)[\s\S]*"  # the end in the other styles of answers
 
-    def words(self) -> Iterable[str]:
+    def alternatives(self) -> Iterable[str]:
         """The regular expressions of the words that may come next."""
         yield one_of(self.keywords)
         yield NAME if self.names is None else one_of(self.names)
