@@ -9,7 +9,7 @@ process then gathers the rollouts of all.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -44,9 +44,9 @@ class Rollout:
     example: Example
     group: Group  # G completions
     rewards: list[RewardBreakdown]  # G
-    number: int = 0  # of its question in the run
-    guided: bool = False  # whether its last completion is a trace: guide.py
     tried: Sequence[dict[str, str]] = ()  # G, what came before each answer: second_try.before
+    number: int = field(default=0, compare=False)  # of its question in the run
+    guided: bool = False  # whether its last completion is a trace: guide.py
 
     @property
     def readable(self) -> bool:
